@@ -1,0 +1,162 @@
+"""A data set by its name: all images in memory as uint8, with labels; the only place that knows the value range.
+
+    train        all training images but the last 5,000
+    validation   those 5,000: no network learns from them, and every choice is made with them
+    test         only for what is reported
+"""
+
+import hashlib
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from files import atomic_write
+
+VALIDATION_IMAGES = 5000
+SPLITS = ("train", "validation", "test")
+DIGITS = tuple("0123456789")
+FASHION = ("T-shirt/top", "Trouser", "Pullover", "Dress", "Coat", "Sandal", "Shirt", "Sneaker", "Bag", "Ankle boot")
+CIFAR = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
+
+
+@dataclass(frozen=True)
+class ImageData:
+    """A split of a data set: images (N, C, H, W) uint8, labels (N,) int64, and the names of the classes."""
+
+    name: str
+    split: str
+    images: Tensor
+    labels: Tensor
+    class_names: tuple[str, ...]
+
+    def to(self, device) -> "ImageData":
+        """The same split with images and labels on `device`."""
+        return ImageData(self.name, self.split, self.images.to(device), self.labels.to(device), self.class_names)
+
+    def first(self, count: int) -> "ImageData":
+        """The first `count` images of the split."""
+        return ImageData(self.name, self.split, self.images[:count], self.labels[:count], self.class_names)
+
+
+def to_model(images: Tensor) -> Tensor:
+    """uint8 images 0..255 -> float32 in [-1, 1], the range that every network here works in."""
+    return images.float() / 127.5 - 1
+
+
+def to_uint8(images: Tensor) -> Tensor:
+    """Float images in [-1, 1] -> uint8 0..255, rounded to the nearest level; what lies outside is clipped."""
+    return ((images.float() + 1) * 127.5).round().clamp(0, 255).to(torch.uint8)
+
+
+def load_dataset(name: str, split: str = "train", data_dir: str | Path = "data") -> ImageData:
+    """Load a split of `name` from `data_dir`, downloading (or, for glyphs, drawing) it first where it is missing.
+
+    ValueError for an unknown name or split, a damaged file (which is named) and a download that fails.
+    """
+    if name not in DATASETS:
+        raise ValueError(f"unknown dataset {name!r}: choose one of {', '.join(DATASETS)}")
+    if split not in SPLITS:
+        raise ValueError(f"unknown split {split!r}: choose one of {', '.join(SPLITS)}")
+    load, class_names = DATASETS[name]
+    images, labels = load(Path(data_dir), split != "test")
+    if split != "test":
+        part = slice(-VALIDATION_IMAGES, None) if split == "validation" else slice(None, -VALIDATION_IMAGES)
+        images, labels = images[part], labels[part]
+    return ImageData(name, split, images, labels, class_names)
+
+
+# ------------------------------------------------------------------------------------------------ from torchvision
+
+# sha256 of the unpacked files: a damaged or half-written file is found and named before anything is learned from it.
+MNIST_FILES = {
+    "train-images-idx3-ubyte": "ba891046e6505d7aadcbbe25680a0738ad16aec93bde7f9b65e87a2fc25776db",
+    "train-labels-idx1-ubyte": "65a50cbbf4e906d70832878ad85ccda5333a97f0f4c3dd2ef09a8a9eef7101c5",
+    "t10k-images-idx3-ubyte": "0fa7898d509279e482958e8ce81c8e77db3f2f8254e26661ceb7762c4d494ce7",
+    "t10k-labels-idx1-ubyte": "ff7bcfd416de33731a308c3f266cc351222c34898ecbeaf847f06e48f7ec33f2",
+}
+FASHION_FILES = {
+    "train-images-idx3-ubyte": "c59f468a2f672dc815687fe0f83887768d799fd8a3f3276145d20f83aa44d888",
+    "train-labels-idx1-ubyte": "bad3541b69d912435c50bb6ba87bec294ff4f6a2e1246121d8633921760443d9",
+    "t10k-images-idx3-ubyte": "5b4141f0afbad91edebe8549f8fcffe087ea10ca49f1dbef5c9a5cd8815ce37b",
+    "t10k-labels-idx1-ubyte": "0402a96d92fd2663957122ceb108a494c5af83dab82d92729df917d7dec38c34",
+}
+
+
+def _from_torchvision(kind: str, data_dir: Path, train: bool) -> tuple[Tensor, Tensor]:
+    """Images (N, C, H, W) uint8 and labels (N,) of torchvision's data set `kind`, its files checked."""
+    from torchvision import datasets
+
+    dataset_class = getattr(datasets, kind)
+    files = {data_dir / path: digest for path, digest in _file_digests(dataset_class).items()}
+    if not all(path.is_file() for path in files):
+        try:
+            dataset_class(data_dir, train=train, download=True)
+        except (RuntimeError, OSError) as error:
+            raise ValueError(f"could not download {kind} into {data_dir} ({_one_line(error)}): check the network, "
+                             f"give the folder that holds it with --data_dir, or use --dataset glyphs") from error
+    for path, digest in files.items():
+        if hashlib.new("sha256" if len(digest) == 64 else "md5", path.read_bytes()).hexdigest() != digest:
+            raise ValueError(f"{path} is damaged (its checksum is not the original's): delete it and run again")
+    dataset = dataset_class(data_dir, train=train, download=False)
+    images = torch.as_tensor(dataset.data)
+    images = images[:, None] if images.ndim == 3 else images.permute(0, 3, 1, 2)            # (N, C, H, W)
+    return images.contiguous(), torch.as_tensor(dataset.targets)
+
+
+def _file_digests(dataset_class) -> dict[str, str]:
+    """The data set's files, relative to data_dir, with their sha256 or md5."""
+    if dataset_class.__name__ == "CIFAR10":
+        batches = dataset_class.train_list + dataset_class.test_list  # torchvision's own md5
+        return {f"{dataset_class.base_folder}/{name}": md5 for name, md5 in batches}
+    digests = FASHION_FILES if dataset_class.__name__ == "FashionMNIST" else MNIST_FILES
+    return {f"{dataset_class.__name__}/raw/{name}": digest for name, digest in digests.items()}
+
+
+def _one_line(error: Exception) -> str:
+    return " ".join(str(error).split())[:120]
+
+
+# ------------------------------------------------------------------------------------------------------ drawn here
+
+
+def _glyphs(data_dir: Path, train: bool) -> tuple[Tensor, Tensor]:
+    """60,000 or 10,000 typeset digits, drawn once and kept in data_dir/glyphs."""
+    count, seed = (60_000, 0) if train else (10_000, 1)
+    path = data_dir / "glyphs" / ("train.npz" if train else "test.npz")
+    if not path.exists():
+        _draw_glyphs(path, count, seed)
+    try:
+        with np.load(path, allow_pickle=False) as file:
+            images, labels = file["images"], file["labels"]
+        if images.shape != (count, 28, 28) or images.dtype != np.uint8 or labels.shape != (count,):
+            raise ValueError(f"it holds {images.dtype} {images.shape}")
+    except Exception as error:  # zipfile, zlib and numpy each have their own for a damaged file
+        raise ValueError(f"{path} is damaged ({_one_line(error)}): delete it and run again, "
+                         f"and it is drawn anew") from error
+    return torch.from_numpy(images)[:, None], torch.from_numpy(labels).long()
+
+
+def _draw_glyphs(path: Path, count: int, seed: int) -> None:
+    from glyphs import draw_glyphs
+
+    print(f"Drawing {count:,} glyphs into {path} (once) ...", flush=True)
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # its tensors are small: threads would only wait for each other
+    try:
+        images, labels = draw_glyphs(count, seed)
+    finally:
+        torch.set_num_threads(threads)
+    with atomic_write(path) as file:
+        np.savez(file, images=images, labels=labels)
+
+
+DATASETS: dict[str, tuple[Callable[[Path, bool], tuple[Tensor, Tensor]], tuple[str, ...]]] = {
+    "mnist": (lambda data_dir, train: _from_torchvision("MNIST", data_dir, train), DIGITS),
+    "fashion_mnist": (lambda data_dir, train: _from_torchvision("FashionMNIST", data_dir, train), FASHION),
+    "cifar10": (lambda data_dir, train: _from_torchvision("CIFAR10", data_dir, train), CIFAR),
+    "glyphs": (_glyphs, DIGITS),
+}

@@ -1,0 +1,129 @@
+"""The pieces of the network: time embedding, residual block, self-attention, and the two changes of resolution."""
+
+import math
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+ACTIVATIONS = {"silu": nn.SiLU, "gelu": nn.GELU, "relu": nn.ReLU, "mish": nn.Mish}
+
+
+def normalisation(channels: int) -> nn.GroupNorm:
+    """GroupNorm (Wu and He 2018) over groups of about 8 channels: the largest number of groups that divides them."""
+    return nn.GroupNorm(math.gcd(channels, max(1, channels // 8)), channels)
+
+
+def zero_init(layer: nn.Module) -> nn.Module:
+    """Start a layer at zero, so that the branch that it ends adds nothing at first."""
+    nn.init.zeros_(layer.weight)
+    nn.init.zeros_(layer.bias)
+    return layer
+
+
+class TimeEmbedding(nn.Module):
+    """t (B,), whole or real -> (B, time_emb_dim): sines and cosines of t at frequencies 1 ... 1/10000, then an MLP.
+
+    Vaswani et al. 2017, section 3.5; Ho et al. 2020, appendix B.
+    """
+
+    def __init__(self, time_emb_dim: int, activation: str = "silu"):
+        super().__init__()
+        if time_emb_dim < 2 or time_emb_dim % 2:
+            raise ValueError(f"time_emb_dim must be an even number from 2 up, not {time_emb_dim}")
+        frequencies = torch.exp(-math.log(10000) * torch.arange(time_emb_dim // 2) / (time_emb_dim // 2))
+        self.register_buffer("frequencies", frequencies, persistent=False)
+        self.mlp = nn.Sequential(nn.Linear(time_emb_dim, time_emb_dim), ACTIVATIONS[activation](),
+                                 nn.Linear(time_emb_dim, time_emb_dim))
+
+    def sinusoids(self, t: Tensor) -> Tensor:
+        """The embedding before the MLP: (B,) -> (B, time_emb_dim), values in [-1, 1]."""
+        angles = t.float()[:, None] * self.frequencies
+        return torch.cat([angles.sin(), angles.cos()], dim=1)
+
+    def forward(self, t: Tensor) -> Tensor:
+        return self.mlp(self.sinusoids(t))
+
+
+class ResidualBlock(nn.Module):
+    """x + f(x, embedding): two 3×3 convolutions, the second after a scale and a shift that the embedding chooses.
+
+    Pre-activation as in He et al. 2016; adaptive GroupNorm as in Dhariwal and Nichol 2021, section 3; the last
+    convolution starts at zero.
+    """
+
+    def __init__(self, in_channels: int, out_channels: int, emb_dim: int, activation: str = "silu"):
+        super().__init__()
+        self.norm1, self.conv1 = normalisation(in_channels), nn.Conv2d(in_channels, out_channels, 3, padding=1)
+        self.norm2 = normalisation(out_channels)
+        self.conv2 = zero_init(nn.Conv2d(out_channels, out_channels, 3, padding=1))
+        self.scale_shift = nn.Linear(emb_dim, 2 * out_channels)
+        self.act = ACTIVATIONS[activation]()
+        self.skip = nn.Conv2d(in_channels, out_channels, 1) if in_channels != out_channels else nn.Identity()
+
+    def forward(self, x: Tensor, emb: Tensor) -> Tensor:
+        h = self.conv1(self.act(self.norm1(x)))                                             # (B, C_out, H, W)
+        scale, shift = self.scale_shift(emb)[:, :, None, None].chunk(2, dim=1)
+        h = torch.addcmul(shift, self.norm2(h), 1 + scale)
+        return self.skip(x) + self.conv2(self.act(h))
+
+
+class Attention(nn.Module):
+    """x + self-attention over the H·W positions of x (B, C, H, W) (Vaswani et al. 2017), heads of about 32 channels."""
+
+    def __init__(self, channels: int, head_channels: int = 32):
+        super().__init__()
+        self.heads = math.gcd(channels, max(1, channels // head_channels))
+        self.norm, self.qkv = normalisation(channels), nn.Conv2d(channels, 3 * channels, 1)
+        self.project = zero_init(nn.Conv2d(channels, channels, 1))
+
+    def forward(self, x: Tensor) -> Tensor:
+        B, C, H, W = x.shape
+        qkv = self.qkv(self.norm(x)).reshape(B, 3, self.heads, C // self.heads, H * W)
+        q, k, v = qkv.transpose(-1, -2).unbind(1)                                           # (B, heads, H·W, C/heads)
+        h = F.scaled_dot_product_attention(q, k, v).transpose(-1, -2).reshape(B, C, H, W)
+        return x + self.project(h)
+
+
+class Stage(nn.Module):
+    """`depth` residual blocks at one resolution, each followed by self-attention where it is wanted."""
+
+    def __init__(self, in_channels: int, out_channels: int, emb_dim: int, depth: int, attention: bool, activation: str):
+        super().__init__()
+        self.blocks = nn.ModuleList(ResidualBlock(in_channels if i == 0 else out_channels, out_channels, emb_dim,
+                                                  activation) for i in range(depth))
+        self.attention = nn.ModuleList(Attention(out_channels) if attention else nn.Identity() for _ in range(depth))
+
+    def forward(self, x: Tensor, emb: Tensor) -> Tensor:
+        for block, attention in zip(self.blocks, self.attention, strict=True):
+            x = attention(block(x, emb))
+        return x
+
+
+class DownBlock(nn.Module):
+    """A stage, then half the resolution by a convolution of stride 2: returns (halved, skip)."""
+
+    def __init__(self, in_channels: int, out_channels: int, emb_dim: int, **stage):
+        super().__init__()
+        self.stage = Stage(in_channels, out_channels, emb_dim, **stage)
+        self.down = nn.Conv2d(out_channels, out_channels, 3, stride=2, padding=1)
+
+    def forward(self, x: Tensor, emb: Tensor) -> tuple[Tensor, Tensor]:
+        skip = self.stage(x, emb)                                                           # (B, C_out, H, W)
+        return self.down(skip), skip                                                        # (B, C_out, H/2, W/2)
+
+
+class UpBlock(nn.Module):
+    """Twice the resolution by interpolation and a convolution, the skip joined on, then a stage.
+
+    Interpolation before a convolution leaves no checkerboard, as transposed convolutions do (Odena et al. 2016).
+    """
+
+    def __init__(self, in_channels: int, out_channels: int, emb_dim: int, **stage):
+        super().__init__()
+        self.up = nn.Conv2d(in_channels, out_channels, 3, padding=1)
+        self.stage = Stage(2 * out_channels, out_channels, emb_dim, **stage)
+
+    def forward(self, x: Tensor, skip: Tensor, emb: Tensor) -> Tensor:
+        x = self.up(F.interpolate(x, scale_factor=2, mode="nearest"))                       # (B, C_out, 2H, 2W)
+        return self.stage(torch.cat([x, skip], dim=1), emb)

@@ -1,0 +1,110 @@
+"""SimpleUNet, the network that looks at a noisy image and its time and says what is in it (Ronneberger et al. 2015)."""
+
+from collections.abc import Sequence
+
+from torch import Tensor, nn
+
+from .layers import ACTIVATIONS, DownBlock, Stage, TimeEmbedding, UpBlock, normalisation, zero_init
+
+# Channels at each resolution, as multiples of base_channels: from 1/patch_size of the image's size down to a quarter.
+CHANNEL_MULTS = {1: (1, 2, 2), 2: (1, 2), 4: (2,)}
+
+
+class SimpleUNet(nn.Module):
+    """(x (B, C, H, W), t (B,), labels (B,)) -> (B, C, H, W): a time-embedded U-Net.
+
+    image_channels   1 or 3
+    base_channels    channels at the highest resolution
+    time_emb_dim     size of the time embedding, even
+    channel_mults    channels at each resolution in multiples of base_channels, the resolution halving from one to the
+                     next; by default CHANNEL_MULTS[patch_size]
+    depth            residual blocks in each stage
+    attention        self-attention at 1/n of the image's size for these n: (4,) is 7×7 for 28×28
+    activation       "silu", "gelu", "relu" or "mish"
+    num_classes      how many labels there are; None: a model without labels
+    patch_size       1, 2 or 4: pixels are unshuffled into channels at the stem and shuffled back at the head, so that
+                     no convolution runs above 1/patch_size of the resolution (Shi et al. 2016)
+
+    The defaults are the layout of the textbook, 28 → 14 → 7. H and W must be divisible by `self.divisor`;
+    ValueError for that and for arguments outside these.
+    """
+
+    def __init__(self, image_channels: int = 1, base_channels: int = 64, time_emb_dim: int = 256,
+                 channel_mults: Sequence[int] | None = None, depth: int = 1, attention: Sequence[int] = (4,),
+                 activation: str = "silu", num_classes: int | None = None, patch_size: int = 1):
+        super().__init__()
+        _check_arguments(image_channels, base_channels, depth, activation, num_classes, patch_size)
+        mults = tuple(CHANNEL_MULTS[patch_size] if channel_mults is None else channel_mults)
+        if not mults or min(mults) < 1:
+            raise ValueError(f"channel_mults must be whole numbers from 1 up, not {mults}")
+        self.config = dict(image_channels=image_channels, base_channels=base_channels, time_emb_dim=time_emb_dim,
+                           channel_mults=list(mults), depth=depth, attention=list(attention), activation=activation,
+                           num_classes=num_classes, patch_size=patch_size)
+        self.image_channels, self.num_classes = image_channels, num_classes
+        self.divisor = patch_size * 2 ** (len(mults) - 1)
+        widths = [base_channels * m for m in mults]
+
+        def stage(level: int) -> dict:
+            return dict(depth=depth, attention=patch_size * 2**level in attention, activation=activation)
+
+        self.time_embedding = TimeEmbedding(time_emb_dim, activation)
+        # One more than num_classes: the last entry means "no label".
+        self.label_embedding = nn.Embedding(num_classes + 1, time_emb_dim) if num_classes else None
+        self.act = ACTIVATIONS[activation]()
+        self.stem = nn.Sequential(nn.PixelUnshuffle(patch_size),
+                                  nn.Conv2d(image_channels * patch_size**2, widths[0], 3, padding=1))
+        inputs = [widths[0], *widths]
+        self.downs = nn.ModuleList(DownBlock(inputs[i], widths[i], time_emb_dim, **stage(i))
+                                   for i in range(len(widths) - 1))
+        self.middle = Stage(inputs[-2], widths[-1], time_emb_dim, **stage(len(widths) - 1))
+        self.ups = nn.ModuleList(UpBlock(widths[i + 1], widths[i], time_emb_dim, **stage(i))
+                                 for i in reversed(range(len(widths) - 1)))
+        self.head = nn.Sequential(normalisation(widths[0]), ACTIVATIONS[activation](),
+                                  zero_init(nn.Conv2d(widths[0], image_channels * patch_size**2, 3, padding=1)),
+                                  nn.PixelShuffle(patch_size))
+
+    def forward(self, x: Tensor, t: Tensor, labels: Tensor | None = None) -> Tensor:
+        self._check(x, t, labels)
+        emb = self.act(self.embed(t, labels))                                               # (B, time_emb_dim)
+        x, skips = self.stem(x), []                                                         # (B, base, H/p, W/p)
+        for down in self.downs:
+            x, skip = down(x, emb)                                                          # half the resolution
+            skips.append(skip)
+        x = self.middle(x, emb)
+        for up in self.ups:
+            x = up(x, skips.pop(), emb)                                                     # twice the resolution
+        return self.head(x)                                                                 # (B, C, H, W)
+
+    def embed(self, t: Tensor, labels: Tensor | None = None) -> Tensor:
+        """The embedding of the time, plus that of the label where the model has labels: (B, time_emb_dim).
+
+        labels (B,) int64 in 0..num_classes, where num_classes, like labels=None, means "no label".
+        """
+        emb = self.time_embedding(t)
+        if self.label_embedding is None:
+            return emb
+        return emb + self.label_embedding(t.new_full(t.shape, self.num_classes).long() if labels is None else labels)
+
+    def _check(self, x: Tensor, t: Tensor, labels: Tensor | None) -> None:
+        if x.ndim != 4 or x.shape[1] != self.image_channels:
+            raise ValueError(f"this network takes images (B, {self.image_channels}, H, W), not {tuple(x.shape)}")
+        if x.shape[2] % self.divisor or x.shape[3] % self.divisor:
+            raise ValueError(f"image height and width must be divisible by {self.divisor} (patch_size and "
+                             f"down-sampling together), got {x.shape[2]}×{x.shape[3]}: choose another image size, "
+                             f"patch_size or channel_mults")
+        if t.shape != (len(x),):
+            raise ValueError(f"t must have one entry for each of the {len(x)} images, not shape {tuple(t.shape)}")
+        if labels is not None and self.label_embedding is None:
+            raise ValueError("this network was built without labels (num_classes=None): call it without them")
+
+
+def _check_arguments(image_channels, base_channels, depth, activation, num_classes, patch_size) -> None:
+    if image_channels not in (1, 3):
+        raise ValueError(f"image_channels must be 1 or 3, not {image_channels}")
+    if patch_size not in CHANNEL_MULTS:
+        raise ValueError(f"patch_size must be 1, 2 or 4, not {patch_size}")
+    if activation not in ACTIVATIONS:
+        raise ValueError(f"unknown activation {activation!r}: choose one of {', '.join(ACTIVATIONS)}")
+    for name, value in (("base_channels", base_channels), ("depth", depth), ("num_classes", num_classes)):
+        if value is not None and value < 1:
+            raise ValueError(f"{name} must be 1 or more, not {value}")

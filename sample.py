@@ -1,0 +1,132 @@
+"""Make images with a trained model.
+
+    python sample.py --checkpoint outputs/model_final.pt --show_intermediate
+    python sample.py --checkpoint outputs/model_final.pt --sampler ddpm --timesteps 1000 --seed 7
+
+The checkpoint knows what the training was: no flag has to be repeated. An --output that ends in .npz gets the images as
+arr_0, uint8 (N, H, W, C), instead of a picture.
+"""
+
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+from tqdm import tqdm
+
+from checkpoint import load_model
+from data import to_uint8
+from files import atomic_write
+from samplers import SAMPLERS, generate, image_noise
+from utils import (
+    Parser,
+    add_shared_flags,
+    autocast,
+    check_writable,
+    get_device,
+    number,
+    pick_precision,
+    save_images,
+    script,
+)
+
+FILM_FRAMES, FILM_IMAGES = 10, 8
+
+
+def parse_args(argv: Sequence[str] | None):
+    parser = Parser(__doc__)
+    group = parser.add_argument_group("what")
+    group.add_argument("--checkpoint", required=True, help="a file that train.py wrote")
+    group.add_argument("--use_ema", action="store_true", default=True, help="the averaged weights, the better ones")
+    group.add_argument("--no-use_ema", "--no_use_ema", action="store_false", dest="use_ema",
+                       help="the weights as the last step left them")
+    group.add_argument("--num_images", type=number(int, 1, 10_000_000), default=64, help="how many")
+    group.add_argument("--output", default="outputs/generated_samples.png", help="a .png or .npz file")
+    group.add_argument("--show_intermediate", action="store_true",
+                       help="also write intermediate/step_XXXX.png beside the output, and a film strip")
+    group = parser.add_argument_group("how")
+    group.add_argument("--sampler", choices=tuple(SAMPLERS), default="dpmpp_2m", help="the way from noise to image")
+    group.add_argument("--steps", "--timesteps", type=number(int, 1), default=20,
+                       help="network evaluations for an image, at most the checkpoint's T")
+    group.add_argument("--eta", type=number(float, 0, 1), default=0.0, help="fresh noise of ddim: 0 none, 1 as ddpm")
+    group.add_argument("--batch_size", type=number(int, 1), default=64, help="images at a time; changes no image")
+    add_shared_flags(group, "seed", "device", "precision")
+    args = parser.parse_args(argv)
+    if Path(args.output).suffix not in (".png", ".npz"):
+        parser.error(f"--output must end in .png or .npz, not {args.output!r}")
+    return args
+
+
+def shown_steps(steps: int) -> set[int]:
+    """Which steps, counted from 1, a film shows: about FILM_FRAMES, evenly spaced."""
+    return {round(steps * (i + 1) / FILM_FRAMES) for i in range(FILM_FRAMES)}
+
+
+class Film:
+    """What --show_intermediate keeps of every batch: the images at some times of their trajectories."""
+
+    def __init__(self):
+        self.frames: dict[int, list[torch.Tensor]] = {}
+
+    def add(self, t: float, x: torch.Tensor) -> None:
+        self.frames.setdefault(int(t), []).append(x.cpu())
+
+    def save(self, output: Path) -> list[Path]:
+        """Write intermediate/step_XXXX.png, named by t, and film_strip.png, a row for each of the first images."""
+        frames = {t: torch.cat(parts) for t, parts in sorted(self.frames.items(), reverse=True)}
+        folder = output.parent / "intermediate"
+        for t, images in frames.items():
+            save_images(images, folder / ("final.png" if t < 0 else f"step_{t:04d}.png"))
+        rows = torch.stack([images[:FILM_IMAGES] for images in frames.values()], dim=1).flatten(0, 1)
+        strip = output.parent / "film_strip.png"
+        save_images(rows, strip, columns=len(frames))
+        return [folder, strip]
+
+
+def make_images(args, model, diffusion, shape) -> tuple[torch.Tensor, Film | None]:
+    """The images (N, C, H, W) in [-1, 1], and the film if one is asked for."""
+    film = Film() if args.show_intermediate else None
+    keep, images = shown_steps(args.steps), []
+    precision = pick_precision(args.precision, diffusion.device)
+    batches = generate(model, diffusion, shape, range(args.num_images), seed=args.seed, sampler=args.sampler,
+                       steps=args.steps, eta=args.eta, batch_size=args.batch_size)
+    total = -(-args.num_images // args.batch_size) * args.steps
+    with tqdm(total=total, unit="step", desc="sampling") as bar, autocast(diffusion.device, precision):
+        for batch, trajectory in batches:
+            if film:
+                film.add(diffusion.num_timesteps - 1, image_noise(batch, args.seed, shape)())
+            for step, (t, x, _) in enumerate(trajectory, start=1):
+                bar.update()
+                if film and step in keep:
+                    film.add(t, x)
+            images.append(x.cpu())
+    return torch.cat(images), film
+
+
+def save(images: torch.Tensor, output: Path) -> None:
+    """Write images (N, C, H, W) in [-1, 1] as a grid or, to .npz, as uint8 arr_0 (N, H, W, C)."""
+    if output.suffix == ".png":
+        return save_images(images, output)
+    with atomic_write(output) as file:
+        np.savez_compressed(file, arr_0=to_uint8(images).permute(0, 2, 3, 1).numpy())
+
+
+@script
+def main(argv=None):
+    args = parse_args(argv)
+    output = Path(args.output)
+    check_writable(output.parent)
+    model, diffusion, checkpoint = load_model(args.checkpoint, get_device(args.device), args.use_ema)
+    print(f"Using device: {diffusion.device}")
+    start = time.perf_counter()
+    images, film = make_images(args, model, diffusion, checkpoint["config"]["data"]["shape"])
+    print(f"{len(images)} images by {args.sampler} in {args.steps} steps: {time.perf_counter() - start:.2f} s")
+    save(images, output)
+    for path in [output, *(film.save(output) if film else [])]:
+        print(f"Saved {path}")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,137 @@
+"""Ways to walk from noise to an image.
+
+A sampler is a generator, `sampler(denoise, x_T, timesteps, diffusion, *, eta=0., randn=torch.randn_like)`: it starts at
+x_T, walks down the decreasing list `timesteps` and then to -1, the clean image, and yields `(t, x_t, x_0_hat)` after
+every step, where t is the time just reached; the last item is (-1, image, x_0_hat). All it knows of the network is
+`denoise(x_t, t) -> x_0_hat`, which it calls once for each step. Guidance, labels and clipping wrap `denoise`.
+"""
+
+import math
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from itertools import pairwise
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from diffusion import Denoise, DiffusionProcess
+
+Trajectory = Iterator[tuple[float, Tensor, Tensor]]
+
+
+def _steps(timesteps: Sequence[float]) -> list[tuple[float, float]]:
+    """The pairs (t, s) of a walk: from each time to the next, and from the last to -1."""
+    times = [*map(float, timesteps), -1.0]
+    if len(times) < 2 or any(s >= t for t, s in pairwise(times)):
+        raise ValueError(f"timesteps must be a decreasing list of at least one time from 0 up, not {list(timesteps)}")
+    return list(pairwise(times))
+
+
+def _at(t: float, x: Tensor) -> Tensor:
+    """The time t for each image of x: (B,), float64 where the device has it."""
+    return torch.full((len(x),), t, device=x.device, dtype=torch.float32 if x.device.type == "mps" else torch.float64)
+
+
+def ddpm(denoise: Denoise, x_T: Tensor, timesteps: Sequence[float], diffusion: DiffusionProcess, *, eta: float = 0.0,
+         randn: Callable[[Tensor], Tensor] = torch.randn_like) -> Trajectory:
+    """Ancestral sampling: x_s ~ q(x_s | x_t, x_0_hat) (Ho et al. 2020, algorithm 2), on any subset of the times.
+
+    The posterior is the exact one from t to s, however far apart they are. eta is not used.
+    """
+    x = x_T
+    for t, s in _steps(timesteps):
+        x_0_hat = denoise(x, _at(t, x))
+        mean, variance = diffusion.posterior(x, x_0_hat, t, s)
+        x = mean + variance.sqrt() * randn(x) if s >= 0 else mean
+        yield s, x, x_0_hat
+
+
+def ddim(denoise: Denoise, x_T: Tensor, timesteps: Sequence[float], diffusion: DiffusionProcess, *, eta: float = 0.0,
+         randn: Callable[[Tensor], Tensor] = torch.randn_like) -> Trajectory:
+    """Denoising diffusion implicit models (Song et al. 2021, eqs. 12 and 16).
+
+    x_s = alpha_s · x_0_hat + sqrt(sigma_s² - c²) · noise_hat + c · fresh noise,   c² = eta² · posterior variance.
+    eta = 0 follows the probability-flow ODE to first order; eta = 1 has the mean and variance of ddpm.
+    """
+    x = x_T
+    for t, s in _steps(timesteps):
+        x_0_hat = denoise(x, _at(t, x))
+        noise_hat = (x - diffusion.alpha(t) * x_0_hat) / diffusion.sigma(t)
+        fresh = eta**2 * diffusion.posterior(x, x_0_hat, t, s)[1]
+        x = diffusion.alpha(s) * x_0_hat + (diffusion.sigma(s) ** 2 - fresh).clamp(min=0).sqrt() * noise_hat
+        if eta and s >= 0:
+            x = x + fresh.sqrt() * randn(x)
+        yield s, x, x_0_hat
+
+
+def dpmpp_2m(denoise: Denoise, x_T: Tensor, timesteps: Sequence[float], diffusion: DiffusionProcess, *,
+             eta: float = 0.0, randn: Callable[[Tensor], Tensor] = torch.randn_like) -> Trajectory:
+    """DPM-Solver++ (2M): second order in the half log-SNR, reusing the last x_0_hat (Lu et al. 2022, algorithm 2).
+
+    x_s = sigma_s / sigma_t · x_t - alpha_s · (e^-h - 1) · D,   h = (lambda_s - lambda_t) / 2,
+    D = x_0_hat + (x_0_hat - previous x_0_hat) · h / (2 · previous h), and D = x_0_hat in the first and the last step
+    (where h is infinite). eta and randn are not used: it is deterministic.
+    """
+    x, previous, previous_h = x_T, None, None
+    for t, s in _steps(timesteps):
+        x_0_hat = denoise(x, _at(t, x))
+        h = (diffusion.log_snr(s) - diffusion.log_snr(t)) / 2
+        extrapolate = 0 if previous is None or s < 0 else h / (2 * previous_h)
+        D = x_0_hat if not extrapolate else x_0_hat + extrapolate * (x_0_hat - previous)
+        x = diffusion.sigma(s) / diffusion.sigma(t) * x - diffusion.alpha(s) * torch.expm1(-h) * D
+        previous, previous_h = x_0_hat, h
+        yield s, x, x_0_hat
+
+
+SAMPLERS = {"ddpm": ddpm, "ddim": ddim, "dpmpp_2m": dpmpp_2m}
+
+
+def uniform_timesteps(num_timesteps: int, steps: int) -> list[int]:
+    """`steps` whole times, evenly spaced from T-1 down; the last step goes from about T/steps to the clean image.
+
+    The "trailing" spacing of Lin et al. 2024: no evaluation is spent on t = 0, where nothing is left to remove, unless
+    steps = T, which visits every time. ValueError unless 1 <= steps <= T.
+    """
+    if not 1 <= steps <= num_timesteps:
+        raise ValueError(f"steps must lie in 1..{num_timesteps} (the process's number of timesteps), not {steps}")
+    return [math.ceil(num_timesteps * (steps - i) / steps) - 1 for i in range(steps)]
+
+
+def image_noise(indices: Iterable[int], seed: int, shape: Sequence[int], device="cpu") -> Callable[..., Tensor]:
+    """randn() -> (B, *shape): the next standard normal noise of each image; image k's depends on (seed, k) alone.
+
+    Every image has a random stream of its own, so its noise is the same bit for bit in every batch and on every
+    number of processes. The first call is the starting noise x_T. seed and indices: from 0 to 2^63 - 1.
+    """
+    streams = [np.random.Generator(np.random.Philox(key=np.array([seed, k], dtype=np.uint64))) for k in indices]
+
+    def randn(like: Tensor | None = None) -> Tensor:
+        noise = np.stack([stream.standard_normal(tuple(shape), dtype=np.float32) for stream in streams])
+        return torch.from_numpy(noise).to(device)
+    return randn
+
+
+def generate(model, diffusion: DiffusionProcess, shape: Sequence[int], indices: Sequence[int], *, seed: int = 0,
+             sampler: str = "dpmpp_2m", steps: int = 20, eta: float = 0.0, batch_size: int = 64,
+             labels: Tensor | None = None, clip: bool = True) -> Iterator[tuple[Sequence[int], Trajectory]]:
+    """Make the images with these indices, batch by batch: yields (indices of the batch, its trajectory).
+
+    This is the only loop that makes images from a checkpoint. `shape` is (C, H, W); image k of seed s has the same
+    noise in every batch, and the same label, labels[k]. A trajectory is a sampler's generator: consume it before
+    asking for the next batch. ValueError for unknown samplers and impossible step counts.
+    """
+    if sampler not in SAMPLERS:
+        raise ValueError(f"unknown sampler {sampler!r}: choose one of {', '.join(SAMPLERS)}")
+    timesteps = uniform_timesteps(diffusion.num_timesteps, steps)
+    for start in range(0, len(indices), batch_size):
+        batch = indices[start:start + batch_size]
+        randn = image_noise(batch, seed, shape, diffusion.device)
+        batch_labels = None if labels is None else labels[list(batch)].to(diffusion.device)
+        denoise = torch.no_grad()(diffusion.denoiser(model, batch_labels, clip))
+        yield batch, SAMPLERS[sampler](denoise, randn(), timesteps, diffusion, eta=eta, randn=randn)
+
+
+def final_image(trajectory: Trajectory) -> Tensor:
+    """The images (B, C, H, W) that a trajectory ends in."""
+    *_, (_, x, _) = trajectory
+    return x

@@ -1,0 +1,220 @@
+"""What the scripts share: devices, seeds, pictures, plots, and the face that every script shows."""
+
+import argparse
+import contextlib
+import functools
+import json
+import math
+import os
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from data import DATASETS, to_uint8
+from files import atomic_write
+
+# ------------------------------------------------------------------------------------------------ device and chance
+
+
+def get_device(name: str = "auto") -> torch.device:
+    """The device by its name; "auto" is CUDA where there is one, then MPS, then the CPU. ValueError if missing."""
+    available = ["cpu"]
+    if torch.backends.mps.is_available():
+        available.insert(0, "mps")
+    if torch.cuda.is_available():
+        available[:0] = ["cuda", *(f"cuda:{i}" for i in range(torch.cuda.device_count()))]
+    if name == "auto":
+        return torch.device(available[0])
+    if name not in available:
+        raise ValueError(f"device {name!r} is not available: choose --device auto or one of {', '.join(available)}")
+    return torch.device(name)
+
+
+def set_seed(seed: int) -> None:
+    """Seed torch's global generator, which initialises networks."""
+    torch.manual_seed(seed)
+
+
+def generator_for(seed: int, *key: int, device="cpu") -> torch.Generator:
+    """A random generator that depends on (seed, *key) alone, so that no hidden state has to be saved to go on."""
+    state = int(np.random.SeedSequence([seed, *key]).generate_state(1)[0])
+    return torch.Generator(device).manual_seed(state)
+
+
+def pick_precision(precision: str, device: torch.device) -> str:
+    """fp32 or bf16; "auto" is bf16 where the processor multiplies in it."""
+    if precision != "auto":
+        return precision
+    if device.type == "cuda":
+        return "bf16" if torch.cuda.is_bf16_supported() else "fp32"
+    return "bf16" if device.type == "cpu" and torch.cpu._is_avx512_bf16_supported() else "fp32"
+
+
+def autocast(device: torch.device, precision: str) -> torch.autocast:
+    """bfloat16 autocast on `device` for precision "bf16"; nothing for "fp32"."""
+    return torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16")
+
+
+def count_parameters(model: nn.Module) -> int:
+    """How many numbers the model learns."""
+    return sum(p.numel() for p in model.parameters() if p.requires_grad)
+
+
+# ------------------------------------------------------------------------------------------------------- pictures
+
+
+def save_images(images: Tensor, path: str | Path, columns: int = 8, scale: int = 3, quantise: bool = True) -> None:
+    """Write a grid of images (B, C, H, W) in [-1, 1] as a PNG, `columns` in a row, each pixel scale × scale large."""
+    from PIL import Image
+    from torchvision.utils import make_grid
+
+    images = to_uint8(images.cpu()) if quantise else images.cpu()
+    grid = make_grid(images, nrow=columns, padding=1, pad_value=64)                         # (3, H', W')
+    grid = grid.repeat_interleave(scale, 1).repeat_interleave(scale, 2)
+    with atomic_write(path) as file:
+        Image.fromarray(grid.permute(1, 2, 0).numpy()).save(file, format="PNG")
+
+
+def save_figure(figure, path: str | Path) -> None:
+    """Write a matplotlib figure as a PNG and close it."""
+    with atomic_write(path) as file:
+        figure.savefig(file, format="png", dpi=120, bbox_inches="tight")
+    pyplot().close(figure)
+
+
+def pyplot():
+    """matplotlib.pyplot with the backend that needs no screen."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    return plt
+
+
+def moving_average(values: Sequence[float], window: int) -> np.ndarray:
+    """The mean of each value and up to `window` - 1 before it: as long as `values`."""
+    sums = np.cumsum([0.0, *values])
+    ends = np.arange(1, len(values) + 1)
+    starts = np.maximum(ends - window, 0)
+    return (sums[ends] - sums[starts]) / (ends - starts)
+
+
+def plot_losses(records: Sequence[dict], path: str | Path) -> None:
+    """Draw the records of metrics.jsonl: training loss, its moving average, and the validation loss, over the steps."""
+    plt = pyplot()
+    figure, axes = plt.subplots(figsize=(8, 4.5))
+    trained = [(r["step"], r["loss"]) for r in records if r.get("loss") is not None and math.isfinite(r["loss"])]
+    validated = [(r["step"], r["val_loss"]) for r in records if r.get("val_loss") is not None]
+    if trained:
+        steps, losses = zip(*trained, strict=True)
+        window = max(2, len(losses) // 20)
+        axes.plot(steps, losses, color="tab:blue", alpha=0.25, label="training")
+        axes.plot(steps, moving_average(losses, window), color="tab:blue", label=f"moving average of {window}")
+    if validated:
+        axes.plot(*zip(*validated, strict=True), "o-", color="tab:orange", markersize=4, label="validation (EMA)")
+    if trained and min(loss for _, loss in trained) > 0:
+        axes.set_yscale("log")
+    axes.set(xlabel="training step", ylabel="loss", title="Training loss")
+    axes.grid(alpha=0.3, which="both")
+    if trained or validated:
+        axes.legend()
+    save_figure(figure, path)
+
+
+def write_json_lines(records: Sequence[dict], path: str | Path) -> None:
+    """Write one JSON object per line."""
+    with atomic_write(path, "w") as file:
+        file.writelines(json.dumps(record) + "\n" for record in records)
+
+
+# --------------------------------------------------------------------------------------------- the face of a script
+
+
+class Parser(argparse.ArgumentParser):
+    """An argument parser that shows every default and puts an error on one line."""
+
+    def __init__(self, description: str):
+        class Formatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
+            pass
+        super().__init__(description=description, formatter_class=Formatter, allow_abbrev=False)
+
+    def error(self, message: str):
+        raise ValueError(f"{message} (python {self.prog} --help lists the flags)")
+
+
+def number(kind: type, low: float = -math.inf, high: float = math.inf) -> Callable[[str], float]:
+    """A parser of flags' values: a finite number of `kind` (int or float) in low..high."""
+    def parse(text: str):
+        try:
+            value = kind(text)
+        except ValueError:
+            value = None
+        if value is None or not low <= value <= high or not math.isfinite(value):
+            name = "a whole number" if kind is int else "a number"
+            bounds = {(False, False): "", (True, False): f" from {low:g} up", (False, True): f" up to {high:g}",
+                      (True, True): f" in {low:g}..{high:g}"}[math.isfinite(low), math.isfinite(high)]
+            raise argparse.ArgumentTypeError(f"must be {name}{bounds}, not {text!r}")
+        return value
+    return parse
+
+
+SHARED_FLAGS = {
+    "dataset": dict(choices=tuple(DATASETS), default="mnist", help="what to learn or look at"),
+    "data_dir": dict(default="data", help="where data sets lie or are downloaded to"),
+    "output_dir": dict(default="outputs", help="where results are written"),
+    "device": dict(default="auto", help="auto (CUDA, then MPS, then CPU), cuda, cuda:N, mps or cpu"),
+    "seed": dict(type=number(int, 0, 2**63 - 1), default=0, help="of all that is random"),
+    "precision": dict(choices=("auto", "fp32", "bf16"), default="auto",
+                      help="of the network's arithmetic; auto takes what is faster on this device"),
+}
+
+
+def add_shared_flags(parser, *names: str) -> None:
+    """Add flags that have one meaning in every script."""
+    for name in names:
+        parser.add_argument(f"--{name}", **SHARED_FLAGS[name])
+
+
+def script(main: Callable[[Sequence[str] | None], None]) -> Callable[..., int]:
+    """Make `main(argv)` a script's entry point, main(argv=None) -> exit status.
+
+    0 done; 1 the run failed; 2 the user asked for something that cannot be, told in one line on stderr; 130 Ctrl-C.
+    """
+    @functools.wraps(main)
+    def run(argv: Sequence[str] | None = None) -> int:
+        try:
+            return main(argv) or 0
+        except SystemExit as stop:  # --help
+            return stop.code or 0
+        except KeyboardInterrupt:
+            return _complain("stopped by Ctrl-C", 130)
+        except (ValueError, FileNotFoundError, PermissionError, NotADirectoryError, IsADirectoryError) as error:
+            return _complain(error, 2)
+        except OSError as error:
+            return _complain(error, 1)
+    return run
+
+
+def _complain(message, status: int) -> int:
+    name = Path(sys.argv[0]).name
+    with contextlib.suppress(OSError):
+        print(f"{name}: {' '.join(str(message).split())}", file=sys.stderr, flush=True)
+    return status
+
+
+def check_writable(folder: str | Path) -> Path:
+    """Make `folder` and see that files can be made in it, before any work is done. ValueError if not."""
+    folder = Path(folder)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with atomic_write(folder / f".probe-{os.getpid()}") as file:
+            file.write(b"probe")
+        (folder / f".probe-{os.getpid()}").unlink()
+    except OSError as error:
+        raise ValueError(f"cannot write to {folder} ({error.strerror}): choose another folder") from error
+    return folder
