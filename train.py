@@ -1,6 +1,7 @@
 """Learn to make images like those of a data set.
 
     python train.py --epochs 20
+    python train.py --budget 10m
     python train.py --dataset fashion_mnist --schedule cosine --prediction v --output_dir outputs/fashion
 
 Writes to --output_dir: samples/epoch_001.png ..., checkpoints/model_epoch_005.pt ..., model_final.pt,
@@ -30,6 +31,7 @@ from utils import (
     autocast,
     check_writable,
     count_parameters,
+    duration,
     generator_for,
     get_device,
     number,
@@ -53,7 +55,10 @@ def parse_args(argv: Sequence[str] | None):
     parser = Parser(__doc__)
     group = parser.add_argument_group("run")
     add_shared_flags(group, "dataset", "data_dir", "output_dir", "device", "precision", "seed")
-    group.add_argument("--epochs", type=number(int, 1), default=20, help="passes over the training images")
+    group.add_argument("--epochs", type=number(int, 1),
+                       help="passes over the training images (default: 20, or what --budget allows)")
+    group.add_argument("--budget", type=duration, metavar="TIME",
+                       help="wall-clock time for everything, start-up and saving included: 90s, 10m, 1.5h")
     group.add_argument("--train_images", type=number(int, 1), help="learn from the first N training images only")
     group.add_argument("--sample_interval", type=number(int, 0), default=1,
                        help="epochs between two grids of samples; 0: none")
@@ -88,7 +93,10 @@ def parse_args(argv: Sequence[str] | None):
     group.add_argument("--weight_decay", type=number(float, 0), default=0.0, help="of AdamW")
     group.add_argument("--max_grad_norm", type=number(float, 0), default=1.0, help="gradients are clipped to this norm")
     group.add_argument("--ema_decay", type=number(float, 0, 1), default=0.999, help="of the average of the weights")
-    return parser.parse_args(argv)
+    args = parser.parse_args(argv)
+    if args.epochs is None and args.budget is None:
+        args.epochs = 20
+    return args
 
 
 def learning_rate(progress: float, peak: float, warmup: float) -> float:
@@ -106,8 +114,8 @@ def ema_decay_at(step: int, decay: float) -> float:
 class Run:
     """A training run: what it learns, how far it is, and what it writes."""
 
-    def __init__(self, args):
-        self.args, self.device = args, get_device(args.device)
+    def __init__(self, args, startup: float = 0.0):
+        self.args, self.device, self.start = args, get_device(args.device), time.perf_counter() - startup
         self.output_dir = check_writable(args.output_dir)
         self.precision = pick_precision(args.precision, self.device)
         self.data = load_dataset(args.dataset, "train", args.data_dir).first(args.train_images or sys.maxsize)
@@ -115,7 +123,8 @@ class Run:
         self.validation = load_dataset(args.dataset, "validation", args.data_dir)
         self.batch_size = min(args.batch_size, len(self.data.images))
         self.steps_per_epoch = len(self.data.images) // self.batch_size
-        self.total_steps = args.epochs * self.steps_per_epoch
+        self.total_steps = args.epochs * self.steps_per_epoch if args.epochs else math.inf
+        self.closing = 3.0  # seconds that the end of the run will take: measured at the end of each epoch
         set_seed(args.seed)
         channels = self.data.images.shape[1]
         model_config = dict({name: getattr(args, name) for name in MODEL_FLAGS}, image_channels=channels,
@@ -129,7 +138,7 @@ class Run:
         self.ema = AveragedModel(self.model, multi_avg_fn=self._average).requires_grad_(False)
         self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=args.lr, betas=(0.9, 0.99),
                                            weight_decay=args.weight_decay, fused=self.device.type in ("cpu", "cuda"))
-        self.step, self.seconds, self.records, self._order = 0, 0.0, [], (None, None)
+        self.step, self.seconds, self.records, self._order = 0, 0.0, [], (None, None)  # seconds: of all its sittings
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -138,6 +147,16 @@ class Run:
     @property
     def epoch(self) -> int:
         return self.step // self.steps_per_epoch
+
+    @property
+    def elapsed(self) -> float:
+        return time.perf_counter() - self.start
+
+    @property
+    def progress(self) -> float:
+        """How much of the run is done, 0..1: of its steps or of its time, whichever is further."""
+        in_time = self.elapsed / max(1e-9, self.args.budget - self.closing) if self.args.budget else 0.0
+        return min(1.0, max(self.step / self.total_steps, in_time))
 
     def _average(self, averages, weights, _) -> None:
         torch._foreach_lerp_(averages, weights, 1 - ema_decay_at(self.step, self.args.ema_decay))
@@ -161,7 +180,7 @@ class Run:
     def train_step(self) -> torch.Tensor:
         """Take one step of gradient descent; returns the loss, still on the device."""
         for group in self.optimizer.param_groups:
-            group["lr"] = learning_rate((self.step + 1) / self.total_steps, self.args.lr, self.args.warmup)
+            group["lr"] = learning_rate(self.progress, self.args.lr, self.args.warmup)
         x_0, labels = self.batch()
         chance = generator_for(self.args.seed, 2, self.step, device=self.device)
         t = self.diffusion.sample_timesteps(len(x_0), chance)
@@ -193,7 +212,7 @@ class Run:
                 total += self.diffusion.loss(self.ema.module, x_0, t, noise, labels).item() / VALIDATION_BATCHES
         return total
 
-    def save_preview(self) -> None:
+    def save_preview(self, epoch: int) -> None:
         """Write a grid of images from the same starting noise as in every other epoch."""
         steps = min(PREVIEW_STEPS, self.diffusion.num_timesteps)
         indices = range(PREVIEW_IMAGES)
@@ -201,22 +220,31 @@ class Run:
         with autocast(self.device, self.precision):
             images = [final_image(trajectory) for _, trajectory in generate(
                 self.ema.module, self.diffusion, self.shape, indices, seed=self.args.seed, steps=steps, labels=labels)]
-        save_images(torch.cat(images), self.output_dir / f"samples/epoch_{self.epoch:03d}.png")
+        save_images(torch.cat(images), self.output_dir / f"samples/epoch_{epoch:03d}.png")
 
-    def end_epoch(self, val_loss: float) -> None:
-        """Report on the epoch just ended, and write what its number calls for."""
-        args, before = self.args, self.step - self.steps_per_epoch
-        steps = [0, *(r["step"] for r in self.records)]
-        loss = sum(r["loss"] * (r["step"] - last) for r, last in zip(self.records, steps, strict=False)
-                   if r["step"] > before) / self.steps_per_epoch
-        seconds = self.seconds - max((r["seconds"] for r in self.records if r["step"] <= before), default=0)
-        tqdm.write(f"epoch {self.epoch}/{args.epochs}: loss {loss:.5f}, val_loss {val_loss:.5f}, {seconds:.1f} s",
-                   file=sys.stdout)
-        if args.sample_interval and self.epoch % args.sample_interval == 0:
-            self.save_preview()
-        if args.save_interval and self.epoch % args.save_interval == 0:
-            self.save(f"checkpoints/model_epoch_{self.epoch:03d}.pt")
+    def end_epoch(self, loss: float, speed: float) -> None:
+        """Validate, log, and write what the number of the epoch that ended here calls for."""
+        start = time.perf_counter()
+        val_loss = self.validation_loss()
+        self.record(loss, speed, val_loss)
+        epoch = -(-self.step // self.steps_per_epoch)  # one that a budget cut short counts
+        own = [r for r in self.records if r["step"] > (epoch - 1) * self.steps_per_epoch]
+        mean = sum(r["loss"] for r in own) / len(own)
+        seconds = self.seconds - max((r["seconds"] for r in self.records[:-len(own)]), default=0)
+        tqdm.write(f"epoch {epoch}: loss {mean:.5f}, val_loss {val_loss:.5f}, {seconds:.1f} s", file=sys.stdout)
+        if self.args.sample_interval and epoch % self.args.sample_interval == 0:
+            self.save_preview(epoch)
+        if self.args.save_interval and epoch % self.args.save_interval == 0:
+            self.save(f"checkpoints/model_epoch_{epoch:03d}.pt")
         write_json_lines(self.records, self.output_dir / "metrics.jsonl")
+        self.closing = time.perf_counter() - start + 1.0  # and a second for the last checkpoint and the plot
+        self.seconds += time.perf_counter() - start
+
+    def time_left(self, speed: float) -> float:
+        """Seconds to the end at `speed` images a second, with the validation and the samples that are to come."""
+        in_time = self.args.budget - self.elapsed if self.args.budget else math.inf
+        epochs = (self.total_steps - self.step) / self.steps_per_epoch
+        return min(in_time, epochs * (self.steps_per_epoch * self.batch_size / speed + self.closing))
 
     def record(self, loss: float, speed: float, val_loss: float | None = None) -> None:
         """Add a line to metrics.jsonl."""
@@ -267,40 +295,33 @@ def read_records(output_dir: Path) -> list[dict]:
 
 def train(run: Run) -> None:
     """The loop: steps, and after each epoch validation, a line in the log, samples and checkpoints."""
-    pause = None  # seconds that validation and samples take between two epochs
-    bar = tqdm(total=run.total_steps, initial=run.step, unit="step", dynamic_ncols=True,
-               bar_format="{percentage:3.0f}%|{bar}| {n_fmt}/{total_fmt} [{elapsed}{postfix}]")
-    while run.step < run.total_steps:
-        start = time.perf_counter()
-        losses = []
+    bar = tqdm(total=100, unit="%", dynamic_ncols=True, bar_format="{percentage:3.0f}%|{bar}| [{elapsed}{postfix}]")
+    while run.progress < 1:
+        start, losses = time.perf_counter(), []
         for _ in range(min(LOG_STEPS, run.steps_per_epoch - run.step % run.steps_per_epoch)):
             losses.append(run.train_step())
-            bar.update()
+            if run.progress >= 1:
+                break
         loss = torch.stack(losses).mean().item()  # the device is waited for only here
         seconds = time.perf_counter() - start
         speed = len(losses) * run.batch_size / seconds
         run.seconds += seconds
-        ended = run.step % run.steps_per_epoch == 0
-        val_loss = run.validation_loss() if ended else None
-        run.record(loss, speed, val_loss)
-        if ended:
-            run.end_epoch(val_loss)
-            pause = time.perf_counter() - start - seconds
-            run.seconds += pause
-        to_come = PREVIEW_IMAGES * PREVIEW_STEPS / (2 * speed) if pause is None else pause
-        left = (run.total_steps - run.step) * run.batch_size / speed + (run.args.epochs - run.epoch) * to_come
-        bar.set_postfix_str(f"loss {loss:.4f}, {speed:.0f} images/s, {tqdm.format_interval(left)} left")
+        if run.step % run.steps_per_epoch and run.progress < 1:
+            run.record(loss, speed)
+        else:
+            run.end_epoch(loss, speed)
+        bar.update(round(100 * run.progress) - bar.n)
+        bar.set_postfix_str(f"loss {loss:.4f}, {speed:.0f} images/s, {tqdm.format_interval(run.time_left(speed))} left")
     bar.close()
 
 
 @script
 def main(argv=None):
-    args = parse_args(argv)
-    run = Run(args)
+    run = Run(parse_args(argv), startup=time.process_time() if argv is None else 0.0)
     print(f"Using device: {run.device}")
     print(f"{run.data.name}: {len(run.data.images):,} images; network of {count_parameters(run.model):,} parameters; "
-          f"{run.precision}; {run.total_steps:,} steps")
-    if args.resume:
+          f"{run.precision}", flush=True)
+    if run.args.resume:
         run.resume()
     train(run)
     path = run.save("model_final.pt")

@@ -163,6 +163,18 @@ def number(kind: type, low: float = -math.inf, high: float = math.inf) -> Callab
     return parse
 
 
+def duration(text: str) -> float:
+    """A parser of flags' values: seconds from "90", "90s", "10m" or "1.5h"."""
+    unit = {"s": 1, "m": 60, "h": 3600}.get(text[-1:])
+    try:
+        seconds = float(text[:-1] if unit else text) * (unit or 1)
+    except ValueError:
+        seconds = math.nan
+    if not 0 < seconds < math.inf:
+        raise argparse.ArgumentTypeError(f"must be a time such as 90s, 10m or 1.5h, not {text!r}")
+    return seconds
+
+
 SHARED_FLAGS = {
     "dataset": dict(choices=tuple(DATASETS), default="mnist", help="what to learn or look at"),
     "data_dir": dict(default="data", help="where data sets lie or are downloaded to"),

@@ -1,0 +1,143 @@
+"""See how images become noise, how the schedules differ, and how a trained model finds its way back.
+
+    python visualize_diffusion.py
+    python visualize_diffusion.py --what schedules --save_path outputs/schedules.png
+    python visualize_diffusion.py --what denoising --checkpoint outputs/model_final.pt
+"""
+
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from checkpoint import load_model
+from data import load_dataset, to_model, to_uint8
+from diffusion import SCHEDULES, DiffusionProcess
+from samplers import SAMPLERS, generate, image_noise
+from utils import (
+    Parser,
+    add_shared_flags,
+    check_writable,
+    generator_for,
+    get_device,
+    number,
+    pyplot,
+    save_figure,
+    script,
+)
+
+COLUMNS = (0, 50, 100, 200, 400, 600, 800, 999)  # of 1,000 timesteps
+DENOISING_COLUMNS = 10
+SAVE_PATHS = {"forward": "outputs/forward_diffusion.png", "schedules": "outputs/schedules.png",
+              "denoising": "outputs/denoising.png"}
+
+
+def parse_args(argv: Sequence[str] | None):
+    parser = Parser(__doc__)
+    parser.add_argument("--what", choices=tuple(SAVE_PATHS), default="forward", help="which picture to draw")
+    parser.add_argument("--num_images", type=number(int, 1, 64), default=8, help="rows")
+    parser.add_argument("--save_path", help=f"the .png to write (default: {', '.join(SAVE_PATHS.values())})")
+    parser.add_argument("--schedule", choices=SCHEDULES, default="linear", help="of --what forward")
+    parser.add_argument("--timesteps", type=number(int, 1, 100_000), default=1000,
+                        help="T, of --what forward and schedules")
+    add_shared_flags(parser, "dataset", "data_dir", "seed", "device")
+    group = parser.add_argument_group("--what denoising")
+    group.add_argument("--checkpoint", help="a file that train.py wrote")
+    group.add_argument("--sampler", choices=tuple(SAMPLERS), default="dpmpp_2m", help="the way from noise to image")
+    group.add_argument("--steps", type=number(int, 1), default=20, help="network evaluations for an image")
+    args = parser.parse_args(argv)
+    if args.what == "denoising" and not args.checkpoint:
+        parser.error("--what denoising needs a trained model: add --checkpoint outputs/model_final.pt")
+    args.save_path = Path(args.save_path or SAVE_PATHS[args.what])
+    if args.save_path.suffix != ".png":
+        parser.error(f"--save_path must end in .png, not {args.save_path.name!r}")
+    return args
+
+
+def shown_times(num_timesteps: int) -> list[int]:
+    """COLUMNS, scaled to T timesteps; a small T has fewer."""
+    return sorted({round(t * (num_timesteps - 1) / 999) for t in COLUMNS})
+
+
+def show_images(rows: Sequence[Tensor], titles: Sequence[str], labels: Sequence[str], caption: str):
+    """A figure with one line of pictures for each row (N, C, H, W), a title over each column, a label left of each."""
+    height = 1.05 * len(rows) + 0.6
+    figure, axes = pyplot().subplots(len(rows), len(titles), figsize=(1.05 * len(titles) + 0.6, height), squeeze=False,
+                                     gridspec_kw=dict(wspace=0.04, hspace=0.04, top=1 - 0.6 / height, bottom=0))
+    for row, (images, label) in enumerate(zip(rows, labels, strict=True)):
+        pictures = to_uint8(images).permute(0, 2, 3, 1).numpy()                             # (N, H, W, C)
+        for axis, picture in zip(axes[row], pictures, strict=True):
+            axis.imshow(picture, cmap="gray", vmin=0, vmax=255)
+            axis.set(xticks=[], yticks=[])
+        axes[row, 0].set_ylabel(label, rotation=0, ha="right", va="center")
+    for axis, title in zip(axes[0], titles, strict=True):
+        axis.set_title(title, fontsize=9)
+    figure.suptitle(caption, fontsize=11, y=1, va="top")
+    return figure
+
+
+def draw_forward(args):
+    """x_t of some images at growing t: one row an image."""
+    diffusion = DiffusionProcess(args.timesteps, args.schedule)
+    data = load_dataset(args.dataset, "test", args.data_dir)
+    chance = generator_for(args.seed)
+    chosen = torch.randperm(len(data.images), generator=chance)[:args.num_images]
+    x_0 = to_model(data.images[chosen])
+    noise = torch.randn(x_0.shape, generator=chance)
+    times = shown_times(diffusion.num_timesteps)
+    frames = torch.stack([diffusion.q_sample(x_0, t, noise) for t in times], dim=1)         # (B, times, C, H, W)
+    names = [data.class_names[label] for label in data.labels[chosen]]
+    return show_images(frames, [f"t = {t}" for t in times], names,
+                       f"x_t = √ᾱ_t · x_0 + √(1 - ᾱ_t) · noise, {args.schedule} schedule, T = {args.timesteps}")
+
+
+def draw_schedules(args):
+    """ᾱ_t, signal and noise rates, and log-SNR of all schedules."""
+    figure, axes = pyplot().subplots(1, 3, figsize=(13, 3.8))
+    for colour, name in zip(("tab:blue", "tab:orange"), SCHEDULES, strict=True):
+        diffusion = DiffusionProcess(args.timesteps, name)
+        t = torch.arange(args.timesteps)
+        style = dict(color=colour, marker="o" if len(t) < 30 else None, markersize=3)
+        axes[0].plot(t, diffusion.alphas_cumprod, label=name, **style)
+        axes[1].plot(t, diffusion.alpha(t).flatten(), label=f"{name}: signal √ᾱ_t", **style)
+        axes[1].plot(t, diffusion.sigma(t).flatten(), "--", label=f"{name}: noise √(1 - ᾱ_t)", **style)
+        axes[2].plot(t, diffusion.log_snr(t).flatten(), label=name, **style)
+    for axis, title in zip(axes, ("ᾱ_t", "signal and noise rates", "log-SNR = log(ᾱ_t / (1 - ᾱ_t))"), strict=True):
+        axis.set(title=title, xlabel="t")
+        axis.grid(alpha=0.3)
+        axis.legend(fontsize=8)
+    return figure
+
+
+def draw_denoising(args):
+    """A trajectory from noise to image: for each image x_t above the model's x_0_hat."""
+    model, diffusion, checkpoint = load_model(args.checkpoint, get_device(args.device))
+    shape, indices = checkpoint["config"]["data"]["shape"], range(args.num_images)
+    [(_, trajectory)] = generate(model, diffusion, shape, indices, seed=args.seed, sampler=args.sampler,
+                                 steps=args.steps, batch_size=args.num_images)
+    t, x, path = diffusion.num_timesteps - 1, image_noise(indices, args.seed, shape)(), []
+    for s, x_s, x_0_hat in trajectory:
+        path.append((t, x, x_0_hat.cpu()))  # x_0_hat is what the model saw in x_t
+        t, x = s, x_s.cpu()
+    path.append((t, x, x))
+    shown = [path[i] for i in sorted(set(np.linspace(0, len(path) - 1, DENOISING_COLUMNS).round().astype(int)))]
+    rows = [torch.stack([frame[part][i] for frame in shown]) for i in indices for part in (1, 2)]
+    titles = ["image" if t < 0 else f"t = {t:.0f}" for t, _, _ in shown]
+    return show_images(rows, titles, ["x_t", "x̂_0"] * args.num_images,
+                       f"{args.sampler}, {args.steps} steps: x_t and, below, the clean image expected from it")
+
+
+@script
+def main(argv=None):
+    args = parse_args(argv)
+    check_writable(args.save_path.parent)
+    draw = {"forward": draw_forward, "schedules": draw_schedules, "denoising": draw_denoising}[args.what]
+    save_figure(draw(args), args.save_path)
+    print(f"Saved {args.save_path}")
+
+
+if __name__ == "__main__":
+    sys.exit(main())
