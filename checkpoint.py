@@ -5,6 +5,7 @@
     model, ema        weights by name, the second their exponential moving average: the same keys
     optimizer         the optimiser's state_dict
     step, epoch, images_seen, seconds, precision, seed
+    history           {"records": the lines of metrics.jsonl, "losses": of the steps since the last of them}
 """
 
 import json
@@ -19,7 +20,7 @@ from models import create_model
 
 FORMAT = "tiny-diffusion-1"
 FIELDS = {"config": dict, "model": dict, "ema": dict, "optimizer": dict, "step": int, "epoch": int,
-          "images_seen": int, "seconds": float, "precision": str, "seed": int}
+          "images_seen": int, "seconds": float, "precision": str, "seed": int, "history": dict}
 CONFIG_PARTS = ("model", "diffusion", "data", "training")
 
 
@@ -70,13 +71,6 @@ def load_model(path: str | Path, device="cpu", use_ema: bool = True) -> tuple[nn
     except (TypeError, ValueError, RuntimeError) as error:
         raise ValueError(f"the weights or the config of {path} do not fit: {_first_sentence(error)}") from error
     return model.to(device).eval().requires_grad_(False), diffusion.to(device), checkpoint
-
-
-def newest_checkpoint(output_dir: str | Path) -> Path | None:
-    """The checkpoint in `output_dir` that was written last, or None."""
-    output_dir = Path(output_dir)
-    candidates = [*output_dir.glob("checkpoints/model_*.pt"), *output_dir.glob("model_final.pt")]
-    return max(candidates, key=lambda path: path.stat().st_mtime_ns, default=None)
 
 
 def _problem(checkpoint) -> str | None:

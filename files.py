@@ -33,3 +33,16 @@ def _umask() -> int:
     mask = os.umask(0)
     os.umask(mask)
     return mask
+
+
+def check_writable(folder: str | Path) -> Path:
+    """Make `folder` and see that files can be made in it, before any work is done. ValueError if not."""
+    folder = Path(folder)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with atomic_write(folder / f".probe-{os.getpid()}") as file:
+            file.write(b"probe")
+        (folder / f".probe-{os.getpid()}").unlink()
+    except OSError as error:
+        raise ValueError(f"cannot write to {folder} ({error.strerror}): choose another folder") from error
+    return folder

@@ -18,13 +18,12 @@ from tqdm import tqdm
 
 from checkpoint import load_model
 from data import to_uint8
-from files import atomic_write
+from files import atomic_write, check_writable
 from samplers import SAMPLERS, generate, image_noise
 from utils import (
     Parser,
     add_shared_flags,
     autocast,
-    check_writable,
     get_device,
     number,
     pick_precision,

@@ -2,37 +2,39 @@
 
     python train.py --epochs 20
     python train.py --budget 10m
-    python train.py --dataset fashion_mnist --schedule cosine --prediction v --output_dir outputs/fashion
+    python train.py --dataset fashion_mnist --schedule linear --prediction eps --output_dir outputs/fashion
+    torchrun --nproc_per_node=2 train.py --epochs 20
 
 Writes to --output_dir: samples/epoch_001.png ..., checkpoints/model_epoch_005.pt ..., model_final.pt,
-training_loss.png and metrics.jsonl.
+training_loss.png and metrics.jsonl. An older run's results there move to previous/.
 """
 
+import contextlib
 import math
+import signal
 import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
 
 import torch
-from torch import nn
-from torch.optim.swa_utils import AveragedModel
 from tqdm import tqdm
 
-from checkpoint import load_checkpoint, newest_checkpoint, save_checkpoint
+import parallel
+import runs
+from checkpoint import save_checkpoint
 from data import load_dataset, to_model
 from diffusion import PREDICTIONS, SCHEDULES, TIMESTEP_SAMPLING, DiffusionProcess
 from models import create_model
 from models.layers import ACTIVATIONS
 from samplers import final_image, generate
+from training import VALIDATION_IMAGES, Trainer
 from utils import (
     Parser,
     add_shared_flags,
     autocast,
-    check_writable,
     count_parameters,
     duration,
-    generator_for,
     get_device,
     number,
     pick_precision,
@@ -44,14 +46,18 @@ from utils import (
 )
 
 LOG_STEPS = 50  # between two lines of metrics.jsonl within an epoch
-VALIDATION_BATCHES, VALIDATION_BATCH = 4, 512
+AGREE_STEPS = 10
+MAX_BAD_STEPS = 20  # in a row, after which a run stops
 PREVIEW_IMAGES, PREVIEW_STEPS = 64, 20
 MODEL_FLAGS = ("base_channels", "time_emb_dim", "channel_mults", "depth", "attention", "activation", "patch_size")
 DIFFUSION_FLAGS = {"timesteps": "num_timesteps", "schedule": "schedule", "prediction": "prediction",
                    "timestep_sampling": "timestep_sampling"}
+TRAINER_FLAGS = ("batch_size", "lr", "warmup", "weight_decay", "max_grad_norm", "ema_decay", "conditional",
+                 "label_dropout", "precision", "seed")
+OWN_FLAGS = ("output_dir", "data_dir", "device", "resume")  # what a resumed run does not take from its checkpoint
 
 
-def parse_args(argv: Sequence[str] | None):
+def make_parser() -> Parser:
     parser = Parser(__doc__)
     group = parser.add_argument_group("run")
     add_shared_flags(group, "dataset", "data_dir", "output_dir", "device", "precision", "seed")
@@ -64,7 +70,12 @@ def parse_args(argv: Sequence[str] | None):
                        help="epochs between two grids of samples; 0: none")
     group.add_argument("--save_interval", type=number(int, 0), default=5,
                        help="epochs between two checkpoints; 0: only model_final.pt")
-    group.add_argument("--resume", action="store_true", help="go on from the newest checkpoint in --output_dir")
+    group.add_argument("--checkpoint_minutes", type=number(float, 0), default=5.0,
+                       help="minutes between two checkpoints within the epochs; 0: none")
+    group.add_argument("--keep_checkpoints", type=number(int, 1), default=5,
+                       help="how many files checkpoints/ holds; the oldest go")
+    group.add_argument("--resume", action="store_true",
+                       help="go on from the newest valid checkpoint in --output_dir, with the flags of its run")
     group = parser.add_argument_group("diffusion process")
     group.add_argument("--timesteps", type=number(int, 1, 100_000), default=1000, help="T, the number of noising steps")
     group.add_argument("--schedule", choices=SCHEDULES, default="cosine", help="how the noise grows")
@@ -87,246 +98,237 @@ def parse_args(argv: Sequence[str] | None):
     group.add_argument("--label_dropout", type=number(float, 0, 1), default=0.1,
                        help="share of the images that --conditional shows without their label")
     group = parser.add_argument_group("optimiser")
-    group.add_argument("--batch_size", type=number(int, 1), default=128, help="images in a step")
+    group.add_argument("--batch_size", type=number(int, 1), default=128, help="images in a step, of all processes")
     group.add_argument("--lr", type=number(float, 0), default=2e-3, help="peak learning rate")
-    group.add_argument("--warmup", type=number(float, 0, 1), default=0.02, help="share of the steps in which lr rises")
+    group.add_argument("--warmup", type=number(float, 0, 1), default=0.02, help="share of the run in which lr rises")
     group.add_argument("--weight_decay", type=number(float, 0), default=0.0, help="of AdamW")
     group.add_argument("--max_grad_norm", type=number(float, 0), default=1.0, help="gradients are clipped to this norm")
     group.add_argument("--ema_decay", type=number(float, 0, 1), default=0.999, help="of the average of the weights")
+    return parser
+
+
+def parse_args(argv: Sequence[str] | None):
+    """The flags and, with --resume, the checkpoint to go on from, whose flags are the defaults then."""
+    parser, saved = make_parser(), None
     args = parser.parse_args(argv)
+    if args.resume:
+        found = runs.newest_valid(Path(args.output_dir))
+        if found:
+            path, saved = found
+            saved_flags = saved["config"]["training"]
+            parser.set_defaults(**{name: value for name, value in saved_flags.items() if name not in OWN_FLAGS})
+            args = parser.parse_args(argv)
+            print(f"Resuming {path} after {saved['step']:,} steps")
+        else:
+            print(f"Nothing to resume in {args.output_dir}: starting afresh")
     if args.epochs is None and args.budget is None:
         args.epochs = 20
-    return args
-
-
-def learning_rate(progress: float, peak: float, warmup: float) -> float:
-    """The learning rate when `progress` (0..1) of the run is done: a linear rise, then half a cosine down to 0."""
-    if progress < warmup:
-        return peak * progress / warmup
-    return peak * (1 + math.cos(math.pi * (progress - warmup) / max(1e-9, 1 - warmup))) / 2
-
-
-def ema_decay_at(step: int, decay: float) -> float:
-    """The decay of the weights' average after `step` steps: young averages forget their beginning faster."""
-    return min(decay, (1 + step) / (10 + step))
+    return args, saved
 
 
 class Run:
-    """A training run: what it learns, how far it is, and what it writes."""
+    """A training run: a trainer, the time that it has, and the folder that it writes to."""
 
-    def __init__(self, args, startup: float = 0.0):
-        self.args, self.device, self.start = args, get_device(args.device), time.perf_counter() - startup
-        self.output_dir = check_writable(args.output_dir)
-        self.precision = pick_precision(args.precision, self.device)
-        self.data = load_dataset(args.dataset, "train", args.data_dir).first(args.train_images or sys.maxsize)
-        self.data = self.data.to(self.device)
+    def __init__(self, args, folder: Path, saved: dict | None, startup: float):
+        self.args, self.folder, self.clock = args, folder, time.perf_counter() - startup
+        device = get_device(parallel.local_device(args.device))
+        parallel.start(device)
+        args.precision = pick_precision(args.precision, device)
+        data = load_dataset(args.dataset, "train", args.data_dir).first(args.train_images or sys.maxsize)
         self.validation = load_dataset(args.dataset, "validation", args.data_dir)
-        self.batch_size = min(args.batch_size, len(self.data.images))
-        self.steps_per_epoch = len(self.data.images) // self.batch_size
-        self.total_steps = args.epochs * self.steps_per_epoch if args.epochs else math.inf
-        self.closing = 3.0  # seconds that the end of the run will take: measured at the end of each epoch
+        self.shape = tuple(data.images.shape[1:])
+        self.config = dict(
+            model=dict({name: getattr(args, name) for name in MODEL_FLAGS}, image_channels=self.shape[0],
+                       attention=[factor for factor in args.attention if factor],
+                       num_classes=len(data.class_names) if args.conditional else None),
+            diffusion=dict({ours: getattr(args, flag) for flag, ours in DIFFUSION_FLAGS.items()},
+                           data_std=round(to_model(data.images[:10_000]).std().item(), 3)),
+            data=dict(dataset=data.name, shape=list(self.shape), class_names=list(data.class_names)),
+            training=vars(args))
         set_seed(args.seed)
-        channels = self.data.images.shape[1]
-        model_config = dict({name: getattr(args, name) for name in MODEL_FLAGS}, image_channels=channels,
-                            num_classes=len(self.data.class_names) if args.conditional else None)
-        model_config["attention"] = [factor for factor in args.attention if factor]
-        self.diffusion = DiffusionProcess(
-            **{ours: getattr(args, flag) for flag, ours in DIFFUSION_FLAGS.items()},
-            data_std=round(to_model(self.data.images[:10_000]).std().item(), 3)).to(self.device)
-        self.model = create_model(**model_config).to(self.device)
-        self.model(torch.zeros(1, *self.shape, device=self.device), torch.zeros(1, device=self.device))  # sizes fit?
-        self.ema = AveragedModel(self.model, multi_avg_fn=self._average).requires_grad_(False)
-        self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=args.lr, betas=(0.9, 0.99),
-                                           weight_decay=args.weight_decay, fused=self.device.type in ("cpu", "cuda"))
-        self.step, self.seconds, self.records, self._order = 0, 0.0, [], (None, None)  # seconds: of all its sittings
+        model, diffusion = create_model(**self.config["model"]), DiffusionProcess(**self.config["diffusion"])
+        self.config |= dict(model=model.config, diffusion=diffusion.config)
+        model(torch.zeros(1, *self.shape), torch.zeros(1))  # a size that does not fit is told before any work
+        self.trainer = Trainer(data.to(device), model.to(device), diffusion.to(device),
+                               **{name: getattr(args, name) for name in TRAINER_FLAGS})
+        self.total_steps = args.epochs * self.trainer.steps_per_epoch if args.epochs else math.inf
+        self.records, self.losses, self.earlier = [], [], 0.0  # earlier: seconds of the sittings before this one
+        self.closing, self.measured = 3.0, False  # seconds that the end of the run will take
+        self.progress, self.agreed_time, self.last_save = 0.0, 0.0, time.perf_counter()
+        self.signal = self.stopped = None  # the signal that arrived, and the one that all processes stop for
+        if saved:
+            self.restore(saved)
+
+    def restore(self, saved: dict) -> None:
+        """Take up a checkpoint. ValueError if it is of another network, process or data set than the flags ask for."""
+        for part in ("model", "diffusion", "data"):
+            for name, value in self.config[part].items():
+                if saved["config"][part].get(name) != value:
+                    raise ValueError(f"the checkpoint was trained with {name} {saved['config'][part].get(name)}, the "
+                                     f"flags ask for {value}: leave that flag out, or choose another --output_dir")
+        self.trainer.restore(saved)
+        self.earlier = saved["seconds"]
+        self.records = saved["history"]["records"]
+        self.losses = [torch.tensor(loss, device=self.trainer.device) for loss in saved["history"]["losses"]]
+
+    # ------------------------------------------------------------------------------------------------- the time
 
     @property
-    def shape(self) -> tuple[int, ...]:
-        return tuple(self.data.images.shape[1:])
+    def seconds(self) -> float:
+        """Since the start of the run, its earlier sittings included."""
+        return self.earlier + time.perf_counter() - self.clock
 
-    @property
-    def epoch(self) -> int:
-        return self.step // self.steps_per_epoch
+    def goes_on(self) -> bool:
+        """Update `progress`, how much is done (0..1) of the steps or of the time, whichever is further: is there more?
 
-    @property
-    def elapsed(self) -> float:
-        return time.perf_counter() - self.start
+        Several processes agree about the time and about a signal to stop every AGREE_STEPS steps.
+        """
+        in_time = self.seconds / max(1e-9, self.args.budget - self.closing) if self.args.budget else 0.0
+        self.progress = min(1.0, max(self.trainer.step / self.total_steps, in_time))
+        if parallel.size() == 1:
+            self.stopped = self.signal
+        elif self.trainer.step % AGREE_STEPS == 0:
+            self.agreed_time, self.stopped = parallel.from_first((in_time, self.signal))
+        if parallel.size() > 1:
+            self.progress = min(1.0, max(self.trainer.step / self.total_steps, self.agreed_time))
+        return self.progress < 1 and not self.stopped
 
-    @property
-    def progress(self) -> float:
-        """How much of the run is done, 0..1: of its steps or of its time, whichever is further."""
-        in_time = self.elapsed / max(1e-9, self.args.budget - self.closing) if self.args.budget else 0.0
-        return min(1.0, max(self.step / self.total_steps, in_time))
+    def expect_closing(self, speed: float) -> None:
+        """Until the first epoch has ended, guess `closing` from the speed of training, a third of that of looking."""
+        if not self.measured:
+            self.closing = 1.5 + (VALIDATION_IMAGES + PREVIEW_IMAGES * PREVIEW_STEPS) / (3 * speed)
 
-    def _average(self, averages, weights, _) -> None:
-        torch._foreach_lerp_(averages, weights, 1 - ema_decay_at(self.step, self.args.ema_decay))
+    def time_left(self, speed: float) -> float:
+        """Seconds to the end at `speed` images a second, with the validation and the samples that are to come."""
+        in_time = self.args.budget - self.seconds if self.args.budget else math.inf
+        epochs = (self.total_steps - self.trainer.step) / self.trainer.steps_per_epoch
+        return max(0, min(in_time, epochs * (len(self.trainer.data.images) / speed + self.closing)))
 
-    # ------------------------------------------------------------------------------------------------ one step
+    # -------------------------------------------------------------------------------------------- what it writes
 
-    def batch(self) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """The images (B, C, H, W) in [-1, 1] of this step, and their labels; both depend on (seed, step) only."""
-        if self._order[0] != self.epoch:
-            order = torch.randperm(len(self.data.images), generator=generator_for(self.args.seed, 0, self.epoch))
-            self._order = self.epoch, order.to(self.device)
-        first = self.step % self.steps_per_epoch * self.batch_size
-        chosen = self._order[1][first:first + self.batch_size]
-        images = to_model(self.data.images[chosen])
-        if not self.args.conditional:
-            return images, None
-        dropped = torch.rand(len(chosen), generator=generator_for(self.args.seed, 1, self.step))
-        dropped = dropped.to(self.device) < self.args.label_dropout
-        return images, self.data.labels[chosen].masked_fill(dropped, len(self.data.class_names))
+    def record(self, speed: float, val_loss: float | None = None) -> float:
+        """Add a line to metrics.jsonl for the steps since the last; returns their mean loss."""
+        loss = torch.stack(self.losses).mean().item()  # the device is waited for only here
+        trainer, self.losses = self.trainer, []
+        self.records.append(dict(step=trainer.step, epoch=trainer.epoch, images_seen=trainer.images_seen, loss=loss,
+                                 val_loss=val_loss, lr=trainer.optimizer.param_groups[0]["lr"],
+                                 images_per_second=round(speed, 1), seconds=round(self.seconds, 3)))
+        return loss
 
-    def train_step(self) -> torch.Tensor:
-        """Take one step of gradient descent; returns the loss, still on the device."""
-        for group in self.optimizer.param_groups:
-            group["lr"] = learning_rate(self.progress, self.args.lr, self.args.warmup)
-        x_0, labels = self.batch()
-        chance = generator_for(self.args.seed, 2, self.step, device=self.device)
-        t = self.diffusion.sample_timesteps(len(x_0), chance)
-        noise = torch.randn(x_0.shape, generator=chance, device=self.device)
-        with autocast(self.device, self.precision):
-            loss = self.diffusion.loss(self.model, x_0, t, noise, labels)
-        loss.backward()
-        nn.utils.clip_grad_norm_(self.model.parameters(), self.args.max_grad_norm)
-        self.optimizer.step()
-        self.optimizer.zero_grad()
-        self.ema.update_parameters(self.model)
-        self.step += 1
-        return loss.detach()
-
-    # --------------------------------------------------------------------------------------- between the epochs
-
-    @torch.no_grad()
-    def validation_loss(self) -> float:
-        """The loss of the averaged weights on validation images, always with the same noise and times."""
-        total = 0.0
-        for i in range(VALIDATION_BATCHES):
-            part = slice(i * VALIDATION_BATCH, (i + 1) * VALIDATION_BATCH)
-            x_0, chance = to_model(self.validation.images[part]).to(self.device), generator_for(0, i)
-            t = (torch.arange(len(x_0)) + torch.rand(len(x_0), generator=chance)) / len(x_0)
-            t = (t * self.diffusion.num_timesteps).long().to(self.device)
-            noise = torch.randn(x_0.shape, generator=chance).to(self.device)
-            labels = self.validation.labels[part].to(self.device) if self.args.conditional else None
-            with autocast(self.device, self.precision):
-                total += self.diffusion.loss(self.ema.module, x_0, t, noise, labels).item() / VALIDATION_BATCHES
-        return total
-
-    def save_preview(self, epoch: int) -> None:
-        """Write a grid of images from the same starting noise as in every other epoch."""
-        steps = min(PREVIEW_STEPS, self.diffusion.num_timesteps)
-        indices = range(PREVIEW_IMAGES)
-        labels = torch.arange(PREVIEW_IMAGES) % len(self.data.class_names) if self.args.conditional else None
-        with autocast(self.device, self.precision):
-            images = [final_image(trajectory) for _, trajectory in generate(
-                self.ema.module, self.diffusion, self.shape, indices, seed=self.args.seed, steps=steps, labels=labels)]
-        save_images(torch.cat(images), self.output_dir / f"samples/epoch_{epoch:03d}.png")
-
-    def end_epoch(self, loss: float, speed: float) -> None:
-        """Validate, log, and write what the number of the epoch that ended here calls for."""
-        start = time.perf_counter()
-        val_loss = self.validation_loss()
-        self.record(loss, speed, val_loss)
-        epoch = -(-self.step // self.steps_per_epoch)  # one that a budget cut short counts
-        own = [r for r in self.records if r["step"] > (epoch - 1) * self.steps_per_epoch]
-        mean = sum(r["loss"] for r in own) / len(own)
-        seconds = self.seconds - max((r["seconds"] for r in self.records[:-len(own)]), default=0)
-        tqdm.write(f"epoch {epoch}: loss {mean:.5f}, val_loss {val_loss:.5f}, {seconds:.1f} s", file=sys.stdout)
+    def end_epoch(self, speed: float) -> float:
+        """Validate, log, and write what the number of the epoch that ended here calls for; returns the loss."""
+        start, trainer = time.perf_counter(), self.trainer
+        val_loss = trainer.validation_loss(self.validation)
+        loss = self.record(speed, val_loss)
+        epoch = -(-trainer.step // trainer.steps_per_epoch)  # one that a budget cut short counts
+        own = [r for r in self.records if r["step"] > (epoch - 1) * trainer.steps_per_epoch]
+        before = self.records[-len(own) - 1]["seconds"] if len(own) < len(self.records) else 0.0
+        tqdm.write(f"epoch {epoch}: loss {sum(r['loss'] for r in own) / len(own):.5f}, val_loss {val_loss:.5f}, "
+                   f"{self.records[-1]['seconds'] - before:.1f} s", file=sys.stdout)
         if self.args.sample_interval and epoch % self.args.sample_interval == 0:
             self.save_preview(epoch)
         if self.args.save_interval and epoch % self.args.save_interval == 0:
             self.save(f"checkpoints/model_epoch_{epoch:03d}.pt")
-        write_json_lines(self.records, self.output_dir / "metrics.jsonl")
-        self.closing = time.perf_counter() - start + 1.0  # and a second for the last checkpoint and the plot
-        self.seconds += time.perf_counter() - start
+        if parallel.rank() == 0:
+            write_json_lines(self.records, self.folder / "metrics.jsonl")
+        self.closing, self.measured = time.perf_counter() - start + 1.5, True  # with the last checkpoint and the plot
+        return loss
 
-    def time_left(self, speed: float) -> float:
-        """Seconds to the end at `speed` images a second, with the validation and the samples that are to come."""
-        in_time = self.args.budget - self.elapsed if self.args.budget else math.inf
-        epochs = (self.total_steps - self.step) / self.steps_per_epoch
-        return min(in_time, epochs * (self.steps_per_epoch * self.batch_size / speed + self.closing))
-
-    def record(self, loss: float, speed: float, val_loss: float | None = None) -> None:
-        """Add a line to metrics.jsonl."""
-        self.records.append(dict(step=self.step, epoch=self.epoch, images_seen=self.step * self.batch_size, loss=loss,
-                                 val_loss=val_loss, lr=self.optimizer.param_groups[0]["lr"],
-                                 images_per_second=round(speed, 1), seconds=round(self.seconds, 3)))
+    def save_preview(self, epoch: int) -> None:
+        """Write a grid of images from the same starting noise as in every other epoch."""
+        trainer, indices = self.trainer, range(PREVIEW_IMAGES)[parallel.share(PREVIEW_IMAGES)]
+        labels = torch.arange(PREVIEW_IMAGES) % len(trainer.data.class_names) if trainer.conditional else None
+        with autocast(trainer.device, trainer.precision):
+            images = [final_image(trajectory) for _, trajectory in generate(
+                trainer.ema.module, trainer.diffusion, self.shape, indices, seed=trainer.seed, labels=labels,
+                steps=min(PREVIEW_STEPS, trainer.diffusion.num_timesteps))]
+        images = parallel.gather(torch.cat(images))
+        if parallel.rank() == 0:
+            save_images(images, self.folder / f"samples/epoch_{epoch:03d}.png")
 
     def save(self, name: str) -> Path:
-        """Write a checkpoint and what it goes with."""
-        config = dict(model=self.model.config, diffusion=self.diffusion.config,
-                      data=dict(dataset=self.data.name, shape=list(self.shape),
-                                class_names=list(self.data.class_names)),
-                      training=vars(self.args))
-        save_checkpoint(self.output_dir / name, config=config, model=self.model.state_dict(),
-                        ema=self.ema.module.state_dict(), optimizer=self.optimizer.state_dict(), step=self.step,
-                        epoch=self.epoch, images_seen=self.step * self.batch_size, seconds=self.seconds,
-                        precision=self.precision, seed=self.args.seed)
-        return self.output_dir / name
+        """Write a checkpoint, and delete the oldest that are too many."""
+        if parallel.rank() == 0:
+            history = dict(records=self.records, losses=[loss.item() for loss in self.losses])
+            save_checkpoint(self.folder / name, config=self.config, seconds=self.seconds, history=history,
+                            **self.trainer.state())
+            runs.prune(self.folder, self.args.keep_checkpoints)
+        self.last_save = time.perf_counter()
+        return self.folder / name
 
-    def resume(self) -> None:
-        """Take up the newest checkpoint in the output folder, if there is one."""
-        path = newest_checkpoint(self.output_dir)
-        if path is None:
-            print(f"Nothing to resume in {self.output_dir}: starting afresh")
-            return
-        saved = load_checkpoint(path)
-        for part, mine in (("model", self.model.config), ("diffusion", self.diffusion.config)):
-            for name, value in mine.items():
-                if saved["config"][part].get(name) != value:
-                    raise ValueError(f"{path} was trained with {name} {saved['config'][part].get(name)}, not {value}: "
-                                     f"give the flags of that run, or another --output_dir")
-        self.model.load_state_dict(saved["model"])
-        self.ema.module.load_state_dict(saved["ema"])
-        self.ema.n_averaged.fill_(saved["step"])
-        self.optimizer.load_state_dict(saved["optimizer"])
-        self.step, self.seconds, self.precision = saved["step"], saved["seconds"], saved["precision"]
-        self.records = [r for r in read_records(self.output_dir) if r["step"] <= self.step]
-        print(f"Resuming {path} after {self.step} steps")
-
-
-def read_records(output_dir: Path) -> list[dict]:
-    """The lines of metrics.jsonl, none where there is no such file."""
-    import json
-
-    path = output_dir / "metrics.jsonl"
-    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+    def check_gradients(self) -> None:
+        """Stop a run whose gradients are no numbers any more. ValueError with what to try."""
+        skipped, in_a_row = self.trainer.skipped.tolist()
+        if in_a_row >= MAX_BAD_STEPS:
+            raise ValueError(
+                f"the gradient was not finite in {in_a_row:.0f} steps in a row, up to step {self.trainer.step}; the "
+                f"last good checkpoint stays. Try --lr {self.args.lr / 4:g}, --max_grad_norm 0.5 or --precision fp32")
+        if skipped:
+            tqdm.write(f"Warning: {skipped:.0f} steps so far had no finite gradient and were skipped", file=sys.stderr)
 
 
 def train(run: Run) -> None:
-    """The loop: steps, and after each epoch validation, a line in the log, samples and checkpoints."""
-    bar = tqdm(total=100, unit="%", dynamic_ncols=True, bar_format="{percentage:3.0f}%|{bar}| [{elapsed}{postfix}]")
-    while run.progress < 1:
-        start, losses = time.perf_counter(), []
-        for _ in range(min(LOG_STEPS, run.steps_per_epoch - run.step % run.steps_per_epoch)):
-            losses.append(run.train_step())
-            if run.progress >= 1:
-                break
-        loss = torch.stack(losses).mean().item()  # the device is waited for only here
-        seconds = time.perf_counter() - start
-        speed = len(losses) * run.batch_size / seconds
-        run.seconds += seconds
-        if run.step % run.steps_per_epoch and run.progress < 1:
-            run.record(loss, speed)
-        else:
-            run.end_epoch(loss, speed)
-        bar.update(round(100 * run.progress) - bar.n)
-        bar.set_postfix_str(f"loss {loss:.4f}, {speed:.0f} images/s, {tqdm.format_interval(run.time_left(speed))} left")
+    """The loop: steps, a line in the log every LOG_STEPS, and after each epoch validation, samples, checkpoints."""
+    trainer, since, first = run.trainer, time.perf_counter(), run.trainer.step
+    bar = tqdm(total=100, unit="%", dynamic_ncols=True, disable=parallel.rank() > 0,
+               bar_format="{percentage:3.0f}%|{bar}| [{elapsed}{postfix}]")
+    while run.goes_on():
+        run.losses.append(trainer.train_step(run.progress))
+        in_epoch = trainer.step % trainer.steps_per_epoch
+        if in_epoch % LOG_STEPS == 0:
+            speed = (trainer.step - first) * trainer.batch_size / (time.perf_counter() - since)
+            run.expect_closing(speed)
+            loss = run.record(speed) if in_epoch else run.end_epoch(speed)
+            run.check_gradients()
+            since, first = time.perf_counter(), trainer.step
+            bar.update(round(100 * run.progress) - bar.n)
+            left = tqdm.format_interval(run.time_left(speed))
+            bar.set_postfix_str(f"loss {loss:.4f}, {speed:.0f} images/s, {left} left")
+        if run.args.checkpoint_minutes and time.perf_counter() - run.last_save > 60 * run.args.checkpoint_minutes:
+            run.save(f"checkpoints/model_step_{trainer.step:08d}.pt")
     bar.close()
+    if run.losses and not run.stopped:  # the time was over within an epoch
+        run.end_epoch((trainer.step - first) * trainer.batch_size / (time.perf_counter() - since))
+        run.check_gradients()
+
+
+@contextlib.contextmanager
+def stop_on_signals(run: Run):
+    """Let SIGTERM and Ctrl-C end the run after the present step; a second one ends the process at once."""
+    def handler(signum, _):
+        run.signal = signum
+        for each in before:
+            signal.signal(each, signal.SIG_DFL)
+
+    before = {each: signal.signal(each, handler) for each in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield
+    finally:
+        for each, handler_before in before.items():
+            signal.signal(each, handler_before)
 
 
 @script
 def main(argv=None):
-    run = Run(parse_args(argv), startup=time.process_time() if argv is None else 0.0)
-    print(f"Using device: {run.device}")
-    print(f"{run.data.name}: {len(run.data.images):,} images; network of {count_parameters(run.model):,} parameters; "
-          f"{run.precision}", flush=True)
-    if run.args.resume:
-        run.resume()
-    train(run)
-    path = run.save("model_final.pt")
-    plot_losses(run.records, run.output_dir / "training_loss.png")
-    print(f"Saved {path}: python sample.py --checkpoint {path}")
+    args, saved = parse_args(argv)
+    with runs.claim(args.output_dir) as folder:
+        run = Run(args, folder, saved, startup=time.process_time() if argv is None else 0.0)
+        trainer = run.trainer
+        print(f"Using device: {trainer.device}")
+        print(f"{trainer.data.name}: {len(trainer.data.images):,} images; network of "
+              f"{count_parameters(trainer.model):,} parameters; {trainer.precision}", flush=True)
+        place = None if saved else runs.set_aside(folder)
+        if place:
+            print(f"Moved the results of an older run to {place}")
+        with stop_on_signals(run):
+            train(run)
+        if run.stopped:
+            path = run.save(f"checkpoints/model_step_{trainer.step:08d}.pt")
+            print(f"Stopped by a signal after {trainer.step:,} steps; saved {path}: go on with --resume")
+            return 128 + run.stopped
+        path = run.save("model_final.pt")
+        plot_losses(run.records, folder / "training_loss.png")
+        print(f"Saved {path}: python sample.py --checkpoint {path}")
 
 
 if __name__ == "__main__":

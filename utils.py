@@ -5,7 +5,6 @@ import contextlib
 import functools
 import json
 import math
-import os
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -217,16 +216,3 @@ def _complain(message, status: int) -> int:
     with contextlib.suppress(OSError):
         print(f"{name}: {' '.join(str(message).split())}", file=sys.stderr, flush=True)
     return status
-
-
-def check_writable(folder: str | Path) -> Path:
-    """Make `folder` and see that files can be made in it, before any work is done. ValueError if not."""
-    folder = Path(folder)
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        with atomic_write(folder / f".probe-{os.getpid()}") as file:
-            file.write(b"probe")
-        (folder / f".probe-{os.getpid()}").unlink()
-    except OSError as error:
-        raise ValueError(f"cannot write to {folder} ({error.strerror}): choose another folder") from error
-    return folder

@@ -16,11 +16,11 @@ from torch import Tensor
 from checkpoint import load_model
 from data import load_dataset, to_model, to_uint8
 from diffusion import SCHEDULES, DiffusionProcess
+from files import check_writable
 from samplers import SAMPLERS, generate, image_noise
 from utils import (
     Parser,
     add_shared_flags,
-    check_writable,
     generator_for,
     get_device,
     number,

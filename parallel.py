@@ -1,0 +1,70 @@
+"""More than one process: `torchrun --nproc_per_node=N train.py ...` starts them, and these functions let them agree.
+
+With one process everything here does nothing. Every process draws the randomness of the whole batch and keeps its
+share, so the number of processes changes no result beyond rounding; only rank 0 writes files.
+"""
+
+import os
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+
+def start(device: torch.device) -> None:
+    """Join the other processes, if torchrun started this one; NCCL between GPUs, gloo between CPUs."""
+    if "WORLD_SIZE" in os.environ and not dist.is_initialized():
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+
+
+def finish() -> None:
+    """Leave the other processes."""
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def rank() -> int:
+    """The number of this process, 0 for the one that writes."""
+    return dist.get_rank() if dist.is_initialized() else 0
+
+
+def size() -> int:
+    """How many processes there are."""
+    return dist.get_world_size() if dist.is_initialized() else 1
+
+
+def local_device(name: str) -> str:
+    """The device of this process: with --device auto, cuda:i for process i of its machine."""
+    if name in ("auto", "cuda") and "LOCAL_RANK" in os.environ and torch.cuda.is_available():
+        return f"cuda:{int(os.environ['LOCAL_RANK']) % torch.cuda.device_count()}"
+    return name
+
+
+def share(count: int) -> slice:
+    """This process's part of `count` things: contiguous, and all parts of the same size where that divides."""
+    return slice(count * rank() // size(), count * (rank() + 1) // size())
+
+
+def total(value: Tensor) -> Tensor:
+    """The sum of a tensor over all processes."""
+    if size() > 1:
+        dist.all_reduce(value)
+    return value
+
+
+def gather(part: Tensor) -> Tensor:
+    """The parts of all processes, in the order of their ranks, joined along the first axis, on the CPU."""
+    if size() == 1:
+        return part.cpu()
+    parts = [None] * size()
+    dist.all_gather_object(parts, part.cpu())
+    return torch.cat(parts)
+
+
+def from_first(value):
+    """What rank 0 holds, on every process."""
+    if size() == 1:
+        return value
+    box = [value]
+    dist.broadcast_object_list(box)
+    return box[0]

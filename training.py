@@ -1,0 +1,146 @@
+"""One step of learning, and all that it depends on.
+
+Everything random is a function of (seed, step): a run that is stopped and taken up again needs no hidden state, and
+any number of processes draws the same batches.
+"""
+
+import math
+
+import torch
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+from torch.optim.swa_utils import AveragedModel
+
+import parallel
+from data import ImageData, to_model
+from diffusion import DiffusionProcess
+from utils import autocast, generator_for
+
+ORDER, LABELS, NOISE = range(3)  # what a random generator is for, as part of its key
+VALIDATION_IMAGES = 2048
+
+
+def learning_rate(progress: float, peak: float, warmup: float) -> float:
+    """The learning rate when `progress` (0..1) of the run is done: a linear rise, then half a cosine down to 0."""
+    if progress < warmup:
+        return peak * progress / warmup
+    return peak * (1 + math.cos(math.pi * (progress - warmup) / max(1e-9, 1 - warmup))) / 2
+
+
+def ema_decay_at(step: int, decay: float) -> float:
+    """The decay of the weights' average after `step` steps: young averages forget their beginning faster."""
+    return min(decay, (1 + step) / (10 + step))
+
+
+class Trainer:
+    """A network that learns: model, average of its weights, optimiser, and the step that it has reached.
+
+    `data` lies on the device where the model is to learn. `batch_size` is that of all processes together.
+    """
+
+    def __init__(self, data: ImageData, model: nn.Module, diffusion: DiffusionProcess, *, batch_size: int = 128,
+                 lr: float = 2e-3, warmup: float = 0.02, weight_decay: float = 0.0, max_grad_norm: float = 1.0,
+                 ema_decay: float = 0.999, conditional: bool = False, label_dropout: float = 0.1,
+                 precision: str = "fp32", seed: int = 0):
+        self.data, self.model, self.diffusion, self.device = data, model, diffusion, data.images.device
+        self.batch_size = min(batch_size, len(data.images))
+        if self.batch_size % parallel.size():
+            raise ValueError(f"a batch of {self.batch_size} does not divide among {parallel.size()} processes: "
+                             f"choose a --batch_size that does")
+        self.lr, self.warmup, self.max_grad_norm, self.ema_decay = lr, warmup, max_grad_norm, ema_decay
+        self.conditional, self.label_dropout = conditional, label_dropout
+        self.precision, self.seed, self.step = precision, seed, 0
+        self.network = DistributedDataParallel(model) if parallel.size() > 1 else model
+        self.ema = AveragedModel(model, multi_avg_fn=self._average).requires_grad_(False)
+        self.optimizer = torch.optim.AdamW(model.parameters(), lr=lr, betas=(0.9, 0.99), weight_decay=weight_decay,
+                                           fused=True)
+        self.skipped = torch.zeros(2, device=self.device)  # steps without a finite gradient: in all, and in a row
+        self._order = (None, None)  # an epoch and its permutation of the images
+
+    @property
+    def steps_per_epoch(self) -> int:
+        return len(self.data.images) // self.batch_size
+
+    @property
+    def epoch(self) -> int:
+        """How many epochs are complete."""
+        return self.step // self.steps_per_epoch
+
+    @property
+    def images_seen(self) -> int:
+        return self.step * self.batch_size
+
+    def _average(self, averages: list[Tensor], weights: list[Tensor], _) -> None:
+        torch._foreach_lerp_(averages, weights, 1 - ema_decay_at(self.step, self.ema_decay))
+
+    def batch(self) -> tuple[Tensor, Tensor | None]:
+        """The images (B, C, H, W) in [-1, 1] of this step, and their labels, some of them dropped for "no label"."""
+        if self._order[0] != self.epoch:
+            order = torch.randperm(len(self.data.images), generator=generator_for(self.seed, ORDER, self.epoch))
+            self._order = self.epoch, order.to(self.device)
+        first = self.step % self.steps_per_epoch * self.batch_size
+        chosen = self._order[1][first:first + self.batch_size]
+        images = to_model(self.data.images[chosen])
+        if not self.conditional:
+            return images, None
+        dropped = torch.rand(len(chosen), generator=generator_for(self.seed, LABELS, self.step)) < self.label_dropout
+        return images, self.data.labels[chosen].masked_fill(dropped.to(self.device), len(self.data.class_names))
+
+    def train_step(self, progress: float) -> Tensor:
+        """One step of gradient descent, `progress` (0..1) into the run; returns the loss (), still on the device.
+
+        A step whose gradient is not finite changes no weight and is counted in `skipped`.
+        """
+        for group in self.optimizer.param_groups:
+            group["lr"] = learning_rate(progress, self.lr, self.warmup)
+        x_0, labels = self.batch()
+        chance = generator_for(self.seed, NOISE, self.step, device=self.device)
+        t = self.diffusion.sample_timesteps(len(x_0), chance)
+        noise = torch.randn(x_0.shape, generator=chance, device=self.device)
+        mine = parallel.share(len(x_0))
+        with autocast(self.device, self.precision):
+            loss = self.diffusion.loss(self.network, x_0[mine], t[mine], noise[mine],
+                                       None if labels is None else labels[mine])
+        loss.backward()
+        norm = nn.utils.clip_grad_norm_(self.model.parameters(), self.max_grad_norm)
+        bad = (~torch.isfinite(norm)).float()
+        self.skipped = torch.stack([self.skipped[0] + bad, (self.skipped[1] + bad) * bad])
+        self.optimizer.found_inf = bad  # the fused optimiser leaves the weights alone where this is 1
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        self.step += 1
+        self.ema.update_parameters(self.model)
+        return loss.detach()
+
+    @torch.no_grad()
+    def validation_loss(self, validation: ImageData, batch_size: int = 512) -> float:
+        """The loss of the averaged weights on images that nothing learns from, always with the same noise and times."""
+        count = min(VALIDATION_IMAGES, len(validation.images))
+        chance = generator_for(0)
+        t = ((torch.arange(count) + torch.rand(count, generator=chance)) / count * self.diffusion.num_timesteps).long()
+        noise = torch.randn((count, *validation.images.shape[1:]), generator=chance)
+        mine, losses = parallel.share(count), torch.zeros(1, device=self.device)
+        for rows in torch.arange(count)[mine].split(batch_size):
+            parts = (to_model(validation.images[rows]), t[rows], noise[rows], validation.labels[rows])
+            x_0, times, noises, labels = (part.to(self.device) for part in parts)
+            with autocast(self.device, self.precision):
+                losses += self.diffusion.loss(self.ema.module, x_0, times, noises, labels if self.conditional else None,
+                                              reduction="none").sum()
+        return (parallel.total(losses) / count).item()
+
+    def state(self) -> dict:
+        """What a checkpoint holds of the learning."""
+        return dict(model=self.model.state_dict(), ema=self.ema.module.state_dict(),
+                    optimizer=self.optimizer.state_dict(), step=self.step, epoch=self.epoch,
+                    images_seen=self.images_seen, precision=self.precision, seed=self.seed)
+
+    def restore(self, checkpoint: dict) -> None:
+        """Go back to where a checkpoint was written. ValueError if its tensors do not fit this network."""
+        try:
+            self.model.load_state_dict(checkpoint["model"])
+            self.ema.module.load_state_dict(checkpoint["ema"])
+            self.optimizer.load_state_dict(checkpoint["optimizer"])
+        except (KeyError, RuntimeError, ValueError) as error:
+            raise ValueError(f"the checkpoint does not fit this network: {error}") from error
+        self.step = checkpoint["step"]
+        self.ema.n_averaged.fill_(self.step)
