@@ -148,6 +148,14 @@ class DiffusionProcess:
         value = self._lookup(t)
         return value if value.ndim == 0 else value.to(t.dtype if t.is_floating_point() else torch.float32)
 
+    def time_of(self, log_snr: float) -> float:
+        """The real time t in 0..T-1 at which lambda_t has this value, the inverse of log_snr; the nearest end outside.
+
+        t is interpolated between the table's entries as lambda is.
+        """
+        curve = self._log_snr_table[1:].numpy()
+        return float(np.interp(-log_snr, -curve, np.arange(self.num_timesteps)))
+
     def alpha(self, t) -> Tensor:
         """The signal rate sqrt(alphas_cumprod_t) = sqrt(sigmoid(lambda_t)); 1 at t = -1. Shapes: as log_snr."""
         return torch.sigmoid(self.log_snr(t)).sqrt()

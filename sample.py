@@ -2,9 +2,10 @@
 
     python sample.py --checkpoint outputs/model_final.pt --show_intermediate
     python sample.py --checkpoint outputs/model_final.pt --sampler ddpm --timesteps 1000 --seed 7
+    python sample.py --checkpoint outputs/model_final.pt --label 0-9 --guidance_scale 2
 
 The checkpoint knows what the training was: no flag has to be repeated. An --output that ends in .npz gets the images as
-arr_0, uint8 (N, H, W, C), instead of a picture.
+arr_0, uint8 (N, H, W, C), and, where there are labels, labels (N,), instead of a picture.
 """
 
 import sys
@@ -45,17 +46,53 @@ def parse_args(argv: Sequence[str] | None):
     group.add_argument("--output", default="outputs/generated_samples.png", help="a .png or .npz file")
     group.add_argument("--show_intermediate", action="store_true",
                        help="also write intermediate/step_XXXX.png beside the output, and a film strip")
+    group.add_argument("--label", help="of a model that was trained with --conditional: a class by its number or name, "
+                                       "a range such as 0-9, or several with commas (default: all in turn)")
     group = parser.add_argument_group("how")
     group.add_argument("--sampler", choices=tuple(SAMPLERS), default="dpmpp_2m", help="the way from noise to image")
     group.add_argument("--steps", "--timesteps", type=number(int, 1), default=20,
                        help="network evaluations for an image, at most the checkpoint's T")
     group.add_argument("--eta", type=number(float, 0, 1), default=0.0, help="fresh noise of ddim: 0 none, 1 as ddpm")
+    group.add_argument("--guidance_scale", type=number(float, 0, 100), default=1.0,
+                       help="how strongly the label is asked for: 1 as learnt, more for clearer and less varied images")
+    group.add_argument("--guidance_interval", type=number(float, 0), nargs=2, metavar=("LOW", "HIGH"),
+                       help="the times t in which guidance acts (default: all)")
     group.add_argument("--batch_size", type=number(int, 1), default=64, help="images at a time; changes no image")
     add_shared_flags(group, "seed", "device", "precision")
     args = parser.parse_args(argv)
     if Path(args.output).suffix not in (".png", ".npz"):
         parser.error(f"--output must end in .png or .npz, not {args.output!r}")
     return args
+
+
+def chosen_classes(text: str, class_names: Sequence[str]) -> list[int]:
+    """The classes that --label names. ValueError that lists what there is."""
+    if not class_names:
+        raise ValueError("this checkpoint was trained without labels: leave --label and --guidance_scale out, or train "
+                         "one with python train.py --conditional")
+    known = {name.lower(): i for i, name in enumerate(class_names)} | {str(i): i for i in range(len(class_names))}
+    classes = []
+    for part in text.lower().split(","):
+        first, dash, last = part.partition("-")
+        ends = [known.get(end.strip()) for end in ((first, last) if dash and part not in known else (part, part))]
+        if None in ends or ends[0] > ends[1]:
+            listed = ", ".join(f"{i} {name}" if name != str(i) else name for i, name in enumerate(class_names))
+            raise ValueError(f"unknown label {part!r}: choose from {listed}, or a range such as "
+                             f"0-{len(class_names) - 1}")
+        classes += range(ends[0], ends[1] + 1)
+    return classes
+
+
+def image_labels(args, model, class_names: Sequence[str]) -> torch.Tensor | None:
+    """The label of each image (N,), or None for a model without labels."""
+    if args.label is None and args.guidance_scale == 1 and not model.num_classes:
+        return None
+    names = class_names if model.num_classes else ()
+    if args.label is None:
+        chosen_classes("0", names)  # an error if there are none
+        return torch.arange(args.num_images) % model.num_classes
+    classes = torch.tensor(chosen_classes(args.label, names))
+    return classes[torch.arange(args.num_images) * len(classes) // args.num_images]  # a row for each
 
 
 def shown_steps(steps: int) -> set[int]:
@@ -84,13 +121,14 @@ class Film:
         return [folder, strip]
 
 
-def make_images(args, model, diffusion, shape) -> tuple[torch.Tensor, Film | None]:
+def make_images(args, model, diffusion, shape, labels) -> tuple[torch.Tensor, Film | None]:
     """The images (N, C, H, W) in [-1, 1], and the film if one is asked for."""
     film = Film() if args.show_intermediate else None
     keep, images = shown_steps(args.steps), []
     precision = pick_precision(args.precision, diffusion.device)
     batches = generate(model, diffusion, shape, range(args.num_images), seed=args.seed, sampler=args.sampler,
-                       steps=args.steps, eta=args.eta, batch_size=args.batch_size)
+                       steps=args.steps, eta=args.eta, batch_size=args.batch_size, labels=labels,
+                       guidance_scale=args.guidance_scale, guidance_interval=args.guidance_interval)
     total = -(-args.num_images // args.batch_size) * args.steps
     with tqdm(total=total, unit="step", desc="sampling") as bar, autocast(diffusion.device, precision):
         for batch, trajectory in batches:
@@ -104,12 +142,13 @@ def make_images(args, model, diffusion, shape) -> tuple[torch.Tensor, Film | Non
     return torch.cat(images), film
 
 
-def save(images: torch.Tensor, output: Path) -> None:
-    """Write images (N, C, H, W) in [-1, 1] as a grid or, to .npz, as uint8 arr_0 (N, H, W, C)."""
+def save(images: torch.Tensor, labels: torch.Tensor | None, rows: int | None, output: Path) -> None:
+    """Write images (N, C, H, W) in [-1, 1] as a grid or, to .npz, as uint8 arr_0 (N, H, W, C), with their labels."""
     if output.suffix == ".png":
-        return save_images(images, output)
+        return save_images(images, output, columns=-(-len(images) // rows) if rows else 8)
+    arrays = {} if labels is None else dict(labels=labels.numpy())
     with atomic_write(output) as file:
-        np.savez_compressed(file, arr_0=to_uint8(images).permute(0, 2, 3, 1).numpy())
+        np.savez_compressed(file, arr_0=to_uint8(images).permute(0, 2, 3, 1).numpy(), **arrays)
 
 
 @script
@@ -118,11 +157,13 @@ def main(argv=None):
     output = Path(args.output)
     check_writable(output.parent)
     model, diffusion, checkpoint = load_model(args.checkpoint, get_device(args.device), args.use_ema)
+    config = checkpoint["config"]["data"]
+    labels = image_labels(args, model, config["class_names"])
     print(f"Using device: {diffusion.device}")
     start = time.perf_counter()
-    images, film = make_images(args, model, diffusion, checkpoint["config"]["data"]["shape"])
+    images, film = make_images(args, model, diffusion, config["shape"], labels)
     print(f"{len(images)} images by {args.sampler} in {args.steps} steps: {time.perf_counter() - start:.2f} s")
-    save(images, output)
+    save(images, labels, len(labels.unique()) if args.label else None, output)
     for path in [output, *(film.save(output) if film else [])]:
         print(f"Saved {path}")
 

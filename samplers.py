@@ -19,7 +19,7 @@ from diffusion import Denoise, DiffusionProcess
 Trajectory = Iterator[tuple[float, Tensor, Tensor]]
 
 
-def _steps(timesteps: Sequence[float]) -> list[tuple[float, float]]:
+def walk(timesteps: Sequence[float]) -> list[tuple[float, float]]:
     """The pairs (t, s) of a walk: from each time to the next, and from the last to -1."""
     times = [*map(float, timesteps), -1.0]
     if len(times) < 2 or any(s >= t for t, s in pairwise(times)):
@@ -27,7 +27,7 @@ def _steps(timesteps: Sequence[float]) -> list[tuple[float, float]]:
     return list(pairwise(times))
 
 
-def _at(t: float, x: Tensor) -> Tensor:
+def full_time(t: float, x: Tensor) -> Tensor:
     """The time t for each image of x: (B,), float64 where the device has it."""
     return torch.full((len(x),), t, device=x.device, dtype=torch.float32 if x.device.type == "mps" else torch.float64)
 
@@ -39,8 +39,8 @@ def ddpm(denoise: Denoise, x_T: Tensor, timesteps: Sequence[float], diffusion: D
     The posterior is the exact one from t to s, however far apart they are. eta is not used.
     """
     x = x_T
-    for t, s in _steps(timesteps):
-        x_0_hat = denoise(x, _at(t, x))
+    for t, s in walk(timesteps):
+        x_0_hat = denoise(x, full_time(t, x))
         mean, variance = diffusion.posterior(x, x_0_hat, t, s)
         x = mean + variance.sqrt() * randn(x) if s >= 0 else mean
         yield s, x, x_0_hat
@@ -54,8 +54,8 @@ def ddim(denoise: Denoise, x_T: Tensor, timesteps: Sequence[float], diffusion: D
     eta = 0 follows the probability-flow ODE to first order; eta = 1 has the mean and variance of ddpm.
     """
     x = x_T
-    for t, s in _steps(timesteps):
-        x_0_hat = denoise(x, _at(t, x))
+    for t, s in walk(timesteps):
+        x_0_hat = denoise(x, full_time(t, x))
         noise_hat = (x - diffusion.alpha(t) * x_0_hat) / diffusion.sigma(t)
         fresh = eta**2 * diffusion.posterior(x, x_0_hat, t, s)[1]
         x = diffusion.alpha(s) * x_0_hat + (diffusion.sigma(s) ** 2 - fresh).clamp(min=0).sqrt() * noise_hat
@@ -73,8 +73,8 @@ def dpmpp_2m(denoise: Denoise, x_T: Tensor, timesteps: Sequence[float], diffusio
     (where h is infinite). eta and randn are not used: it is deterministic.
     """
     x, previous, previous_h = x_T, None, None
-    for t, s in _steps(timesteps):
-        x_0_hat = denoise(x, _at(t, x))
+    for t, s in walk(timesteps):
+        x_0_hat = denoise(x, full_time(t, x))
         h = (diffusion.log_snr(s) - diffusion.log_snr(t)) / 2
         extrapolate = 0 if previous is None or s < 0 else h / (2 * previous_h)
         D = x_0_hat if not extrapolate else x_0_hat + extrapolate * (x_0_hat - previous)
@@ -83,7 +83,100 @@ def dpmpp_2m(denoise: Denoise, x_T: Tensor, timesteps: Sequence[float], diffusio
         yield s, x, x_0_hat
 
 
-SAMPLERS = {"ddpm": ddpm, "ddim": ddim, "dpmpp_2m": dpmpp_2m}
+def ddim_step(x: Tensor, x_0_hat: Tensor, t: float, s: float, diffusion: DiffusionProcess) -> Tensor:
+    """From t to s along the probability-flow ODE, to first order: alpha_s · x_0_hat + sigma_s · noise_hat."""
+    keep = diffusion.sigma(s) / diffusion.sigma(t)
+    return keep * x + (diffusion.alpha(s) - keep * diffusion.alpha(t)) * x_0_hat
+
+
+def renoise(x: Tensor, s: float, t: float, diffusion: DiffusionProcess, randn) -> Tensor:
+    """From s forward to a later t: x_t ~ q(x_t | x_s), the alpha_t / alpha_s of x and noise to make up for the rest."""
+    ratio = diffusion.alpha(t) / diffusion.alpha(s)
+    return ratio * x + (diffusion.sigma(t) ** 2 - (ratio * diffusion.sigma(s)) ** 2).clamp(min=0).sqrt() * randn(x)
+
+
+def _churn(x: Tensor, t: float, gamma: float, diffusion: DiffusionProcess, randn) -> tuple[float, Tensor]:
+    """The time at which sigma/alpha is 1 + gamma times that at t, or the last, and x with fresh noise up to it."""
+    later = diffusion.time_of(diffusion.log_snr(t).item() - 2 * math.log1p(gamma))
+    return later, renoise(x, t, later, diffusion, randn)
+
+
+# Weights of the newest noise_hat and of those before it, by how many there are (Bashforth and Adams 1883).
+ADAMS_BASHFORTH = ((1,), (3 / 2, -1 / 2), (23 / 12, -16 / 12, 5 / 12), (55 / 24, -59 / 24, 37 / 24, -9 / 24))
+
+
+def heun(denoise: Denoise, x_T: Tensor, timesteps: Sequence[float], diffusion: DiffusionProcess, *, eta: float = 0.0,
+         randn: Callable[[Tensor], Tensor] = torch.randn_like) -> Trajectory:
+    """Heun's method, second order, two evaluations a step but one in the last (Karras et al. 2022, algorithms 1 and 2).
+
+    The ODE is d(x/alpha) = noise_hat d(sigma/alpha): a step with the noise_hat of its beginning (ddim), a second look
+    from its end, and the mean of the two. eta > 0 churns: before each step sigma/alpha rises by the share
+    gamma = min(eta, sqrt(2) - 1) through fresh noise, where the schedule has such a time.
+    """
+    x = x_T
+    for t, s in walk(timesteps):
+        if eta and s >= 0:
+            t, x = _churn(x, t, min(eta, math.sqrt(2) - 1), diffusion, randn)
+        x_0_hat = denoise(x, full_time(t, x))
+        x = ddim_step(x, x_0_hat, t, s, diffusion)
+        if s >= 0:
+            correction = denoise(x, full_time(s, x)) - x_0_hat
+            ratio = torch.exp((diffusion.log_snr(s) - diffusion.log_snr(t)) / 2)
+            weight = ((ratio - 1) / 2).clamp(max=1)  # beyond 1, where noise falls by more than 3, it would overshoot
+            x = x + diffusion.alpha(s) * weight * correction
+            x_0_hat = x_0_hat + correction
+        yield s, x, x_0_hat
+
+
+def ipndm(denoise: Denoise, x_T: Tensor, timesteps: Sequence[float], diffusion: DiffusionProcess, *, eta: float = 0.0,
+          randn: Callable[[Tensor], Tensor] = torch.randn_like) -> Trajectory:
+    """Improved pseudo linear multistep (Zhang and Chen 2023, appendix H.2): Adams-Bashforth of order 1, 2, 3, then 4.
+
+    A ddim step with a mixture of the last noise_hats in place of the last; one evaluation a step. Order 4 where the
+    steps are equal in sigma/alpha, and 2 on other smooth spacings. eta and randn are not used.
+    """
+    x, noises = x_T, []
+    for t, s in walk(timesteps):
+        x_0_hat = denoise(x, full_time(t, x))
+        noises = [(x - diffusion.alpha(t) * x_0_hat) / diffusion.sigma(t), *noises][:4]
+        x = ddim_step(x, x_0_hat, t, s, diffusion)
+        if s >= 0:
+            weights = ADAMS_BASHFORTH[len(noises) - 1]
+            extra = sum(w * n for w, n in zip(weights, noises, strict=True)) - noises[0]
+            x = x + (diffusion.sigma(s) - diffusion.alpha(s) * diffusion.sigma(t) / diffusion.alpha(t)) * extra
+        yield s, x, x_0_hat
+
+
+# ------------------------------------------------------------------------------------------ wrappers of the denoiser
+
+
+def guide(diffusion: DiffusionProcess, model, labels: Tensor, scale: float, interval: tuple[float, float] | None = None,
+          clip: bool = True) -> Denoise:
+    """Classifier-free guidance (Ho and Salimans 2022, eq. 6): x_0_hat = x_0_hat(no label) + scale · (the difference).
+
+    scale 1 is the conditional model, 0 the unconditional one. Both evaluations are one batched call; where the scale
+    is 1, and outside `interval`, the times (low, high) in which guidance acts (Kynkäänniemi et al. 2024), there is only
+    the conditional one. labels (B,) int64 in 0..num_classes - 1.
+    """
+    conditional = diffusion.denoiser(model, labels, clip)
+    if scale == 1:
+        return conditional
+    both = diffusion.denoiser(model, torch.cat([labels, torch.full_like(labels, model.num_classes)]), clip=False)
+    low, high = interval or (-math.inf, math.inf)
+
+    def denoise(x_t: Tensor, t: Tensor) -> Tensor:
+        if interval and not low <= float(t[0]) <= high:
+            return conditional(x_t, t)
+        with_label, without = both(torch.cat([x_t, x_t]), torch.cat([t, t])).chunk(2)
+        x_0_hat = without + scale * (with_label - without)
+        return x_0_hat.clamp(-1, 1) if clip else x_0_hat
+    return denoise
+
+
+# ---------------------------------------------------------------------------------- which times, which noise, the loop
+
+
+SAMPLERS = {"ddpm": ddpm, "ddim": ddim, "dpmpp_2m": dpmpp_2m, "heun": heun, "ipndm": ipndm}
 
 
 def uniform_timesteps(num_timesteps: int, steps: int) -> list[int]:
@@ -113,12 +206,14 @@ def image_noise(indices: Iterable[int], seed: int, shape: Sequence[int], device=
 
 def generate(model, diffusion: DiffusionProcess, shape: Sequence[int], indices: Sequence[int], *, seed: int = 0,
              sampler: str = "dpmpp_2m", steps: int = 20, eta: float = 0.0, batch_size: int = 64,
-             labels: Tensor | None = None, clip: bool = True) -> Iterator[tuple[Sequence[int], Trajectory]]:
+             labels: Tensor | None = None, guidance_scale: float = 1.0,
+             guidance_interval: tuple[float, float] | None = None,
+             clip: bool = True) -> Iterator[tuple[Sequence[int], Trajectory]]:
     """Make the images with these indices, batch by batch: yields (indices of the batch, its trajectory).
 
     This is the only loop that makes images from a checkpoint. `shape` is (C, H, W); image k of seed s has the same
     noise in every batch, and the same label, labels[k]. A trajectory is a sampler's generator: consume it before
-    asking for the next batch. ValueError for unknown samplers and impossible step counts.
+    asking for the next batch. Guidance (`guide`) needs labels. ValueError for unknown samplers, impossible step counts.
     """
     if sampler not in SAMPLERS:
         raise ValueError(f"unknown sampler {sampler!r}: choose one of {', '.join(SAMPLERS)}")
@@ -126,8 +221,12 @@ def generate(model, diffusion: DiffusionProcess, shape: Sequence[int], indices: 
     for start in range(0, len(indices), batch_size):
         batch = indices[start:start + batch_size]
         randn = image_noise(batch, seed, shape, diffusion.device)
-        batch_labels = None if labels is None else labels[list(batch)].to(diffusion.device)
-        denoise = torch.no_grad()(diffusion.denoiser(model, batch_labels, clip))
+        if labels is None:
+            denoise = diffusion.denoiser(model, clip=clip)
+        else:
+            batch_labels = labels[list(batch)].to(diffusion.device)
+            denoise = guide(diffusion, model, batch_labels, guidance_scale, guidance_interval, clip)
+        denoise = torch.no_grad()(denoise)
         yield batch, SAMPLERS[sampler](denoise, randn(), timesteps, diffusion, eta=eta, randn=randn)
 
 

@@ -78,6 +78,23 @@ def save_images(images: Tensor, path: str | Path, columns: int = 8, scale: int =
         Image.fromarray(grid.permute(1, 2, 0).numpy()).save(file, format="PNG")
 
 
+def save_gif(frames: Sequence[Tensor], path: str | Path, columns: int = 8, scale: int = 3,
+             seconds: float = 3.0) -> None:
+    """Write a film: each frame a grid of images (B, C, H, W) in [-1, 1], `seconds` in all, then a pause of two."""
+    from PIL import Image
+    from torchvision.utils import make_grid
+
+    pictures = []
+    for images in frames:
+        grid = make_grid(to_uint8(images.cpu()), nrow=columns, padding=1, pad_value=64)     # (3, H', W')
+        grid = grid.repeat_interleave(scale, 1).repeat_interleave(scale, 2).permute(1, 2, 0)
+        pictures.append(Image.fromarray(grid.numpy()).quantize(64))
+    each = max(20, round(1000 * seconds / len(pictures)))  # milliseconds; viewers show 20 at the least
+    with atomic_write(path) as file:
+        pictures[0].save(file, format="GIF", save_all=True, append_images=pictures[1:], loop=0, optimize=True,
+                         duration=[each] * (len(pictures) - 1) + [2000])
+
+
 def save_figure(figure, path: str | Path) -> None:
     """Write a matplotlib figure as a PNG and close it."""
     with atomic_write(path) as file:

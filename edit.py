@@ -1,0 +1,195 @@
+"""Change a picture, or walk between two.
+
+    python edit.py inpaint --checkpoint outputs/model_final.pt --mask left
+    python edit.py vary --checkpoint outputs/model_final.pt --image my_digit.png --strength 0.5
+    python edit.py interpolate --checkpoint outputs/model_final.pt --seeds 3 8 --frames 16
+    python edit.py invert --checkpoint outputs/model_final.pt --index 5
+
+Without --image the picture is image --index of the data set's test split. Every command writes input and result side by
+side to --output.
+"""
+
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from checkpoint import load_model
+from data import load_dataset, to_model, to_uint8
+from editing import ddim_inversion, inpaint, slerp
+from files import check_writable
+from pictures import read_mask, read_picture
+from samplers import SAMPLERS, image_noise, uniform_timesteps
+from utils import (
+    Parser,
+    add_shared_flags,
+    autocast,
+    get_device,
+    number,
+    pick_precision,
+    save_gif,
+    save_images,
+    script,
+)
+
+SIDES = ("left", "right", "top", "bottom", "center")
+
+
+def parse_args(argv: Sequence[str] | None):
+    parser = Parser(__doc__)
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+
+    def command(name: str, text: str, steps: int, takes_image: bool = True):
+        sub = commands.add_parser(name, description=text, help=text)
+        sub.add_argument("--checkpoint", required=True, help="a file that train.py wrote")
+        sub.add_argument("--output", default=f"outputs/{name}.png", help="a .png file")
+        sub.add_argument("--gif", action="store_true", help="also write the way there as a film beside the output")
+        sub.add_argument("--steps", type=number(int, 1), default=steps, help="steps, at most the checkpoint's T")
+        if takes_image:
+            sub.add_argument("--image", help="a picture of the model's size (default: one of the test split)")
+            sub.add_argument("--index", type=number(int, 0), default=0, help="which image of the test split")
+            add_shared_flags(sub, "data_dir")
+        add_shared_flags(sub, "seed", "device", "precision")
+        return sub
+
+    sub = command("inpaint", "fill in a part of a picture; what is known is kept exactly", 100)
+    sub.add_argument("--mask", default="left", help=f"what to fill in: {', '.join(SIDES)}, or a picture that is white "
+                                                    f"there and black elsewhere")
+    sub.add_argument("--resample", type=number(int, 1, 100), default=5,
+                     help="how often each step is taken anew, so that the new part fits the old (RePaint)")
+    sub.add_argument("--num_images", type=number(int, 1, 1000), default=8, help="how many ways to fill it in")
+    sub = command("vary", "variations of a picture: noise it a little, and denoise it (SDEdit)", 20)
+    sub.add_argument("--strength", type=number(float, 0.0, 1.0), default=0.5,
+                     help="how much may change: 0 nothing, 1 everything")
+    sub.add_argument("--num_images", type=number(int, 1, 1000), default=8, help="how many variations")
+    sub = command("interpolate", "images between those of two seeds", 20, takes_image=False)
+    sub.add_argument("--seeds", type=number(int, 0, 2**63 - 1), nargs=2, default=[3, 8], metavar=("A", "B"),
+                     help="the ends")
+    sub.add_argument("--frames", type=number(int, 2, 1000), default=16, help="images, both ends included")
+    command("invert", "the noise that leads to a picture, and the picture that it leads to (DDIM inversion)", 100)
+    args = parser.parse_args(argv)
+    if Path(args.output).suffix != ".png":
+        parser.error(f"--output must end in .png, not {args.output!r}")
+    return args
+
+
+def chosen_image(args, config: dict) -> Tensor:
+    """The picture to change (1, C, H, W) in [-1, 1]."""
+    if args.image:
+        return to_model(read_picture(Path(args.image), config["shape"])[None])
+    images = load_dataset(config["dataset"], "test", args.data_dir).images
+    if args.index >= len(images):
+        raise ValueError(f"--index must be less than {len(images)}, the size of the test split, not {args.index}")
+    return to_model(images[args.index][None])
+
+
+def chosen_mask(args, shape: Sequence[int]) -> Tensor:
+    """Where to fill in: (1, 1, H, W), 1 there and 0 where the picture is kept."""
+    height, width = shape[1:]
+    if args.mask not in SIDES:
+        return read_mask(Path(args.mask), height, width)
+    rows, columns = slice(None), slice(None)
+    if args.mask in ("left", "right"):
+        columns = slice(0, width // 2) if args.mask == "left" else slice(width // 2, None)
+    elif args.mask in ("top", "bottom"):
+        rows = slice(0, height // 2) if args.mask == "top" else slice(height // 2, None)
+    else:
+        rows, columns = slice(height // 4, -(height // 4)), slice(width // 4, -(width // 4))
+    mask = torch.zeros(1, 1, height, width)
+    mask[..., rows, columns] = 1
+    return mask
+
+
+class Studio:
+    """A model ready to edit with, and the frames of the film that shows how."""
+
+    def __init__(self, args):
+        self.args, device = args, get_device(args.device)
+        self.model, self.diffusion, checkpoint = load_model(args.checkpoint, device)
+        self.config, self.frames = checkpoint["config"]["data"], []
+        self.times = uniform_timesteps(self.diffusion.num_timesteps, args.steps)
+        self.denoise = self.diffusion.denoiser(self.model)
+
+    def noise(self, indices, seed: int | None = None):
+        return image_noise(indices, self.args.seed if seed is None else seed, self.config["shape"],
+                           self.diffusion.device)
+
+    def follow(self, trajectory, steps: int) -> Tensor:
+        """The end of a trajectory; what it passes through becomes the film."""
+        device = self.diffusion.device
+        with autocast(device, pick_precision(self.args.precision, device)):
+            for _, x, x_0_hat in tqdm(trajectory, total=steps, unit="step", desc=self.args.command, leave=False):
+                self.frames.append((x.cpu(), x_0_hat.cpu()))
+        return x.cpu()
+
+
+def do_inpaint(args, studio: Studio) -> Tensor:
+    """Rows: picture, what was known, then the ways to fill it in."""
+    picture, mask = chosen_image(args, studio.config), chosen_mask(args, studio.config["shape"])
+    randn = studio.noise(range(args.num_images))
+    device = studio.diffusion.device
+    filled = studio.follow(inpaint(studio.denoise, randn(), studio.times, studio.diffusion, known=picture.to(device),
+                                   mask=mask.to(device), resample=args.resample, randn=randn),
+                           args.steps)
+    return torch.cat([picture, mask.expand_as(picture) * 2 - 1, torch.where(mask.bool(), -0.5, picture), filled])
+
+
+def do_vary(args, studio: Studio) -> Tensor:
+    """The picture, then its variations."""
+    picture = chosen_image(args, studio.config)
+    randn = studio.noise(range(args.num_images))
+    start = args.strength * (studio.diffusion.num_timesteps - 1)
+    times = [start * (args.steps - i) / args.steps for i in range(args.steps)] if start else []
+    if not times:
+        return picture.expand(args.num_images + 1, -1, -1, -1)
+    many = picture.to(studio.diffusion.device).expand(args.num_images, -1, -1, -1)
+    x = studio.diffusion.q_sample(many, start, randn())
+    return torch.cat([picture, studio.follow(SAMPLERS["dpmpp_2m"](studio.denoise, x, times, studio.diffusion),
+                                             args.steps)])
+
+
+def do_interpolate(args, studio: Studio) -> Tensor:
+    """Image 0 of seed A, those between, image 0 of seed B."""
+    first, last = (studio.noise([0], seed)() for seed in args.seeds)
+    x = torch.cat([slerp(first, last, i / (args.frames - 1)) for i in range(args.frames)])
+    images = studio.follow(SAMPLERS["dpmpp_2m"](studio.denoise, x, studio.times, studio.diffusion), args.steps)
+    studio.frames = [(image[None], image[None]) for image in images]  # the film is the walk, not the denoising
+    return images
+
+
+def do_invert(args, studio: Studio) -> Tensor:
+    """Picture, its noise, and the picture that the noise leads to."""
+    picture = chosen_image(args, studio.config)
+    denoise = studio.diffusion.denoiser(studio.model, clip=False)
+    up = ddim_inversion(denoise, picture.to(studio.diffusion.device), studio.times, studio.diffusion)
+    noise = studio.follow(up, args.steps)
+    down = SAMPLERS["ddim"](denoise, noise.to(studio.diffusion.device), studio.times, studio.diffusion)
+    back = studio.follow(down, args.steps)
+    error = (to_uint8(back).float() - to_uint8(picture).float()).abs()
+    print(f"Noise: mean {noise.mean():.3f}, standard deviation {noise.std():.3f} (0 and 1 for pure noise). "
+          f"Reconstruction: mean error {error.mean():.2f} of 255 levels, largest {error.max():.0f}")
+    return torch.cat([picture, noise / 3, back])
+
+
+@script
+def main(argv=None):
+    args = parse_args(argv)
+    output = Path(args.output)
+    check_writable(output.parent)
+    studio = Studio(args)
+    print(f"Using device: {studio.diffusion.device}")
+    with torch.no_grad():
+        do = {"inpaint": do_inpaint, "vary": do_vary, "interpolate": do_interpolate, "invert": do_invert}[args.command]
+        pictures = do(args, studio)
+    save_images(pictures, output, columns=min(len(pictures), 16), scale=4)
+    print(f"Saved {output}")
+    if args.gif:
+        save_gif([torch.stack(frame, 1).flatten(0, 1) for frame in studio.frames], output.with_suffix(".gif"))
+        print(f"Saved {output.with_suffix('.gif')}")
+
+
+if __name__ == "__main__":
+    sys.exit(main())
