@@ -8,6 +8,7 @@
 import hashlib
 from collections.abc import Callable
 from dataclasses import dataclass
+from http.client import HTTPException
 from pathlib import Path
 
 import numpy as np
@@ -95,7 +96,7 @@ def _from_torchvision(kind: str, data_dir: Path, train: bool) -> tuple[Tensor, T
     if not all(path.is_file() for path in files):
         try:
             dataset_class(data_dir, train=train, download=True)
-        except (RuntimeError, OSError) as error:
+        except (RuntimeError, OSError, HTTPException) as error:
             raise ValueError(f"could not download {kind} into {data_dir} ({_one_line(error)}): check the network, "
                              f"give the folder that holds it with --data_dir, or use --dataset glyphs") from error
     for path, digest in files.items():

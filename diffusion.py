@@ -87,18 +87,22 @@ class DiffusionProcess:
         _choice("schedule", schedule, SCHEDULES)
         _choice("prediction", prediction, tuple(PREDICTIONS))
         _choice("timestep_sampling", timestep_sampling, TIMESTEP_SAMPLING)
-        if isinstance(num_timesteps, bool) or num_timesteps != int(num_timesteps) or num_timesteps < 1:
+        if not isinstance(num_timesteps, int) or isinstance(num_timesteps, bool) or num_timesteps < 1:
             raise ValueError(f"num_timesteps must be a whole number from 1 up, not {num_timesteps}")
         if not 0 < beta_start <= beta_end < 1:
             raise ValueError(f"betas must satisfy 0 < beta_start <= beta_end < 1, not {beta_start} and {beta_end}")
         if not (data_std > 0 and noise_std > 0 and math.isfinite(data_std + noise_mean + noise_std)):
-            raise ValueError(f"data_std and noise_std must be positive numbers, not {data_std} and {noise_std}")
-        self.config = dict(num_timesteps=int(num_timesteps), schedule=schedule, beta_start=beta_start,
+            raise ValueError(f"data_std and noise_std must be positive and noise_mean finite, not {data_std}, "
+                             f"{noise_std} and {noise_mean}")
+        self.config = dict(num_timesteps=num_timesteps, schedule=schedule, beta_start=beta_start,
                            beta_end=beta_end, prediction=prediction, data_std=data_std,
                            timestep_sampling=timestep_sampling, noise_mean=noise_mean, noise_std=noise_std)
-        self.num_timesteps, self.prediction, self.data_std = int(num_timesteps), prediction, data_std
+        self.num_timesteps, self.prediction, self.data_std = num_timesteps, prediction, data_std
         curve = (cosine_schedule(self.num_timesteps) if schedule == "cosine"
                  else linear_schedule(self.num_timesteps, beta_start, beta_end))
+        if curve[-1] < 1e-300:
+            raise ValueError(f"betas up to {beta_end} leave nothing of the image after {num_timesteps} steps, not even "
+                             f"in float64: choose a smaller beta_end")
         self.alphas_cumprod = torch.from_numpy(curve)
         self.alphas = self.alphas_cumprod / torch.cat([torch.ones(1), self.alphas_cumprod[:-1]])
         self.betas = 1 - self.alphas
@@ -190,8 +194,8 @@ class DiffusionProcess:
 
         x_0 (B, C, H, W) in [-1, 1]; t a number or (B,); noise like x_0, drawn from N(0, 1) where it is not given.
         """
-        noise = torch.randn_like(x_0) if noise is None else noise
         self._check(x_0, t, noise=noise)
+        noise = torch.randn_like(x_0) if noise is None else noise
         return (self.alpha(t) * x_0 + self.sigma(t) * noise).to(x_0.dtype), noise
 
     def q_sample(self, x_0: Tensor, t, noise: Tensor | None = None) -> Tensor:
@@ -282,6 +286,7 @@ class DiffusionProcess:
 
         t: whole times, a number or (B,). At t = 0 the variance is 0: the result is x_0_hat, without noise.
         """
+        self._check(x_t, t, noise=noise)
         mean, variance = self.posterior(x_t, self.denoiser(model, labels, clip)(x_t, t), t, t - 1)
         return mean + variance.sqrt() * (torch.randn_like(x_t) if noise is None else noise)
 
@@ -297,12 +302,12 @@ class DiffusionProcess:
             x = self.p_sample(model, x, t, labels=labels)
         return x
 
-    def _check(self, x: Tensor, t, **same_shape: Tensor) -> None:
+    def _check(self, x: Tensor, t, **same_shape: Tensor | None) -> None:
         if x.ndim != 4 or not x.is_floating_point():
             raise ValueError(f"images must be a floating-point tensor (B, C, H, W), not {x.dtype} {tuple(x.shape)}")
         if isinstance(t, Tensor) and t.ndim and t.shape != (len(x),):
             raise ValueError(f"t must be a number or have one entry for each of the {len(x)} images, "
                              f"not shape {tuple(t.shape)}")
         for name, other in same_shape.items():
-            if other.shape != x.shape:
+            if other is not None and other.shape != x.shape:
                 raise ValueError(f"{name} must have the shape of the images {tuple(x.shape)}, not {tuple(other.shape)}")

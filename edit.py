@@ -178,8 +178,8 @@ def do_invert(args, studio: Studio) -> Tensor:
 def main(argv=None):
     args = parse_args(argv)
     output = Path(args.output)
-    check_writable(output.parent)
     studio = Studio(args)
+    check_writable(output.parent)
     print(f"Using device: {studio.diffusion.device}")
     with torch.no_grad():
         do = {"inpaint": do_inpaint, "vary": do_vary, "interpolate": do_interpolate, "invert": do_invert}[args.command]

@@ -20,7 +20,7 @@ from tqdm import tqdm
 from checkpoint import load_model
 from data import to_uint8
 from files import atomic_write, check_writable
-from samplers import SAMPLERS, generate, image_noise
+from samplers import SAMPLERS, generate, image_noise, uniform_timesteps
 from utils import (
     Parser,
     add_shared_flags,
@@ -155,10 +155,11 @@ def save(images: torch.Tensor, labels: torch.Tensor | None, rows: int | None, ou
 def main(argv=None):
     args = parse_args(argv)
     output = Path(args.output)
-    check_writable(output.parent)
     model, diffusion, checkpoint = load_model(args.checkpoint, get_device(args.device), args.use_ema)
     config = checkpoint["config"]["data"]
     labels = image_labels(args, model, config["class_names"])
+    uniform_timesteps(diffusion.num_timesteps, args.steps)  # an impossible number is told before any work
+    check_writable(output.parent)
     print(f"Using device: {diffusion.device}")
     start = time.perf_counter()
     images, film = make_images(args, model, diffusion, config["shape"], labels)

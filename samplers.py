@@ -3,7 +3,7 @@
 A sampler is a generator, `sampler(denoise, x_T, timesteps, diffusion, *, eta=0., randn=torch.randn_like)`: it starts at
 x_T, walks down the decreasing list `timesteps` and then to -1, the clean image, and yields `(t, x_t, x_0_hat)` after
 every step, where t is the time just reached; the last item is (-1, image, x_0_hat). All it knows of the network is
-`denoise(x_t, t) -> x_0_hat`, which it calls once for each step. Guidance, labels and clipping wrap `denoise`.
+`denoise(x_t, t) -> x_0_hat`, which it calls once for each step (heun: twice). Guidance, labels and clipping wrap it.
 """
 
 import math

@@ -31,6 +31,7 @@ from samplers import final_image, generate
 from training import VALIDATION_IMAGES, Trainer
 from utils import (
     Parser,
+    RunFailed,
     add_shared_flags,
     autocast,
     count_parameters,
@@ -90,8 +91,8 @@ def make_parser() -> Parser:
     group.add_argument("--channel_mults", type=number(int, 1, 64), nargs="+", metavar="N",
                        help="channels at each resolution / base_channels (default: by patch_size)")
     group.add_argument("--depth", type=number(int, 1, 64), default=1, help="residual blocks in each stage")
-    group.add_argument("--attention", type=number(int, 0, 64), nargs="+", default=[4], metavar="N",
-                       help="self-attention at 1/N of the image's size for each N; 0: none")
+    group.add_argument("--attention", type=number(int, 0, 64), nargs="+", metavar="N",
+                       help="self-attention at 1/N of the image's size for each N; 0: none (default: at the lowest)")
     group.add_argument("--activation", choices=tuple(ACTIVATIONS), default="silu", help="between the layers")
     group.add_argument("--time_emb_dim", type=number(int, 2, 65536), default=256, help="size of the time embedding")
     group.add_argument("--conditional", action="store_true", help="learn the classes too")
@@ -102,7 +103,8 @@ def make_parser() -> Parser:
     group.add_argument("--lr", type=number(float, 0), default=2e-3, help="peak learning rate")
     group.add_argument("--warmup", type=number(float, 0, 1), default=0.02, help="share of the run in which lr rises")
     group.add_argument("--weight_decay", type=number(float, 0), default=0.0, help="of AdamW")
-    group.add_argument("--max_grad_norm", type=number(float, 0), default=1.0, help="gradients are clipped to this norm")
+    group.add_argument("--max_grad_norm", type=number(float, 1e-6), default=1.0,
+                       help="gradients are clipped to this norm")
     group.add_argument("--ema_decay", type=number(float, 0, 1), default=0.999, help="of the average of the weights")
     return parser
 
@@ -129,8 +131,8 @@ def parse_args(argv: Sequence[str] | None):
 class Run:
     """A training run: a trainer, the time that it has, and the folder that it writes to."""
 
-    def __init__(self, args, folder: Path, saved: dict | None, startup: float):
-        self.args, self.folder, self.clock = args, folder, time.perf_counter() - startup
+    def __init__(self, args, saved: dict | None, startup: float):
+        self.args, self.folder, self.clock = args, Path(args.output_dir), time.perf_counter() - startup
         device = get_device(parallel.local_device(args.device))
         parallel.start(device)
         args.precision = pick_precision(args.precision, device)
@@ -139,7 +141,7 @@ class Run:
         self.shape = tuple(data.images.shape[1:])
         self.config = dict(
             model=dict({name: getattr(args, name) for name in MODEL_FLAGS}, image_channels=self.shape[0],
-                       attention=[factor for factor in args.attention if factor],
+                       attention=args.attention and [factor for factor in args.attention if factor],
                        num_classes=len(data.class_names) if args.conditional else None),
             diffusion=dict({ours: getattr(args, flag) for flag, ours in DIFFUSION_FLAGS.items()},
                            data_std=round(to_model(data.images[:10_000]).std().item(), 3)),
@@ -257,10 +259,10 @@ class Run:
         return self.folder / name
 
     def check_gradients(self) -> None:
-        """Stop a run whose gradients are no numbers any more. ValueError with what to try."""
+        """Stop a run whose gradients are no numbers any more. RunFailed with what to try."""
         skipped, in_a_row = self.trainer.skipped.tolist()
         if in_a_row >= MAX_BAD_STEPS:
-            raise ValueError(
+            raise RunFailed(
                 f"the gradient was not finite in {in_a_row:.0f} steps in a row, up to step {self.trainer.step}; the "
                 f"last good checkpoint stays. Try --lr {self.args.lr / 4:g}, --max_grad_norm 0.5 or --precision fp32")
         if skipped:
@@ -286,6 +288,7 @@ def train(run: Run) -> None:
             bar.set_postfix_str(f"loss {loss:.4f}, {speed:.0f} images/s, {left} left")
         if run.args.checkpoint_minutes and time.perf_counter() - run.last_save > 60 * run.args.checkpoint_minutes:
             run.save(f"checkpoints/model_step_{trainer.step:08d}.pt")
+    bar.update(0 if run.stopped else 100 - bar.n)
     bar.close()
     if run.losses and not run.stopped:  # the time was over within an epoch
         run.end_epoch((trainer.step - first) * trainer.batch_size / (time.perf_counter() - since))
@@ -311,8 +314,8 @@ def stop_on_signals(run: Run):
 @script
 def main(argv=None):
     args, saved = parse_args(argv)
+    run = Run(args, saved, startup=time.process_time() if argv is None else 0.0)
     with runs.claim(args.output_dir) as folder:
-        run = Run(args, folder, saved, startup=time.process_time() if argv is None else 0.0)
         trainer = run.trainer
         print(f"Using device: {trainer.device}")
         print(f"{trainer.data.name}: {len(trainer.data.images):,} images; network of "

@@ -40,7 +40,7 @@ def set_seed(seed: int) -> None:
 
 def generator_for(seed: int, *key: int, device="cpu") -> torch.Generator:
     """A random generator that depends on (seed, *key) alone, so that no hidden state has to be saved to go on."""
-    state = int(np.random.SeedSequence([seed, *key]).generate_state(1)[0])
+    state = int(np.random.SeedSequence(seed, spawn_key=key).generate_state(1, np.uint64)[0])
     return torch.Generator(device).manual_seed(state)
 
 
@@ -170,7 +170,7 @@ def number(kind: type, low: float = -math.inf, high: float = math.inf) -> Callab
             value = kind(text)
         except ValueError:
             value = None
-        if value is None or not low <= value <= high or not math.isfinite(value):
+        if value is None or not low <= value <= high or value in (math.inf, -math.inf):
             name = "a whole number" if kind is int else "a number"
             bounds = {(False, False): "", (True, False): f" from {low:g} up", (False, True): f" up to {high:g}",
                       (True, True): f" in {low:g}..{high:g}"}[math.isfinite(low), math.isfinite(high)]
@@ -208,6 +208,10 @@ def add_shared_flags(parser, *names: str) -> None:
         parser.add_argument(f"--{name}", **SHARED_FLAGS[name])
 
 
+class RunFailed(Exception):
+    """The run cannot go on, through no fault of what the user asked for: exit status 1."""
+
+
 def script(main: Callable[[Sequence[str] | None], None]) -> Callable[..., int]:
     """Make `main(argv)` a script's entry point, main(argv=None) -> exit status.
 
@@ -223,7 +227,7 @@ def script(main: Callable[[Sequence[str] | None], None]) -> Callable[..., int]:
             return _complain("stopped by Ctrl-C", 130)
         except (ValueError, FileNotFoundError, PermissionError, NotADirectoryError, IsADirectoryError) as error:
             return _complain(error, 2)
-        except OSError as error:
+        except (RunFailed, OSError) as error:
             return _complain(error, 1)
     return run
 

@@ -133,9 +133,10 @@ def draw_denoising(args):
 @script
 def main(argv=None):
     args = parse_args(argv)
-    check_writable(args.save_path.parent)
     draw = {"forward": draw_forward, "schedules": draw_schedules, "denoising": draw_denoising}[args.what]
-    save_figure(draw(args), args.save_path)
+    figure = draw(args)
+    check_writable(args.save_path.parent)
+    save_figure(figure, args.save_path)
     print(f"Saved {args.save_path}")
 
 

@@ -19,7 +19,7 @@ class SimpleUNet(nn.Module):
     channel_mults    channels at each resolution in multiples of base_channels, the resolution halving from one to the
                      next; by default CHANNEL_MULTS[patch_size]
     depth            residual blocks in each stage
-    attention        self-attention at 1/n of the image's size for these n: (4,) is 7×7 for 28×28
+    attention        self-attention at 1/n of the image's size for these n: (4,) is 7×7 for 28×28; None: at the lowest
     activation       "silu", "gelu", "relu" or "mish"
     num_classes      how many labels there are; None: a model without labels
     patch_size       1, 2 or 4: pixels are unshuffled into channels at the stem and shuffled back at the head, so that
@@ -30,22 +30,26 @@ class SimpleUNet(nn.Module):
     """
 
     def __init__(self, image_channels: int = 1, base_channels: int = 64, time_emb_dim: int = 256,
-                 channel_mults: Sequence[int] | None = None, depth: int = 1, attention: Sequence[int] = (4,),
+                 channel_mults: Sequence[int] | None = None, depth: int = 1, attention: Sequence[int] | None = None,
                  activation: str = "silu", num_classes: int | None = None, patch_size: int = 1):
         super().__init__()
         _check_arguments(image_channels, base_channels, depth, activation, num_classes, patch_size)
         mults = tuple(CHANNEL_MULTS[patch_size] if channel_mults is None else channel_mults)
         if not mults or min(mults) < 1:
             raise ValueError(f"channel_mults must be whole numbers from 1 up, not {mults}")
+        factors = [patch_size * 2**level for level in range(len(mults))]
+        attention = factors[-1:] if attention is None else list(attention)
+        if not set(attention) <= set(factors):
+            raise ValueError(f"attention is possible at 1/n of the image's size for n in {factors}, not {attention}")
         self.config = dict(image_channels=image_channels, base_channels=base_channels, time_emb_dim=time_emb_dim,
-                           channel_mults=list(mults), depth=depth, attention=list(attention), activation=activation,
+                           channel_mults=list(mults), depth=depth, attention=attention, activation=activation,
                            num_classes=num_classes, patch_size=patch_size)
         self.image_channels, self.num_classes = image_channels, num_classes
-        self.divisor = patch_size * 2 ** (len(mults) - 1)
+        self.divisor = factors[-1]
         widths = [base_channels * m for m in mults]
 
         def stage(level: int) -> dict:
-            return dict(depth=depth, attention=patch_size * 2**level in attention, activation=activation)
+            return dict(depth=depth, attention=factors[level] in attention, activation=activation)
 
         self.time_embedding = TimeEmbedding(time_emb_dim, activation)
         # One more than num_classes: the last entry means "no label".
@@ -96,6 +100,9 @@ class SimpleUNet(nn.Module):
             raise ValueError(f"t must have one entry for each of the {len(x)} images, not shape {tuple(t.shape)}")
         if labels is not None and self.label_embedding is None:
             raise ValueError("this network was built without labels (num_classes=None): call it without them")
+        if labels is not None and labels.shape != t.shape:
+            raise ValueError(f"labels must have one entry for each of the {len(x)} images, not shape "
+                             f"{tuple(labels.shape)}")
 
 
 def _check_arguments(image_channels, base_channels, depth, activation, num_classes, patch_size) -> None:

@@ -1,0 +1,39 @@
+"""What several test files need: where the project lies, and a data folder with the glyphs drawn once."""
+
+import hashlib
+from pathlib import Path
+
+import pytest
+import torch
+
+from data import load_dataset
+
+ROOT = Path(__file__).resolve().parent.parent
+
+torch.set_num_threads(1)  # tensors are tiny here: threads would only wait for each other
+
+
+@pytest.fixture(scope="session")
+def root():
+    return ROOT
+
+
+@pytest.fixture(scope="session")
+def data_dir(request, tmp_path_factory):
+    """A folder that holds the glyphs: data/ where they are there, else one in pytest's cache, kept between runs."""
+    if all((ROOT / "data/glyphs" / name).exists() for name in ("train.npz", "test.npz")):
+        return ROOT / "data"
+    cache = getattr(request.config, "cache", None)
+    drawn_by = hashlib.sha256((ROOT / "glyphs.py").read_bytes()).hexdigest()[:12]
+    folder = Path(cache.mkdir(f"data-{drawn_by}")) if cache else tmp_path_factory.mktemp("data")
+    for split in ("train", "test"):
+        load_dataset("glyphs", split, folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def real_mnist():
+    """The project's data folder, where MNIST's own files lie in it."""
+    if not (ROOT / "data/MNIST/raw/train-images-idx3-ubyte").exists():
+        pytest.skip("data/MNIST/raw/train-images-idx3-ubyte is missing: real MNIST is not here")
+    return ROOT / "data"

@@ -1,0 +1,190 @@
+"""Data sets: known counts, exact conversions, splits that share nothing, and damaged files that are named."""
+
+import shutil
+
+import numpy as np
+import pytest
+import torch
+import torchvision
+from torch.testing import assert_close
+
+from data import DATASETS, FASHION_FILES, MNIST_FILES, SPLITS, load_dataset, to_model, to_uint8
+from glyphs import BLOCK, draw_glyphs
+
+
+@pytest.fixture(scope="module")
+def splits(data_dir):
+    return {split: load_dataset("glyphs", split, data_dir) for split in SPLITS}
+
+
+# ------------------------------------------------------------------------------------------------------------- values
+
+
+def test_to_uint8_is_the_inverse_of_to_model_at_every_level():
+    levels = torch.arange(256, dtype=torch.uint8)
+    values = to_model(levels)
+    assert values.dtype == torch.float32 and values[0] == -1 and values[-1] == 1
+    assert torch.equal(to_uint8(values), levels)
+    for dtype in (torch.float64, torch.float16):
+        assert torch.equal(to_uint8(values.to(dtype)), levels)
+
+
+def test_to_uint8_rounds_to_the_nearest_level_and_clips():
+    step = 2 / 255
+    values = torch.tensor([-7, -1 - step, -1 + 0.4 * step, -1 + 0.6 * step, 1 + step, 7])
+    assert to_uint8(values).tolist() == [0, 0, 0, 1, 255, 255]
+
+
+# ------------------------------------------------------------------------------------------------------------- glyphs
+
+
+def test_glyphs_have_the_shape_and_split_sizes_of_mnist(splits):
+    for split, count in (("train", 55_000), ("validation", 5_000), ("test", 10_000)):
+        data = splits[split]
+        assert data.images.shape == (count, 1, 28, 28) and data.images.dtype == torch.uint8
+        assert data.labels.shape == (count,) and data.labels.dtype == torch.int64
+        assert data.class_names == tuple("0123456789") and (data.name, data.split) == ("glyphs", split)
+
+
+def test_glyphs_use_the_whole_range_and_are_white_on_black(splits):
+    images = splits["test"].images
+    assert images.min() == 0 and images.max() == 255
+    assert (images[:, :, [0, -1], :] < 128).float().mean() > 0.99  # the border is background
+    assert (images.flatten(1).amax(1) > 200).all()  # no image is blank
+
+
+def test_glyphs_are_balanced(splits):
+    for split, data in splits.items():
+        counts = data.labels.bincount(minlength=10)
+        assert counts.max() - counts.min() <= 1, split
+
+
+def test_splits_share_no_image(splits):
+    seen = [{image.tobytes() for image in splits[split].images.numpy()} for split in SPLITS]
+    assert not seen[0] & seen[1] and not seen[0] & seen[2] and not seen[1] & seen[2]
+
+
+def test_glyphs_depend_on_seed_and_index_alone(splits):
+    images, labels = draw_glyphs(BLOCK + 7, seed=1)
+    assert np.array_equal(images, splits["test"].images[:BLOCK + 7, 0].numpy())
+    assert np.array_equal(labels, splits["test"].labels[:BLOCK + 7].numpy())
+    assert not np.array_equal(draw_glyphs(10, seed=2)[0], images[:10])
+
+
+def test_glyphs_of_one_digit_resemble_each_other_more_than_other_digits(splits):
+    x, y = to_model(splits["train"].images[:20_000]).flatten(1), splits["train"].labels[:20_000]
+    centres = torch.stack([x[y == digit].mean(0) for digit in range(10)])
+    test = splits["test"].first(2000)
+    guesses = torch.cdist(to_model(test.images).flatten(1), centres).argmin(1)
+    assert (guesses == test.labels).float().mean() > 0.6  # chance is 0.1
+
+
+def test_first_and_to_keep_images_and_labels_together(splits):
+    data = splits["test"].first(5).to("cpu")
+    assert torch.equal(data.images, splits["test"].images[:5]) and torch.equal(data.labels, splits["test"].labels[:5])
+    assert len(splits["test"].first(10**9).images) == 10_000
+
+
+# ------------------------------------------------------------------------------------------------------ damaged files
+
+
+def damaged_glyphs(data_dir, tmp_path, damage):
+    path = tmp_path / "glyphs/test.npz"
+    path.parent.mkdir()
+    shutil.copy(data_dir / "glyphs/test.npz", path)
+    damage(path)
+    return path
+
+
+def truncate(path):
+    path.write_bytes(path.read_bytes()[:100_000])
+
+
+def flip_one_byte(path):
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 0xFF
+    path.write_bytes(content)
+
+
+@pytest.mark.parametrize("damage", [
+    truncate, flip_one_byte, lambda path: path.write_bytes(b""), lambda path: path.write_bytes(b"no archive" * 99),
+    lambda path: np.savez(path, images=np.zeros((3, 28, 28), np.uint8), labels=np.zeros(3, int)),
+    lambda path: np.savez(path, images=np.zeros((10_000, 28, 28)), labels=np.zeros(10_000, int)),
+    lambda path: np.savez(path, labels=np.zeros(10_000, int)),
+], ids=["truncated", "one byte", "empty", "foreign", "too few", "floats", "no images"])
+def test_a_damaged_glyph_file_is_named(data_dir, tmp_path, damage):
+    path = damaged_glyphs(data_dir, tmp_path, damage)
+    with pytest.raises(ValueError, match=r"damaged.*delete") as caught:
+        load_dataset("glyphs", "test", tmp_path)
+    assert str(path) in str(caught.value) and "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("name, kind, files", [("mnist", "MNIST", MNIST_FILES),
+                                               ("fashion_mnist", "FashionMNIST", FASHION_FILES)])
+def test_a_damaged_idx_file_is_named(tmp_path, name, kind, files):
+    folder = tmp_path / kind / "raw"
+    folder.mkdir(parents=True)
+    for file in files:
+        (folder / file).write_bytes(b"\0\0\x08\x03 half of it")
+    with pytest.raises(ValueError, match=r"damaged.*delete") as caught:
+        load_dataset(name, "train", tmp_path)
+    assert any(str(folder / file) in str(caught.value) for file in files)
+
+
+@pytest.mark.parametrize("damaged", MNIST_FILES)
+def test_one_wrong_file_among_good_ones_is_the_one_that_is_named(real_mnist, tmp_path, damaged):
+    folder = tmp_path / "MNIST/raw"
+    folder.mkdir(parents=True)
+    for file in MNIST_FILES:
+        if file == damaged:
+            (folder / file).write_bytes((real_mnist / "MNIST/raw" / file).read_bytes()[:-1])
+        else:
+            (folder / file).symlink_to(real_mnist / "MNIST/raw" / file)
+    with pytest.raises(ValueError, match="damaged") as caught:
+        load_dataset("mnist", "test", tmp_path)
+    assert str(folder / damaged) in str(caught.value)
+
+
+@pytest.mark.parametrize("error", [RuntimeError("Error downloading\nit"), OSError("no route to host")], ids=str)
+@pytest.mark.parametrize("name, kind", [("mnist", "MNIST"), ("fashion_mnist", "FashionMNIST"), ("cifar10", "CIFAR10")])
+def test_a_failed_download_says_what_to_do(monkeypatch, tmp_path, name, kind, error):
+    def download(self):
+        raise error
+    monkeypatch.setattr(getattr(torchvision.datasets, kind), "download", download)
+    with pytest.raises(ValueError) as caught:
+        load_dataset(name, "train", tmp_path)
+    message = str(caught.value)
+    assert all(word in message for word in ("download", kind, str(tmp_path), "--data_dir", "--dataset glyphs"))
+    assert "\n" not in message
+
+
+@pytest.mark.parametrize("arguments, words", [(("emnist",), ["emnist", *DATASETS]),
+                                              (("glyphs", "dev"), ["dev", *SPLITS])])
+def test_unknown_names_are_refused_with_the_known_ones(tmp_path, arguments, words):
+    with pytest.raises(ValueError) as caught:
+        load_dataset(*arguments, data_dir=tmp_path)
+    assert all(word in str(caught.value) for word in words)
+    assert not any(tmp_path.iterdir())
+
+
+# ---------------------------------------------------------------------------------------------------- the real things
+
+
+def test_real_mnist_has_its_known_label_counts(real_mnist):
+    train, validation, test = (load_dataset("mnist", split, real_mnist) for split in SPLITS)
+    counts = train.labels.bincount() + validation.labels.bincount()
+    assert counts.tolist() == [5923, 6742, 5958, 6131, 5842, 5421, 5918, 6265, 5851, 5949]
+    assert test.labels.bincount().tolist() == [980, 1135, 1032, 1010, 982, 892, 958, 1028, 974, 1009]
+    assert train.images.shape == (55_000, 1, 28, 28) and validation.images.shape == (5_000, 1, 28, 28)
+    assert_close(to_model(train.images).add(1).div(2).mean().item(), 0.1307, rtol=0, atol=5e-4)  # the well-known mean
+
+
+@pytest.mark.parametrize("name, folder, shape", [("fashion_mnist", "FashionMNIST/raw", (1, 28, 28)),
+                                                 ("cifar10", "cifar-10-batches-py", (3, 32, 32))])
+def test_other_real_sets_are_balanced(root, name, folder, shape):
+    if not (root / "data" / folder).exists():
+        pytest.skip(f"data/{folder} is missing: {name} is not here")
+    test = load_dataset(name, "test", root / "data")
+    assert test.images.shape == (10_000, *shape) and test.images.dtype == torch.uint8
+    assert test.images.is_contiguous() and test.labels.dtype == torch.int64
+    assert test.labels.bincount().tolist() == [1000] * 10 and len(test.class_names) == 10

@@ -1,0 +1,59 @@
+"""atomic_write: a reader meets the whole new file or the old one, whatever happens."""
+
+import os
+import stat
+
+import pytest
+
+from files import atomic_write
+
+
+def test_what_is_written_is_there_when_the_block_ends(tmp_path):
+    path = tmp_path / "new" / "folder" / "file"
+    with atomic_write(path) as file:
+        file.write(b"whole")
+        assert not path.exists()
+    assert path.read_bytes() == b"whole"
+    assert os.listdir(path.parent) == ["file"]
+
+
+def test_a_reader_sees_the_old_file_until_the_end(tmp_path):
+    path = tmp_path / "file"
+    path.write_text("old")
+    with atomic_write(str(path), "w") as file:
+        file.write("new")
+        file.flush()
+        assert path.read_text() == "old"
+    assert path.read_text() == "new"
+
+
+@pytest.mark.parametrize("error", [ValueError, OSError, KeyboardInterrupt])
+@pytest.mark.parametrize("existed", [True, False])
+def test_a_failure_leaves_the_old_file_and_nothing_else(tmp_path, error, existed):
+    path = tmp_path / "file"
+    if existed:
+        path.write_bytes(b"old")
+    with pytest.raises(error), atomic_write(path) as file:
+        file.write(b"half of the n")
+        raise error
+    assert os.listdir(tmp_path) == (["file"] if existed else [])
+    assert not existed or path.read_bytes() == b"old"
+
+
+def test_a_rename_that_fails_leaves_nothing_behind(tmp_path):
+    (tmp_path / "file").mkdir()
+    with pytest.raises(OSError), atomic_write(tmp_path / "file") as file:
+        file.write(b"new")
+    assert os.listdir(tmp_path) == ["file"]
+
+
+@pytest.mark.parametrize("mask", [0o022, 0o077])
+def test_the_file_has_the_permissions_of_an_ordinary_one(tmp_path, mask):
+    before = os.umask(mask)
+    try:
+        with atomic_write(tmp_path / "file") as file:
+            file.write(b"")
+        assert os.umask(mask) == mask
+    finally:
+        os.umask(before)
+    assert stat.S_IMODE((tmp_path / "file").stat().st_mode) == 0o666 & ~mask

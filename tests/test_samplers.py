@@ -1,0 +1,348 @@
+"""Samplers, checked on Gaussian data: there the perfect denoiser and the exact path are known, without any training.
+
+Every sampler is affine in its noise then, so its mean and variance follow without Monte Carlo: run a batch in which
+element k gets a one as its k-th noise and zeros elsewhere, and sum the squares of the answers.
+"""
+
+import inspect
+import math
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch.testing import assert_close
+
+from diffusion import SCHEDULES, DiffusionProcess
+from models import create_model
+from samplers import (
+    SAMPLERS,
+    ddim,
+    ddpm,
+    dpmpp_2m,
+    final_image,
+    generate,
+    heun,
+    image_noise,
+    ipndm,
+    uniform_timesteps,
+)
+
+MEAN = torch.tensor([[-0.5, 0.0, 0.3], [0.5, -0.2, 0.1]], dtype=torch.float64).view(1, 1, 2, 3)
+STD = torch.tensor([[0.2, 0.5, 1.0], [0.3, 0.8, 0.4]], dtype=torch.float64).view(1, 1, 2, 3)
+all_samplers = pytest.mark.parametrize("sampler", SAMPLERS.values(), ids=SAMPLERS)
+
+
+def perfect_denoiser(process):
+    """E[x_0 | x_t] for independent pixels N(MEAN, STD²)."""
+    def denoise(x_t, t):
+        alpha, sigma = process.alpha(t), process.sigma(t)
+        gain = alpha * STD**2 / (alpha**2 * STD**2 + sigma**2)
+        return MEAN + gain * (x_t - alpha * MEAN)
+    return denoise
+
+
+def mean_and_std(sampler, process, timesteps, **options):
+    """Exact mean and standard deviation of what a sampler makes of Gaussian data."""
+    draws, batch = 0, len(timesteps) + 2  # element 0 gets no noise at all, x_T is the first noise
+
+    def one_hot(*_):
+        nonlocal draws
+        draws += 1
+        assert draws < batch
+        return torch.zeros(batch, *MEAN.shape[1:], dtype=torch.float64).index_fill_(0, torch.tensor([draws]), 1)
+    image = final_image(sampler(perfect_denoiser(process), one_hot(), timesteps, process, randn=one_hot, **options))
+    return image[:1], (image[1:] - image[:1]).square().sum(0, keepdim=True).sqrt()
+
+
+# --------------------------------------------------------------------------------------- the right distribution
+
+
+@pytest.mark.parametrize("name, options", [("ddpm", {}), ("ddim", {}), ("ddim", {"eta": 0.5}), ("ddim", {"eta": 1.0}),
+                                           ("dpmpp_2m", {}), ("heun", {}), ("ipndm", {})])
+@pytest.mark.parametrize("schedule", SCHEDULES)
+def test_every_sampler_reproduces_the_mean_and_spread_of_the_data(name, options, schedule):
+    process = DiffusionProcess(500, schedule)
+    mean, std = mean_and_std(SAMPLERS[name], process, uniform_timesteps(500, 500), **options)
+    # A first-order step is wrong by O(1/steps); measured up to 0.02 with 500.
+    assert_close(mean, MEAN, rtol=0, atol=0.03)
+    assert_close(std, STD, rtol=0, atol=0.03)
+
+
+@pytest.mark.parametrize("name, eta", [("ddpm", 0.0), ("ddim", 0.0), ("ddim", 1.0), ("dpmpp_2m", 0.0),
+                                       ("heun", 0.0)])
+def test_more_steps_bring_the_spread_nearer_to_that_of_the_data(name, eta):
+    process = DiffusionProcess(1000, "cosine")
+    errors = [(mean_and_std(SAMPLERS[name], process, uniform_timesteps(1000, steps), eta=eta)[1] - STD).abs().max()
+              for steps in (10, 40, 160)]
+    assert errors[0] > 1.5 * errors[1] > 2.25 * errors[2]
+
+
+@all_samplers
+def test_one_step_gives_the_expected_image(sampler):
+    process = DiffusionProcess(100)
+    x_T = torch.ones(2, 1, 2, 3, dtype=torch.float64)
+    [(t, image, x_0_hat)] = sampler(perfect_denoiser(process), x_T, [99], process)
+    assert t == -1
+    assert_close(image, x_0_hat, rtol=1e-12, atol=1e-12)
+    assert_close(image, perfect_denoiser(process)(x_T, 99), rtol=1e-12, atol=1e-12)
+
+
+# ------------------------------------------------------------------------------------------------ order of convergence
+
+
+def equal_log_snr_times(process, steps, last=4.0):
+    """Real times, equally spaced in log-SNR, from T-1 to where the log-SNR is `last`."""
+    T = process.num_timesteps
+    table = process.log_snr(torch.arange(T, dtype=torch.float64)).flatten().numpy()
+    levels = np.linspace(table[-1], last, steps + 1)
+    return [float(T - 1), *np.interp(-levels[1:], -table, np.arange(T)).tolist()]
+
+
+def exact_path(process, x_t, t, s):
+    """The probability-flow ODE's x_s from x_t, for Gaussian data."""
+    (a_t, a_s), (v_t, v_s) = ((process.alpha(u) for u in (t, s)),
+                              ((process.alpha(u) * STD) ** 2 + process.sigma(u) ** 2 for u in (t, s)))
+    return a_s * MEAN + (x_t - a_t * MEAN) * (v_s / v_t).sqrt()
+
+
+def path_error(sampler, process, steps):
+    timesteps = equal_log_snr_times(process, steps)
+    x_T = torch.linspace(-2, 2, 30, dtype=torch.float64).view(5, 1, 2, 3)
+    reached = {t: x for t, x, _ in sampler(perfect_denoiser(process), x_T, timesteps, process)}
+    return (reached[timesteps[-1]] - exact_path(process, x_T, timesteps[0], timesteps[-1])).abs().max().item()
+
+
+@pytest.mark.parametrize("sampler, low, high", [(ddim, 0.8, 1.2), (dpmpp_2m, 1.7, 2.3), (heun, 1.7, 2.3),
+                                                (ipndm, 1.7, 2.3)], ids=["ddim", "dpmpp_2m", "heun", "ipndm"])
+@pytest.mark.parametrize("schedule", SCHEDULES)
+@pytest.mark.parametrize("steps", [40, 80, 160])
+def test_the_error_against_the_exact_path_falls_at_the_samplers_order(sampler, low, high, schedule, steps):
+    process = DiffusionProcess(1000, schedule)
+    order = math.log2(path_error(sampler, process, steps) / path_error(sampler, process, 2 * steps))
+    assert low <= order <= high
+
+
+def test_the_second_order_sampler_is_nearer_to_the_exact_path_with_the_same_evaluations():
+    process = DiffusionProcess(1000, "cosine")
+    assert path_error(dpmpp_2m, process, 20) < path_error(ddim, process, 20) / 3
+
+
+def test_the_first_step_of_dpmpp_is_that_of_ddim():
+    process, x_T = DiffusionProcess(100), torch.linspace(-2, 2, 6).double().view(1, 1, 2, 3)
+    first = [next(sampler(perfect_denoiser(process), x_T, [99, 50, 10], process))[1] for sampler in (ddim, dpmpp_2m)]
+    assert_close(*first, rtol=1e-10, atol=1e-10)
+
+
+# ---------------------------------------------------------------------------------------------------- fresh noise
+
+
+@pytest.mark.parametrize("t, s", [(99, 98), (99, 40), (50.5, 3.25), (1, 0)])
+@pytest.mark.parametrize("eta", [0.0, 0.3, 1.0])
+def test_ddim_adds_eta_squared_of_the_posterior_variance(t, s, eta):
+    process = DiffusionProcess(100)
+    x_T, unit = torch.linspace(-2, 2, 6).double().view(1, 1, 2, 3), torch.ones(1, 1, 2, 3).double()
+    denoise = perfect_denoiser(process)
+    quiet, loud = (next(ddim(denoise, x_T, [t, s], process, eta=eta, randn=lambda x, n=n: n * unit))[1] for n in (0, 1))
+    mean, variance = process.posterior(x_T, denoise(x_T, t), t, s)
+    assert_close((loud - quiet) ** 2, eta**2 * variance.expand_as(quiet), rtol=1e-9, atol=1e-12)
+    if eta == 1:
+        assert_close(quiet, mean, rtol=1e-9, atol=1e-12)
+
+
+def test_ddim_with_eta_1_is_ddpm():
+    process, x_T = DiffusionProcess(100), torch.linspace(-2, 2, 6).double().view(1, 1, 2, 3)
+    images = []
+    for sampler in (ddpm, ddim):
+        generator = torch.Generator().manual_seed(0)
+        images.append(final_image(sampler(
+            perfect_denoiser(process), x_T, uniform_timesteps(100, 17), process, eta=1.0,
+            randn=lambda x, g=generator: torch.randn(x.shape, generator=g, dtype=x.dtype))))
+    assert_close(*images, rtol=1e-9, atol=1e-9)
+
+
+def test_ddpm_over_all_times_is_p_sample_repeated():
+    process, noises = DiffusionProcess(20, "cosine", prediction="v"), torch.randn(20, 3, 1, 4, 4).double()
+    model = lambda x, t: torch.tanh(x) * (1 + t.view(-1, 1, 1, 1) / 20)  # noqa: E731
+    stream = iter(noises[1:])
+    trajectory = ddpm(process.denoiser(model), noises[0], range(19, -1, -1), process, randn=lambda x: next(stream))
+    x = noises[0]
+    for (s, reached, _), noise in zip(trajectory, [*noises[1:], noises[0]], strict=True):
+        x = process.p_sample(model, x, int(s) + 1, noise)
+        assert_close(reached, x, rtol=0, atol=1e-6)  # the network sees its times in float32 and in float64
+
+
+# -------------------------------------------------------------------------------------------------------- the contract
+
+
+@all_samplers
+def test_samplers_share_one_signature(sampler):
+    parameters = inspect.signature(sampler).parameters
+    assert list(parameters) == ["denoise", "x_T", "timesteps", "diffusion", "eta", "randn"]
+    assert parameters["eta"].kind is parameters["randn"].kind is inspect.Parameter.KEYWORD_ONLY
+
+
+decreasing = st.lists(st.integers(0, 49 * 4).map(lambda quarter: quarter / 4), min_size=1, unique=True).map(
+    lambda times: sorted(times, reverse=True))
+
+
+@settings(max_examples=100, deadline=None)
+@given(st.sampled_from(sorted(SAMPLERS)), decreasing, st.sampled_from([0.0, 0.5, 1.0]), st.sampled_from(SCHEDULES))
+def test_any_decreasing_list_is_walked_to_the_clean_image_with_the_promised_evaluations(name, times, eta, schedule):
+    process, asked = DiffusionProcess(50, schedule), []
+
+    def denoise(x_t, t):
+        asked.append(t)
+        return perfect_denoiser(process)(x_t, t)
+    visited = []
+    x_T = torch.ones(2, 1, 2, 3, dtype=torch.float64)
+    for t, x_t, x_0_hat in SAMPLERS[name](denoise, x_T, times, process, eta=eta):
+        visited.append(t)
+        assert len(asked) == (2 * len(visited) - (t == -1) if name == "heun" else len(visited))  # Heun looks twice
+        assert x_t.shape == x_0_hat.shape == x_T.shape and x_t.isfinite().all()
+    assert visited == [*times[1:], -1]
+    if name != "heun":
+        assert [t.tolist() for t in asked] == [[t, t] for t in times]
+
+
+@all_samplers
+@pytest.mark.parametrize("times", [[], [3, 3], [1, 2], [9, 5, 6], [5, -1], [-1], [-2], [10, 5], [5, -0.5],
+                                   [9, math.nan, 2]], ids=str)
+def test_a_list_that_does_not_decrease_within_the_process_is_refused(sampler, times):
+    process = DiffusionProcess(10)
+    with pytest.raises(ValueError, match=r"decreasing|0\.\.9"):
+        list(sampler(perfect_denoiser(process), torch.ones(1, 1, 2, 3, dtype=torch.float64), times, process))
+
+
+@all_samplers
+def test_samplers_keep_the_dtype_of_the_images(sampler):
+    process = DiffusionProcess(10, prediction="v")
+    denoise = process.denoiser(lambda x, t: torch.tanh(x))
+    for _, x_t, x_0_hat in sampler(denoise, torch.ones(1, 1, 2, 3), [9, 4.5, 0], process, eta=1.0):
+        assert x_t.dtype == x_0_hat.dtype == torch.float32
+
+
+# --------------------------------------------------------------------------------------------------- uniform_timesteps
+
+
+def test_uniform_timesteps_fall_strictly_within_the_process_for_every_number_of_steps():
+    for T in [*range(1, 61), 1000]:
+        for steps in range(1, T + 1):
+            times = uniform_timesteps(T, steps)
+            assert len(times) == steps and times[0] == T - 1 and times[-1] >= 0
+            assert all(isinstance(t, int) for t in times)
+            gaps = [t - s for t, s in zip(times, [*times[1:], -1], strict=True)]
+            assert min(gaps) >= 1 and max(gaps) - min(gaps) <= 1  # as even as whole numbers can be
+
+
+@pytest.mark.parametrize("T", [1, 2, 10, 1000])
+def test_uniform_timesteps_at_the_extremes(T):
+    assert uniform_timesteps(T, T) == list(range(T - 1, -1, -1))
+    assert uniform_timesteps(T, 1) == [T - 1]
+
+
+@pytest.mark.parametrize("steps", [0, -1, 11])
+def test_impossible_numbers_of_steps_are_refused_with_the_range(steps):
+    with pytest.raises(ValueError, match=rf"1\.\.10.* not {steps}"):
+        uniform_timesteps(10, steps)
+
+
+# --------------------------------------------------------------------------------------------------------- image_noise
+
+
+def test_the_noise_of_an_image_does_not_depend_on_its_batch():
+    together = image_noise(range(8), 3, (1, 4, 4))
+    rounds = [together(), together(torch.zeros(8, 1, 4, 4))]
+    for k in range(8):
+        alone = image_noise([k], 3, (1, 4, 4))
+        for noise in rounds:
+            assert torch.equal(alone(), noise[k:k + 1])
+    shuffled = image_noise([5, 0, 7], 3, (1, 4, 4))()
+    assert torch.equal(shuffled, rounds[0][[5, 0, 7]])
+
+
+def test_the_noise_differs_between_images_seeds_and_calls():
+    randn = image_noise(range(4), 0, (1, 4, 4))
+    first, second, other = randn(), randn(), image_noise(range(4), 1, (1, 4, 4))()
+    assert len(torch.cat([first, second, other]).flatten(1).unique(dim=0)) == 12
+
+
+def test_the_noise_is_standard_normal():
+    noise = image_noise(range(200), 0, (1, 20, 20))()
+    assert noise.dtype == torch.float32 and noise.shape == (200, 1, 20, 20)
+    assert noise.mean().abs() < 5 / math.sqrt(noise.numel())
+    assert (noise.var() - 1).abs() < 5 * math.sqrt(2 / noise.numel())
+
+
+def test_the_largest_seed_and_index_work():
+    assert image_noise([2**63 - 1], 2**63 - 1, (1,))().isfinite().all()
+
+
+# ------------------------------------------------------------------------------------------------------------ generate
+
+
+@pytest.fixture(scope="module")
+def acting():
+    """A small network whose zero-initialised layers are filled, so that it acts, and its process."""
+    torch.manual_seed(0)
+    model = create_model(base_channels=8, time_emb_dim=16, channel_mults=[1, 2], num_classes=3, patch_size=1,
+                         attention=[2]).eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if not parameter.any():
+                parameter.normal_(0, 0.1)
+    return model, DiffusionProcess(50, "cosine", prediction="v")
+
+
+def made(acting, count=8, **options):
+    return torch.cat([final_image(trajectory) for _, trajectory in
+                      generate(*acting, (1, 8, 8), range(count), **{"steps": 10, **options})])
+
+
+@pytest.mark.parametrize("options", [dict(sampler="dpmpp_2m"), dict(sampler="ddim", eta=1.0), dict(sampler="ddpm"),
+                                     dict(sampler="ddpm", steps=50),
+                                     dict(sampler="dpmpp_2m", labels=torch.arange(8) % 4),
+                                     dict(sampler="ddpm", labels=torch.arange(8) % 4, clip=False)], ids=str)
+def test_an_image_does_not_depend_on_its_batch(acting, options):
+    images = [made(acting, batch_size=size, **options) for size in (1, 3, 8)]
+    assert images[0].flatten(1).unique(dim=0).shape[0] == 8  # the images differ, so order matters
+    for other in images[1:]:
+        assert_close(other, images[0], rtol=0, atol=1e-3)  # rounding of float32 convolutions in other batches
+
+
+def test_an_image_is_the_same_in_a_longer_run(acting):
+    assert_close(made(acting, 3, sampler="ddpm"), made(acting, 8, sampler="ddpm")[:3], rtol=0, atol=1e-3)
+
+
+def test_images_depend_on_network_seed_label_sampler_steps_and_eta(acting):
+    dead = create_model(base_channels=8, time_emb_dim=16, channel_mults=[1, 2], num_classes=3)
+    variants = [made(acting), made((dead, acting[1])), made(acting, seed=1), made(acting, sampler="ddim"),
+                made(acting, labels=torch.ones(8, dtype=torch.int64)), made(acting, steps=9),
+                made(acting, sampler="ddim", eta=0.5), made(acting, sampler="ddpm"), made(acting, clip=False)]
+    for i, a in enumerate(variants):
+        for b in variants[:i]:
+            assert (a - b).abs().max() > 1e-2
+
+
+def test_no_label_is_the_label_num_classes(acting):
+    assert_close(made(acting), made(acting, labels=torch.full((8,), 3)), rtol=0, atol=0)
+
+
+def test_batches_cover_the_indices_in_order_and_carry_no_gradient(acting):
+    batches = [(list(batch), final_image(trajectory)) for batch, trajectory in
+               generate(*acting, (1, 8, 8), [4, 2, 9, 0, 1], steps=2, batch_size=2)]
+    assert [batch for batch, _ in batches] == [[4, 2], [9, 0], [1]]
+    assert [len(images) for _, images in batches] == [2, 2, 1]
+    assert not any(images.requires_grad for _, images in batches)
+
+
+def test_images_of_a_clipped_sampler_lie_in_the_range_of_images(acting):
+    assert made(acting).abs().max() <= 1
+
+
+def test_generate_refuses_unknown_samplers_and_too_many_steps(acting):
+    with pytest.raises(ValueError, match=r"'euler'.*ddpm, ddim, dpmpp_2m"):
+        made(acting, sampler="euler")
+    with pytest.raises(ValueError, match=r"1\.\.50.* not 51"):
+        made(acting, steps=51)

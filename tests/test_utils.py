@@ -1,0 +1,205 @@
+"""What the scripts share: devices, chance, pictures, and how a flag and an error look."""
+
+import json
+import math
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import utils
+from data import to_model
+from files import check_writable
+
+
+def test_the_cpu_is_always_there_and_auto_is_some_device():
+    assert utils.get_device("cpu").type == "cpu"
+    assert utils.get_device().type in ("cuda", "mps", "cpu")
+
+
+@pytest.mark.parametrize("name", ["cuda:99", "gpu", "", "cpu:1", "meta"])
+def test_a_missing_device_is_named_with_those_that_are_there(name):
+    with pytest.raises(ValueError, match=r"--device auto.*cpu") as caught:
+        utils.get_device(name)
+    assert repr(name) in str(caught.value)
+
+
+def test_auto_prefers_cuda_then_mps_then_cpu(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    for cuda, mps, expected in ((True, True, "cuda"), (False, True, "mps"), (False, False, "cpu")):
+        monkeypatch.setattr(torch.cuda, "is_available", lambda there=cuda: there)
+        monkeypatch.setattr(torch.backends.mps, "is_available", lambda there=mps: there)
+        assert utils.get_device("auto").type == expected
+
+
+def test_chance_depends_on_seed_and_key_alone():
+    def draw(*key):
+        return torch.rand(4, generator=utils.generator_for(*key)).tolist()
+    keys = [(0, 1), (1, 1), (0, 2), (1, 2), (0, 1, 2), (0, 2, 1), (0, 0, 1), (2**63 - 1, 5)]
+    first = [draw(*key) for key in keys]
+    torch.manual_seed(99)
+    assert first == [draw(*key) for key in keys]
+    assert len({tuple(values) for values in first}) == len(keys)
+
+
+def test_set_seed_makes_networks_repeat():
+    weights = []
+    for seed in (0, 0, 1):
+        utils.set_seed(seed)
+        weights.append(torch.nn.Linear(2, 2).weight)
+    assert torch.equal(weights[0], weights[1]) and not torch.equal(weights[0], weights[2])
+
+
+@pytest.mark.parametrize("precision, dtype", [("fp32", torch.float32), ("bf16", torch.bfloat16)])
+def test_precision_is_that_of_the_networks_arithmetic(precision, dtype):
+    cpu = torch.device("cpu")
+    assert utils.pick_precision(precision, cpu) == precision
+    assert utils.pick_precision("auto", cpu) in ("fp32", "bf16")
+    with utils.autocast(cpu, precision):
+        assert torch.nn.Linear(2, 2)(torch.zeros(1, 2)).dtype == dtype
+
+
+def test_count_parameters_counts_what_learns():
+    model = torch.nn.Linear(3, 4)
+    assert utils.count_parameters(model) == 16
+    model.bias.requires_grad_(False)
+    assert utils.count_parameters(model) == 12
+
+
+@pytest.mark.parametrize("window", [1, 2, 5, 100])
+def test_moving_average_is_the_mean_of_the_last_values(window):
+    values = np.random.default_rng(0).normal(size=20)
+    expected = [values[max(0, i + 1 - window):i + 1].mean() for i in range(20)]
+    np.testing.assert_allclose(utils.moving_average(values, window), expected, rtol=1e-9, atol=1e-12)
+
+
+# ----------------------------------------------------------------------------------------------------------- pictures
+
+
+@pytest.mark.parametrize("count, channels, columns, across, down", [(6, 1, 3, 3, 2), (7, 3, 3, 3, 3), (2, 1, 8, 2, 1)])
+def test_save_images_writes_a_grid_with_every_image_in_its_place(tmp_path, count, channels, columns, across, down):
+    images = torch.randint(0, 256, (count, channels, 5, 5), dtype=torch.uint8)
+    utils.save_images(to_model(images), tmp_path / "new" / "grid.png", columns=columns, scale=2)
+    picture = np.asarray(Image.open(tmp_path / "new" / "grid.png"))
+    assert picture.shape == ((6 * down + 1) * 2, (6 * across + 1) * 2, 3)
+    for k, image in enumerate(images):
+        top, left = 2 * (6 * (k // columns) + 1), 2 * (6 * (k % columns) + 1)
+        part = picture[top:top + 10:2, left:left + 10:2]
+        assert np.array_equal(part, image.expand(3, 5, 5).permute(1, 2, 0).numpy())
+
+
+def test_one_image_is_a_picture_too(tmp_path):
+    utils.save_images(torch.zeros(1, 1, 4, 4), tmp_path / "one.png")
+    assert np.asarray(Image.open(tmp_path / "one.png")).std() < 128
+
+
+@pytest.mark.parametrize("records", [
+    [], [dict(step=1, loss=0.5, val_loss=None)], [dict(step=1, loss=math.nan, val_loss=0.4)],
+    [dict(step=i, loss=1 / i, val_loss=0.1 if i % 5 == 0 else None) for i in range(1, 50)],
+    [dict(step=1, loss=0.0, val_loss=0.0)],
+], ids=["none", "one", "nan", "many", "zero"])
+def test_any_records_give_a_plot_without_warnings(tmp_path, records, recwarn):
+    utils.plot_losses(records, tmp_path / "plot.png")
+    assert np.asarray(Image.open(tmp_path / "plot.png")).std() > 0
+    assert not utils.pyplot().get_fignums()  # closed
+    assert not [str(w.message) for w in recwarn if w.category is not DeprecationWarning]
+
+
+def test_write_json_lines_is_read_back_line_by_line(tmp_path):
+    records = [dict(step=1, loss=0.5, val_loss=None), dict(step=2, loss=0.25, val_loss=0.1)]
+    utils.write_json_lines(records, tmp_path / "m.jsonl")
+    assert [json.loads(line) for line in (tmp_path / "m.jsonl").read_text().splitlines()] == records
+
+
+# -------------------------------------------------------------------------------------------------------------- flags
+
+
+def parser():
+    parser = utils.Parser("What it does.")
+    parser.add_argument("--count", type=utils.number(int, 1, 9), default=3, help="how many")
+    parser.add_argument("--rate", type=utils.number(float, 0), default=0.5, help="how fast")
+    parser.add_argument("--steps", type=utils.number(int, 1), default=1, help="how far")
+    utils.add_shared_flags(parser, "seed", "device")
+    return parser
+
+
+@pytest.mark.parametrize("argv, words", [
+    (["--count", "0"], ["--count", "1..9", "'0'"]),
+    (["--count", "10"], ["--count", "1..9", "'10'"]),
+    (["--count", "2.5"], ["--count", "whole number", "'2.5'"]),
+    (["--count", "many"], ["--count", "'many'"]),
+    (["--count", ""], ["--count", "''"]),
+    (["--rate", "-1"], ["--rate", "from 0 up", "'-1'"]),
+    (["--rate", "nan"], ["--rate", "'nan'"]),
+    (["--rate", "inf"], ["--rate", "'inf'"]),
+    (["--seed", "-1"], ["--seed", "'-1'"]),
+    (["--seed", str(2**63)], ["--seed"]),
+    (["--unknown", "1"], ["--unknown", "--help"]),
+    (["--cou", "1"], ["--cou"]),
+])
+def test_bad_flags_are_one_line_that_names_flag_value_and_range(argv, words):
+    with pytest.raises(ValueError) as caught:
+        parser().parse_args(argv)
+    assert all(word in str(caught.value) for word in words) and "\n" not in str(caught.value)
+
+
+def test_a_whole_number_too_large_for_a_float_is_no_crash():
+    try:
+        assert parser().parse_args(["--steps", "1" + "0" * 400]).steps == 10**400
+    except ValueError as error:
+        assert "--steps" in str(error)
+
+
+def test_good_flags_become_numbers():
+    args = parser().parse_args(["--count", "9", "--rate", "1e-3", "--seed", str(2**63 - 1)])
+    assert (args.count, args.rate, args.seed, args.device) == (9, 1e-3, 2**63 - 1, "auto")
+
+
+def test_help_shows_every_default():
+    text = " ".join(parser().format_help().split())
+    assert all(f"(default: {value})" in text for value in (3, 0.5, 0, "auto"))
+
+
+# -------------------------------------------------------------------------------------------------------- exit status
+
+
+@pytest.mark.parametrize("error, status", [
+    (ValueError("two\nlines"), 2), (FileNotFoundError("gone"), 2), (PermissionError("closed"), 2),
+    (OSError("disk full"), 1), (KeyboardInterrupt(), 130)], ids=repr)
+def test_errors_become_an_exit_status_and_one_line(capsys, error, status):
+    @utils.script
+    def main(argv=None):
+        raise error
+    assert main([]) == status
+    out, err = capsys.readouterr()
+    assert out == "" and len(err.splitlines()) == 1
+
+
+def test_a_script_that_ends_well_returns_0_and_help_too(capsys):
+    assert utils.script(lambda argv: None)([]) == 0
+    assert utils.script(lambda argv: parser().parse_args(argv))(["--help"]) == 0
+    assert "What it does." in capsys.readouterr().out
+
+
+def test_defects_are_not_hidden():
+    with pytest.raises(ZeroDivisionError):
+        utils.script(lambda argv: 1 / 0)([])
+
+
+def test_check_writable_makes_the_folder_and_leaves_nothing_in_it(tmp_path):
+    check_writable(tmp_path / "a" / "b")
+    assert (tmp_path / "a" / "b").is_dir() and not any((tmp_path / "a" / "b").iterdir())
+
+
+def test_check_writable_names_a_folder_that_cannot_be(tmp_path):
+    (tmp_path / "file").write_text("")
+    for folder in (tmp_path / "file", tmp_path / "file" / "below"):
+        with pytest.raises(ValueError, match="cannot write to") as caught:
+            check_writable(folder)
+        assert str(folder) in str(caught.value)
+
+
+@pytest.mark.parametrize("text, seconds", [("90", 90), ("90s", 90), ("10m", 600), ("1.5h", 5400)])
+def test_durations_have_units(text, seconds):
+    assert utils.duration(text) == seconds
