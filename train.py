@@ -53,8 +53,8 @@ PREVIEW_IMAGES, PREVIEW_STEPS = 64, 20
 MODEL_FLAGS = ("base_channels", "time_emb_dim", "channel_mults", "depth", "attention", "activation", "patch_size")
 DIFFUSION_FLAGS = {"timesteps": "num_timesteps", "schedule": "schedule", "prediction": "prediction",
                    "timestep_sampling": "timestep_sampling"}
-TRAINER_FLAGS = ("batch_size", "lr", "warmup", "weight_decay", "max_grad_norm", "ema_decay", "conditional",
-                 "label_dropout", "precision", "seed")
+TRAINER_FLAGS = ("batch_size", "optimizer", "lr", "muon_lr", "warmup", "weight_decay", "max_grad_norm", "ema_decay",
+                 "conditional", "label_dropout", "precision", "seed")
 OWN_FLAGS = ("output_dir", "data_dir", "device", "resume")  # what a resumed run does not take from its checkpoint
 
 
@@ -100,7 +100,10 @@ def make_parser() -> Parser:
                        help="share of the images that --conditional shows without their label")
     group = parser.add_argument_group("optimiser")
     group.add_argument("--batch_size", type=number(int, 1), default=128, help="images in a step, of all processes")
-    group.add_argument("--lr", type=number(float, 0), default=2e-3, help="peak learning rate")
+    group.add_argument("--optimizer", choices=("muon", "adamw"), default="muon",
+                       help="adamw for all weights, or muon for the matrices and adamw for the rest")
+    group.add_argument("--lr", type=number(float, 0), default=2e-3, help="peak learning rate of adamw")
+    group.add_argument("--muon_lr", type=number(float, 0), default=0.02, help="peak learning rate of muon")
     group.add_argument("--warmup", type=number(float, 0, 1), default=0.02, help="share of the run in which lr rises")
     group.add_argument("--weight_decay", type=number(float, 0), default=0.0, help="of AdamW")
     group.add_argument("--max_grad_norm", type=number(float, 1e-6), default=1.0,
@@ -213,7 +216,7 @@ class Run:
         loss = torch.stack(self.losses).mean().item()  # the device is waited for only here
         trainer, self.losses = self.trainer, []
         self.records.append(dict(step=trainer.step, epoch=trainer.epoch, images_seen=trainer.images_seen, loss=loss,
-                                 val_loss=val_loss, lr=trainer.optimizer.param_groups[0]["lr"],
+                                 val_loss=val_loss, lr=trainer.optimizers["adamw"].param_groups[0]["lr"],
                                  images_per_second=round(speed, 1), seconds=round(self.seconds, 3)))
         return loss
 
@@ -264,7 +267,8 @@ class Run:
         if in_a_row >= MAX_BAD_STEPS:
             raise RunFailed(
                 f"the gradient was not finite in {in_a_row:.0f} steps in a row, up to step {self.trainer.step}; the "
-                f"last good checkpoint stays. Try --lr {self.args.lr / 4:g}, --max_grad_norm 0.5 or --precision fp32")
+                f"last good checkpoint stays. Try --lr {self.args.lr / 4:g} --muon_lr {self.args.muon_lr / 4:g}, "
+                f"--max_grad_norm 0.5 or --precision fp32")
         if skipped:
             tqdm.write(f"Warning: {skipped:.0f} steps so far had no finite gradient and were skipped", file=sys.stderr)
 

@@ -14,17 +14,32 @@ from torch.optim.swa_utils import AveragedModel
 import parallel
 from data import ImageData, to_model
 from diffusion import DiffusionProcess
+from muon import Muon, hidden_matrices
 from utils import autocast, generator_for
 
 ORDER, LABELS, NOISE = range(3)  # what a random generator is for, as part of its key
 VALIDATION_IMAGES = 2048
 
 
-def learning_rate(progress: float, peak: float, warmup: float) -> float:
-    """The learning rate when `progress` (0..1) of the run is done: a linear rise, then half a cosine down to 0."""
+def learning_rate(progress: float, warmup: float) -> float:
+    """The share of the peak rate when `progress` (0..1) of the run is done: a linear rise, then half a cosine to 0."""
     if progress < warmup:
-        return peak * progress / warmup
-    return peak * (1 + math.cos(math.pi * (progress - warmup) / max(1e-9, 1 - warmup))) / 2
+        return progress / warmup
+    return (1 + math.cos(math.pi * (progress - warmup) / max(1e-9, 1 - warmup))) / 2
+
+
+def make_optimizers(model: nn.Module, name: str, lr: float, muon_lr: float, weight_decay: float) -> dict:
+    """{"adamw": ...}, or with name "muon" also {"muon": ...}, which takes the matrices."""
+    matrices = hidden_matrices(model) if name == "muon" else []
+    taken = set(map(id, matrices))
+    rest = [weight for weight in model.parameters() if id(weight) not in taken]
+    optimizers = dict(adamw=torch.optim.AdamW(rest, lr=lr, betas=(0.9, 0.99), weight_decay=weight_decay, fused=True))
+    if matrices:
+        optimizers["muon"] = Muon(matrices, lr=muon_lr)
+    for optimizer in optimizers.values():
+        for group in optimizer.param_groups:
+            group["initial_lr"] = group["lr"]
+    return optimizers
 
 
 def ema_decay_at(step: int, decay: float) -> float:
@@ -33,27 +48,26 @@ def ema_decay_at(step: int, decay: float) -> float:
 
 
 class Trainer:
-    """A network that learns: model, average of its weights, optimiser, and the step that it has reached.
+    """A network that learns: model, average of its weights, optimisers, and the step that it has reached.
 
     `data` lies on the device where the model is to learn. `batch_size` is that of all processes together.
     """
 
     def __init__(self, data: ImageData, model: nn.Module, diffusion: DiffusionProcess, *, batch_size: int = 128,
-                 lr: float = 2e-3, warmup: float = 0.02, weight_decay: float = 0.0, max_grad_norm: float = 1.0,
-                 ema_decay: float = 0.999, conditional: bool = False, label_dropout: float = 0.1,
-                 precision: str = "fp32", seed: int = 0):
+                 optimizer: str = "muon", lr: float = 2e-3, muon_lr: float = 0.02, warmup: float = 0.02,
+                 weight_decay: float = 0.0, max_grad_norm: float = 1.0, ema_decay: float = 0.999,
+                 conditional: bool = False, label_dropout: float = 0.1, precision: str = "fp32", seed: int = 0):
         self.data, self.model, self.diffusion, self.device = data, model, diffusion, data.images.device
         self.batch_size = min(batch_size, len(data.images))
         if self.batch_size % parallel.size():
             raise ValueError(f"a batch of {self.batch_size} does not divide among {parallel.size()} processes: "
                              f"choose a --batch_size that does")
-        self.lr, self.warmup, self.max_grad_norm, self.ema_decay = lr, warmup, max_grad_norm, ema_decay
+        self.warmup, self.max_grad_norm, self.ema_decay = warmup, max_grad_norm, ema_decay
         self.conditional, self.label_dropout = conditional, label_dropout
         self.precision, self.seed, self.step = precision, seed, 0
         self.network = DistributedDataParallel(model) if parallel.size() > 1 else model
         self.ema = AveragedModel(model, multi_avg_fn=self._average).requires_grad_(False)
-        self.optimizer = torch.optim.AdamW(model.parameters(), lr=lr, betas=(0.9, 0.99), weight_decay=weight_decay,
-                                           fused=True)
+        self.optimizers = make_optimizers(model, optimizer, lr, muon_lr, weight_decay)
         self.skipped = torch.zeros(2, device=self.device)  # steps without a finite gradient: in all, and in a row
         self._order = (None, None)  # an epoch and its permutation of the images
 
@@ -91,8 +105,9 @@ class Trainer:
 
         A step whose gradient is not finite changes no weight and is counted in `skipped`.
         """
-        for group in self.optimizer.param_groups:
-            group["lr"] = learning_rate(progress, self.lr, self.warmup)
+        for optimizer in self.optimizers.values():
+            for group in optimizer.param_groups:
+                group["lr"] = group["initial_lr"] * learning_rate(progress, self.warmup)
         x_0, labels = self.batch()
         chance = generator_for(self.seed, NOISE, self.step, device=self.device)
         t = self.diffusion.sample_timesteps(len(x_0), chance)
@@ -105,9 +120,10 @@ class Trainer:
         norm = nn.utils.clip_grad_norm_(self.model.parameters(), self.max_grad_norm)
         bad = (~torch.isfinite(norm)).float()
         self.skipped = torch.stack([self.skipped[0] + bad, (self.skipped[1] + bad) * bad])
-        self.optimizer.found_inf = bad  # the fused optimiser leaves the weights alone where this is 1
-        self.optimizer.step()
-        self.optimizer.zero_grad()
+        for optimizer in self.optimizers.values():
+            optimizer.found_inf = bad  # where this is 1 the weights stay as they are, without the processor waiting
+            optimizer.step()
+            optimizer.zero_grad()
         self.step += 1
         self.ema.update_parameters(self.model)
         return loss.detach()
@@ -131,7 +147,8 @@ class Trainer:
     def state(self) -> dict:
         """What a checkpoint holds of the learning."""
         return dict(model=self.model.state_dict(), ema=self.ema.module.state_dict(),
-                    optimizer=self.optimizer.state_dict(), step=self.step, epoch=self.epoch,
+                    optimizer={name: each.state_dict() for name, each in self.optimizers.items()},
+                    step=self.step, epoch=self.epoch,
                     images_seen=self.images_seen, precision=self.precision, seed=self.seed)
 
     def restore(self, checkpoint: dict) -> None:
@@ -139,7 +156,11 @@ class Trainer:
         try:
             self.model.load_state_dict(checkpoint["model"])
             self.ema.module.load_state_dict(checkpoint["ema"])
-            self.optimizer.load_state_dict(checkpoint["optimizer"])
+            for name, optimizer in self.optimizers.items():
+                peaks = [group["initial_lr"] for group in optimizer.param_groups]  # these may change
+                optimizer.load_state_dict(checkpoint["optimizer"][name])
+                for group, peak in zip(optimizer.param_groups, peaks, strict=True):
+                    group["initial_lr"] = peak
         except (KeyError, RuntimeError, ValueError) as error:
             raise ValueError(f"the checkpoint does not fit this network: {error}") from error
         self.step = checkpoint["step"]

@@ -1,0 +1,66 @@
+"""Muon, an optimiser for the matrices of a network: momentum whose singular values are all made about 1."""
+
+from collections.abc import Iterable
+
+import torch
+from torch import Tensor, nn
+
+# Coefficients of the Newton-Schulz polynomial of Jordan et al. 2024: five rounds bring singular values near 1.
+NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)
+
+
+def orthogonalise(matrices: Tensor, rounds: int = 5) -> Tensor:
+    """The nearest matrices (N, rows, columns) with singular values of about 1 (0.7 to 1.2), in the input's dtype.
+
+    X <- a X + (b A + c A²) X with A = X Xᵀ, computed in bfloat16 (Jordan et al. 2024).
+    """
+    a, b, c = NEWTON_SCHULZ
+    x = matrices / (matrices.norm(dim=(-2, -1), keepdim=True) + 1e-7)
+    tall = x.shape[-2] > x.shape[-1]
+    x = (x.mT if tall else x).bfloat16()
+    for _ in range(rounds):
+        gram = x @ x.mT
+        x = a * x + (b * gram + c * gram @ gram) @ x
+    return (x.mT if tall else x).to(matrices.dtype)
+
+
+class Muon(torch.optim.Optimizer):
+    """W <- W - lr · sqrt(max(1, rows / columns)) · orthogonalise(Nesterov momentum of the gradient of W).
+
+    Jordan et al. 2024, "Muon: an optimizer for hidden layers in neural networks". A convolution counts as a matrix
+    (out, in · height · width). For weights of two dimensions or more; the others need another optimiser. `found_inf`,
+    where it is set to a tensor, has the meaning that torch's fused optimisers give it: 1 leaves all as it is.
+    """
+
+    found_inf: Tensor | None = None
+
+    def __init__(self, params: Iterable[Tensor], lr: float = 0.02, momentum: float = 0.95):
+        super().__init__(params, dict(lr=lr, momentum=momentum))
+
+    @torch.no_grad()
+    def step(self, closure=None) -> None:
+        for group in self.param_groups:
+            by_shape: dict[torch.Size, list[Tensor]] = {}
+            for weight in group["params"]:
+                by_shape.setdefault(weight.flatten(1).shape, []).append(weight)
+            for weights in by_shape.values():
+                self._step(weights, group["lr"], group["momentum"])
+
+    def _step(self, weights: list[Tensor], lr: float, momentum: float) -> None:
+        """Update weights of one shape together."""
+        take = 1.0 if self.found_inf is None else 1.0 - self.found_inf
+        updates = []
+        for weight in weights:
+            gradient = weight.grad if self.found_inf is None else weight.grad.nan_to_num(0, 0, 0)
+            buffer = self.state[weight].setdefault("momentum", torch.zeros_like(weight))
+            buffer.lerp_(gradient, (1 - momentum) * take)
+            updates.append(gradient.lerp(buffer, momentum).flatten(1))
+        rows, columns = updates[0].shape
+        step = orthogonalise(torch.stack(updates)) * (lr * take * max(1, rows / columns) ** 0.5)
+        torch._foreach_sub_(weights, [s.view_as(w) for s, w in zip(step, weights, strict=True)])
+
+
+def hidden_matrices(model: nn.Module) -> list[Tensor]:
+    """The weights that Muon is for: of two dimensions or more, but not those next to pixels and not embeddings."""
+    return [weight for name, weight in model.named_parameters()
+            if weight.ndim >= 2 and not name.startswith(("stem", "head", "label_embedding"))]
