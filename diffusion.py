@@ -43,6 +43,17 @@ def cosine_schedule(num_timesteps: int, offset: float = 0.008, max_beta: float =
     return np.cumprod(1 - np.minimum(1 - f[1:] / f[:-1], max_beta))
 
 
+def zero_terminal(alphas_cumprod: np.ndarray) -> np.ndarray:
+    """The schedule moved and stretched so that sqrt(alphas_cumprod) keeps its first value and ends at 0.
+
+    Lin et al. 2024, algorithm 1: the last x_t is pure noise, as the sampler's start is.
+    """
+    alpha = np.sqrt(alphas_cumprod)
+    if len(alpha) == 1:
+        return np.zeros(1)
+    return ((alpha - alpha[-1]) * (alpha[0] / (alpha[0] - alpha[-1]))) ** 2
+
+
 SCHEDULES = ("linear", "cosine")
 
 # What the network predicts is target = a · x_0 + b · noise: one row (a, b) for each parametrisation.
@@ -58,6 +69,7 @@ PREDICTIONS = {
 }
 
 TIMESTEP_SAMPLING = ("uniform", "stratified", "lognormal")
+LOSS_WEIGHTS = ("target", "min_snr")
 
 
 def _choice(what: str, value, allowed) -> None:
@@ -77,16 +89,27 @@ class DiffusionProcess:
     timestep_sampling    which t training draws: "uniform", "stratified" (uniform, one in each of B equal parts) or
                          "lognormal" (stratified, log(sigma / alpha / data_std) normal: Karras et al. 2022, section 5)
     noise_mean, noise_std  of that normal distribution
+    loss_weight          "target": the error of the target counts the same at all t; "min_snr": that of x_0 counts
+                         min(SNR, snr_gamma) (Hang et al. 2023)
+    zero_terminal_snr    stretch the schedule until nothing of the image is left at T - 1; not with "eps", which says
+                         nothing about the image there
 
     betas, alphas, alphas_cumprod: (T,) float64 on the CPU. ValueError for names and numbers outside these.
     """
 
     def __init__(self, num_timesteps: int = 1000, schedule: str = "linear", beta_start: float = 1e-4,
                  beta_end: float = 0.02, prediction: str = "eps", data_std: float = 1.0,
-                 timestep_sampling: str = "uniform", noise_mean: float = -0.5, noise_std: float = 1.2):
+                 timestep_sampling: str = "uniform", noise_mean: float = -0.5, noise_std: float = 1.2,
+                 loss_weight: str = "target", snr_gamma: float = 5.0, zero_terminal_snr: bool = False):
         _choice("schedule", schedule, SCHEDULES)
         _choice("prediction", prediction, tuple(PREDICTIONS))
         _choice("timestep_sampling", timestep_sampling, TIMESTEP_SAMPLING)
+        _choice("loss_weight", loss_weight, LOSS_WEIGHTS)
+        if zero_terminal_snr and prediction == "eps":
+            raise ValueError("zero_terminal_snr goes with the predictions x0, v and edm: at the last time eps says "
+                             "nothing about the image")
+        if not 0 < snr_gamma < math.inf:
+            raise ValueError(f"snr_gamma must be a positive number, not {snr_gamma}")
         if not isinstance(num_timesteps, int) or isinstance(num_timesteps, bool) or num_timesteps < 1:
             raise ValueError(f"num_timesteps must be a whole number from 1 up, not {num_timesteps}")
         if not 0 < beta_start <= beta_end < 1:
@@ -96,14 +119,16 @@ class DiffusionProcess:
                              f"{noise_std} and {noise_mean}")
         self.config = dict(num_timesteps=num_timesteps, schedule=schedule, beta_start=beta_start,
                            beta_end=beta_end, prediction=prediction, data_std=data_std,
-                           timestep_sampling=timestep_sampling, noise_mean=noise_mean, noise_std=noise_std)
+                           timestep_sampling=timestep_sampling, noise_mean=noise_mean, noise_std=noise_std,
+                           loss_weight=loss_weight, snr_gamma=snr_gamma, zero_terminal_snr=bool(zero_terminal_snr))
+        self.snr_gamma = snr_gamma if loss_weight == "min_snr" else None
         self.num_timesteps, self.prediction, self.data_std = num_timesteps, prediction, data_std
         curve = (cosine_schedule(self.num_timesteps) if schedule == "cosine"
                  else linear_schedule(self.num_timesteps, beta_start, beta_end))
         if curve[-1] < 1e-300:
             raise ValueError(f"betas up to {beta_end} leave nothing of the image after {num_timesteps} steps, not even "
                              f"in float64: choose a smaller beta_end")
-        self.alphas_cumprod = torch.from_numpy(curve)
+        self.alphas_cumprod = torch.from_numpy(zero_terminal(curve) if zero_terminal_snr else curve)
         self.alphas = self.alphas_cumprod / torch.cat([torch.ones(1), self.alphas_cumprod[:-1]])
         self.betas = 1 - self.alphas
         # lambda at t = -1, 0, ..., T-1: entry t + 1 is time t, and the clean image has infinite signal-to-noise.
@@ -256,7 +281,20 @@ class DiffusionProcess:
         x_t, noise = self.forward_diffusion(x_0, t, noise)
         target = self.target(x_0, noise, t)
         error = F.mse_loss(self.predict(model, x_t, t, labels), target, reduction="none").flatten(1).mean(1)
+        error = error * self._loss_weight(t)
         return error.mean() if reduction == "mean" else error
+
+    def _loss_weight(self, t: Tensor) -> Tensor | float:
+        """What the target's squared error counts at t (B,): 1, or min(SNR, gamma) for the x_0 that follows from it.
+
+        An error of the target is one of x_0 times (alpha · b - sigma · a) / sigma (`to_x_0`).
+        """
+        if self.snr_gamma is None:
+            return 1.0
+        alpha, sigma = self.alpha(t), self.sigma(t)
+        a, b = PREDICTIONS[self.prediction](alpha, sigma, self.data_std)
+        weight = torch.exp(self.log_snr(t)).clamp(max=self.snr_gamma) * (sigma / (alpha * b - sigma * a)) ** 2
+        return weight.flatten()
 
     # ------------------------------------------------------------------------------------------- the reverse process
 

@@ -28,11 +28,12 @@ from utils import (
     get_device,
     number,
     pick_precision,
+    save_gif,
     save_images,
     script,
 )
 
-FILM_FRAMES, FILM_IMAGES = 10, 8
+FILM_FRAMES, FILM_IMAGES, GIF_IMAGES = 10, 8, 16
 
 
 def parse_args(argv: Sequence[str] | None):
@@ -46,6 +47,7 @@ def parse_args(argv: Sequence[str] | None):
     group.add_argument("--output", default="outputs/generated_samples.png", help="a .png or .npz file")
     group.add_argument("--show_intermediate", action="store_true",
                        help="also write intermediate/step_XXXX.png beside the output, and a film strip")
+    group.add_argument("--gif", action="store_true", help="also write the way there as a film: x_t beside x_0_hat")
     group.add_argument("--label", help="of a model that was trained with --conditional: a class by its number or name, "
                                        "a range such as 0-9, or several with commas (default: all in turn)")
     group = parser.add_argument_group("how")
@@ -101,13 +103,17 @@ def shown_steps(steps: int) -> set[int]:
 
 
 class Film:
-    """What --show_intermediate keeps of every batch: the images at some times of their trajectories."""
+    """What --show_intermediate and --gif keep of the batches: the images at some times of their trajectories."""
 
     def __init__(self):
         self.frames: dict[int, list[torch.Tensor]] = {}
+        self.pairs: list[torch.Tensor] = []  # x_t beside x_0_hat of the first images, at every step
 
     def add(self, t: float, x: torch.Tensor) -> None:
         self.frames.setdefault(int(t), []).append(x.cpu())
+
+    def add_pair(self, x: torch.Tensor, x_0_hat: torch.Tensor) -> None:
+        self.pairs.append(torch.stack([x[:GIF_IMAGES], x_0_hat[:GIF_IMAGES]], dim=1).flatten(0, 1).cpu())
 
     def save(self, output: Path) -> list[Path]:
         """Write intermediate/step_XXXX.png, named by t, and film_strip.png, a row for each of the first images."""
@@ -123,7 +129,7 @@ class Film:
 
 def make_images(args, model, diffusion, shape, labels) -> tuple[torch.Tensor, Film | None]:
     """The images (N, C, H, W) in [-1, 1], and the film if one is asked for."""
-    film = Film() if args.show_intermediate else None
+    film = Film() if args.show_intermediate or args.gif else None
     keep, images = shown_steps(args.steps), []
     precision = pick_precision(args.precision, diffusion.device)
     batches = generate(model, diffusion, shape, range(args.num_images), seed=args.seed, sampler=args.sampler,
@@ -134,10 +140,12 @@ def make_images(args, model, diffusion, shape, labels) -> tuple[torch.Tensor, Fi
         for batch, trajectory in batches:
             if film:
                 film.add(diffusion.num_timesteps - 1, image_noise(batch, args.seed, shape)())
-            for step, (t, x, _) in enumerate(trajectory, start=1):
+            for step, (t, x, x_0_hat) in enumerate(trajectory, start=1):
                 bar.update()
                 if film and step in keep:
                     film.add(t, x)
+                if film and batch[0] == 0:
+                    film.add_pair(x, x_0_hat)
             images.append(x.cpu())
     return torch.cat(images), film
 
@@ -165,7 +173,11 @@ def main(argv=None):
     images, film = make_images(args, model, diffusion, config["shape"], labels)
     print(f"{len(images)} images by {args.sampler} in {args.steps} steps: {time.perf_counter() - start:.2f} s")
     save(images, labels, len(labels.unique()) if args.label else None, output)
-    for path in [output, *(film.save(output) if film else [])]:
+    written = [output, *(film.save(output) if args.show_intermediate else [])]
+    if args.gif:
+        save_gif(film.pairs, output.with_suffix(".gif"))
+        written.append(output.with_suffix(".gif"))
+    for path in written:
         print(f"Saved {path}")
 
 

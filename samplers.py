@@ -140,7 +140,7 @@ def ipndm(denoise: Denoise, x_T: Tensor, timesteps: Sequence[float], diffusion: 
         x_0_hat = denoise(x, full_time(t, x))
         noises = [(x - diffusion.alpha(t) * x_0_hat) / diffusion.sigma(t), *noises][:4]
         x = ddim_step(x, x_0_hat, t, s, diffusion)
-        if s >= 0:
+        if s >= 0 and len(noises) > 1:
             weights = ADAMS_BASHFORTH[len(noises) - 1]
             extra = sum(w * n for w, n in zip(weights, noises, strict=True)) - noises[0]
             x = x + (diffusion.sigma(s) - diffusion.alpha(s) * diffusion.sigma(t) / diffusion.alpha(t)) * extra

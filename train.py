@@ -24,11 +24,11 @@ import parallel
 import runs
 from checkpoint import save_checkpoint
 from data import load_dataset, to_model
-from diffusion import PREDICTIONS, SCHEDULES, TIMESTEP_SAMPLING, DiffusionProcess
+from diffusion import LOSS_WEIGHTS, PREDICTIONS, SCHEDULES, TIMESTEP_SAMPLING, DiffusionProcess
 from models import create_model
 from models.layers import ACTIVATIONS
 from samplers import final_image, generate
-from training import VALIDATION_IMAGES, Trainer
+from training import LR_SCHEDULES, VALIDATION_IMAGES, Trainer
 from utils import (
     Parser,
     RunFailed,
@@ -50,17 +50,29 @@ LOG_STEPS = 50  # between two lines of metrics.jsonl within an epoch
 AGREE_STEPS = 10
 MAX_BAD_STEPS = 20  # in a row, after which a run stops
 PREVIEW_IMAGES, PREVIEW_STEPS = 64, 20
-MODEL_FLAGS = ("base_channels", "time_emb_dim", "channel_mults", "depth", "attention", "activation", "patch_size")
+# A recipe is nothing but defaults, which flags override. What they give, and why: README.md and benchmarks/RECORDS.md.
+RECIPES = {
+    "fast": dict(schedule="cosine", prediction="edm", timestep_sampling="lognormal", base_channels=64, patch_size=2,
+                 batch_size=128, optimizer="muon", lr=2e-3, lr_schedule="cosine", warmup=0.02, precision="auto"),
+    # The textbook (Ho et al. 2020) as small toolkits have it: full resolution, no tricks.
+    "ddpm": dict(schedule="linear", prediction="eps", timestep_sampling="uniform", base_channels=64, patch_size=1,
+                 batch_size=128, optimizer="adamw", lr=2e-4, lr_schedule="constant", warmup=0.0, precision="fp32"),
+}
+MODEL_FLAGS = ("base_channels", "time_emb_dim", "channel_mults", "depth", "attention", "activation", "patch_size",
+               "checkpointing")
 DIFFUSION_FLAGS = {"timesteps": "num_timesteps", "schedule": "schedule", "prediction": "prediction",
-                   "timestep_sampling": "timestep_sampling"}
-TRAINER_FLAGS = ("batch_size", "optimizer", "lr", "muon_lr", "warmup", "weight_decay", "max_grad_norm", "ema_decay",
-                 "conditional", "label_dropout", "precision", "seed")
+                   "timestep_sampling": "timestep_sampling", "loss_weight": "loss_weight", "snr_gamma": "snr_gamma",
+                   "zero_terminal_snr": "zero_terminal_snr"}
+TRAINER_FLAGS = ("batch_size", "optimizer", "lr", "muon_lr", "lr_schedule", "warmup", "weight_decay", "max_grad_norm",
+                 "ema_decay", "conditional", "label_dropout", "precision", "seed")
 OWN_FLAGS = ("output_dir", "data_dir", "device", "resume")  # what a resumed run does not take from its checkpoint
 
 
 def make_parser() -> Parser:
     parser = Parser(__doc__)
     group = parser.add_argument_group("run")
+    group.add_argument("--recipe", choices=tuple(RECIPES), default="fast",
+                       help="defaults of other flags: fast, the best that we know; ddpm, the textbook")
     add_shared_flags(group, "dataset", "data_dir", "output_dir", "device", "precision", "seed")
     group.add_argument("--epochs", type=number(int, 1),
                        help="passes over the training images (default: 20, or what --budget allows)")
@@ -79,14 +91,19 @@ def make_parser() -> Parser:
                        help="go on from the newest valid checkpoint in --output_dir, with the flags of its run")
     group = parser.add_argument_group("diffusion process")
     group.add_argument("--timesteps", type=number(int, 1, 100_000), default=1000, help="T, the number of noising steps")
-    group.add_argument("--schedule", choices=SCHEDULES, default="cosine", help="how the noise grows")
-    group.add_argument("--prediction", choices=tuple(PREDICTIONS), default="edm", help="what the network predicts")
-    group.add_argument("--timestep_sampling", choices=TIMESTEP_SAMPLING, default="lognormal",
+    group.add_argument("--schedule", choices=SCHEDULES, help="how the noise grows")
+    group.add_argument("--prediction", choices=tuple(PREDICTIONS), help="what the network predicts")
+    group.add_argument("--timestep_sampling", choices=TIMESTEP_SAMPLING,
                        help="which t are trained on")
+    group.add_argument("--loss_weight", choices=LOSS_WEIGHTS, default="target",
+                       help="min_snr: the error of x_0 counts min(SNR, snr_gamma)")
+    group.add_argument("--snr_gamma", type=number(float, 1e-6), default=5.0, help="of --loss_weight min_snr")
+    group.add_argument("--zero_terminal_snr", action="store_true",
+                       help="stretch the schedule until its end is pure noise; not with --prediction eps")
     group = parser.add_argument_group("network")
-    group.add_argument("--base_channels", type=number(int, 1, 4096), default=64,
+    group.add_argument("--base_channels", type=number(int, 1, 4096),
                        help="channels at the highest resolution")
-    group.add_argument("--patch_size", type=int, choices=(1, 2, 4), default=2,
+    group.add_argument("--patch_size", type=int, choices=(1, 2, 4),
                        help="pixels unshuffled into channels; 1: convolutions at full resolution")
     group.add_argument("--channel_mults", type=number(int, 1, 64), nargs="+", metavar="N",
                        help="channels at each resolution / base_channels (default: by patch_size)")
@@ -95,20 +112,23 @@ def make_parser() -> Parser:
                        help="self-attention at 1/N of the image's size for each N; 0: none (default: at the lowest)")
     group.add_argument("--activation", choices=tuple(ACTIVATIONS), default="silu", help="between the layers")
     group.add_argument("--time_emb_dim", type=number(int, 2, 65536), default=256, help="size of the time embedding")
+    group.add_argument("--checkpointing", action="store_true", help="less memory for more time, for large networks")
     group.add_argument("--conditional", action="store_true", help="learn the classes too")
     group.add_argument("--label_dropout", type=number(float, 0, 1), default=0.1,
                        help="share of the images that --conditional shows without their label")
     group = parser.add_argument_group("optimiser")
-    group.add_argument("--batch_size", type=number(int, 1), default=128, help="images in a step, of all processes")
-    group.add_argument("--optimizer", choices=("muon", "adamw"), default="muon",
+    group.add_argument("--batch_size", type=number(int, 1), help="images in a step, of all processes")
+    group.add_argument("--optimizer", choices=("muon", "adamw"),
                        help="adamw for all weights, or muon for the matrices and adamw for the rest")
-    group.add_argument("--lr", type=number(float, 0), default=2e-3, help="peak learning rate of adamw")
+    group.add_argument("--lr", type=number(float, 0), help="peak learning rate of adamw")
     group.add_argument("--muon_lr", type=number(float, 0), default=0.02, help="peak learning rate of muon")
-    group.add_argument("--warmup", type=number(float, 0, 1), default=0.02, help="share of the run in which lr rises")
+    group.add_argument("--warmup", type=number(float, 0, 1), help="share of the run in which lr rises")
+    group.add_argument("--lr_schedule", choices=LR_SCHEDULES, help="after the warm-up")
     group.add_argument("--weight_decay", type=number(float, 0), default=0.0, help="of AdamW")
     group.add_argument("--max_grad_norm", type=number(float, 1e-6), default=1.0,
                        help="gradients are clipped to this norm")
     group.add_argument("--ema_decay", type=number(float, 0, 1), default=0.999, help="of the average of the weights")
+    parser.set_defaults(**RECIPES["fast"])
     return parser
 
 
@@ -116,6 +136,9 @@ def parse_args(argv: Sequence[str] | None):
     """The flags and, with --resume, the checkpoint to go on from, whose flags are the defaults then."""
     parser, saved = make_parser(), None
     args = parser.parse_args(argv)
+    if args.recipe != "fast":
+        parser.set_defaults(**RECIPES[args.recipe])
+        args = parser.parse_args(argv)
     if args.resume:
         found = runs.newest_valid(Path(args.output_dir))
         if found:

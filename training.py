@@ -21,11 +21,17 @@ ORDER, LABELS, NOISE = range(3)  # what a random generator is for, as part of it
 VALIDATION_IMAGES = 2048
 
 
-def learning_rate(progress: float, warmup: float) -> float:
-    """The share of the peak rate when `progress` (0..1) of the run is done: a linear rise, then half a cosine to 0."""
+LR_SCHEDULES = ("cosine", "constant")
+
+
+def learning_rate(progress: float, warmup: float, schedule: str = "cosine") -> float:
+    """The share of the peak rate when `progress` (0..1) of the run is done: a linear rise, then half a cosine to 0.
+
+    schedule "constant": it stays at the peak.
+    """
     if progress < warmup:
         return progress / warmup
-    return (1 + math.cos(math.pi * (progress - warmup) / max(1e-9, 1 - warmup))) / 2
+    return 1.0 if schedule == "constant" else (1 + math.cos(math.pi * (progress - warmup) / max(1e-9, 1 - warmup))) / 2
 
 
 def make_optimizers(model: nn.Module, name: str, lr: float, muon_lr: float, weight_decay: float) -> dict:
@@ -55,14 +61,16 @@ class Trainer:
 
     def __init__(self, data: ImageData, model: nn.Module, diffusion: DiffusionProcess, *, batch_size: int = 128,
                  optimizer: str = "muon", lr: float = 2e-3, muon_lr: float = 0.02, warmup: float = 0.02,
-                 weight_decay: float = 0.0, max_grad_norm: float = 1.0, ema_decay: float = 0.999,
-                 conditional: bool = False, label_dropout: float = 0.1, precision: str = "fp32", seed: int = 0):
+                 lr_schedule: str = "cosine", weight_decay: float = 0.0, max_grad_norm: float = 1.0,
+                 ema_decay: float = 0.999, conditional: bool = False, label_dropout: float = 0.1,
+                 precision: str = "fp32", seed: int = 0):
         self.data, self.model, self.diffusion, self.device = data, model, diffusion, data.images.device
         self.batch_size = min(batch_size, len(data.images))
         if self.batch_size % parallel.size():
             raise ValueError(f"a batch of {self.batch_size} does not divide among {parallel.size()} processes: "
                              f"choose a --batch_size that does")
-        self.warmup, self.max_grad_norm, self.ema_decay = warmup, max_grad_norm, ema_decay
+        self.warmup, self.lr_schedule = warmup, lr_schedule
+        self.max_grad_norm, self.ema_decay = max_grad_norm, ema_decay
         self.conditional, self.label_dropout = conditional, label_dropout
         self.precision, self.seed, self.step = precision, seed, 0
         self.network = DistributedDataParallel(model) if parallel.size() > 1 else model
@@ -107,7 +115,7 @@ class Trainer:
         """
         for optimizer in self.optimizers.values():
             for group in optimizer.param_groups:
-                group["lr"] = group["initial_lr"] * learning_rate(progress, self.warmup)
+                group["lr"] = group["initial_lr"] * learning_rate(progress, self.warmup, self.lr_schedule)
         x_0, labels = self.batch()
         chance = generator_for(self.seed, NOISE, self.step, device=self.device)
         t = self.diffusion.sample_timesteps(len(x_0), chance)

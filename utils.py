@@ -156,7 +156,10 @@ class Parser(argparse.ArgumentParser):
 
     def __init__(self, description: str):
         class Formatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
-            pass
+            def _get_help_string(self, action):
+                plain = action.default in (None, False, argparse.SUPPRESS)
+                return action.help if plain else super()._get_help_string(action)
+
         super().__init__(description=description, formatter_class=Formatter, allow_abbrev=False)
 
     def error(self, message: str):

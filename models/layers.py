@@ -5,6 +5,7 @@ import math
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
 
 ACTIVATIONS = {"silu": nn.SiLU, "gelu": nn.GELU, "relu": nn.ReLU, "mish": nn.Mish}
 
@@ -86,17 +87,23 @@ class Attention(nn.Module):
 
 
 class Stage(nn.Module):
-    """`depth` residual blocks at one resolution, each followed by self-attention where it is wanted."""
+    """`depth` residual blocks at one resolution, each followed by self-attention where it is wanted.
 
-    def __init__(self, in_channels: int, out_channels: int, emb_dim: int, depth: int, attention: bool, activation: str):
+    checkpointing: keep only each block's input for the backward pass and compute the rest again (Chen et al. 2016).
+    """
+
+    def __init__(self, in_channels: int, out_channels: int, emb_dim: int, depth: int, attention: bool, activation: str,
+                 checkpointing: bool = False):
         super().__init__()
+        self.checkpointing = checkpointing
         self.blocks = nn.ModuleList(ResidualBlock(in_channels if i == 0 else out_channels, out_channels, emb_dim,
                                                   activation) for i in range(depth))
         self.attention = nn.ModuleList(Attention(out_channels) if attention else nn.Identity() for _ in range(depth))
 
     def forward(self, x: Tensor, emb: Tensor) -> Tensor:
         for block, attention in zip(self.blocks, self.attention, strict=True):
-            x = attention(block(x, emb))
+            x = checkpoint(block, x, emb, use_reentrant=False) if self.checkpointing else block(x, emb)
+            x = attention(x)
         return x
 
 
