@@ -1,0 +1,359 @@
+"""Measure how good generated images are.
+
+    python evaluate.py --checkpoint outputs/model_final.pt
+    python evaluate.py --images samples.npz --dataset mnist
+    python evaluate.py --checkpoint outputs/model_final.pt --sweep 5 10 20 50 --num_images 1000
+
+Every figure stands beside its 95 % interval and its floor: the same figure for as many real images that are not in the
+reference. Fréchet distances of different n cannot be compared. Class figures need labels: those of a conditional
+checkpoint, or an array `labels` in the .npz.
+"""
+
+import hashlib
+import json
+import platform
+import sys
+import time
+from collections.abc import Sequence
+from functools import partial
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from checkpoint import load_model
+from data import DATASETS, SPLITS, ImageData, load_dataset, to_uint8
+from diffusion import DiffusionProcess
+from features import (
+    INCEPTION_FEATURES,
+    Seen,
+    load_feature_network,
+    load_inception,
+    look,
+    new_classifier,
+    torchmetrics_image,
+    train_features,
+    weights_digest,
+)
+from files import atomic_write, check_writable
+from metrics import (
+    check_count,
+    class_shares,
+    closeness,
+    estimate,
+    figures,
+    mean_without,
+    nearest,
+    random_groups,
+)
+from models.classifier import CLASSIFIERS, Classifier
+from pictures import read_images
+from samplers import SAMPLERS, final_image, generate, uniform_timesteps
+from sweep import Made, plot_cells, plot_sweep, print_row, print_title, sweep
+from utils import (
+    Parser,
+    add_shared_flags,
+    autocast,
+    get_device,
+    number,
+    pick_precision,
+    save_images,
+    script,
+)
+
+SWEEP_STEPS = (5, 10, 20, 50)
+PAIRS = 16  # in nearest.png: so many of the closest, and so many others
+
+
+def parse_args(argv: Sequence[str] | None):
+    parser = Parser(__doc__)
+    group = parser.add_argument_group("what (one of the three)").add_mutually_exclusive_group(required=True)
+    group.add_argument("--checkpoint", help="a file that train.py wrote: images are made with it")
+    group.add_argument("--images", help="ready images: a .npz with arr_0, uint8 (N, H, W, C), or a folder of PNGs")
+    group.add_argument("--train_features", choices=tuple(CLASSIFIERS), metavar="DATASET",
+                       help="train this data set's feature network anew: models/weights/DATASET.pt")
+    group = parser.add_argument_group("how images are made from a checkpoint")
+    group.add_argument("--num_images", type=number(int, 1, 10_000_000), default=5000, help="how many")
+    group.add_argument("--sampler", choices=tuple(SAMPLERS), default="dpmpp_2m", help="the way from noise to image")
+    group.add_argument("--steps", type=number(int, 1), default=20, help="of the sampler, at most the checkpoint's T")
+    group.add_argument("--guidance_scale", type=number(float, 0, 100), nargs="+", default=[1.0], metavar="SCALE",
+                       help="how strongly labels are asked for: 1 as learnt; several for --sweep")
+    group.add_argument("--batch_size", type=number(int, 1), default=250, help="images at a time; changes no image")
+    group.add_argument("--sweep", type=number(int, 1), nargs="*", metavar="STEPS",
+                       help=f"instead: compare all samplers at these step counts ({' '.join(map(str, SWEEP_STEPS))})")
+    group = parser.add_argument_group("how they are measured")
+    add_shared_flags(group, "dataset")
+    parser.set_defaults(dataset=None)
+    group.add_argument("--reference", choices=SPLITS, default="test",
+                       help="the real images: test for what is reported, validation for every choice")
+    group.add_argument("--features", choices=("own", "inception"), default="own",
+                       help="the data set's own feature network, or Inception v3 (needs torch-fidelity; slow)")
+    group.add_argument("--cas", action="store_true",
+                       help="also train a classifier on the images alone and test it on real ones")
+    add_shared_flags(parser.add_argument_group("run"), "data_dir", "output_dir", "device", "precision", "seed")
+    args = parser.parse_args(argv)
+    if args.images and not args.dataset:
+        parser.error(f"--images needs --dataset, the real images to compare with: {', '.join(DATASETS)}")
+    args.sweep = SWEEP_STEPS if args.sweep == [] else args.sweep
+    if args.sweep and not args.checkpoint:
+        parser.error("--sweep needs --checkpoint")
+    if args.sweep and args.cas:
+        parser.error("--cas and --sweep do not go together: run --cas with the sampler that you choose")
+    if len(args.guidance_scale) > 1 and not args.sweep:
+        parser.error("several values of --guidance_scale need --sweep")
+    return args
+
+
+# ------------------------------------------------------------------------------------------------- images to measure
+
+
+class Source(NamedTuple):
+    """A checkpoint to make images with, and the labels (N,) they are asked for, or None."""
+
+    model: nn.Module
+    diffusion: DiffusionProcess
+    shape: Sequence[int]
+    labels: Tensor | None
+
+
+def open_checkpoint(args) -> Source:
+    """Load --checkpoint and set --dataset by it. ValueError if the flags ask for what it cannot do."""
+    model, diffusion, checkpoint = load_model(args.checkpoint, get_device(args.device))
+    data = checkpoint["config"]["data"]
+    if args.dataset not in (None, data["dataset"]):
+        raise ValueError(f"{args.checkpoint} was trained on {data['dataset']}, not {args.dataset}: leave out --dataset")
+    args.dataset = data["dataset"]
+    for steps in args.sweep or [args.steps]:
+        uniform_timesteps(diffusion.num_timesteps, steps)
+    labels = None
+    if model.num_classes:  # image k is asked for the class of training image k: the shares are the data's
+        known = load_dataset(args.dataset, "train", args.data_dir).labels
+        labels = known[torch.arange(args.num_images) % len(known)]
+    elif args.guidance_scale != [1.0]:
+        raise ValueError(f"{args.checkpoint} was trained without --conditional: leave out --guidance_scale")
+    return Source(model, diffusion, data["shape"], labels)
+
+
+def make_images(args, source: Source, sampler: str, steps: int, scale: float, count: int | None = None) -> Made:
+    """Images by the checkpoint's network, quantised as those in files are. ValueError if they are not finite."""
+    images, evaluations, count = [], [], count or args.num_images
+    precision = pick_precision(args.precision, source.diffusion.device)
+    counter = source.model.register_forward_hook(lambda _, inputs, __: evaluations.append(len(inputs[0])))
+    start = time.perf_counter()
+    with (tqdm(total=count, unit="image", desc=f"{sampler}, {steps} steps", leave=False) as bar,
+          autocast(source.diffusion.device, precision)):
+        for batch, trajectory in generate(source.model, source.diffusion, source.shape, range(count), seed=args.seed,
+                                          sampler=sampler, steps=steps, batch_size=args.batch_size,
+                                          labels=source.labels, guidance_scale=scale):
+            x = final_image(trajectory)
+            if not x.isfinite().all():
+                raise ValueError(f"{args.checkpoint} makes images that are not finite numbers: train it again")
+            images.append(to_uint8(x).cpu())
+            bar.update(len(batch))
+    counter.remove()
+    return Made(torch.cat(images), source.labels, sum(evaluations) / count, time.perf_counter() - start)
+
+
+# -------------------------------------------------------------------------------------------------------- measuring
+
+
+class Yardstick(NamedTuple):
+    """What images are measured with: the networks, the reference as they see it, and the floor's images and figures."""
+
+    classifier: Classifier
+    inception: nn.Module | None
+    data: ImageData
+    reference: Seen
+    floor_data: ImageData
+    floor: dict[str, dict]
+
+
+def some(data: ImageData, count: int) -> ImageData:
+    """`count` images of a split (or all), always the same, from anywhere in it: its order may mean something."""
+    chosen = torch.randperm(len(data.images), generator=torch.Generator().manual_seed(0))[:count]
+    return ImageData(data.name, data.split, data.images[chosen], data.labels[chosen], data.class_names)
+
+
+def progress(title: str):
+    """A bar for what metrics.py loops over."""
+    return partial(tqdm, desc=title, leave=False)
+
+
+def make_yardstick(args, data: ImageData, count: int) -> Yardstick:
+    """For `count` images against `data`; the floor is of another split, on which no network was trained."""
+    device = get_device(args.device)
+    classifier = load_feature_network(data.name, device)
+    inception = load_inception().to(device) if args.features == "inception" else None
+    check_count(count, INCEPTION_FEATURES if inception else classifier.head.in_features)
+    other = load_dataset(data.name, "test" if data.split == "validation" else "validation", args.data_dir)
+    floor_data = some(other, count)
+    reference = look(data.images, classifier, inception, progress(data.split))
+    floor = figures(look(floor_data.images, classifier, inception, progress("floor")), reference, floor_data.labels)
+    return Yardstick(classifier, inception, data, reference, floor_data, floor)
+
+
+def measure(yardstick: Yardstick, seen: Seen, labels: Tensor | None) -> dict[str, dict]:
+    """The figures of what the networks see in generated images, each with its floor."""
+    result = figures(seen, yardstick.reference, labels)
+    return {name: dict(figure, floor=yardstick.floor[name]["value"]) for name, figure in result.items()}
+
+
+def classification_accuracy(args, yardstick: Yardstick, images: Tensor, labels: Tensor) -> dict[str, float]:
+    """The classification accuracy score: how well a classifier that knows only these images does on the real reference.
+
+    Ravuri and Vinyals 2019. The recipe is that of the feature network; the floor is the same for as many real images.
+    The interval is over the reference images: it does not contain the chance of the training.
+    """
+    data, device = yardstick.data, get_device(args.device)
+    bf16 = pick_precision(args.precision, device) == "bf16"
+
+    def correct(images: Tensor, labels: Tensor, title: str) -> Tensor:
+        model = new_classifier(data.name, images, labels, device, args.seed, bf16, progress(title))
+        return look(data.images, model).probabilities.argmax(1) == data.labels
+    right = correct(images, labels, "learning from the images")
+    floor = correct(yardstick.floor_data.images, yardstick.floor_data.labels, "learning from real images")
+    result = estimate(mean_without(right, random_groups(len(right))), 0.0, 1.0)
+    return dict(result, n=len(images), floor=floor.double().mean().item())
+
+
+def memorisation(args, yardstick: Yardstick, images: Tensor, seen: Seen, path: Path) -> dict:
+    """How close images are to training images, compared with unseen real test images; draws pairs to `path`.
+
+    `path` shows image | nearest in pixels | nearest in features: first the closest ones, then others.
+    """
+    name, device = yardstick.data.name, get_device(args.device)
+    train = load_dataset(name, "train", args.data_dir).images
+    real = some(load_dataset(name, "test", args.data_dir), len(images)).images
+    sight = partial(look, classifier=yardstick.classifier, inception=yardstick.inception)
+    queries = torch.cat([images, real]).to(device)
+    pixels, same_pixels = nearest(queries, train, progress("nearest in pixels"))
+    features = torch.cat([seen.features, sight(real, progress=progress("test")).features])
+    known = sight(train, progress=progress("train")).features
+    feature, same_feature = nearest(features.to(device), known, progress("nearest in features"))
+    closest = pixels[:len(images)].argsort()[:PAIRS]
+    shown = torch.cat([closest, torch.arange(min(PAIRS, len(images)))])
+    columns = [images[shown], train[same_pixels[shown]], train[same_feature[shown]], torch.full_like(images[shown], 64)]
+    save_images(torch.stack(columns, 1).flatten(0, 1), path, columns=16, quantise=False)
+    return dict(pixels=closeness(pixels[:len(images)], pixels[len(images):]),
+                features=closeness(feature[:len(images)], feature[len(images):]),
+                training_images=len(train), real_images=len(real))
+
+
+# -------------------------------------------------------------------------------------------------------- reporting
+
+
+def circumstances(args, argv, yardstick: Yardstick, count: int) -> dict:
+    """All that is needed to repeat a measurement, apart from the machine."""
+    import torchmetrics
+    import torchvision
+
+    made = dict(images=args.images)
+    if args.checkpoint:
+        made = dict(checkpoint=args.checkpoint, seed=args.seed, sampler=args.sampler, steps=args.steps,
+                    guidance_scale=args.guidance_scale, batch_size=args.batch_size,
+                    checkpoint_sha256=hashlib.sha256(Path(args.checkpoint).read_bytes()).hexdigest())
+    device = get_device(args.device)
+    return dict(command=["evaluate.py", *(sys.argv[1:] if argv is None else argv)], **made,
+                dataset=yardstick.data.name, num_images=count,
+                reference=dict(split=yardstick.data.split, n=len(yardstick.data.images)),
+                floor=dict(split=yardstick.floor_data.split, n=len(yardstick.floor_data.images)),
+                features=args.features, feature_network_sha256=weights_digest(yardstick.data.name),
+                device=device.type, precision=pick_precision(args.precision, device),
+                versions=dict(python=platform.python_version(), torch=str(torch.__version__), numpy=np.__version__,
+                              torchvision=torchvision.__version__, torchmetrics=torchmetrics.__version__))
+
+
+def write_json(content, path: Path) -> None:
+    with atomic_write(path, "w") as file:
+        file.write(json.dumps(content, indent=2) + "\n")
+
+
+def print_figures(result: dict[str, dict], about: dict) -> None:
+    """The table: a line for each figure."""
+    print_heading(about)
+    print(f"{'':17} {'value':>9}   {'95 % interval':^19}   {'floor':>9} {'n':>7}")
+    for name, f in result.items():
+        print(f"{name:17} {f['value']:9.4f}   {f['low']:9.4f}{f['high']:10.4f}   {f['floor']:9.4f} {f['n']:7,}")
+
+
+def print_heading(about: dict) -> None:
+    print(f"{about['dataset']}: {about['num_images']:,} images against the {about['reference']['n']:,} of "
+          f"{about['reference']['split']}; floor: {about['floor']['n']:,} real images of {about['floor']['split']}; "
+          f"features: {about['features']}")
+
+
+def print_memorisation(report: dict) -> None:
+    print(f"Nearest of {report['training_images']:,} training images, compared with {report['real_images']:,} real "
+          f"test images:")
+    for space in ("pixels", "features"):
+        r = report[space]
+        print(f"  in {space:8}  closer than 99 % of them: {r['closer_than_99_percent']:.2%} (1 % is expected), "
+              f"than any of them: {r['closer_than_any_real']:.2%}, copies: {r['copies']:.2%}; "
+              f"median distance {r['median']:.3f}, theirs {r['real_median']:.3f}")
+
+
+def evaluate(args, argv, yardstick: Yardstick, made: Made, output: Path) -> None:
+    """Measure one set of images: table, evaluation.json, nearest.png."""
+    seen = look(made.images, yardstick.classifier, yardstick.inception, progress("images"))
+    result = measure(yardstick, seen, made.labels)
+    if args.cas:
+        result["cas"] = classification_accuracy(args, yardstick, made.images, made.labels)
+    about = circumstances(args, argv, yardstick, len(made.images))
+    report = memorisation(args, yardstick, made.images, seen, output / "nearest.png")
+    shares = {who: dict(zip(yardstick.data.class_names, class_shares(s.probabilities).tolist(), strict=True))
+              for who, s in (("images", seen), ("reference", yardstick.reference))}
+    print_figures(result, about)
+    print("Classes: " + ", ".join(f"{name} {share:.1%}" for name, share in shares["images"].items()))
+    print_memorisation(report)
+    pixels = hashlib.sha256(made.images.numpy().tobytes()).hexdigest()
+    write_json(dict(figures=result, classes=shares, memorisation=report, **about, images_sha256=pixels),
+               output / "evaluation.json")
+    print(f"Saved {output / 'evaluation.json'} and {output / 'nearest.png'}")
+
+
+def run_sweep(args, argv, yardstick: Yardstick, source: Source, output: Path) -> None:
+    """Measure all samplers at all step counts: table, sweep.json, sweep.png, sweep_images.png."""
+    def measured(made: Made) -> dict[str, dict]:
+        return measure(yardstick, look(made.images, yardstick.classifier, yardstick.inception), made.labels)
+
+    about = circumstances(args, argv, yardstick, args.num_images)
+    print_heading(about)
+    print_title()
+    make = partial(make_images, args, source)
+    make(args.sampler, 1, 1.0, min(args.batch_size, args.num_images))  # so that no row pays for the start
+    rows, pictures = sweep(SAMPLERS, args.sweep, args.guidance_scale, make, measured, print_row)
+    print(f"{'real images':51} {yardstick.floor['frechet_distance']['value']:9.4f}")
+    plot_sweep(rows, output / "sweep.png")
+    plot_cells(rows, pictures, output / "sweep_images.png")
+    write_json(dict(rows=rows, **about), output / "sweep.json")
+    print(f"Saved {output / 'sweep.json'}, {output / 'sweep.png'} and {output / 'sweep_images.png'}")
+
+
+@script
+def main(argv=None):
+    args = parse_args(argv)
+    device = get_device(args.device)
+    if args.train_features:
+        bf16 = pick_precision(args.precision, device) == "bf16"
+        print(train_features(args.train_features, args.data_dir, device, args.seed, bf16, progress("training")))
+        return
+    torchmetrics_image()
+    output = check_writable(args.output_dir)
+    source = open_checkpoint(args) if args.checkpoint else None
+    data = load_dataset(args.dataset, args.reference, args.data_dir)
+    shape, classes = data.images.shape[1:], len(data.class_names)
+    made = None if source else Made(*read_images(Path(args.images), shape, classes), nfe=0, seconds=0)
+    if args.cas and (source or made).labels is None:
+        raise ValueError("--cas needs labels: a checkpoint trained with --conditional, or `labels` in the .npz")
+    yardstick = make_yardstick(args, data, args.num_images if source else len(made.images))
+    if args.sweep:
+        return run_sweep(args, argv, yardstick, source, output)
+    made = made or make_images(args, source, args.sampler, args.steps, *args.guidance_scale)
+    evaluate(args, argv, yardstick, made, output)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,268 @@
+"""How good images are: what a feature network sees in them, compared with what it sees in real ones.
+
+    frechet_distance   distance between the two clouds of features, as Gaussians                 0 is best
+    kernel_distance    the same without assuming a shape; unbiased, so it may fall below 0       0 is best
+    precision          share of generated images that lie among the real ones                    1 is best
+    recall             share of real images that lie among the generated ones                    1 is best
+    density            how densely the real ones lie around a generated one               1 for real images
+    coverage           share of real images that have a generated one near by                    1 is best
+    confident          share of images of whose class the classifier is sure                     as for real images
+    class_distance     how far the shares of the classes are from the real ones                  0 is best
+    asked_class        share of images that show the class that was asked for                    1 is best
+
+Every figure is first computed from all N generated images, and then again without each of GROUPS random groups of
+them: the spread of these gives its interval (`estimate`). The reference stays as it is.
+"""
+
+import math
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from features import Progress, Seen, torchmetrics_image
+
+GROUPS, T_QUANTILE = 20, 2.093  # 97.5 % of Student's t lie below T_QUANTILE for GROUPS - 1 degrees of freedom
+PRECISION_K, DENSITY_K = 3, 5  # neighbours: Kynkäänniemi et al. 2019, section 3; Naeem et al. 2020, section 4
+SURE = 0.9  # the probability above which the classifier counts as sure
+CHUNK = 2**20  # distances held at once: 8 MB in float64
+NEAREST_ROWS = 2000  # images of either side at once in the search for the nearest
+SHARES = ("precision", "recall", "coverage", "confident", "class_distance", "asked_class")
+
+# -------------------------------------------------------------------------------------------- a figure's interval
+
+
+def random_groups(count: int, seed: int = 0) -> Tensor:
+    """The group 0..GROUPS-1 of each of `count` images (count,): random, and as equal in size as can be."""
+    return torch.randperm(count, generator=torch.Generator().manual_seed(seed)) % GROUPS
+
+
+def estimate(values: Tensor, lowest: float = -math.inf, highest: float = math.inf) -> dict[str, float]:
+    """{"value", "low", "high"}: a figure and the 95 % interval of what fresh sets of as many images give on average.
+
+    values (G + 1,): the figure of all images, then without each of G groups. The delete-a-group jackknife (Kott 2001):
+        se² = (G - 1) / G · Σ_g (F_without_g - mean)²,   interval = F ± t · se  with t of G - 1 degrees of freedom.
+    No image counts twice, unlike in a bootstrap, where copies raise a Fréchet distance and break neighbourhoods. A
+    figure's dependence on N stays in its value and in the floor's, which is of the same N. Cut to lowest..highest.
+    """
+    value, without = values[0].item(), values[1:].double()
+    error = math.sqrt((GROUPS - 1) / GROUPS * (without - without.mean()).square().sum().item())
+    return dict(value=value, low=max(lowest, value - T_QUANTILE * error), high=min(highest, value + T_QUANTILE * error))
+
+
+def mean_without(values: Tensor, groups: Tensor) -> Tensor:
+    """The mean of values (N,) over all images, then without each group: (G + 1,)."""
+    values = values.double()
+    sums = torch.zeros(GROUPS, dtype=torch.float64).index_add_(0, groups, values)
+    sizes = groups.bincount(minlength=GROUPS)
+    return torch.cat([values.mean()[None], (sums.sum() - sums) / (len(values) - sizes)])
+
+
+# ------------------------------------------------------------------------------------- distances between two clouds
+
+
+def _as_they_are(features: Tensor) -> nn.Module:
+    """The feature module for torchmetrics when the features are there already."""
+    module = nn.Identity()
+    module.num_features = features.shape[1]  # or torchmetrics asks the module with images of 299 × 299
+    return module
+
+
+def frechet_distance(generated: Tensor, reference: Tensor, groups: Tensor) -> Tensor:
+    """|mu - mu'|² + tr(S + S' - 2 (S S')^(1/2)), the squared Fréchet distance between two Gaussians: (G + 1,).
+
+    Heusel et al. 2017, eq. 6, by torchmetrics in float64. generated (N, D), reference (M, D); from 0 up. With few
+    images it is too large, by about const / N: compare figures of the same N only.
+    """
+    distance = torchmetrics_image().fid.FrechetInceptionDistance
+    metric = distance(feature=_as_they_are(reference), reset_real_features=False)
+    metric.update(reference.double(), real=True)
+    values = []
+    for left_out in range(-1, GROUPS):  # -1: none
+        metric.update(generated[groups != left_out].double(), real=False)
+        values.append(metric.compute())
+        metric.reset()
+    return torch.stack(values).cpu()
+
+
+def kernel_distance(generated: Tensor, reference: Tensor, groups: Tensor) -> Tensor:
+    """The squared maximum mean discrepancy, unbiased, with the kernel k(x, y) = (x·y / D + 1)³: (G + 1,).
+
+    mean of k(x, x') over pairs of generated images + the same of real ones - 2 · mean of k(x, y). Bińkowski et al.
+    2018, section 4; what torchmetrics' KernelInceptionDistance estimates from random subsets, here from all images.
+    generated (N, D), reference (M, D). It may be negative.
+    """
+    poly_kernel = torchmetrics_image().kid.poly_kernel
+    generated, reference, member = generated.double(), reference.double(), F.one_hot(groups, GROUPS).double()
+    fake, cross, real = torch.zeros(GROUPS, GROUPS).double(), torch.zeros(GROUPS).double(), 0.0
+    at_once = max(1, CHUNK // max(len(generated), len(reference)))
+    for rows in torch.arange(len(generated)).split(at_once):
+        kernel = poly_kernel(generated[rows], generated)                                    # (rows, N)
+        kernel[torch.arange(len(rows)), rows] = 0  # a pair is two different images
+        fake += member[rows].T @ (kernel @ member)
+        cross += member[rows].T @ poly_kernel(generated[rows], reference).sum(1)
+    for rows in torch.arange(len(reference)).split(at_once):
+        kernel = poly_kernel(reference[rows], reference)
+        real += kernel.sum() - kernel[torch.arange(len(rows)), rows].sum()
+    m, sizes = len(reference), groups.bincount(minlength=GROUPS)
+    n = torch.cat([torch.tensor([len(generated)]), len(generated) - sizes])
+    fakes = torch.cat([torch.zeros(1), fake.sum(1) + fake.sum(0) - fake.diagonal()])  # all pairs with one in the group
+    crosses = torch.cat([torch.zeros(1), cross])
+    return ((fake.sum() - fakes) / (n * (n - 1)) + real / (m * (m - 1)) - 2 * (cross.sum() - crosses) / (n * m))
+
+
+# ---------------------------------------------------------------------------------------------------- neighbourhoods
+
+
+def distances(a: Tensor, b: Tensor) -> Iterator[tuple[slice, Tensor]]:
+    """Euclidean distances between a (N, D) and b (M, D), some rows at a time: yields (rows, (rows, M) float64)."""
+    b, rows = b.double(), max(1, CHUNK // len(b))
+    for start in range(0, len(a), rows):
+        part = slice(start, min(start + rows, len(a)))
+        yield part, torch.cdist(a[part].double(), b)
+
+
+def _from_others(part: slice, distance: Tensor) -> Tensor:
+    """Distances within one set with each point's distance from itself made infinite."""
+    rows = torch.arange(len(distance))
+    distance[rows, rows + part.start] = math.inf
+    return distance
+
+
+def radii(points: Tensor, *ks: int) -> Tensor:
+    """The distance from each point (N, D) to its k-th nearest other one, for each k: (len(ks), N)."""
+    nearest = [_from_others(part, d).topk(max(ks), largest=False).values for part, d in distances(points, points)]
+    return torch.cat(nearest)[:, [k - 1 for k in ks]].T
+
+
+def radii_without(points: Tensor, k: int, groups: Tensor) -> Tensor:
+    """As `radii`, among all points, then without each group: (G + 1, N). Points of the group left out get -1."""
+    members, result = [(groups == g).nonzero()[:, 0] for g in range(GROUPS)], []
+    owner = torch.arange(GROUPS).repeat_interleave(torch.tensor([min(k, len(m)) for m in members]))
+    for part, d in distances(points, points):
+        d = _from_others(part, d)
+        near = torch.cat([d[:, m].topk(min(k, len(m)), largest=False).values for m in members], 1)  # (rows, G · k)
+        result.append(torch.stack([near[:, owner != g].kthvalue(k).values for g in range(-1, GROUPS)]))
+    result = torch.cat(result, 1)
+    result[groups + 1, torch.arange(len(points))] = -1
+    return result
+
+
+def neighbour_figures(generated: Tensor, reference: Tensor, groups: Tensor) -> dict[str, Tensor]:
+    """precision, recall, density and coverage, each (G + 1,), from balls around points that reach their k-th neighbour.
+
+        precision   share of generated points within any real point's ball,  k = 3   (Kynkäänniemi et al. 2019, eq. 2)
+        recall      share of real points within any generated point's ball,  k = 3   (ibid.)
+        density     real balls that a generated point lies in, divided by k, k = 5   (Naeem et al. 2020, eq. 3)
+        coverage    share of real balls with a generated point inside,       k = 5   (ibid., eq. 4)
+    generated (N, D), reference (M, D).
+    """
+    real, own = radii(reference, PRECISION_K, DENSITY_K), radii_without(generated, PRECISION_K, groups)
+    member = F.one_hot(groups, GROUPS).float()                                              # (N, G)
+    precise, dense = torch.zeros(len(generated), dtype=torch.bool), torch.zeros(len(generated))
+    recalled, covered = torch.zeros(GROUPS + 1), torch.zeros(GROUPS + 1)
+    for part, d in distances(reference, generated):                                         # (rows, N)
+        precise |= (d <= real[0, part, None]).any(0)
+        inside = (d <= real[1, part, None]).float()
+        dense += inside.sum(0)
+        hits = inside @ member                                                              # (rows, G)
+        total = hits.sum(1, keepdim=True)
+        covered += (torch.cat([total, total - hits], 1) > 0).sum(0)
+        recalled += torch.stack([(d <= radius).any(1).sum() for radius in own])
+    return dict(precision=mean_without(precise, groups), recall=recalled / len(reference),
+                density=mean_without(dense / DENSITY_K, groups), coverage=covered / len(reference))
+
+
+# ------------------------------------------------------------------------------------------------------ class figures
+
+
+def class_shares(probabilities: Tensor) -> Tensor:
+    """The share of each class among the images by the classifier's best guess: (classes,) float64."""
+    return probabilities.argmax(1).bincount(minlength=probabilities.shape[1]).double() / len(probabilities)
+
+
+def class_distance(probabilities: Tensor, reference: Tensor, groups: Tensor) -> Tensor:
+    """½ Σ_c |share of class c - its share of the reference|, the total variation distance, 0..1: (G + 1,).
+
+    Both shares are the classifier's guesses, so that its errors do not count as a difference.
+    """
+    shares = torch.stack([class_shares(probabilities[groups != g]) for g in range(-1, GROUPS)])
+    return (shares - class_shares(reference)).abs().sum(1) / 2
+
+
+# ---------------------------------------------------------------------------------------------------- all of it
+
+
+def check_count(count: int, num_features: int) -> None:
+    """ValueError unless there are enough images for a covariance of so many features, without any one group too."""
+    needed = 2 * max(num_features, GROUPS * PRECISION_K)
+    if count < needed:
+        raise ValueError(f"the figures need at least {needed} images (twice the number of features), not {count}: "
+                         f"give more, with --num_images where a checkpoint makes them")
+
+
+def figures(generated: Seen, reference: Seen, labels: Tensor | None = None) -> dict[str, dict]:
+    """Every figure by its name: {"value", "low", "high", "n"}. asked_class only with labels (N,), what was asked for.
+
+    ValueError if there are too few images (`check_count`).
+    """
+    count = len(generated.features)
+    check_count(count, generated.features.shape[1])
+    check_count(len(reference.features), generated.features.shape[1])
+    groups = random_groups(count)
+    values = dict(frechet_distance=frechet_distance(generated.features, reference.features, groups),
+                  kernel_distance=kernel_distance(generated.features, reference.features, groups),
+                  **neighbour_figures(generated.features, reference.features, groups),
+                  confident=mean_without(generated.probabilities.amax(1) > SURE, groups),
+                  class_distance=class_distance(generated.probabilities, reference.probabilities, groups))
+    if labels is not None:
+        values["asked_class"] = mean_without(generated.probabilities.argmax(1) == labels, groups)
+    lowest = {"kernel_distance": -math.inf}
+    return {name: dict(estimate(v, lowest.get(name, 0.0), 1.0 if name in SHARES else math.inf), n=count)
+            for name, v in values.items()}
+
+
+# ------------------------------------------------------------------------------------------------------ memorisation
+
+
+def nearest(queries: Tensor, points: Tensor, progress: Progress = iter) -> tuple[Tensor, Tensor]:
+    """(distance, index) of the nearest of points (M, ...) for each query (N, ...), both (N,): Euclidean.
+
+    Images are uint8, their levels counted as 0..1; or both are floats. Found by |p|² - 2 q·p in float32 on the queries'
+    device, then measured exactly, so that a copy is at distance 0.
+    """
+    best = torch.full((len(queries),), math.inf, device=queries.device)
+    index = torch.zeros(len(queries), dtype=torch.long, device=queries.device)
+    for start in progress(range(0, len(points), NEAREST_ROWS)):
+        chunk = _flat(points[start:start + NEAREST_ROWS].to(queries.device))                # (rows, D)
+        norms = chunk.square().sum(1)
+        for first in range(0, len(queries), NEAREST_ROWS):
+            part = slice(first, first + NEAREST_ROWS)
+            value, where = torch.addmm(norms, _flat(queries[part]), chunk.T, alpha=-2).min(1)
+            closer = value < best[part]
+            best[part] = torch.where(closer, value, best[part])
+            index[part] = torch.where(closer, where + start, index[part])
+    index = index.cpu()
+    pairs = zip(queries.cpu().split(500), points.cpu()[index].split(500), strict=True)
+    return torch.cat([(_flat(q).double() - _flat(p).double()).norm(dim=1) for q, p in pairs]), index
+
+
+def _flat(points: Tensor) -> Tensor:
+    """(N, ...) -> (N, D) float32; uint8 levels 0..255 become 0..1."""
+    return points.flatten(1).float().div_(255) if points.dtype == torch.uint8 else points.flatten(1)
+
+
+def closeness(generated: Tensor, real: Tensor) -> dict[str, float]:
+    """What distances to the nearest training image say: generated (N,) against those of unseen real images (M,).
+
+        closer_than_any_real    share of generated images that are closer than the closest real one: 0 expected
+        closer_than_99_percent  share that are closer than 99 % of the real ones: 0.01 expected, 1 if all are copies
+        copies                  share at distance 0
+    and the medians of both.
+    """
+    def share(condition: Tensor) -> float:
+        return condition.double().mean().item()
+    return dict(closer_than_any_real=share(generated < real.min()),
+                closer_than_99_percent=share(generated < real.quantile(0.01)),
+                copies=share(generated == 0), median=generated.median().item(), real_median=real.median().item())

@@ -1,0 +1,91 @@
+"""Quality against cost: every sampler at several step counts, from the same starting noise."""
+
+from collections.abc import Callable, Iterable, Sequence
+from itertools import product
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from utils import pyplot, save_figure
+
+CELL_IMAGES, CELL_COLUMNS = 16, 4
+SHOWN = ("kernel_distance", "precision", "recall", "coverage", "confident")  # the table has no room for all
+
+
+class Made(NamedTuple):
+    """Images (N, C, H, W) uint8, the labels asked for (N,) or None, NFE for an image, and seconds for all."""
+
+    images: Tensor
+    labels: Tensor | None
+    nfe: float
+    seconds: float
+
+
+def sweep(samplers: Iterable[str], step_counts: Iterable[int], scales: Sequence[float],
+          make: Callable[[str, int, float], Made], measure: Callable[[Made], dict[str, dict]],
+          show: Callable[[dict], None]) -> tuple[list[dict], list[Tensor]]:
+    """(rows, pictures): figures and first images for each sampler, guidance scale and step count; `show` gets each row.
+
+    A row's "series" is what a line of the plot shares: the sampler and, where there are several, the guidance scale.
+    """
+    rows, pictures = [], []
+    for sampler, scale, steps in product(samplers, scales, step_counts):
+        made = make(sampler, steps, scale)
+        series = sampler if len(scales) == 1 else f"{sampler} ×{scale:g}"
+        rows.append(dict(series=series, sampler=sampler, steps=steps, guidance_scale=scale, nfe=made.nfe,
+                         seconds=made.seconds, figures=measure(made)))
+        pictures.append(made.images[:CELL_IMAGES])
+        show(rows[-1])
+    return rows, pictures
+
+
+def print_title() -> None:
+    """The first line of the table that `print_row` goes on with."""
+    print(f"{'sampler':15} {'steps':>6} {'NFE':>6} {'seconds':>8} {'n':>8}    {'frechet':>9} {'95 % interval':^19} "
+          + " ".join(f"{name.removesuffix('_distance'):>9}" for name in SHOWN))
+
+
+def print_row(row: dict) -> None:
+    """One line of the table."""
+    distance = row["figures"]["frechet_distance"]
+    print(f"{row['series']:15} {row['steps']:6} {row['nfe']:6g} {row['seconds']:8.1f} {distance['n']:8,}    "
+          f"{distance['value']:9.4f} {distance['low']:9.4f}{distance['high']:10.4f} "
+          + " ".join(f"{row['figures'][name]['value']:9.4f}" for name in SHOWN), flush=True)
+
+
+def plot_sweep(rows: Sequence[dict], path) -> None:
+    """Draw the Fréchet distance with its intervals against NFE and against seconds, a line for each sampler."""
+    figure, panels = pyplot().subplots(1, 2, figsize=(11, 4.5), sharey=True)
+    for axes, cost, label in zip(panels, ("nfe", "seconds"),
+                                 ("network evaluations for an image", "seconds for all images"), strict=True):
+        for series in dict.fromkeys(row["series"] for row in rows):
+            mine = sorted((row for row in rows if row["series"] == series), key=lambda row: row[cost])
+            distance = [row["figures"]["frechet_distance"] for row in mine]
+            spread = [[d["value"] - d["low"] for d in distance], [d["high"] - d["value"] for d in distance]]
+            axes.errorbar([row[cost] for row in mine], [d["value"] for d in distance], spread, marker="o", capsize=3,
+                          label=series)
+        axes.axhline(rows[0]["figures"]["frechet_distance"]["floor"], color="gray", linestyle="--", label="real images")
+        axes.set(xlabel=label, xscale="log", yscale="log")
+        axes.grid(alpha=0.3, which="both")
+    panels[0].set_ylabel(f"Fréchet distance ({rows[0]['figures']['frechet_distance']['n']:,} images)")
+    panels[0].legend()
+    save_figure(figure, path)
+
+
+def plot_cells(rows: Sequence[dict], pictures: Sequence[Tensor], path) -> None:
+    """Draw the same images, of the same starting noise, in every cell: a row for each series, steps across."""
+    from torchvision.utils import make_grid
+
+    series = list(dict.fromkeys(row["series"] for row in rows))
+    steps = list(dict.fromkeys(row["steps"] for row in rows))
+    figure, cells = pyplot().subplots(len(series), len(steps), figsize=(2.4 * len(steps), 2.7 * len(series)),
+                                      squeeze=False)
+    for row, images in zip(rows, pictures, strict=True):
+        axes = cells[series.index(row["series"]), steps.index(row["steps"])]
+        grid = make_grid(images, nrow=CELL_COLUMNS, padding=1, pad_value=64)
+        axes.imshow(grid.permute(1, 2, 0).to(torch.uint8).numpy(), interpolation="nearest")
+        axes.set_title(f"{row['series']}, {row['steps']} steps\n"
+                       f"Fréchet {row['figures']['frechet_distance']['value']:.3g}", fontsize=9)
+        axes.axis("off")
+    save_figure(figure, path)

@@ -1,0 +1,291 @@
+"""evaluate.py from end to end on glyphs: what it reports of good, bad and copied images, and what it refuses."""
+
+import json
+import re
+import sys
+
+import numpy as np
+import pytest
+import torch
+from torch.nn import functional as F
+
+import evaluate
+import features
+import sample
+from checkpoint import FIELDS, save_checkpoint
+from data import load_dataset
+from diffusion import DiffusionProcess
+from metrics import figures
+from models import create_model
+
+pytest.importorskip("torchmetrics", reason="torchmetrics is missing: pip install -r requirements-eval.txt")
+SPLIT = 600  # images of each split that these tests look at
+COUNT = 260
+
+
+@pytest.fixture
+def small(monkeypatch, data_dir):
+    """Splits of SPLIT images, so that a whole evaluation takes a second; returns run(*flags) -> exit status."""
+    monkeypatch.setattr(evaluate, "load_dataset", lambda *args: load_dataset(*args).first(SPLIT))
+    monkeypatch.setattr(features, "load_dataset", lambda *args: load_dataset(*args).first(SPLIT))
+
+    def run(*flags):
+        return evaluate.main([*map(str, flags), "--data_dir", str(data_dir), "--device", "cpu", "--precision", "fp32"])
+    return run
+
+
+@pytest.fixture
+def checkpoint(tmp_path):
+    """Writes an untrained checkpoint of glyphs."""
+    def write(num_classes=None):
+        torch.manual_seed(0)
+        model = create_model(base_channels=8, time_emb_dim=16, patch_size=4, attention=[], num_classes=num_classes)
+        config = dict(model=model.config, diffusion=DiffusionProcess(num_timesteps=20).config,
+                      data=dict(dataset="glyphs", shape=[1, 28, 28], class_names=list("0123456789")), training={})
+        state = model.state_dict()
+        fields = {name: kind() for name, kind in FIELDS.items()}
+        save_checkpoint(tmp_path / "model.pt", **fields | dict(config=config, model=state, ema=state))
+        return tmp_path / "model.pt"
+    return write
+
+
+def write_npz(path, images, **more):
+    np.savez(path, arr_0=images.permute(0, 2, 3, 1).numpy(), **more)
+    return path
+
+
+def report(folder):
+    return json.loads((folder / "evaluation.json").read_text())
+
+
+@pytest.fixture(scope="module")
+def judge(data_dir):
+    """judge(images, labels) -> figures against real test images of glyphs; judge.real: other real images."""
+    network = features.load_feature_network("glyphs")
+    reference = features.look(evaluate.some(load_dataset("glyphs", "test", data_dir), 800).images, network)
+
+    def judge(images, labels=None):
+        result = figures(features.look(images, network), reference, labels)
+        return {name: figure["value"] for name, figure in result.items()}
+    judge.real = evaluate.some(load_dataset("glyphs", "validation", data_dir), 600)
+    return judge
+
+
+def test_the_floor_of_real_images_is_close_to_the_best(judge):
+    floor = judge(judge.real.images, judge.real.labels)
+    assert floor["frechet_distance"] < 1 and abs(floor["kernel_distance"]) < 0.05 and floor["class_distance"] < 0.08
+    for name, least in (("precision", 0.6), ("recall", 0.6), ("density", 0.7), ("coverage", 0.7), ("confident", 0.95),
+                        ("asked_class", 0.97)):
+        assert floor[name] > least, name
+
+
+@pytest.mark.parametrize("name", ["mnist", "fashion_mnist", "cifar10"])
+def test_the_shipped_network_knows_real_images(name, request):
+    files = {"mnist": "MNIST/raw", "fashion_mnist": "FashionMNIST/raw", "cifar10": "cifar-10-batches-py"}
+    folder = request.config.rootpath / "data"
+    if not (folder / files[name]).is_dir():
+        pytest.skip(f"{folder / files[name]} is missing: real {name} is not here")
+    data = evaluate.some(load_dataset(name, "test", folder), 500)
+    seen = features.look(data.images, features.load_feature_network(name))
+    accuracy = (seen.probabilities.argmax(1) == data.labels).double().mean().item()
+    assert accuracy > {"mnist": 0.98, "fashion_mnist": 0.9, "cifar10": 0.8}[name]
+
+
+def blurred(images, size):
+    return F.avg_pool2d(images.float(), size, 1, size // 2, count_include_pad=False).round().to(torch.uint8)
+
+
+def noised(images, std):
+    noise = torch.randn(images.shape, generator=torch.Generator().manual_seed(0))
+    return (images.float() + std * noise).round().clamp(0, 255).to(torch.uint8)
+
+
+@pytest.mark.parametrize("spoil, amounts", [(blurred, (1, 3, 5)), (noised, (0, 40, 80))])
+def test_the_figures_get_worse_as_images_do(judge, spoil, amounts):
+    results = [judge(spoil(judge.real.images, amount)) for amount in amounts]
+    for name, sign in (("frechet_distance", 1), ("kernel_distance", 1), ("precision", -1), ("density", -1),
+                       ("coverage", -1)):
+        values = [sign * result[name] for result in results]
+        assert values == sorted(values) and values[0] < values[-1], (name, values)
+
+
+def test_a_missing_class_lowers_recall_and_coverage(judge):
+    whole, missing = judge(judge.real.images), judge(judge.real.images[judge.real.labels != 3])
+    assert missing["recall"] < whole["recall"] - 0.05
+    assert missing["coverage"] < whole["coverage"] - 0.05
+    assert missing["frechet_distance"] > whole["frechet_distance"]
+    assert missing["class_distance"] > 0.05
+
+
+def test_copies_of_one_image_have_no_recall(judge):
+    copies = judge(judge.real.images[:1].expand(600, -1, -1, -1))
+    assert copies["recall"] < 0.02 and copies["coverage"] < 0.02 and copies["class_distance"] > 0.8
+    assert copies["frechet_distance"] > judge(judge.real.images)["frechet_distance"]
+
+
+def test_a_copying_generator_is_caught(small, tmp_path, data_dir, capsys):
+    images = load_dataset("glyphs", "train", data_dir).images[:COUNT]
+    path = write_npz(tmp_path / "x.npz", images)
+    assert small("--images", path, "--dataset", "glyphs", "--output_dir", tmp_path) == 0
+    memorised = report(tmp_path)["memorisation"]
+    for space in ("pixels", "features"):
+        assert memorised[space]["closer_than_99_percent"] == 1 and memorised[space]["copies"] > 0.99
+    assert "copies: 100.00%" in capsys.readouterr().out and (tmp_path / "nearest.png").exists()
+
+
+def test_unseen_images_are_not_accused_and_have_all_figures(small, tmp_path, data_dir, capsys):
+    data = load_dataset("glyphs", "validation", data_dir)
+    path = write_npz(tmp_path / "x.npz", data.images[-COUNT:], labels=data.labels[-COUNT:].numpy())
+    assert small("--images", path, "--dataset", "glyphs", "--output_dir", tmp_path) == 0
+    result, out = report(tmp_path), capsys.readouterr().out
+    assert result["memorisation"]["features"]["copies"] < 0.1
+    for name, figure in result["figures"].items():
+        assert set(figure) == {"value", "low", "high", "floor", "n"} and figure["n"] == COUNT and name in out
+        assert figure["low"] <= figure["value"] <= figure["high"]
+    assert result["figures"]["asked_class"]["value"] > 0.95
+    assert result["reference"] == {"split": "test", "n": SPLIT}
+    assert result["floor"] == {"split": "validation", "n": COUNT}
+    assert {"command", "versions", "feature_network_sha256", "images_sha256"} <= set(result)
+
+
+def test_a_checkpoint_and_its_images_agree_to_the_digit_and_so_do_two_runs(small, checkpoint, tmp_path):
+    path = checkpoint()
+    flags = ["--checkpoint", path, "--num_images", COUNT, "--steps", 2, "--batch_size", 100, "--seed", 5,
+             "--output_dir", tmp_path]
+    assert small(*flags) == 0
+    first = (tmp_path / "evaluation.json").read_bytes()
+    assert small(*flags) == 0
+    assert (tmp_path / "evaluation.json").read_bytes() == first
+    assert sample.main(["--checkpoint", str(path), "--num_images", str(COUNT), "--steps", "2", "--batch_size", "100",
+                        "--seed", "5", "--device", "cpu", "--precision", "fp32",
+                        "--output", str(tmp_path / "x.npz")]) == 0
+    assert small("--images", tmp_path / "x.npz", "--dataset", "glyphs", "--output_dir", tmp_path / "again") == 0
+    again, first = report(tmp_path / "again"), json.loads(first)
+    for part in ("figures", "memorisation", "classes", "images_sha256"):
+        assert again[part] == first[part]
+    assert first["seed"] == 5 and len(first["checkpoint_sha256"]) == 64
+
+
+def test_a_conditional_checkpoint_is_asked_for_the_classes_of_the_data(small, checkpoint, tmp_path):
+    assert small("--checkpoint", checkpoint(10), "--num_images", COUNT, "--steps", 1, "--output_dir", tmp_path) == 0
+    assert report(tmp_path)["figures"]["asked_class"]["value"] < 0.5  # it has learned nothing
+
+
+def test_a_sweep_compares_samplers_step_counts_and_scales(small, checkpoint, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(evaluate, "SAMPLERS", {name: evaluate.SAMPLERS[name] for name in ("ddim", "heun")})
+    assert small("--checkpoint", checkpoint(10), "--num_images", COUNT, "--sweep", 1, 3, "--guidance_scale", 1, 2,
+                 "--output_dir", tmp_path) == 0
+    result, out = json.loads((tmp_path / "sweep.json").read_text()), capsys.readouterr().out
+    assert [(r["sampler"], r["guidance_scale"], r["steps"]) for r in result["rows"]] == [
+        (sampler, scale, steps) for sampler in ("ddim", "heun") for scale in (1, 2) for steps in (1, 3)]
+    assert [r["nfe"] for r in result["rows"]] == [1, 3, 2, 6, 1, 5, 2, 10]  # heun: twice but for the last step
+    assert (tmp_path / "sweep.png").exists() and (tmp_path / "sweep_images.png").exists()
+    assert out.count("heun") == 4 and f"{COUNT}" in out
+
+
+def test_folders_of_pngs_grey_or_grey_in_colour(tmp_path, data_dir):
+    from PIL import Image
+
+    images = load_dataset("glyphs", "test", data_dir).images[:4]
+    for i, image in enumerate(images):
+        Image.fromarray(image[0].numpy()).save(tmp_path / f"{i}.png")
+    assert torch.equal(evaluate.read_images(tmp_path, (1, 28, 28), 10)[0], images)
+    for i, image in enumerate(images):
+        Image.fromarray(image[0].numpy()).convert("RGB").save(tmp_path / f"{i}.png")
+    assert torch.equal(evaluate.read_images(tmp_path, (1, 28, 28), 10)[0], images)
+
+
+def test_cas_is_the_accuracy_of_a_classifier_that_saw_only_the_images(small, tmp_path, data_dir, monkeypatch):
+    monkeypatch.setitem(features.RECIPES, "glyphs", dict(epochs=8, batch_size=25, lr=0.1))
+    data = load_dataset("glyphs", "train", data_dir).first(COUNT)
+    good = write_npz(tmp_path / "x.npz", data.images, labels=data.labels.numpy())
+    assert small("--images", good, "--dataset", "glyphs", "--cas", "--output_dir", tmp_path) == 0
+    cas = report(tmp_path)["figures"]["cas"]
+    assert cas["value"] > 0.5 and cas["floor"] > 0.5 and cas["low"] < cas["value"] < cas["high"] and cas["n"] == COUNT
+
+
+def test_train_features_writes_a_checked_network(small, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(features, "WEIGHTS", tmp_path)
+    monkeypatch.setitem(features.RECIPES, "glyphs", dict(epochs=1, batch_size=50, lr=0.1, augment=None))
+    assert small("--train_features", "glyphs") == 0
+    out = capsys.readouterr().out
+    assert features.weights_digest("glyphs") in out and "% on test" in out
+    assert features.load_feature_network("glyphs").head.out_features == 10
+    (tmp_path / "glyphs.pt").write_bytes((tmp_path / "glyphs.pt").read_bytes()[:-1])
+    with pytest.raises(ValueError, match="damaged"):
+        features.load_feature_network("glyphs")
+
+
+def refused(run, capsys, *flags):
+    """The one line on stderr with which these flags are refused."""
+    assert run(*flags) == 2
+    lines = [line for line in capsys.readouterr().err.splitlines() if line.strip()]
+    assert len(lines) == 1 and "Traceback" not in lines[0]
+    return lines[0]
+
+
+@pytest.mark.parametrize("array, message", [
+    (np.zeros((5, 28, 28, 3), np.uint8), "shape"),
+    (np.zeros((5, 32, 32, 1), np.uint8), "shape"),
+    (np.zeros((5, 28, 28), np.uint8), "shape"),
+    (np.zeros((5, 28, 28, 1), np.float32), "not uint8"),
+    (np.full((5, 28, 28, 1), np.nan), "not uint8"),
+    (np.zeros((20, 28, 28, 1), np.uint8), "at least 256 .*not 20"),
+    (np.zeros((0, 28, 28, 1), np.uint8), "at least 256 .*not 0"),
+    (np.array([None] * 300), "damaged or no .npz"),
+])
+def test_wrong_arrays_are_refused_in_one_line(small, tmp_path, capsys, array, message):
+    np.savez(tmp_path / "x.npz", arr_0=array)
+    line = refused(small, capsys, "--images", tmp_path / "x.npz", "--dataset", "glyphs", "--output_dir", tmp_path)
+    assert re.search(message, line)
+
+
+def test_wrong_labels_are_refused(tmp_path):
+    images = torch.zeros(5, 1, 28, 28, dtype=torch.uint8)
+    for labels in (np.arange(4), np.full(5, 10), np.full(5, -1), np.zeros(5), np.zeros((5, 1), int)):
+        with pytest.raises(ValueError, match="labels"):
+            evaluate.read_images(write_npz(tmp_path / "x.npz", images, labels=labels), (1, 28, 28), 10)
+
+
+def test_files_that_are_missing_empty_or_damaged_are_refused(small, tmp_path, capsys):
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "pngs").mkdir()
+    (tmp_path / "pngs" / "a.png").write_bytes(b"not a picture")
+    (tmp_path / "half.npz").write_bytes(b"PK\x03\x04 half of it")
+    np.savez(tmp_path / "other.npz", images=np.zeros(3))
+    np.save(tmp_path / "array.npy", np.zeros(3))
+    for name, message in (("none.npz", "no file"), ("empty", "no .png"), ("pngs", "a.png"), ("half.npz", "damaged"),
+                          ("other.npz", "arr_0"), ("array.npy", "arr_0")):
+        line = refused(small, capsys, "--images", tmp_path / name, "--dataset", "glyphs", "--output_dir", tmp_path)
+        assert message in line
+
+
+def test_flags_that_do_not_go_together_are_refused(small, tmp_path, checkpoint, data_dir, capsys):
+    path = checkpoint()
+    npz = write_npz(tmp_path / "x.npz", load_dataset("glyphs", "test", data_dir).images[:COUNT])
+    here = ("--output_dir", tmp_path)
+    for flags, message in (
+            (("--images", npz), "--dataset"), ((), "required"),
+            (("--images", npz, "--checkpoint", path), "not allowed"),
+            (("--images", npz, "--dataset", "glyphs", "--sweep"), "--checkpoint"),
+            (("--images", npz, "--dataset", "glyphs", "--cas"), "labels"),
+            (("--checkpoint", path, "--dataset", "mnist"), "glyphs"), (("--checkpoint", path, "--steps", 21), "1..20"),
+            (("--checkpoint", path, "--sweep", 5, 21), "1..20"), (("--checkpoint", path, "--cas"), "labels"),
+            (("--checkpoint", path, "--guidance_scale", 2), "--conditional"),
+            (("--checkpoint", tmp_path / "none.pt"), "no checkpoint")):
+        assert message in refused(small, capsys, *flags, *here)
+
+
+def test_what_is_not_installed_is_named(small, tmp_path, checkpoint, capsys, monkeypatch):
+    flags = ("--checkpoint", checkpoint(), "--output_dir", tmp_path)
+    if "torch_fidelity" not in sys.modules and not evaluate.torchmetrics_image().fid._TORCH_FIDELITY_AVAILABLE:
+        assert "torch-fidelity" in refused(small, capsys, *flags, "--features", "inception")
+    monkeypatch.setitem(sys.modules, "torchmetrics.image.fid", None)
+    assert "pip install -r requirements-eval.txt" in refused(small, capsys, *flags)
+
+
+def test_images_that_are_not_numbers_are_refused(small, checkpoint, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(evaluate, "final_image", lambda trajectory: torch.full((COUNT, 1, 28, 28), float("nan")))
+    assert small("--checkpoint", checkpoint(), "--num_images", COUNT, "--batch_size", COUNT,
+                 "--output_dir", tmp_path) == 2
+    assert "not finite" in capsys.readouterr().err
