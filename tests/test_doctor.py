@@ -1,0 +1,493 @@
+"""doctor.py: each defect is planted and found under its name, and nothing is found in what is healthy."""
+
+import json
+import math
+
+import pytest
+import torch
+from torch.testing import assert_close
+
+import checks
+import doctor
+from checkpoint import FIELDS, save_checkpoint
+from checks import check_history, check_samples, check_schedule, check_versions
+from data import ImageData, load_dataset, to_model
+from diffusion import DiffusionProcess
+from gaussian import gaussian_bound
+from models import create_model
+
+
+def chance(seed=0):
+    return torch.Generator().manual_seed(seed)
+
+
+def normal(*shape, seed=0):
+    return torch.randn(*shape, generator=chance(seed))
+
+
+def statuses(findings):
+    return {finding.check: finding.status for finding in findings}
+
+
+def assert_healthy(findings):
+    findings = list(findings)
+    assert findings and all(finding.status == "OK" and not finding.fix for finding in findings), findings
+
+
+def assert_found(findings, check, status="FAIL"):
+    """The defect is found under this name, with a remedy."""
+    found = [finding for finding in findings if finding.check == check]
+    assert [finding.status for finding in found] == [status] and found[0].fix and found[0].message, findings
+
+
+# ----------------------------------------------------------------------------------------------- the Gaussian bound
+
+
+@pytest.fixture(scope="module")
+def blobs():
+    """Smooth Gaussian images (N, 1, 8, 8) in [-1, 1] as uint8, for training and for validation."""
+    mixing = torch.exp(-torch.cdist(*[torch.cartesian_prod(torch.arange(8.0), torch.arange(8.0))] * 2) ** 2 / 4)
+    pixels = (127.5 + 25 * normal(3000, 64) @ mixing).round().clamp(0, 255).to(torch.uint8).reshape(-1, 1, 8, 8)
+    labels = torch.arange(3000) % 10
+    return (ImageData("glyphs", "train", pixels[:2500], labels[:2500], tuple("0123456789")),
+            ImageData("glyphs", "validation", pixels[2500:], labels[2500:], tuple("0123456789")))
+
+
+@pytest.mark.parametrize("t", [0, 300, 700, 999])
+def test_the_bound_is_the_error_of_a_linear_regression(t):
+    mixing = normal(8, 8, seed=1).double()
+    x_0 = (normal(20_000, 8, seed=2).double() @ mixing + 1).reshape(-1, 2, 2, 2)
+    process = DiffusionProcess()
+    x_t = process.q_sample(x_0, t, normal(*x_0.shape, seed=3).double()).flatten(1)
+    known = torch.cat([x_t, torch.ones(len(x_t), 1)], 1)
+    error = known @ torch.linalg.lstsq(known, x_0.flatten(1)).solution - x_0.flatten(1)
+    assert_close(gaussian_bound(x_0, process, [t])[0], error.square().mean(), rtol=0.02, atol=0)
+
+
+def test_the_bound_goes_from_nothing_to_the_variance():
+    x_0 = normal(500, 1, 4, 4) * 0.5
+    bound = gaussian_bound(x_0, DiffusionProcess(100, "cosine", prediction="v", zero_terminal_snr=True),
+                           torch.arange(-1, 100))
+    assert bound[0] == 0 and bool((bound.diff() > 0).all())
+    assert_close(bound[-1], x_0.double().var(0).mean())
+
+
+def wiener(train, process):
+    """The best linear denoiser of a data set as a network that predicts x_0."""
+    x = to_model(train.images).flatten(1)
+    mean, covariance = x.mean(0), torch.cov(x.T)
+
+    def model(x_t, t, labels=None):
+        alpha, sigma = process.alpha(int(t[0])).float(), process.sigma(int(t[0])).float()
+        gain = torch.linalg.solve(alpha**2 * covariance + sigma**2 * torch.eye(len(mean)), alpha * covariance)
+        return (mean + (x_t.flatten(1) - alpha * mean) @ gain).reshape(x_t.shape)
+    model.num_classes = None
+    return model
+
+
+def test_the_error_of_the_best_linear_denoiser_is_the_bound(blobs):
+    process = DiffusionProcess(prediction="x0")
+    (finding,) = doctor.look_at_error(wiener(blobs[0], process), process, *blobs)
+    ratios = [float(part.split(" at ")[0]) for part in finding.message.split(": ")[1].split(", ")]
+    assert finding.status == "OK" and len(ratios) == 5 and all(0.9 < ratio < 1.1 for ratio in ratios)
+
+
+@pytest.mark.parametrize("prediction", ["eps", "x0", "v", "edm"])
+def test_a_network_that_has_learnt_nothing_is_worse_than_the_bound(blobs, prediction):
+    def model(x_t, t):
+        return torch.zeros_like(x_t)
+    model.num_classes = None
+    process = DiffusionProcess(prediction=prediction, data_std=0.4)
+    assert_found(doctor.look_at_error(model, process, *blobs), "error against t")
+
+
+def test_an_error_that_is_no_number_is_a_failure():
+    assert checks.check_error(torch.tensor([math.nan, 1.0]), torch.ones(2), [0, 1]).status == "FAIL"
+
+
+# ------------------------------------------------------------------------------------------------------ the machine
+
+
+@pytest.mark.parametrize("python, torch_version, vision, wanted, status", [
+    ((3, 11), "2.5.1+cu124", "0.20.1+cu124", ["numpy", "torch==2.5.1"], "OK"),
+    ((3, 11), "2.15.0", "0.29.2", ["torch (>=2.14.0)"], "OK"),
+    ((3, 11), "2.5.1", "0.21.0", ["torch==2.6.0"], "FAIL"),
+    ((3, 11), "2.5.1+cu124", "0.20.1+cpu", ["torch==2.5.1"], "FAIL"),
+    ((3, 9), "2.5.1", "0.20.1", ["torch==2.5.1"], "FAIL"),
+])
+def test_versions_that_do_not_belong_together(python, torch_version, vision, wanted, status):
+    assert check_versions(python, torch_version, vision, wanted).status == status
+
+
+def test_full_disks_and_little_memory(tmp_path, monkeypatch):
+    assert doctor.measure_disk("output_dir", tmp_path / "not" / "there").status != "FAIL"
+    monkeypatch.setattr(doctor.shutil, "disk_usage", lambda _: doctor.shutil._ntuple_diskusage(10**9, 10**9, 10**6))
+    assert_found([doctor.measure_disk("output_dir", tmp_path)], "disk of output_dir")
+    (tmp_path / "file").touch()
+    assert_found([doctor.measure_disk("data_dir", tmp_path / "file")], "disk of data_dir")
+    for free, status in ((8e9, "OK"), (1e9, "WARN"), (1e8, "FAIL")):
+        monkeypatch.setattr(doctor, "main_memory", lambda free=free: (free, 16e9))
+        assert doctor.measure_memory(torch.device("cpu")).status == status
+
+
+def test_the_slower_precision_is_named(monkeypatch):
+    monkeypatch.setattr(doctor, "convolution_seconds", lambda _, dtype: 1.0 if dtype == torch.bfloat16 else 0.1)
+    for chosen, status in (("bf16", "WARN"), ("fp32", "OK")):
+        monkeypatch.setattr(doctor, "pick_precision", lambda *_, chosen=chosen: chosen)
+        finding = doctor.measure_precision(torch.device("cpu"))
+        assert finding.status == status and (status == "OK" or "--precision fp32" in finding.fix)
+
+
+def test_this_machine_is_looked_at_without_a_failure_of_its_versions(tmp_path):
+    args = doctor.parse_args(["--output_dir", str(tmp_path), "--device", "cpu"])
+    found = statuses(doctor.look_at_machine(args))
+    assert found["versions"] == "OK"
+    assert {"device", "precision", "memory", "disk of output_dir", "disk of data_dir"} < found.keys()
+
+
+# --------------------------------------------------------------------------------------------------------- the data
+
+
+@pytest.fixture(scope="module")
+def glyphs(data_dir):
+    """(train, validation, test) of a size that tests have time for."""
+    return [load_dataset("glyphs", split, data_dir).first(2000) for split in ("train", "validation", "test")]
+
+
+def examine_data(images, labels):
+    return checks.check_data(images, labels, tuple("0123456789"))
+
+
+def test_healthy_data(glyphs):
+    for data in glyphs:
+        assert_healthy(examine_data(data.images, data.labels))
+
+
+def doubled(images, labels):
+    return torch.cat([images[:1900], images[:100]]), labels
+
+
+def blanked(images, labels):
+    return torch.cat([images[:1900], torch.zeros_like(images[:100])]), labels
+
+
+DATA_DEFECTS = {
+    "floats": (lambda x, y: (x.float() / 255, y), "value range", "FAIL"),
+    "0 to 1": (lambda x, y: (x // 255, y), "value range", "FAIL"),
+    "dark": (lambda x, y: (x // 4, y), "value range", "WARN"),
+    "grey in colour": (lambda x, y: (x.expand(-1, 3, -1, -1), y), "channels", "WARN"),
+    "two channels": (lambda x, y: (x.expand(-1, 2, -1, -1), y), "channels", "FAIL"),
+    "labels from 1": (lambda x, y: (x, y + 1), "classes", "FAIL"),
+    "a class is missing": (lambda x, y: (x, y.masked_fill(y == 3, 4)), "classes", "WARN"),
+    "copies": (doubled, "duplicates", "WARN"),
+    "all the same": (lambda x, y: (x[:1].expand(2000, -1, -1, -1), y), "duplicates", "FAIL"),
+    "blanks": (blanked, "blank images", "FAIL"),
+}
+
+
+@pytest.mark.parametrize("defect", DATA_DEFECTS)
+def test_defects_of_the_data(glyphs, defect):
+    plant, check, status = DATA_DEFECTS[defect]
+    assert_found(examine_data(*plant(glyphs[0].images, glyphs[0].labels)), check, status)
+
+
+# ----------------------------------------------------------------------------------------------------- the schedule
+
+
+@pytest.mark.parametrize("settings", [
+    dict(), dict(schedule="cosine", prediction="edm"), dict(schedule="cosine", prediction="x0"),
+    dict(prediction="v", zero_terminal_snr=True), dict(num_timesteps=100)])
+def test_healthy_schedules(settings):
+    assert_healthy(check_schedule(DiffusionProcess(**settings)))
+
+
+@pytest.mark.parametrize("settings, check, status", [
+    (dict(beta_end=0.002), "terminal SNR", "FAIL"), (dict(beta_end=0.008), "terminal SNR", "WARN"),
+    (dict(schedule="cosine"), "first step", "WARN"),
+    (dict(num_timesteps=10), "timesteps", "WARN")])
+def test_defects_of_the_schedule(settings, check, status):
+    assert_found(check_schedule(DiffusionProcess(**settings)), check, status)
+
+
+# --------------------------------------------------------------------------------------------------- the checkpoint
+
+
+def make_checkpoint(num_classes=10, **changes):
+    """A checkpoint, conditional by default, whose tensors are not those of its beginning; of a long, calm run."""
+    torch.manual_seed(5)
+    model = create_model(base_channels=8, time_emb_dim=16, patch_size=4, num_classes=num_classes)
+    learnt = {name: weight + 0.01 * normal(*weight.shape, seed=i + 1)
+              for i, (name, weight) in enumerate(model.state_dict().items())}
+    average = {name: weight + 0.0001 * normal(*weight.shape, seed=99) for name, weight in learnt.items()}
+    config = dict(model=model.config, diffusion=DiffusionProcess(prediction="edm", data_std=0.6).config,
+                  data=dict(dataset="glyphs", shape=[1, 28, 28], class_names=list("0123456789")),
+                  training=dict(ema_decay=0.999))
+    losses = (0.2 + torch.exp(-torch.arange(50) / 10) + 0.01 * normal(50)).tolist()
+    history = dict(records=[dict(step=100 * i, loss=loss, val_loss=loss + 0.01, seconds=float(i))
+                            for i, loss in enumerate(losses)])
+    fields = {name: kind() for name, kind in FIELDS.items()}
+    return fields | dict(config=config, model=learnt, ema=average, history=history, step=5000, seed=5) | changes
+
+
+def test_a_healthy_checkpoint():
+    assert_healthy(doctor.look_at_checkpoint(make_checkpoint()))
+    assert_healthy(doctor.look_at_checkpoint(make_checkpoint(num_classes=None)))
+
+
+def changed_tensors(part, change):
+    """The healthy checkpoint with change(name, tensor, its beginning) in one part."""
+    checkpoint = make_checkpoint()
+    first = doctor.initial_weights(checkpoint)
+    checkpoint[part] = {name: change(name, weight, first[name]) for name, weight in checkpoint[part].items()}
+    return checkpoint
+
+
+def head_at_zero(name, weight, _):
+    return torch.zeros_like(weight) if name == "head.2.weight" else weight
+
+
+def one_not_learnt(name, weight, first):
+    return first if name == "stem.1.weight" else weight
+
+
+def class_3_unseen(name, weight, first):
+    return torch.cat([weight[:3], first[3:4], weight[4:]]) if name == "label_embedding.weight" else weight
+
+
+def no_label_unseen(name, weight, first):
+    return torch.cat([weight[:10], first[10:]]) if name == "label_embedding.weight" else weight
+
+
+@pytest.mark.parametrize("part, change, check, status", [
+    ("model", head_at_zero, "tensors of model", "FAIL"), ("ema", head_at_zero, "tensors of ema", "FAIL"),
+    ("model", one_not_learnt, "tensors of model", "FAIL"), ("ema", lambda *three: three[2], "tensors of ema", "FAIL"),
+    ("model", lambda _, weight, __: torch.full_like(weight, 0.3), "tensors of model", "FAIL"),
+    ("ema", class_3_unseen, "labels shown", "FAIL"), ("ema", no_label_unseen, "labels shown", "WARN")])
+def test_dead_tensors(part, change, check, status):
+    assert_found(doctor.look_at_checkpoint(changed_tensors(part, change)), check, status)
+
+
+def test_a_young_average():
+    assert_found(doctor.look_at_checkpoint(make_checkpoint(step=500)), "EMA", "WARN")
+
+
+def test_losses_that_rise_or_are_no_numbers():
+    calm = [1.0, *[0.3 + 0.01 * (i % 3) for i in range(60)]]
+    assert_healthy(check_history(calm, calm[-10:]))
+    assert_found(check_history([*calm, math.nan], []), "history of the loss")
+    assert_found(check_history(calm + [0.45] * 10, []), "history of the loss", "WARN")
+    assert_found(check_history(calm + [5.0] * 10, []), "history of the loss")
+    assert_found(check_history(calm, [1.0, 0.5, 0.4, 0.5, 0.6]), "validation loss", "WARN")
+
+
+def test_a_record_without_a_finite_loss_is_a_failure():
+    checkpoint = make_checkpoint()
+    checkpoint["history"]["records"][20]["loss"] = None
+    assert_found(doctor.look_at_checkpoint(checkpoint), "history of the loss")
+
+
+@pytest.mark.parametrize("training", [dict(), dict(ema_decay="slow"), dict(ema_decay=None), dict(ema_decay=-1)])
+def test_flags_that_are_no_numbers_are_taken_for_the_default(training):
+    checkpoint = make_checkpoint(history={})
+    checkpoint["config"]["training"] = training
+    assert_healthy(doctor.look_at_checkpoint(checkpoint))
+    assert_found(doctor.look_at_checkpoint(checkpoint | dict(step=500)), "EMA", "WARN")
+
+
+# ------------------------------------------------------------------------------------------------------ the samples
+
+
+@pytest.fixture(scope="module")
+def pictures(glyphs):
+    """(64 images, 500 others) in [-1, 1]."""
+    return to_model(glyphs[2].images[:64]), to_model(glyphs[1].images[:500])
+
+
+def test_healthy_samples(pictures, glyphs):
+    assert_healthy(check_samples(*pictures))
+    assert_healthy(check_samples(to_model(glyphs[0].images[64:128]), pictures[1]))
+
+
+def checkerboard(period):
+    sign = (torch.arange(28) % period < period / 2).float() * 2 - 1
+    return sign[:, None] * sign
+
+
+SAMPLE_DEFECTS = {
+    "not finite": (lambda x: x.masked_fill(x > 0.9, math.nan), "samples", "FAIL"),
+    "all black": (lambda x: torch.full_like(x, -1), "blank samples", "FAIL"),
+    "all white": (lambda x: torch.full_like(x, 1.3), "blank samples", "FAIL"),
+    "a few black": (lambda x: torch.cat([x[:60], torch.full_like(x[:4], -1)]), "blank samples", "WARN"),
+    "in 0 to 1": (lambda x: (x + 1) / 2, "brightness", "FAIL"),
+    "inverted": (lambda x: -x, "brightness", "FAIL"),
+    "saturated": (lambda x: x.sign(), "saturation", "FAIL"),
+    "one image": (lambda x: x[:1].expand(64, -1, -1, -1), "diversity", "FAIL"),
+    "nearly one image": (lambda x: x[:1] + 0.05 * (x - x[:1]), "diversity", "FAIL"),
+    "eight images": (lambda x: x[:8].repeat(8, 1, 1, 1), "diversity", "FAIL"),
+    "noise left": (lambda x: x + 0.3 * normal(*x.shape), "noise left", "FAIL"),
+    "some noise left": (lambda x: x + 0.1 * normal(*x.shape), "noise left", "WARN"),
+    "pure noise": (lambda x: normal(*x.shape), "noise left", "FAIL"),
+    "a checkerboard": (lambda x: x + 0.1 * checkerboard(2), "grid pattern", "FAIL"),
+    "patches of 4": (lambda x: x + 0.1 * checkerboard(4), "grid pattern", "FAIL"),
+}
+
+
+@pytest.mark.parametrize("defect", SAMPLE_DEFECTS)
+def test_defects_of_samples(pictures, defect):
+    plant, check, status = SAMPLE_DEFECTS[defect]
+    assert_found(check_samples(plant(pictures[0]), pictures[1]), check, status)
+
+
+def test_one_striped_image_is_no_pattern(pictures):
+    x = pictures[0].clone()
+    x[0] += checkerboard(2)
+    assert statuses(check_samples(x, pictures[1]))["grid pattern"] == "OK"
+
+
+def test_too_few_steps(pictures):
+    x = pictures[0]
+    assert_healthy([checks.check_steps(x, x + 0.01 * normal(*x.shape), 20)])
+    assert_found([checks.check_steps(x, x + 0.5 * normal(*x.shape), 20)], "steps", "WARN")
+
+
+class Memory:
+    """The best denoiser of a finite set of images, as a network that predicts x_0: samples are images of the set."""
+
+    def __init__(self, data, process, num_classes=None, heed=True):
+        self.images, self.labels = to_model(data.images), data.labels
+        self.process, self.num_classes, self.heed = process, num_classes, heed
+
+    def __call__(self, x_t, t, labels=None):
+        alpha, sigma = self.process.alpha(t[:1].long()), self.process.sigma(t[:1].long())
+        points = alpha.flatten() * self.images.flatten(1)
+        nearness = -torch.cdist(x_t.flatten(1), points).square() / (2 * sigma.flatten() ** 2)     # (B, N)
+        if labels is not None and self.heed:
+            nearness = nearness.masked_fill(labels[:, None] != self.labels, -math.inf)
+        return (nearness.softmax(1) @ self.images.flatten(1)).reshape(x_t.shape)
+
+
+@pytest.fixture(scope="module")
+def process():
+    return DiffusionProcess(prediction="x0")
+
+
+def look_at_samples(memory, process, train, unseen, **settings):
+    return list(doctor.look_at_samples(Memory(memory, process, **settings), process, train, unseen))
+
+
+def only(data, images, labels=None):
+    return ImageData(data.name, data.split, images, data.labels if labels is None else labels, data.class_names)
+
+
+def test_a_healthy_generator(glyphs, process):
+    train, unseen, others = glyphs
+    found = look_at_samples(others, process, train, unseen)
+    assert_healthy(finding for finding in found if finding.check != "steps")  # a finite set leaves jumps between them
+    assert {"copies", "recognisable", "classes made", "mirrored", "diversity"} < statuses(found).keys()
+
+
+def test_a_generator_that_copies(glyphs, process):
+    assert_found(look_at_samples(glyphs[0], process, *glyphs[:2]), "copies")
+
+
+def test_a_generator_that_learnt_from_flipped_digits(glyphs, process):
+    train, unseen, others = glyphs
+    flipped = only(others, torch.cat([others.images[:1000], others.images[1000:].flip(-1)]))
+    found = statuses(look_at_samples(flipped, process, train, unseen))
+    assert found["mirrored"] != "OK"
+    mirrored = only(others, others.images.flip(-1))
+    assert_found(look_at_samples(mirrored, process, train, unseen), "mirrored")
+
+
+def test_a_generator_of_one_class(glyphs, process):
+    others = glyphs[2]
+    ones = only(others, others.images[others.labels == 1], others.labels[others.labels == 1])
+    assert_found(look_at_samples(ones, process, *glyphs[:2]), "classes made")
+
+
+def test_labels_that_are_obeyed_ignored_or_wrong(glyphs, process):
+    train, unseen, others = glyphs
+    results = {}
+    for name, settings in dict(heeds=dict(), ignores=dict(heed=False)).items():
+        model = Memory(others, process, num_classes=10, **settings)
+        results[name] = {f.check: f for f in (*doctor.look_at_error(model, process, train, unseen),
+                                              *doctor.look_at_samples(model, process, train, unseen))}
+    for check in ("labels used", "labels obeyed"):
+        assert_healthy([results["heeds"][check]])
+        assert_found([results["ignores"][check]], check)
+    wrong = Memory(only(others, others.images, (others.labels + 1) % 10), process, num_classes=10)
+    assert_found(doctor.look_at_error(wrong, process, train, unseen), "labels used")
+
+
+# ------------------------------------------------------------------------------------------------------- the script
+
+
+@pytest.fixture
+def run(monkeypatch, data_dir, tmp_path, capsys):
+    """run(*flags) -> (exit status, findings), on short splits."""
+    monkeypatch.setattr(doctor, "load_dataset", lambda *args: load_dataset(*args).first(2000))
+    monkeypatch.setattr(doctor, "look_at_machine", lambda args: iter(()))
+
+    def call(*flags):
+        status = doctor.main([*map(str, flags), "--json", "--data_dir", str(data_dir), "--device", "cpu"])
+        out = capsys.readouterr()
+        return status, json.loads(out.out) if status < 2 else out.err
+    return call
+
+
+def test_a_healthy_data_set_ends_with_0(run):
+    status, findings = run("--dataset", "glyphs")
+    assert status == 0 and len(findings) == 5 and {f["status"] for f in findings} == {"OK"}
+    assert all(f.keys() == {"check", "status", "message", "fix"} for f in findings)
+
+
+def test_json_is_all_that_is_printed(run, monkeypatch):
+    def chatty(args):
+        print("Drawing glyphs ...")
+        return iter(())
+    monkeypatch.setattr(doctor, "look_at_machine", chatty)
+    assert run("--dataset", "glyphs")[0] == 0  # which reads the JSON
+
+
+def test_a_checkpoint_that_draws_badly_ends_with_1(run, tmp_path):
+    save_checkpoint(tmp_path / "model.pt", **make_checkpoint())
+    status, findings = run("--checkpoint", tmp_path / "model.pt")
+    found = {f["check"]: f["status"] for f in findings}
+    assert status == 1 and found["error against t"] == "FAIL"
+    assert found["tensors of ema"] == found["terminal SNR"] == found["value range"] == "OK"
+
+
+def test_a_checkpoint_with_nan_or_of_another_data_set_is_a_finding(run, tmp_path):
+    broken = make_checkpoint()
+    broken["ema"]["stem.1.bias"][0] = math.nan
+    save_checkpoint(tmp_path / "model.pt", **broken)
+    status, findings = run("--checkpoint", tmp_path / "model.pt")
+    assert status == 1 and findings[-1]["check"] == "checkpoint" and "not finite" in findings[-1]["message"]
+    other = make_checkpoint()
+    other["config"]["data"]["shape"] = [1, 32, 32]
+    save_checkpoint(tmp_path / "model.pt", **other)
+    status, findings = run("--checkpoint", tmp_path / "model.pt")
+    assert status == 1 and (findings[-1]["check"], findings[-1]["status"]) == ("data set", "FAIL")
+
+
+def test_data_that_cannot_be_opened_is_a_finding(run, monkeypatch):
+    def damaged(*args):
+        raise ValueError("train.npz is damaged")
+    monkeypatch.setattr(doctor, "load_dataset", damaged)
+    status, findings = run("--dataset", "glyphs")
+    assert status == 1 and "damaged" in findings[-1]["message"]
+
+
+def test_flags_that_cannot_be_are_refused(run, tmp_path):
+    save_checkpoint(tmp_path / "model.pt", **make_checkpoint())
+    for flags, message in ((("--checkpoint", tmp_path / "none.pt"), "no checkpoint"), (("--dataset", "x"), "mnist"),
+                           (("--checkpoint", tmp_path / "model.pt", "--dataset", "mnist"), "leave out --dataset")):
+        status, err = run(*flags)
+        assert status == 2 and message in err and err.count("\n") == 1
+
+
+def test_the_lines_that_a_person_reads(run, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(doctor, "examine", lambda args: iter([
+        checks.Finding("a", "OK", "fine"), checks.Finding("b", "FAIL", "broken", "python mend.py")]))
+    assert doctor.main([]) == 1
+    assert capsys.readouterr().out == "OK    a: fine\nFAIL  b: broken\n      -> python mend.py\n"
