@@ -1,7 +1,7 @@
 """Change a picture, or walk between two.
 
     python edit.py inpaint --checkpoint outputs/model_final.pt --mask left
-    python edit.py vary --checkpoint outputs/model_final.pt --image my_digit.png --strength 0.5
+    python edit.py vary --checkpoint outputs/model_final.pt --image my_digit.png --strength 0.6
     python edit.py interpolate --checkpoint outputs/model_final.pt --seeds 3 8 --frames 16
     python edit.py invert --checkpoint outputs/model_final.pt --index 5
 
@@ -35,12 +35,20 @@ from utils import (
     script,
 )
 
+FILM_FRAMES, FILM_IMAGES = 40, 8
 SIDES = ("left", "right", "top", "bottom", "center")
+
+
+def command_parser(*, prog: str, description: str, **_) -> Parser:
+    """The parser of one command, as argparse asks for it."""
+    parser = Parser(description)
+    parser.prog = prog
+    return parser
 
 
 def parse_args(argv: Sequence[str] | None):
     parser = Parser(__doc__)
-    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND", parser_class=command_parser)
 
     def command(name: str, text: str, steps: int, takes_image: bool = True):
         sub = commands.add_parser(name, description=text, help=text)
@@ -55,14 +63,14 @@ def parse_args(argv: Sequence[str] | None):
         add_shared_flags(sub, "seed", "device", "precision")
         return sub
 
-    sub = command("inpaint", "fill in a part of a picture; what is known is kept exactly", 100)
+    sub = command("inpaint", "fill in a part of a picture; what is known is kept exactly", 50)
     sub.add_argument("--mask", default="left", help=f"what to fill in: {', '.join(SIDES)}, or a picture that is white "
                                                     f"there and black elsewhere")
-    sub.add_argument("--resample", type=number(int, 1, 100), default=5,
+    sub.add_argument("--resample", type=number(int, 1, 100), default=10,
                      help="how often each step is taken anew, so that the new part fits the old (RePaint)")
     sub.add_argument("--num_images", type=number(int, 1, 1000), default=8, help="how many ways to fill it in")
     sub = command("vary", "variations of a picture: noise it a little, and denoise it (SDEdit)", 20)
-    sub.add_argument("--strength", type=number(float, 0.0, 1.0), default=0.5,
+    sub.add_argument("--strength", type=number(float, 0.0, 1.0), default=0.6,
                      help="how much may change: 0 nothing, 1 everything")
     sub.add_argument("--num_images", type=number(int, 1, 1000), default=8, help="how many variations")
     sub = command("interpolate", "images between those of two seeds", 20, takes_image=False)
@@ -90,6 +98,8 @@ def chosen_mask(args, shape: Sequence[int]) -> Tensor:
     """Where to fill in: (1, 1, H, W), 1 there and 0 where the picture is kept."""
     height, width = shape[1:]
     if args.mask not in SIDES:
+        if not Path(args.mask).is_file():
+            raise ValueError(f"--mask must be one of {', '.join(SIDES)}, or a picture; there is no file {args.mask}")
         return read_mask(Path(args.mask), height, width)
     rows, columns = slice(None), slice(None)
     if args.mask in ("left", "right"):
@@ -97,19 +107,21 @@ def chosen_mask(args, shape: Sequence[int]) -> Tensor:
     elif args.mask in ("top", "bottom"):
         rows = slice(0, height // 2) if args.mask == "top" else slice(height // 2, None)
     else:
-        rows, columns = slice(height // 4, -(height // 4)), slice(width // 4, -(width // 4))
+        rows, columns = slice(height // 4, height - height // 4), slice(width // 4, width - width // 4)
     mask = torch.zeros(1, 1, height, width)
     mask[..., rows, columns] = 1
     return mask
 
 
 class Studio:
-    """A model ready to edit with, and the frames of the film that shows how."""
+    """A model ready to edit with, what it is to edit, and the frames of the film that shows how."""
 
     def __init__(self, args):
         self.args, device = args, get_device(args.device)
         self.model, self.diffusion, checkpoint = load_model(args.checkpoint, device)
         self.config, self.frames = checkpoint["config"]["data"], []
+        self.picture = chosen_image(args, self.config) if hasattr(args, "image") else None
+        self.mask = chosen_mask(args, self.config["shape"]) if hasattr(args, "mask") else None
         self.times = uniform_timesteps(self.diffusion.num_timesteps, args.steps)
         self.denoise = self.diffusion.denoiser(self.model)
 
@@ -122,13 +134,18 @@ class Studio:
         device = self.diffusion.device
         with autocast(device, pick_precision(self.args.precision, device)):
             for _, x, x_0_hat in tqdm(trajectory, total=steps, unit="step", desc=self.args.command, leave=False):
-                self.frames.append((x.cpu(), x_0_hat.cpu()))
+                self.frames.append((x[:FILM_IMAGES].cpu(), x_0_hat[:FILM_IMAGES].cpu()))
         return x.cpu()
+
+    def film(self) -> list[Tensor]:
+        """At most FILM_FRAMES of the frames, evenly spaced up to the last: x_t of each image beside its x_0_hat."""
+        count, shown = len(self.frames), min(len(self.frames), FILM_FRAMES)
+        return [torch.stack(self.frames[-(-count * (i + 1) // shown) - 1], 1).flatten(0, 1) for i in range(shown)]
 
 
 def do_inpaint(args, studio: Studio) -> Tensor:
-    """Rows: picture, what was known, then the ways to fill it in."""
-    picture, mask = chosen_image(args, studio.config), chosen_mask(args, studio.config["shape"])
+    """Picture, mask, what was known, then the ways to fill it in."""
+    picture, mask = studio.picture, studio.mask
     randn = studio.noise(range(args.num_images))
     device = studio.diffusion.device
     filled = studio.follow(inpaint(studio.denoise, randn(), studio.times, studio.diffusion, known=picture.to(device),
@@ -139,16 +156,16 @@ def do_inpaint(args, studio: Studio) -> Tensor:
 
 def do_vary(args, studio: Studio) -> Tensor:
     """The picture, then its variations."""
-    picture = chosen_image(args, studio.config)
-    randn = studio.noise(range(args.num_images))
-    start = args.strength * (studio.diffusion.num_timesteps - 1)
-    times = [start * (args.steps - i) / args.steps for i in range(args.steps)] if start else []
-    if not times:
-        return picture.expand(args.num_images + 1, -1, -1, -1)
+    picture = studio.picture
     many = picture.to(studio.diffusion.device).expand(args.num_images, -1, -1, -1)
-    x = studio.diffusion.q_sample(many, start, randn())
-    return torch.cat([picture, studio.follow(SAMPLERS["dpmpp_2m"](studio.denoise, x, times, studio.diffusion),
-                                             args.steps)])
+    way_back = round(args.strength * studio.diffusion.num_timesteps)  # how many of the process's T times
+    if not way_back:
+        studio.frames = [(picture.expand_as(many), picture.expand_as(many))]
+        return picture.expand(args.num_images + 1, -1, -1, -1)
+    times = uniform_timesteps(way_back, min(args.steps, way_back))
+    x = studio.diffusion.q_sample(many, times[0], studio.noise(range(args.num_images))())
+    varied = studio.follow(SAMPLERS["dpmpp_2m"](studio.denoise, x, times, studio.diffusion), len(times))
+    return torch.cat([picture, varied])
 
 
 def do_interpolate(args, studio: Studio) -> Tensor:
@@ -156,13 +173,16 @@ def do_interpolate(args, studio: Studio) -> Tensor:
     first, last = (studio.noise([0], seed)() for seed in args.seeds)
     x = torch.cat([slerp(first, last, i / (args.frames - 1)) for i in range(args.frames)])
     images = studio.follow(SAMPLERS["dpmpp_2m"](studio.denoise, x, studio.times, studio.diffusion), args.steps)
-    studio.frames = [(image[None], image[None]) for image in images]  # the film is the walk, not the denoising
+    studio.frames = [(image[None],) for image in images]  # the film is the walk, not the denoising
     return images
 
 
 def do_invert(args, studio: Studio) -> Tensor:
-    """Picture, its noise, and the picture that the noise leads to."""
-    picture = chosen_image(args, studio.config)
+    """Picture, its noise, and the picture that the noise leads to.
+
+    Where the data hold no variation, such as the black margin of a digit, the noise is nearly 0 too.
+    """
+    picture = studio.picture
     denoise = studio.diffusion.denoiser(studio.model, clip=False)
     up = ddim_inversion(denoise, picture.to(studio.diffusion.device), studio.times, studio.diffusion)
     noise = studio.follow(up, args.steps)
@@ -187,7 +207,7 @@ def main(argv=None):
     save_images(pictures, output, columns=min(len(pictures), 16), scale=4)
     print(f"Saved {output}")
     if args.gif:
-        save_gif([torch.stack(frame, 1).flatten(0, 1) for frame in studio.frames], output.with_suffix(".gif"))
+        save_gif(studio.film(), output.with_suffix(".gif"))
         print(f"Saved {output.with_suffix('.gif')}")
 
 

@@ -1,11 +1,18 @@
 """Reading pictures that something else made: .npz files and folders of PNGs, checked before anything is done."""
 
+import warnings
+import zipfile
 from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 import torch
 from torch import Tensor
+
+from files import check_archive
+
+MAX_PIXELS = 2**24  # of a picture
+MIN_BYTES, MAX_RATIO = 2**30, 100  # what may unpack to more than the first is at most so many times its file
 
 
 def read_images(path: Path, shape: Sequence[int], classes: int) -> tuple[Tensor, Tensor | None]:
@@ -33,6 +40,8 @@ def read_npz(path: Path) -> tuple[np.ndarray, np.ndarray | None]:
     if not path.is_file():
         raise ValueError(f"there is no file or folder {path}")
     try:
+        if zipfile.is_zipfile(path):
+            check_archive(path, largest=max(MIN_BYTES, MAX_RATIO * path.stat().st_size), compare=False)
         with np.load(path, allow_pickle=False) as file:
             return file["arr_0"], file.get("labels")
     except Exception as error:  # zipfile, zlib and numpy each have their own for a damaged or foreign file
@@ -53,30 +62,46 @@ def read_mask(path: Path, height: int, width: int) -> Tensor:
     mask = read_picture(path, (1, height, width))
     if not bool(((mask == 0) | (mask == 255)).all()):
         raise ValueError(f"{path} is no mask: its pixels must be black (keep) or white (fill in), nothing in between")
+    if not bool(mask.any()):
+        raise ValueError(f"{path} is all black: it asks for nothing to be filled in")
     return (mask[None] > 0).float()
+
+
+def _opened(path: Path):
+    """PIL's image of a file, not yet unpacked. ValueError if that would be more than MAX_PIXELS."""
+    from PIL import Image
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # which begins far above this
+        image = Image.open(path)
+    if image.width * image.height > MAX_PIXELS:
+        image.close()
+        raise ValueError(f"it has {image.width}×{image.height} pixels")
+    return image
 
 
 def _open(path: Path, mode: str) -> np.ndarray:
     """The pixels of a picture file, uint8, converted to a mode of PIL's."""
-    from PIL import Image
-
     if not path.is_file():
         raise ValueError(f"there is no picture {path}")
     try:
-        with Image.open(path) as image:
-            return np.array(image.convert(mode))
+        with _opened(path) as image:
+            image.load()
     except Exception as error:  # PIL has many for damaged and for giant files
         raise ValueError(f"{path} is damaged or no picture: {str(error)[:120]}") from error
+    if image.mode[0] in "IF":
+        raise ValueError(f"{path} has more than 8 bits for each pixel's colour: save it with 8")
+    if image.has_transparency_data and image.convert("RGBA").getchannel("A").getextrema()[0] < 255:
+        raise ValueError(f"{path} has transparent pixels: save it without transparency")
+    return np.array(image.convert(mode))
 
 
 def read_folder(folder: Path, channels: int) -> tuple[np.ndarray, None]:
     """The PNGs of a folder in the order of their names, (N, H, W, C); colour PNGs of grey pixels pass for grey."""
-    from PIL import Image
-
     images = []
     for path in sorted(folder.glob("*.png")):
         try:
-            with Image.open(path) as image:
+            with _opened(path) as image:
                 pixels = np.array(image)
         except Exception as error:
             raise ValueError(f"{path} is damaged or no PNG: {str(error)[:120]}") from error

@@ -17,6 +17,7 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
+import parallel
 from checkpoint import load_model
 from data import to_uint8
 from files import atomic_write, check_writable
@@ -33,7 +34,8 @@ from utils import (
     script,
 )
 
-FILM_FRAMES, FILM_IMAGES, GIF_IMAGES = 10, 8, 16
+FILM_FRAMES, FILM_IMAGES = 10, 8
+GIF_FRAMES, GIF_IMAGES = 40, 16
 
 
 def parse_args(argv: Sequence[str] | None):
@@ -62,6 +64,8 @@ def parse_args(argv: Sequence[str] | None):
     group.add_argument("--batch_size", type=number(int, 1), default=64, help="images at a time; changes no image")
     add_shared_flags(group, "seed", "device", "precision")
     args = parser.parse_args(argv)
+    if args.guidance_interval and args.guidance_interval[0] > args.guidance_interval[1]:
+        parser.error("--guidance_interval takes the lower time first: {:g} {:g}".format(*args.guidance_interval[::-1]))
     if Path(args.output).suffix not in (".png", ".npz"):
         parser.error(f"--output must end in .png or .npz, not {args.output!r}")
     return args
@@ -75,13 +79,14 @@ def chosen_classes(text: str, class_names: Sequence[str]) -> list[int]:
     known = {name.lower(): i for i, name in enumerate(class_names)} | {str(i): i for i in range(len(class_names))}
     classes = []
     for part in text.lower().split(","):
-        first, dash, last = part.partition("-")
-        ends = [known.get(end.strip()) for end in ((first, last) if dash and part not in known else (part, part))]
-        if None in ends or ends[0] > ends[1]:
+        dashes = [i for i, character in enumerate(part) if character == "-"]  # names have some too
+        pairs = [(part, part), *((part[:i], part[i + 1:]) for i in dashes)]
+        ends = [(known[a.strip()], known[b.strip()]) for a, b in pairs if a.strip() in known and b.strip() in known]
+        if not ends or ends[0][0] > ends[0][1]:
             listed = ", ".join(f"{i} {name}" if name != str(i) else name for i, name in enumerate(class_names))
             raise ValueError(f"unknown label {part!r}: choose from {listed}, or a range such as "
                              f"0-{len(class_names) - 1}")
-        classes += range(ends[0], ends[1] + 1)
+        classes += range(ends[0][0], ends[0][1] + 1)
     return classes
 
 
@@ -97,9 +102,9 @@ def image_labels(args, model, class_names: Sequence[str]) -> torch.Tensor | None
     return classes[torch.arange(args.num_images) * len(classes) // args.num_images]  # a row for each
 
 
-def shown_steps(steps: int) -> set[int]:
-    """Which steps, counted from 1, a film shows: about FILM_FRAMES, evenly spaced."""
-    return {round(steps * (i + 1) / FILM_FRAMES) for i in range(FILM_FRAMES)}
+def shown_steps(steps: int, frames: int) -> set[int]:
+    """Which steps, counted from 1, a film shows: about `frames`, evenly spaced, the last among them."""
+    return {round(steps * (i + 1) / frames) for i in range(frames)}
 
 
 class Film:
@@ -107,7 +112,7 @@ class Film:
 
     def __init__(self):
         self.frames: dict[int, list[torch.Tensor]] = {}
-        self.pairs: list[torch.Tensor] = []  # x_t beside x_0_hat of the first images, at every step
+        self.pairs: list[torch.Tensor] = []  # x_t beside x_0_hat of the first images
 
     def add(self, t: float, x: torch.Tensor) -> None:
         self.frames.setdefault(int(t), []).append(x.cpu())
@@ -130,13 +135,15 @@ class Film:
 def make_images(args, model, diffusion, shape, labels) -> tuple[torch.Tensor, Film | None]:
     """The images (N, C, H, W) in [-1, 1], and the film if one is asked for."""
     film = Film() if args.show_intermediate or args.gif else None
-    keep, images = shown_steps(args.steps), []
+    keep, pairs, images = shown_steps(args.steps, FILM_FRAMES), shown_steps(args.steps, GIF_FRAMES), []
     precision = pick_precision(args.precision, diffusion.device)
-    batches = generate(model, diffusion, shape, range(args.num_images), seed=args.seed, sampler=args.sampler,
+    mine = range(args.num_images)[parallel.share(args.num_images)]
+    batches = generate(model, diffusion, shape, mine, seed=args.seed, sampler=args.sampler,
                        steps=args.steps, eta=args.eta, batch_size=args.batch_size, labels=labels,
                        guidance_scale=args.guidance_scale, guidance_interval=args.guidance_interval)
-    total = -(-args.num_images // args.batch_size) * args.steps
-    with tqdm(total=total, unit="step", desc="sampling") as bar, autocast(diffusion.device, precision):
+    total = -(-len(mine) // args.batch_size) * args.steps
+    with (tqdm(total=total, unit="step", desc="sampling", disable=parallel.rank() > 0) as bar,
+          autocast(diffusion.device, precision)):
         for batch, trajectory in batches:
             if film:
                 film.add(diffusion.num_timesteps - 1, image_noise(batch, args.seed, shape)())
@@ -144,10 +151,12 @@ def make_images(args, model, diffusion, shape, labels) -> tuple[torch.Tensor, Fi
                 bar.update()
                 if film and step in keep:
                     film.add(t, x)
-                if film and batch[0] == 0:
+                if film and step in pairs and batch[0] == 0:
                     film.add_pair(x, x_0_hat)
             images.append(x.cpu())
-    return torch.cat(images), film
+    if film:
+        film.frames = {t: [parallel.gather(torch.cat(parts))] for t, parts in film.frames.items()}
+    return parallel.gather(torch.cat(images)), film
 
 
 def save(images: torch.Tensor, labels: torch.Tensor | None, rows: int | None, output: Path) -> None:
@@ -163,7 +172,11 @@ def save(images: torch.Tensor, labels: torch.Tensor | None, rows: int | None, ou
 def main(argv=None):
     args = parse_args(argv)
     output = Path(args.output)
-    model, diffusion, checkpoint = load_model(args.checkpoint, get_device(args.device), args.use_ema)
+    device = get_device(parallel.local_device(args.device))
+    parallel.start(device)
+    if args.num_images < parallel.size():
+        raise ValueError(f"{args.num_images} images do not divide among {parallel.size()} processes: choose more")
+    model, diffusion, checkpoint = load_model(args.checkpoint, device, args.use_ema)
     config = checkpoint["config"]["data"]
     labels = image_labels(args, model, config["class_names"])
     uniform_timesteps(diffusion.num_timesteps, args.steps)  # an impossible number is told before any work
@@ -172,6 +185,8 @@ def main(argv=None):
     start = time.perf_counter()
     images, film = make_images(args, model, diffusion, config["shape"], labels)
     print(f"{len(images)} images by {args.sampler} in {args.steps} steps: {time.perf_counter() - start:.2f} s")
+    if parallel.rank():
+        return parallel.finish()
     save(images, labels, len(labels.unique()) if args.label else None, output)
     written = [output, *(film.save(output) if args.show_intermediate else [])]
     if args.gif:
@@ -179,6 +194,7 @@ def main(argv=None):
         written.append(output.with_suffix(".gif"))
     for path in written:
         print(f"Saved {path}")
+    parallel.finish()
 
 
 if __name__ == "__main__":

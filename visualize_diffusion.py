@@ -1,8 +1,13 @@
-"""See how images become noise, how the schedules differ, and how a trained model finds its way back.
+"""See how images become noise, how a trained model finds its way back, and what goes on inside it.
 
     python visualize_diffusion.py
     python visualize_diffusion.py --what schedules --save_path outputs/schedules.png
     python visualize_diffusion.py --what denoising --checkpoint outputs/model_final.pt
+
+    forward     images at growing t                 attention   where each position looks
+    schedules   the noise schedules                 features    what the levels of the U-Net hold
+    denoising   a trajectory from noise to image    embedding   time and bottleneck in two dimensions
+                                                    loss        error against t, beside a Gaussian's
 """
 
 import sys
@@ -18,6 +23,7 @@ from data import load_dataset, to_model, to_uint8
 from diffusion import SCHEDULES, DiffusionProcess
 from files import check_writable
 from samplers import SAMPLERS, generate, image_noise
+from seeing import Frame, draw_attention, draw_embedding, draw_features, draw_loss
 from utils import (
     Parser,
     add_shared_flags,
@@ -31,27 +37,32 @@ from utils import (
 
 COLUMNS = (0, 50, 100, 200, 400, 600, 800, 999)  # of 1,000 timesteps
 DENOISING_COLUMNS = 10
-SAVE_PATHS = {"forward": "outputs/forward_diffusion.png", "schedules": "outputs/schedules.png",
-              "denoising": "outputs/denoising.png"}
+WITHOUT_MODEL = ("forward", "schedules")
+WITH_MODEL = ("denoising", "attention", "features", "embedding", "loss")
 
 
 def parse_args(argv: Sequence[str] | None):
     parser = Parser(__doc__)
-    parser.add_argument("--what", choices=tuple(SAVE_PATHS), default="forward", help="which picture to draw")
-    parser.add_argument("--num_images", type=number(int, 1, 64), default=8, help="rows")
-    parser.add_argument("--save_path", help=f"the .png to write (default: {', '.join(SAVE_PATHS.values())})")
+    parser.add_argument("--what", choices=WITHOUT_MODEL + WITH_MODEL, default="forward",
+                        help="which picture to draw")
+    parser.add_argument("--num_images", type=number(int, 1, 64), default=8,
+                        help="rows; of features: how many images are averaged")
+    parser.add_argument("--save_path", help="the .png to write (default: outputs/forward_diffusion.png, or "
+                                            "outputs/ and the name of what is drawn)")
     parser.add_argument("--schedule", choices=SCHEDULES, default="linear", help="of --what forward")
     parser.add_argument("--timesteps", type=number(int, 1, 100_000), default=1000,
                         help="T, of --what forward and schedules")
     add_shared_flags(parser, "dataset", "data_dir", "seed", "device")
-    group = parser.add_argument_group("--what denoising")
-    group.add_argument("--checkpoint", help="a file that train.py wrote")
+    group = parser.add_argument_group(f"--what {', '.join(WITH_MODEL)}")
+    group.add_argument("--checkpoint", help="a file that train.py wrote; it names the data set")
     group.add_argument("--sampler", choices=tuple(SAMPLERS), default="dpmpp_2m", help="the way from noise to image")
     group.add_argument("--steps", type=number(int, 1), default=20, help="network evaluations for an image")
+    group.add_argument("--projection", choices=("tsne", "pca"), default="tsne", help="of embedding")
     args = parser.parse_args(argv)
-    if args.what == "denoising" and not args.checkpoint:
-        parser.error("--what denoising needs a trained model: add --checkpoint outputs/model_final.pt")
-    args.save_path = Path(args.save_path or SAVE_PATHS[args.what])
+    if args.what in WITH_MODEL and not args.checkpoint:
+        parser.error(f"--what {args.what} needs a trained model: add --checkpoint outputs/model_final.pt")
+    name = "forward_diffusion" if args.what == "forward" else args.what
+    args.save_path = Path(args.save_path or f"outputs/{name}.png")
     if args.save_path.suffix != ".png":
         parser.error(f"--save_path must end in .png, not {args.save_path.name!r}")
     return args
@@ -112,28 +123,54 @@ def draw_schedules(args):
     return figure
 
 
-def draw_denoising(args):
-    """A trajectory from noise to image: for each image x_t above the model's x_0_hat."""
-    model, diffusion, checkpoint = load_model(args.checkpoint, get_device(args.device))
-    shape, indices = checkpoint["config"]["data"]["shape"], range(args.num_images)
-    [(_, trajectory)] = generate(model, diffusion, shape, indices, seed=args.seed, sampler=args.sampler,
+def followed(args, model, diffusion: DiffusionProcess, config: dict) -> list[Frame]:
+    """A trajectory from noise to images: (t, x_t, the model's x_0_hat for it) of each step."""
+    indices = range(args.num_images)
+    [(_, trajectory)] = generate(model, diffusion, config["shape"], indices, seed=args.seed, sampler=args.sampler,
                                  steps=args.steps, batch_size=args.num_images)
-    t, x, path = diffusion.num_timesteps - 1, image_noise(indices, args.seed, shape)(), []
+    t, x, frames = diffusion.num_timesteps - 1, image_noise(indices, args.seed, config["shape"])(), []
     for s, x_s, x_0_hat in trajectory:
-        path.append((t, x, x_0_hat.cpu()))  # x_0_hat is what the model saw in x_t
+        frames.append((t, x, x_0_hat.cpu()))
         t, x = s, x_s.cpu()
-    path.append((t, x, x))
-    shown = [path[i] for i in sorted(set(np.linspace(0, len(path) - 1, DENOISING_COLUMNS).round().astype(int)))]
-    rows = [torch.stack([frame[part][i] for frame in shown]) for i in indices for part in (1, 2)]
+    return frames
+
+
+def spaced(frames: Sequence[Frame]) -> list[Frame]:
+    """At most DENOISING_COLUMNS of the frames, evenly spaced, the first and the last among them."""
+    return [frames[i] for i in sorted(set(np.linspace(0, len(frames) - 1, DENOISING_COLUMNS).round().astype(int)))]
+
+
+def draw_denoising(args, model, diffusion: DiffusionProcess, config: dict):
+    """A trajectory from noise to image: for each image x_t above the model's x_0_hat."""
+    frames = followed(args, model, diffusion, config)
+    image = frames[-1][2]  # every sampler ends in its last x_0_hat
+    shown = spaced([*frames, (-1, image, image)])
+    rows = [torch.stack([frame[part][i] for frame in shown]) for i in range(args.num_images) for part in (1, 2)]
     titles = ["image" if t < 0 else f"t = {t:.0f}" for t, _, _ in shown]
     return show_images(rows, titles, ["x_t", "x̂_0"] * args.num_images,
                        f"{args.sampler}, {args.steps} steps: x_t and, below, the clean image expected from it")
 
 
+def draw_inside(args):
+    """One of the pictures that need a trained model."""
+    model, diffusion, checkpoint = load_model(args.checkpoint, get_device(args.device))
+    config = checkpoint["config"]["data"]
+    if args.what == "denoising":
+        return draw_denoising(args, model, diffusion, config)
+    if args.what == "attention":
+        return draw_attention(model, diffusion, spaced(followed(args, model, diffusion, config)), args.num_images)
+    if args.what == "features":
+        return draw_features(model, diffusion, spaced(followed(args, model, diffusion, config)))
+    validation = load_dataset(config["dataset"], "validation", args.data_dir)
+    if args.what == "embedding":
+        return draw_embedding(model, diffusion, validation, args.projection, args.seed)
+    return draw_loss(model, diffusion, validation, load_dataset(config["dataset"], "train", args.data_dir), args.seed)
+
+
 @script
 def main(argv=None):
     args = parse_args(argv)
-    draw = {"forward": draw_forward, "schedules": draw_schedules, "denoising": draw_denoising}[args.what]
+    draw = {"forward": draw_forward, "schedules": draw_schedules}.get(args.what, draw_inside)
     figure = draw(args)
     check_writable(args.save_path.parent)
     save_figure(figure, args.save_path)

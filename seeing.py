@@ -1,0 +1,297 @@
+"""What goes on inside a trained network: where attention looks, what the levels hold, how time is seen, where it errs.
+
+Forward hooks read the network as it works; nothing in it is changed. A `Frame` (t, x_t, x_0_hat) is what it saw in one
+step of a trajectory, and what it made of it.
+"""
+
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from data import ImageData, to_model, to_uint8
+from diffusion import DiffusionProcess
+from gaussian import gaussian_bound
+from models.layers import Attention
+from utils import generator_for, pyplot
+
+Frame = tuple[float, Tensor, Tensor]
+
+LOSS_IMAGES, LOSS_TIMES, GAUSSIAN_IMAGES = 512, 25, 10_000
+EMBEDDED_IMAGES, EMBEDDED_TIMES = 500, 200
+
+
+def captured(model, diffusion: DiffusionProcess, modules: dict[str, nn.Module], x_t: Tensor,
+             t: Tensor) -> dict[str, Tensor]:
+    """The outputs of some of the model's modules, by name, as it looks at x_t (B, C, H, W) at the times t (B,)."""
+    outputs = {}
+
+    def keep(name: str):
+        return lambda module, inputs, output: outputs.update({name: output.float().cpu()})
+
+    hooks = [module.register_forward_hook(keep(name)) for name, module in modules.items()]
+    try:
+        with torch.no_grad():
+            diffusion.predict(model, x_t.to(diffusion.device), t.to(diffusion.device))
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return outputs
+
+
+def stacked(frames: Sequence[Frame], image: int | None = None) -> tuple[Tensor, Tensor]:
+    """(x_t, t) of one image, or of all, in all frames as one batch, the first frame's images first."""
+    x_t = torch.stack([x for _, x, _ in frames])                                            # (frames, B, C, H, W)
+    x_t = x_t if image is None else x_t[:, image:image + 1]
+    t = torch.tensor([t for t, _, _ in frames], dtype=torch.float32).repeat_interleave(x_t.shape[1])
+    return x_t.flatten(0, 1), t
+
+
+# ------------------------------------------------------------------------------------------------------- attention
+
+
+def attention_weights(qkv: Tensor, heads: int) -> Tensor:
+    """Where each position looks: softmax(q kᵀ / √d) over the positions (Vaswani et al. 2017, eq. 1).
+
+    qkv (B, 3·C, H, W), the output of an Attention layer's `qkv`; returns (B, heads, H·W, H·W), whose rows sum to 1.
+    """
+    B, C3, H, W = qkv.shape
+    q, k, _ = qkv.reshape(B, 3, heads, C3 // (3 * heads), H * W).transpose(-1, -2).unbind(1)
+    return (q @ k.transpose(-1, -2) / math.sqrt(q.shape[-1])).softmax(-1)
+
+
+def attention_maps(model, diffusion: DiffusionProcess, x_t: Tensor, t: Tensor) -> dict[str, Tensor]:
+    """The mean over the heads, for each attention layer by name: (B, H, W, H, W), the query's position first.
+
+    ValueError for a network without attention.
+    """
+    layers = {name: module for name, module in model.named_modules() if isinstance(module, Attention)}
+    if not layers:
+        raise ValueError("this network has no attention to look at: train one with python train.py --attention 4, "
+                         "or see --what features")
+    outputs = captured(model, diffusion, {name: layer.qkv for name, layer in layers.items()}, x_t, t)
+    return {name: attention_weights(outputs[name], layer.heads).mean(1).unflatten(2, outputs[name].shape[2:])
+            .unflatten(1, outputs[name].shape[2:]) for name, layer in layers.items()}
+
+
+def chosen_queries(image: Tensor, height: int, width: int, count: int) -> list[tuple[int, int]]:
+    """At most `count` cells (row, column) of a grid over the image (C, H, W) with much in them, no two neighbours."""
+    pixels = image.mean(0)
+    spread = F.adaptive_avg_pool2d((pixels - pixels.mean()).square()[None], (height, width))[0]
+    chosen = []
+    for best in spread.flatten().argsort(descending=True, stable=True).tolist():
+        row, column = divmod(best, width)
+        much = spread[row, column] > 0.1 * spread.max() or not chosen
+        if much and all(max(abs(row - r), abs(column - c)) > 1 for r, c in chosen):
+            chosen.append((row, column))
+    return sorted(chosen[:count])
+
+
+def draw_attention(model, diffusion: DiffusionProcess, frames: Sequence[Frame], rows: int):
+    """Where some positions of the first image look at the frames' times, over the x_0_hat of each.
+
+    `rows` lines in all, shared between the layers, one at the least for each.
+    """
+    maps = attention_maps(model, diffusion, *stacked(frames, image=0))
+    image, lines = frames[-1][2][0], []
+    for name, weights in maps.items():
+        height, width = weights.shape[1:3]
+        for row, column in chosen_queries(image, height, width, max(1, rows // len(maps))):
+            label = f"{name.replace('.stage', '').replace('.attention', '')}\n{height}×{width}"
+            lines.append((label, (row, column), weights[:, row, column] * height * width))
+    brightest = max(2.0, *(line.max().item() for _, _, line in lines))
+    figure, axes = pyplot().subplots(len(lines), len(frames), figsize=(1.1 * len(frames) + 1.6, 1.1 * len(lines) + 0.8),
+                                     squeeze=False, layout="compressed")
+    for axis_row, (label, query, weights) in zip(axes, lines, strict=True):
+        for axis, (_, _, x_0_hat), weight in zip(axis_row, frames, weights, strict=True):
+            shown = _attention_cell(axis, x_0_hat[0], weight, query, brightest)
+        axis_row[0].set_ylabel(label, rotation=0, ha="right", va="center", fontsize=8)
+    for axis, (t, _, _) in zip(axes[0], frames, strict=True):
+        axis.set_title(f"t = {t:.0f}", fontsize=9)
+    bar = figure.colorbar(shown, ax=axes, shrink=0.9, pad=0.01, label="attention (1: the same everywhere)")
+    bar.ax.set_facecolor("black")
+    figure.suptitle("Where the position marked + looks (colour), over the clean image expected at that time (grey)",
+                    fontsize=11)
+    return figure
+
+
+def _attention_cell(axis, x_0_hat: Tensor, weight: Tensor, query: tuple[int, int], brightest: float):
+    """One picture: x_0_hat (C, H, W) in grey under weight (h, w), with a + at the query."""
+    height, width = x_0_hat.shape[1:]
+    axis.imshow(to_uint8(x_0_hat).float().mean(0).numpy(), cmap="gray", vmin=0, vmax=255)
+    shown = axis.imshow(weight.numpy(), cmap=_see_through("plasma"), norm="log", clim=(1.0, brightest),
+                        interpolation="nearest", extent=(-0.5, width - 0.5, height - 0.5, -0.5))
+    row, column = ((q + 0.5) * size / cells - 0.5
+                   for q, size, cells in zip(query, (height, width), weight.shape, strict=True))
+    axis.plot(column, row, "+", color="cyan", markersize=9, markeredgewidth=2)
+    axis.set(xticks=[], yticks=[])
+    return shown
+
+
+def _see_through(name: str):
+    """A colour map of matplotlib's, clear at its lower end."""
+    from matplotlib.colors import ListedColormap
+
+    colours = pyplot().get_cmap(name)(torch.linspace(0, 1, 256).numpy())                    # (256, 4)
+    colours[:, 3] = torch.linspace(0, 0.85, 256).numpy()
+    return ListedColormap(colours).with_extremes(under=(0, 0, 0, 0))
+
+
+# -------------------------------------------------------------------------------------------------------- features
+
+
+def levels(model) -> dict[str, nn.Module]:
+    """The stages of the U-Net in the order in which the image passes them, by name."""
+    downs = {f"down {i}": block.stage for i, block in enumerate(model.downs, start=1)}
+    ups = {f"up {i}": block.stage for i, block in zip(range(len(model.ups), 0, -1), model.ups, strict=True)}
+    return {"stem": model.stem, **downs, "middle": model.middle, **ups}
+
+
+def draw_features(model, diffusion: DiffusionProcess, frames: Sequence[Frame]):
+    """What each level holds at the frames' times: |activation|, the mean over the channels, of the first image.
+
+    Below, the mean over the positions of all images, against t.
+    """
+    outputs = captured(model, diffusion, levels(model), *stacked(frames))
+    maps = {name: output.abs().mean(1).unflatten(0, (len(frames), -1)) for name, output in outputs.items()}
+    figure = pyplot().figure(figsize=(1.1 * len(frames) + 1.8, 1.1 * (len(maps) + 1) + 3.6), layout="constrained")
+    top, bottom = figure.subfigures(2, 1, height_ratios=(1.1 * (len(maps) + 1) + 0.8, 3.0))
+    _feature_maps(top, frames, maps)
+    axis = bottom.subplots()
+    for name, values in maps.items():                                                       # (frames, B, h, w)
+        axis.plot([t for t, _, _ in frames], values.flatten(1).mean(1), "o-", markersize=3, label=name)
+    axis.set(xlabel="t", ylabel="mean |activation|", yscale="log",
+             title=f"Mean over channels, positions and {values.shape[1]} images")
+    axis.invert_xaxis()  # time runs as above: noise on the left
+    axis.grid(alpha=0.3)
+    axis.legend(fontsize=8)
+    return figure
+
+
+def _feature_maps(figure, frames: Sequence[Frame], maps: dict[str, Tensor]) -> None:
+    """x_t, then a line for each level; each picture from the least of its values (dark) to the most (bright)."""
+    axes = figure.subplots(len(maps) + 1, len(frames), squeeze=False)
+    for axis, (t, x_t, _) in zip(axes[0], frames, strict=True):
+        axis.imshow(to_uint8(x_t[0]).permute(1, 2, 0).numpy(), cmap="gray", vmin=0, vmax=255)
+        axis.set_title(f"t = {t:.0f}", fontsize=9)
+    axes[0, 0].set_ylabel("x_t", rotation=0, ha="right", va="center", fontsize=9)
+    for line, (name, values) in zip(axes[1:], maps.items(), strict=True):
+        first = values[:, 0]                                                                # (frames, h, w)
+        for axis, picture in zip(line, first, strict=True):
+            axis.imshow(picture.numpy(), cmap="viridis")
+        size = "×".join(map(str, first.shape[1:]))
+        line[0].set_ylabel(f"{name}\n{size}", rotation=0, ha="right", va="center", fontsize=9)
+    for axis in axes.flat:
+        axis.set(xticks=[], yticks=[])
+    figure.suptitle("Where each level is active on the way from noise to an image: mean |activation| of its channels,\n"
+                    "each picture from its least (dark) to its most (bright)", fontsize=11)
+
+
+# ------------------------------------------------------------------------------------------------------- embedding
+
+
+def project(points: Tensor, how: str = "tsne", seed: int = 0) -> Tensor:
+    """Points (N, D) in two dimensions (N, 2): "tsne" (van der Maaten and Hinton 2008) keeps neighbours together, "pca"
+    shows them from the side where they spread most. ValueError where scikit-learn, which t-SNE needs, is missing.
+    """
+    if how == "pca":
+        centred = points.double() - points.double().mean(0)
+        return (centred @ torch.linalg.svd(centred, full_matrices=False).Vh[:2].T).float()
+    try:
+        from sklearn.manifold import TSNE
+    except ImportError as error:
+        raise ValueError("t-SNE needs scikit-learn: pip install -r requirements-see.txt, or ask for "
+                         "--projection pca") from error
+    perplexity = min(30.0, (len(points) - 1) / 3)
+    return torch.from_numpy(TSNE(perplexity=perplexity, init="pca", random_state=seed % 2**32).fit_transform(
+        points.numpy()))
+
+
+def bottleneck(model, diffusion: DiffusionProcess, x_0: Tensor, t: Tensor, seed: int) -> Tensor:
+    """What the middle of the U-Net holds of images x_0 (B, C, H, W) noised to t (B,): (B, C'), mean over positions."""
+    noise = torch.randn(x_0.shape, generator=generator_for(seed))
+    x_t = diffusion.q_sample(x_0, t, noise)
+    return torch.cat([captured(model, diffusion, {"middle": model.middle}, x, times)["middle"].mean((2, 3))
+                      for x, times in zip(x_t.split(100), t.split(100), strict=True)])
+
+
+def draw_embedding(model, diffusion: DiffusionProcess, data: ImageData, how: str, seed: int):
+    """The time embeddings, and the bottleneck's features of images at all times and of little noised ones, in 2-D.
+
+    ValueError for a process of fewer than 5 timesteps.
+    """
+    T, count = diffusion.num_timesteps, min(EMBEDDED_IMAGES, len(data.images))
+    if T < 5:
+        raise ValueError(f"this checkpoint's process has T = {T}, too few times to lay out: train with more timesteps")
+    x_0, labels = to_model(data.images[:count]), data.labels[:count]
+    times = torch.linspace(0, T - 1, min(T, EMBEDDED_TIMES)).round()
+    with torch.no_grad():
+        embedded = model.time_embedding(times.to(diffusion.device)).cpu()
+    spread, early = torch.linspace(0, T - 1, count).round(), torch.full((count,), float(round(0.1 * (T - 1))))
+    panels = [("time embeddings", embedded, times),
+              (f"bottleneck, {count} images at all t", bottleneck(model, diffusion, x_0, spread, seed), spread),
+              (f"bottleneck, the same at t = {early[0]:.0f}", bottleneck(model, diffusion, x_0, early, seed), None)]
+    figure, axes = pyplot().subplots(1, 3, figsize=(15, 4.6), layout="constrained")
+    for axis, (title, points, colours) in zip(axes, panels, strict=True):
+        _scatter(axis, project(points, how, seed), colours, labels, data.class_names)
+        axis.set(title=title, xticks=[], yticks=[])
+    figure.colorbar(axes[1].collections[0], ax=axes[:2], pad=0.01).ax.set_title("t")
+    figure.suptitle({"tsne": "t-SNE: near points are alike", "pca": "The first two principal components"}[how])
+    return figure
+
+
+def _scatter(axis, points: Tensor, times: Tensor | None, labels: Tensor, class_names: Sequence[str]) -> None:
+    """Points (N, 2) in the colours of their times or, without times, of their classes with a legend."""
+    if times is not None:
+        axis.scatter(*points.T.numpy(), c=times.numpy(), s=12, cmap="viridis")
+        return
+    colours = pyplot().get_cmap("tab10" if len(class_names) <= 10 else "turbo", len(class_names))
+    for label, name in enumerate(class_names):
+        axis.scatter(*points[labels == label].T.numpy(), color=colours(label), s=12, label=name)
+    axis.legend(fontsize=8, loc="center left", bbox_to_anchor=(1, 0.5), title="class", markerscale=1.5)
+
+
+# ------------------------------------------------------------------------------------------------------------ loss
+
+
+def x_0_errors(model, diffusion: DiffusionProcess, x_0: Tensor, times: Sequence[float], seed: int) -> Tensor:
+    """E |x_0_hat - x_0|² per pixel at each of the times (K,), with the same noise at all of them.
+
+    x_0 (N, C, H, W) in [-1, 1]; x_0_hat as samplers get it, clipped.
+    """
+    x_0 = x_0.to(diffusion.device)
+    noise = torch.randn(x_0.shape, generator=generator_for(seed)).to(x_0)
+    denoise, errors = diffusion.denoiser(model), []
+    with torch.no_grad():
+        for t in times:
+            parts = zip(x_0.split(64), noise.split(64), strict=True)
+            errors.append(torch.cat([(denoise(diffusion.q_sample(x, t, n), t) - x).square().flatten(1).mean(1)
+                                     for x, n in parts]).mean())
+    return torch.stack(errors).cpu()
+
+
+def draw_loss(model, diffusion: DiffusionProcess, images: ImageData, known: ImageData, seed: int):
+    """The error of x_0_hat against t on `images`, which nothing was learnt from, and the share of it that a Gaussian
+    with the mean and covariance of the training images `known` leaves.
+    """
+    T = diffusion.num_timesteps
+    times = sorted({round(t) for t in torch.linspace(0, T - 1, LOSS_TIMES).tolist()})
+    x_0 = to_model(images.images[:LOSS_IMAGES])
+    network = x_0_errors(model, diffusion, x_0, times, seed)
+    bound = gaussian_bound(to_model(known.images[:GAUSSIAN_IMAGES]), diffusion, times)
+    figure, (left, right) = pyplot().subplots(1, 2, figsize=(12, 4.2), layout="constrained")
+    style = dict(marker="o", markersize=3)
+    left.plot(times, bound, "--", color="tab:orange", label="Gaussian model of the data", **style)
+    left.plot(times, network, color="tab:blue", label="this network", **style)
+    left.set(xlabel="t", ylabel="mean squared error of x̂_0, per pixel", yscale="log", title="Error of x̂_0")
+    left.legend()
+    right.plot(times, network / bound, color="tab:blue", label="this network", **style)
+    right.axhline(1, color="tab:orange", linestyle="--", label="Gaussian model of the data")
+    right.set(xlabel="t", ylabel="network / Gaussian", ylim=(0, None), title="Error as a share of the Gaussian's")
+    right.legend()
+    for axis in (left, right):
+        axis.grid(alpha=0.3, which="both")
+    figure.suptitle(f"{len(x_0)} images of {images.name}, {images.split} split")
+    return figure

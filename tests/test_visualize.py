@@ -1,0 +1,188 @@
+"""Seeing inside: what the hooks read is what the network computes, and every picture is drawn."""
+
+import sys
+
+import pytest
+import torch
+from PIL import Image
+from small import small_checkpoint, small_model
+from torch.testing import assert_close
+
+import visualize_diffusion
+from diffusion import DiffusionProcess
+from models.layers import Attention
+from seeing import attention_maps, attention_weights, bottleneck, captured, chosen_queries, levels, project, x_0_errors
+
+INSIDE = ("attention", "features", "embedding", "loss")
+
+
+@pytest.fixture(scope="module")
+def process():
+    return DiffusionProcess(40, "cosine", prediction="edm", data_std=0.5)
+
+
+@pytest.fixture(scope="module")
+def noisy():
+    return torch.randn(3, 1, 16, 16, generator=torch.Generator().manual_seed(0)), torch.tensor([5.0, 20.0, 39.0])
+
+
+def test_attention_weights_are_those_that_the_layer_uses():
+    torch.manual_seed(0)
+    layer, x = Attention(64), torch.randn(2, 64, 3, 5)
+    torch.nn.init.normal_(layer.project.weight, std=0.1)
+    qkv = layer.qkv(layer.norm(x))
+    weights, v = attention_weights(qkv, layer.heads), qkv.reshape(2, 3, layer.heads, 32, 15)[:, 2]
+    assert weights.shape == (2, 2, 15, 15)
+    assert_close(weights.sum(-1), torch.ones(2, 2, 15))
+    mixed = torch.einsum("bhqk,bhck->bhcq", weights, v).reshape(x.shape)
+    assert_close(x + layer.project(mixed), layer(x), rtol=1e-4, atol=1e-5)
+
+
+def test_every_attention_layer_has_a_map(process, noisy):
+    model = small_model(attention=[2, 4], depth=2)
+    maps = attention_maps(model, process, *noisy)
+    layers = [name for name, module in model.named_modules() if isinstance(module, Attention)]
+    assert list(maps) == layers and len(layers) == 6
+    for weights in maps.values():
+        assert weights.shape[0] == 3 and weights.shape[1:3] == weights.shape[3:] and weights.shape[1] in (8, 4)
+        assert_close(weights.sum((3, 4)), torch.ones(weights.shape[:3]))
+
+
+def test_a_network_without_attention_says_so(process, noisy):
+    with pytest.raises(ValueError, match=r"no attention.*--attention 4"):
+        attention_maps(small_model(attention=[]), process, *noisy)
+
+
+def test_looking_changes_nothing(process, noisy):
+    model = small_model()
+    before = process.denoiser(model)(*noisy)
+    captured(model, process, levels(model), *noisy)
+    assert torch.equal(process.denoiser(model)(*noisy), before)
+    assert not any(module._forward_hooks for module in model.modules())
+
+
+def test_hooks_are_taken_off_when_the_network_fails(process):
+    model = small_model()
+    with pytest.raises(ValueError, match="divisible"):
+        captured(model, process, levels(model), torch.zeros(1, 1, 7, 7), torch.zeros(1))
+    assert not any(module._forward_hooks for module in model.modules())
+
+
+def test_levels_come_in_the_order_of_the_image(process, noisy):
+    model = small_model(patch_size=1, channel_mults=[1, 2, 3])
+    outputs = captured(model, process, levels(model), *noisy)
+    assert list(outputs) == list(levels(model)) == ["stem", "down 1", "down 2", "middle", "up 2", "up 1"]
+    assert [output.shape[-1] for output in outputs.values()] == [16, 16, 8, 4, 8, 16]
+
+
+def test_queries_lie_apart_where_the_image_has_something():
+    image = -torch.ones(1, 28, 28)
+    image[:, 8:24, 12:16] = 1  # a stroke: rows 2 to 5 of 7, column 3
+    assert chosen_queries(image, 7, 7, 8) == [(2, 3), (4, 3)]
+    assert chosen_queries(image, 7, 7, 1) == [(2, 3)]
+    assert len(chosen_queries(torch.zeros(1, 28, 28), 7, 7, 8)) >= 1  # nothing to see: still something to ask
+
+
+def test_the_bottleneck_depends_on_the_image_and_on_time(process):
+    model, x_0 = small_model(), torch.rand(4, 1, 16, 16)
+    features = bottleneck(model, process, x_0, torch.tensor([0.0, 0.0, 30.0, 30.0]), seed=0)
+    assert features.shape == (4, 16) and len(features.unique(dim=0)) == 4
+    assert torch.equal(features, bottleneck(model, process, x_0, torch.tensor([0.0, 0.0, 30.0, 30.0]), seed=0))
+
+
+def test_the_error_of_a_perfect_guess_is_the_variance(process):
+    """A network that says 0 under "x0" leaves |x_0|²."""
+    x_0 = torch.rand(6, 1, 8, 8) - 0.5
+    errors = x_0_errors(lambda x, t: torch.zeros_like(x), DiffusionProcess(40, prediction="x0"), x_0, [0, 20, 39], 0)
+    assert_close(errors, x_0.square().mean().expand(3))
+
+
+# -------------------------------------------------------------------------------------------------------- projection
+
+
+def test_pca_keeps_the_distances_of_a_plane():
+    generator = torch.Generator().manual_seed(0)
+    flat = torch.randn(50, 2, generator=generator)
+    into = torch.linalg.qr(torch.randn(20, 2, generator=generator))[0]
+    seen = project(flat @ into.T + 3, "pca")
+    assert_close(torch.pdist(seen), torch.pdist(flat), rtol=1e-4, atol=1e-4)
+
+
+def test_tsne_keeps_groups_apart():
+    pytest.importorskip("sklearn", reason="scikit-learn is missing: pip install -r requirements-see.txt")
+    groups = torch.arange(60) % 3
+    noise = torch.randn(60, 10, generator=torch.Generator().manual_seed(0))
+    points = torch.nn.functional.one_hot(groups, 10) * 20 + noise
+    flat = project(points, "tsne")
+    assert flat.shape == (60, 2) and torch.equal(flat, project(points, "tsne"))
+    nearest = torch.cdist(flat, flat).fill_diagonal_(torch.inf).argmin(1)
+    assert (groups[nearest] == groups).float().mean() > 0.95
+
+
+def test_without_scikit_learn_the_error_names_the_file_and_the_other_way(monkeypatch):
+    monkeypatch.setitem(sys.modules, "sklearn.manifold", None)
+    with pytest.raises(ValueError, match=r"pip install -r requirements-see.txt.*--projection pca"):
+        project(torch.zeros(5, 3), "tsne")
+
+
+# ------------------------------------------------------------------------------------------------------- the pictures
+
+
+@pytest.fixture(scope="module")
+def checkpoints(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("see")
+    return {"plain": small_checkpoint(folder / "plain.pt"),
+            "labels": small_checkpoint(folder / "labels.pt", conditional=True, attention=[2, 4], depth=2),
+            "one step": small_checkpoint(folder / "one.pt", num_timesteps=1),
+            "no attention": small_checkpoint(folder / "none.pt", attention=[])}
+
+
+def call(checkpoint, data_dir, path, *flags):
+    return visualize_diffusion.main(list(map(str, [
+        "--checkpoint", checkpoint, "--data_dir", data_dir, "--save_path", path, "--device", "cpu", "--num_images", 3,
+        *flags])))
+
+
+@pytest.fixture
+def few(monkeypatch):
+    """Less to compute: what is tested is that the pictures are drawn."""
+    for name, value in dict(LOSS_IMAGES=8, LOSS_TIMES=4, GAUSSIAN_IMAGES=100, EMBEDDED_IMAGES=30,
+                            EMBEDDED_TIMES=20).items():
+        monkeypatch.setattr(f"seeing.{name}", value)
+
+
+@pytest.mark.parametrize("what, which, flags", [
+    ("attention", "plain", ["--steps", 3]), ("attention", "labels", ["--steps", 2]),
+    ("attention", "one step", ["--steps", 1]), ("features", "plain", ["--steps", 3]),
+    ("features", "one step", ["--steps", 1]), ("embedding", "plain", ["--projection", "pca"]),
+    ("embedding", "labels", ["--projection", "pca"]), ("loss", "labels", []), ("loss", "one step", [])])
+def test_every_picture_is_drawn(few, checkpoints, data_dir, tmp_path, what, which, flags):
+    path = tmp_path / "new" / "picture.png"
+    assert call(checkpoints[which], data_dir, path, "--what", what, *flags) == 0
+    with Image.open(path) as picture:
+        assert picture.convert("L").getextrema()[0] < 100 and min(picture.size) > 200
+    assert list(path.parent.iterdir()) == [path]
+
+
+def test_the_embedding_is_drawn_by_tsne(few, checkpoints, data_dir, tmp_path):
+    pytest.importorskip("sklearn", reason="scikit-learn is missing: pip install -r requirements-see.txt")
+    assert call(checkpoints["plain"], data_dir, tmp_path / "x.png", "--what", "embedding") == 0
+    assert (tmp_path / "x.png").exists()
+
+
+@pytest.mark.parametrize("what, which, flags, words", [
+    ("attention", "no attention", ["--steps", 2], ["no attention", "--attention 4"]),
+    ("attention", "plain", ["--steps", 41], ["1..40", "41"]),
+    ("embedding", "one step", [], ["T = 1"]),
+    ("embedding", "plain", ["--projection", "umap"], ["umap", "tsne", "pca"])])
+def test_what_cannot_be_seen_is_told_in_one_line(checkpoints, data_dir, tmp_path, capsys, what, which, flags, words):
+    assert call(checkpoints[which], data_dir, tmp_path / "x.png", "--what", what, *flags) == 2
+    error = capsys.readouterr().err
+    assert len(error.splitlines()) == 1 and all(word in error for word in words) and not any(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("what", INSIDE)
+def test_a_look_inside_needs_a_checkpoint(what, tmp_path, capsys):
+    assert visualize_diffusion.main(["--what", what, "--save_path", str(tmp_path / "x.png")]) == 2
+    error = capsys.readouterr().err
+    assert len(error.splitlines()) == 1 and "--checkpoint" in error and what in error
