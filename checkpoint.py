@@ -9,14 +9,14 @@
 """
 
 import json
-import zipfile
+import math
 from pathlib import Path
 
 import torch
 from torch import nn
 
 from diffusion import DiffusionProcess
-from files import atomic_write
+from files import atomic_write, check_archive
 from models import create_model
 
 FORMAT = "tiny-diffusion-1"
@@ -26,11 +26,11 @@ CONFIG_PARTS = ("model", "diffusion", "data", "training")
 # What a config from a stranger may ask for: type and largest value. Nothing is allocated beyond it.
 LIMITS = {
     "model": {"image_channels": (int, 3), "base_channels": (int, 4096), "time_emb_dim": (int, 65536),
-              "depth": (int, 64), "patch_size": (int, 4), "num_classes": (int, 100_000), "channel_mults": (list, 8),
-              "attention": (list, 8)},
+              "depth": (int, 64), "middle_depth": (int, 64), "patch_size": (int, 4), "num_classes": (int, 100_000),
+              "channel_mults": (list, 8), "attention": (list, 8)},
     "diffusion": {"num_timesteps": (int, 100_000)},
 }
-MAX_IMAGE_SIDE, MAX_MULT = 1024, 64
+MAX_IMAGE_SIDE, MAX_MULT, MAX_SIZE, MAX_COUNT = 1024, 64, 100_000, 2**53
 
 
 def save_checkpoint(path: str | Path, **fields) -> None:
@@ -45,24 +45,33 @@ def save_checkpoint(path: str | Path, **fields) -> None:
     except (TypeError, ValueError) as error:
         raise ValueError(f"a checkpoint's config must be made of JSON types: {error}") from error
     with atomic_write(path) as file:
-        torch.save({"format": FORMAT, **fields}, file)
+        try:
+            torch.save({"format": FORMAT, **fields}, file)
+        except RuntimeError as error:  # torch's writer hides why a write failed behind its own error
+            if isinstance(error.__context__, OSError):
+                raise error.__context__ from None
+            raise
 
 
 def load_checkpoint(path: str | Path) -> dict:
-    """Read a checkpoint and check its form; its tensors lie on the CPU.
+    """Read a checkpoint and check all of it; its tensors lie on the CPU.
 
-    Nothing in the file is executed (weights_only). ValueError, with the reason, for whatever is not a checkpoint.
+    Nothing in the file is executed (weights_only), and nothing is allocated that is not in it. ValueError, with the
+    reason, for whatever is not a checkpoint, has changed since it was written, or does not fit its own config.
     """
     path = Path(path)
     if not path.is_file():
         raise ValueError(f"there is no checkpoint {path}: train one with python train.py, "
                          f"which writes outputs/model_final.pt")
     try:
-        _check_archive(path)
+        check_archive(path, largest=path.stat().st_size)  # torch compresses nothing, and compares no CRC
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # torch, zipfile and pickle each raise their own for a damaged or foreign file
         raise ValueError(f"{path} is damaged or no checkpoint: {_first_sentence(error)}") from error
-    problem = _problem(checkpoint) or _misfit(checkpoint)
+    try:
+        problem = _problem(checkpoint, path.stat().st_size)
+    except Exception as error:  # a stranger's objects can make any comparison fail
+        problem = _first_sentence(error)
     if problem:
         raise ValueError(f"{path} is no checkpoint of this project: {problem}")
     return checkpoint
@@ -80,59 +89,26 @@ def load_model(path: str | Path, device="cpu", use_ema: bool = True) -> tuple[nn
     return model.to(device).eval().requires_grad_(False), diffusion.to(device), checkpoint
 
 
-def _check_archive(path: Path) -> None:
-    """Read the file through once and compare every part with its CRC, which torch does not. ValueError if it differs.
-
-    torch stores without compression, so that what unpacks to more than the file is no checkpoint of torch's.
-    """
-    with zipfile.ZipFile(path) as archive:
-        if sum(part.file_size for part in archive.infolist()) > path.stat().st_size:
-            raise ValueError("it would unpack to more than it is")
-        damaged = archive.testzip()
-    if damaged:
-        raise ValueError(f"its part {damaged} has changed since it was written")
-
-
-def _misfit(checkpoint: dict) -> str | None:
-    """Why the config cannot be built or its tensors are not the file's, or None; found without allocating anything."""
-    config = checkpoint["config"]
-    for part, limits in LIMITS.items():
-        for name, (kind, largest) in limits.items():
-            value = config[part].get(name)
-            size = len(value) if isinstance(value, list) else value
-            if value is not None and (type(value) is not kind or not 0 <= size <= largest):
-                return f"its config asks for {name} {str(value)[:40]}, which is no {kind.__name__} up to {largest}"
-    mults, shape = config["model"].get("channel_mults") or [], config["data"].get("shape")
-    if any(type(mult) is not int or mult > MAX_MULT for mult in mults):
-        return f"its config asks for channel_mults {str(mults)[:40]}"
-    if not isinstance(shape, list) or len(shape) != 3 or any(
-            type(side) is not int or not 1 <= side <= MAX_IMAGE_SIDE for side in shape):
-        return f"its config has the image shape {str(shape)[:40]}"
+def saved_step(path: Path) -> float:
+    """The step that a checkpoint was written at, without reading its weights; infinity where it cannot be read."""
     try:
-        with torch.device("meta"):
-            expected = create_model(**config["model"]).state_dict()
-        DiffusionProcess(**config["diffusion"])
-    except (TypeError, ValueError, RuntimeError, OverflowError) as error:
-        return _first_sentence(error)
-    return _wrong_weights(checkpoint, expected)
+        check_archive(path, largest=path.stat().st_size, compare=False)
+        step = torch.load(path, map_location="cpu", weights_only=True, mmap=True)["step"]
+        return step if type(step) is int else math.inf
+    except Exception:  # as in load_checkpoint, which will say what it is
+        return math.inf
 
 
-def _wrong_weights(checkpoint: dict, expected: dict) -> str | None:
-    """The first tensor of model or ema that is missing, unknown, of another shape, or not finite, or None."""
-    for part in ("model", "ema"):
-        weights = checkpoint[part]
-        for name in expected.keys() ^ weights.keys():
-            return f"the tensor {str(name)[:60]!r} of {part} is {'missing' if name in expected else 'unknown'}"
-        for name, weight in weights.items():
-            if not isinstance(weight, torch.Tensor) or weight.shape != expected[name].shape:
-                return f"the tensor {name!r} of {part} does not have the shape {tuple(expected[name].shape)}"
-            if not bool(weight.isfinite().all()):
-                return f"the tensor {name!r} of {part} holds numbers that are not finite: its run diverged"
-    return None
+# ------------------------------------------------------------------------------------ what can be wrong with a file
 
 
-def _problem(checkpoint) -> str | None:
-    """What is wrong with the form of a loaded object, or None."""
+def _problem(checkpoint, file_size: int) -> str | None:
+    """What is wrong with a loaded object, or None; found without allocating what it asks for."""
+    return (_wrong_form(checkpoint) or _wrong_numbers(checkpoint) or _wrong_limits(checkpoint["config"])
+            or _wrong_data(checkpoint["config"]) or _misfit(checkpoint, file_size))
+
+
+def _wrong_form(checkpoint) -> str | None:
     if not isinstance(checkpoint, dict) or checkpoint.get("format") != FORMAT:
         return f"its format is not {FORMAT!r}"
     for name, kind in FIELDS.items():
@@ -142,6 +118,116 @@ def _problem(checkpoint) -> str | None:
         if not isinstance(checkpoint["config"].get(part), dict):
             return f"its config has no part {part!r}"
     return None
+
+
+def _wrong_numbers(checkpoint: dict) -> str | None:
+    """Counts that are none, and a history that is not made of records and losses."""
+    for name in ("step", "epoch", "images_seen", "seconds"):
+        if not 0 <= checkpoint[name] <= MAX_COUNT:
+            return f"the field {name!r} is {_shown(checkpoint[name])}"
+    records, losses, skipped = (checkpoint["history"].get(name, []) for name in ("records", "losses", "skipped"))
+    if type(records) is not list or not all(map(_is_record, records)):
+        return "its history holds other things than records of numbers"
+    if any(type(numbers) is not list or any(type(number) is not float for number in numbers)
+           for numbers in (losses, skipped)) or len(skipped) not in (0, 2):
+        return "its history holds other things than losses and the number of skipped steps"
+    return None
+
+
+def _is_record(record) -> bool:
+    """Whether this can stand in metrics.jsonl."""
+    return (type(record) is dict and record.keys() >= {"step", "loss", "seconds"} and type(record["step"]) is int
+            and type(record["seconds"]) is float
+            and all(type(name) is str and (value is None or (type(value) in (int, float) and math.isfinite(value)))
+                    for name, value in record.items()))
+
+
+def _wrong_limits(config: dict) -> str | None:
+    for part, limits in LIMITS.items():
+        for name, (kind, largest) in limits.items():
+            value = config[part].get(name)
+            size = len(value) if isinstance(value, list) else value
+            if value is not None and (type(value) is not kind or not 0 <= size <= largest):
+                return f"its config asks for {name} {_shown(value)}, which is no {kind.__name__} up to {largest}"
+    for part in LIMITS:
+        for name, value in config[part].items():
+            if type(name) is not str or not all(map(_is_plain, value if type(value) is list else [value])):
+                return f"its config has {_shown(name)} {_shown(value)}"
+    if max(config["model"].get("channel_mults") or [1]) > MAX_MULT:
+        return f"its config asks for channel_mults beyond {MAX_MULT}"
+    return None
+
+
+def _is_plain(value) -> bool:
+    """Whether a stranger's value is small: safe to compare and to show."""
+    return (value is None or type(value) in (bool, float) or (type(value) is str and len(value) <= 100)
+            or (type(value) is int and abs(value) <= MAX_SIZE))
+
+
+def _wrong_data(config: dict) -> str | None:
+    """What the config says of the images, by itself and beside what the network makes."""
+    shape, names = config["data"].get("shape"), config["data"].get("class_names")
+    classes = config["model"].get("num_classes")
+    if type(shape) is not list or len(shape) != 3 or any(
+            type(side) is not int or not 1 <= side <= MAX_IMAGE_SIDE for side in shape):
+        return f"its config has the image shape {_shown(shape)}"
+    if shape[0] != config["model"].get("image_channels", 1):
+        return f"its images have {shape[0]} channels, which its network is not made for"
+    if type(config["data"].get("dataset")) is not str:
+        return "its config does not name a dataset"
+    if type(names) is not list or any(type(name) is not str for name in names):
+        return "the class_names in its config are no list of names"
+    if classes and classes != len(names):
+        return f"its config has {classes} classes and {len(names)} class_names"
+    return None
+
+
+def _misfit(checkpoint: dict, file_size: int) -> str | None:
+    """Why the config cannot be built, or how the tensors are not those of its network."""
+    config = checkpoint["config"]
+    try:
+        with torch.device("meta"):
+            model = create_model(**config["model"])
+        DiffusionProcess(**config["diffusion"])
+    except (TypeError, ValueError, RuntimeError, OverflowError) as error:
+        return f"its config cannot be built: {_first_sentence(error)}"
+    if any(side % model.divisor for side in config["data"]["shape"][1:]):
+        return f"its network cannot make images of the shape {config['data']['shape']}"
+    expected = model.state_dict()
+    size = sum(weight.numel() * weight.element_size() for weight in expected.values())
+    if size > file_size:
+        return f"its config asks for a network of {size:,} bytes, which do not fit into the file's {file_size:,}"
+    return _wrong_weights(checkpoint, expected)
+
+
+def _wrong_weights(checkpoint: dict, expected: dict) -> str | None:
+    """The first tensor of model or ema that is missing, unknown, of another shape, or not finite, or None."""
+    for part in ("model", "ema"):
+        weights = checkpoint[part]
+        for name in expected.keys() - weights.keys():
+            return f"the tensor {name!r} of {part} is missing"
+        for name in weights.keys() - expected.keys():
+            return f"the tensor {_shown(name)} of {part} is unknown"
+        for name, weight in weights.items():
+            if not is_like(weight, expected[name]):
+                return (f"the tensor {name!r} of {part} does not fit its config: it should be of the shape "
+                        f"{tuple(expected[name].shape)}")
+            if not bool(weight.isfinite().all()):
+                return f"the tensor {name!r} of {part} holds numbers that are not finite: its run diverged"
+    return None
+
+
+def is_like(tensor, expected: torch.Tensor) -> bool:
+    """Whether this is an ordinary tensor of the same shape and type, with memory of its own for every number."""
+    return (type(tensor) is torch.Tensor and tensor.layout == torch.strided and tensor.device.type == "cpu"
+            and tensor.shape == expected.shape and tensor.dtype == expected.dtype
+            and tensor.untyped_storage().nbytes() >= tensor.numel() * tensor.element_size())
+
+
+def _shown(value) -> str:
+    """A stranger's value in a message: what is not plain may be endless, and shows only its type."""
+    plain = value is None or type(value) in (bool, float) or (type(value) is int and abs(value) < 1e30)
+    return repr(value[:40]) if type(value) is str else repr(value) if plain else f"of type {type(value).__name__}"
 
 
 def _first_sentence(error: Exception) -> str:

@@ -25,7 +25,7 @@ TYPEFACES = (
     "DejaVuSansMono", "DejaVuSansMono-Bold", "DejaVuSansMono-BoldOblique", "DejaVuSansMono-Oblique",
     "DejaVuSerif", "DejaVuSerif-Bold", "DejaVuSerif-BoldItalic", "DejaVuSerif-Italic",
     "STIXGeneral", "STIXGeneralBol", "STIXGeneralBolIta", "STIXGeneralItalic",
-    "cmb10", "cmmi10", "cmr10", "cmss10", "cmti10", "cmtt10",
+    "cmb10", "cmmi10", "cmr10", "cmss10", "cmtt10",
 )  # fmt: skip
 
 

@@ -87,7 +87,7 @@ class Attention(nn.Module):
 
 
 class Stage(nn.Module):
-    """`depth` residual blocks at one resolution, each followed by self-attention where it is wanted.
+    """`depth` residual blocks at one resolution, with self-attention after the middle one where it is wanted.
 
     checkpointing: keep only each block's input for the backward pass and compute the rest again (Chen et al. 2016).
     """
@@ -98,7 +98,8 @@ class Stage(nn.Module):
         self.checkpointing = checkpointing
         self.blocks = nn.ModuleList(ResidualBlock(in_channels if i == 0 else out_channels, out_channels, emb_dim,
                                                   activation) for i in range(depth))
-        self.attention = nn.ModuleList(Attention(out_channels) if attention else nn.Identity() for _ in range(depth))
+        self.attention = nn.ModuleList(Attention(out_channels) if attention and i == depth // 2 else nn.Identity()
+                                       for i in range(depth))
 
     def forward(self, x: Tensor, emb: Tensor) -> Tensor:
         for block, attention in zip(self.blocks, self.attention, strict=True):

@@ -19,6 +19,7 @@ class SimpleUNet(nn.Module):
     channel_mults    channels at each resolution in multiples of base_channels, the resolution halving from one to the
                      next; by default CHANNEL_MULTS[patch_size]
     depth            residual blocks in each stage
+    middle_depth     residual blocks in the middle, at the lowest resolution; None: depth
     attention        self-attention at 1/n of the image's size for these n: (4,) is 7×7 for 28×28; None: at the lowest
     activation       "silu", "gelu", "relu" or "mish"
     num_classes      how many labels there are; None: a model without labels
@@ -31,11 +32,12 @@ class SimpleUNet(nn.Module):
     """
 
     def __init__(self, image_channels: int = 1, base_channels: int = 64, time_emb_dim: int = 256,
-                 channel_mults: Sequence[int] | None = None, depth: int = 1, attention: Sequence[int] | None = None,
-                 activation: str = "silu", num_classes: int | None = None, patch_size: int = 1,
-                 checkpointing: bool = False):
+                 channel_mults: Sequence[int] | None = None, depth: int = 1, middle_depth: int | None = None,
+                 attention: Sequence[int] | None = None, activation: str = "silu", num_classes: int | None = None,
+                 patch_size: int = 1, checkpointing: bool = False):
         super().__init__()
-        _check_arguments(image_channels, base_channels, depth, activation, num_classes, patch_size)
+        middle_depth = depth if middle_depth is None else middle_depth
+        _check_arguments(image_channels, base_channels, min(depth, middle_depth), activation, num_classes, patch_size)
         mults = tuple(CHANNEL_MULTS[patch_size] if channel_mults is None else channel_mults)
         if not mults or min(mults) < 1:
             raise ValueError(f"channel_mults must be whole numbers from 1 up, not {mults}")
@@ -44,13 +46,14 @@ class SimpleUNet(nn.Module):
         if not set(attention) <= set(factors):
             raise ValueError(f"attention is possible at 1/n of the image's size for n in {factors}, not {attention}")
         self.config = dict(image_channels=image_channels, base_channels=base_channels, time_emb_dim=time_emb_dim,
-                           channel_mults=list(mults), depth=depth, attention=attention, activation=activation,
-                           num_classes=num_classes, patch_size=patch_size, checkpointing=bool(checkpointing))
+                           channel_mults=list(mults), depth=depth, middle_depth=middle_depth, attention=attention,
+                           activation=activation, num_classes=num_classes, patch_size=patch_size,
+                           checkpointing=bool(checkpointing))
         self.image_channels, self.num_classes = image_channels, num_classes
         self.divisor = factors[-1]
         widths = [base_channels * m for m in mults]
 
-        def stage(level: int) -> dict:
+        def stage(level: int, depth: int = depth) -> dict:
             return dict(depth=depth, attention=factors[level] in attention, activation=activation,
                         checkpointing=checkpointing)
 
@@ -63,7 +66,7 @@ class SimpleUNet(nn.Module):
         inputs = [widths[0], *widths]
         self.downs = nn.ModuleList(DownBlock(inputs[i], widths[i], time_emb_dim, **stage(i))
                                    for i in range(len(widths) - 1))
-        self.middle = Stage(inputs[-2], widths[-1], time_emb_dim, **stage(len(widths) - 1))
+        self.middle = Stage(inputs[-2], widths[-1], time_emb_dim, **stage(len(widths) - 1, middle_depth))
         self.ups = nn.ModuleList(UpBlock(widths[i + 1], widths[i], time_emb_dim, **stage(i))
                                  for i in reversed(range(len(widths) - 1)))
         self.head = nn.Sequential(normalisation(widths[0]), ACTIVATIONS[activation](),
