@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV = .venv
 BIN = $(VENV)/bin
 
-.PHONY: demo test lint clean
+.PHONY: demo test torture lint clean
 
 demo: $(VENV)/demo
 	$(BIN)/python train.py --dataset glyphs --budget 2m --sample_interval 0 --output_dir outputs/demo
@@ -13,6 +13,9 @@ demo: $(VENV)/demo
 
 test: $(VENV)/dev
 	$(BIN)/python -m pytest
+
+torture: $(VENV)/dev
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/torture.py
 
 lint: $(VENV)/dev
 	$(BIN)/ruff check .

@@ -10,6 +10,7 @@
 
 import json
 import math
+import warnings
 from pathlib import Path
 
 import torch
@@ -65,7 +66,9 @@ def load_checkpoint(path: str | Path) -> dict:
                          f"which writes outputs/model_final.pt")
     try:
         check_archive(path, largest=path.stat().st_size)  # torch compresses nothing, and compares no CRC
-        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # what is wrong is said below, in one line
+            checkpoint = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # torch, zipfile and pickle each raise their own for a damaged or foreign file
         raise ValueError(f"{path} is damaged or no checkpoint: {_first_sentence(error)}") from error
     try:
@@ -184,7 +187,9 @@ def _wrong_data(config: dict) -> str | None:
 
 def _misfit(checkpoint: dict, file_size: int) -> str | None:
     """Why the config cannot be built, or how the tensors are not those of its network."""
-    config = checkpoint["config"]
+    config, depth = checkpoint["config"], checkpoint["config"]["model"].get("depth") or 1
+    if depth * len(config["model"].get("channel_mults") or [1]) > len(checkpoint["model"]):
+        return "its config asks for more layers than it has tensors"
     try:
         with torch.device("meta"):
             model = create_model(**config["model"])

@@ -1,8 +1,9 @@
-"""Writing files so that a crash, a full disk or a second reader never meets half of one."""
+"""Writing files so that a crash, a full disk or a second reader never meets half of one, and checking archives."""
 
 import contextlib
 import os
 import tempfile
+import zipfile
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -27,6 +28,22 @@ def atomic_write(path: str | Path, mode: str = "wb") -> Iterator:
         with contextlib.suppress(OSError):
             os.unlink(temporary)
         raise
+    _sync_folder(path.parent)
+
+
+def temporaries(path: Path) -> list[Path]:
+    """What processes that were killed while they wrote `path` (its name may be a pattern) left beside it."""
+    return list(path.parent.glob(f".{path.name}.????????.tmp"))
+
+
+def _sync_folder(folder: Path) -> None:
+    """Make a rename in `folder` outlast a power cut, where the system can."""
+    with contextlib.suppress(OSError):
+        descriptor = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
 
 
 def _umask() -> int:
@@ -46,3 +63,17 @@ def check_writable(folder: str | Path) -> Path:
     except OSError as error:
         raise ValueError(f"cannot write to {folder} ({error.strerror}): choose another folder") from error
     return folder
+
+
+def check_archive(path: str | Path, largest: int, compare: bool = True) -> None:
+    """Read a zip archive through once and compare every part with its CRC. ValueError or zipfile's error if it differs.
+
+    Nothing is read of one that says that it unpacks to more than `largest` bytes, nor with compare=False.
+    """
+    with zipfile.ZipFile(path) as archive:
+        unpacked = sum(part.file_size for part in archive.infolist())
+        if unpacked > largest:
+            raise ValueError(f"it would unpack to {unpacked:,} bytes")
+        damaged = archive.testzip() if compare else None
+    if damaged:
+        raise ValueError(f"its part {damaged[:60]!r} has changed since it was written")

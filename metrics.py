@@ -132,19 +132,21 @@ def _from_others(part: slice, distance: Tensor) -> Tensor:
 
 def radii(points: Tensor, *ks: int) -> Tensor:
     """The distance from each point (N, D) to its k-th nearest other one, for each k: (len(ks), N)."""
-    nearest = [_from_others(part, d).topk(max(ks), largest=False).values for part, d in distances(points, points)]
-    return torch.cat(nearest)[:, [k - 1 for k in ks]].T
+    near = torch.empty(len(points), max(ks), dtype=torch.float64)  # in one piece: small ones would scatter the memory
+    for part, d in distances(points, points):
+        near[part] = _from_others(part, d).topk(max(ks), largest=False).values
+    return near[:, [k - 1 for k in ks]].T
 
 
 def radii_without(points: Tensor, k: int, groups: Tensor) -> Tensor:
     """As `radii`, among all points, then without each group: (G + 1, N). Points of the group left out get -1."""
-    members, result = [(groups == g).nonzero()[:, 0] for g in range(GROUPS)], []
+    members = [(groups == g).nonzero()[:, 0] for g in range(GROUPS)]
+    result = torch.empty(GROUPS + 1, len(points), dtype=torch.float64)
     owner = torch.arange(GROUPS).repeat_interleave(torch.tensor([min(k, len(m)) for m in members]))
     for part, d in distances(points, points):
         d = _from_others(part, d)
         near = torch.cat([d[:, m].topk(min(k, len(m)), largest=False).values for m in members], 1)  # (rows, G · k)
-        result.append(torch.stack([near[:, owner != g].kthvalue(k).values for g in range(-1, GROUPS)]))
-    result = torch.cat(result, 1)
+        result[:, part] = torch.stack([near[:, owner != g].kthvalue(k).values for g in range(-1, GROUPS)])
     result[groups + 1, torch.arange(len(points))] = -1
     return result
 

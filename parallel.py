@@ -4,7 +4,10 @@ With one process everything here does nothing. Every process draws the randomnes
 share, so the number of processes changes no result beyond rounding; only rank 0 writes files.
 """
 
+import contextlib
 import os
+import sys
+import warnings
 
 import torch
 import torch.distributed as dist
@@ -12,9 +15,25 @@ from torch import Tensor
 
 
 def start(device: torch.device) -> None:
-    """Join the other processes, if torchrun started this one; NCCL between GPUs, gloo between CPUs."""
+    """Join the other processes, if torchrun started this one; NCCL between GPUs, gloo between CPUs. Rank 0 speaks."""
     if "WORLD_SIZE" in os.environ and not dist.is_initialized():
+        if device.type == "cuda":
+            torch.cuda.set_device(device)
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+        warnings.filterwarnings("ignore", "Grad strides do not match")  # of 1×1 convolutions: only a little slower
+        if rank():
+            sys.stdout = open(os.devnull, "w")  # noqa: SIM115 (until the process ends)
+
+
+def restarted() -> bool:
+    """Whether torchrun --max_restarts started this process in the place of one that ended."""
+    return int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) > 0
+
+
+def lost(error: BaseException) -> bool:
+    """Whether this is what is raised where another process has ended."""
+    words = ("Connection", "gloo", "NCCL", "socket", "timeout", "Timeout", "Broken pipe")
+    return size() > 1 and isinstance(error, RuntimeError) and any(word in str(error) for word in words)
 
 
 def finish() -> None:
@@ -52,6 +71,11 @@ def total(value: Tensor) -> Tensor:
     return value
 
 
+def mean(value: Tensor) -> Tensor:
+    """The mean of a tensor over all processes."""
+    return total(value.clone()) / size() if size() > 1 else value
+
+
 def gather(part: Tensor) -> Tensor:
     """The parts of all processes, in the order of their ranks, joined along the first axis, on the CPU."""
     if size() == 1:
@@ -68,3 +92,22 @@ def from_first(value):
     box = [value]
     dist.broadcast_object_list(box)
     return box[0]
+
+
+def smallest(value: int) -> int:
+    """The least of the numbers that the processes hold, on every process."""
+    values = [value] * size()
+    if size() > 1:
+        dist.all_gather_object(values, value)
+    return min(values)
+
+
+@contextlib.contextmanager
+def first_alone():
+    """Let one process of each machine through before its others, so that a download or a drawing happens once."""
+    waits = size() > 1 and int(os.environ.get("LOCAL_RANK", 0)) > 0
+    if waits:
+        dist.barrier()
+    yield
+    if size() > 1 and not waits:
+        dist.barrier()

@@ -42,7 +42,7 @@ def read_npz(path: Path) -> tuple[np.ndarray, np.ndarray | None]:
     try:
         if zipfile.is_zipfile(path):
             check_archive(path, largest=max(MIN_BYTES, MAX_RATIO * path.stat().st_size), compare=False)
-        with np.load(path, allow_pickle=False) as file:
+        with path.open("rb") as opened, np.load(opened, allow_pickle=False) as file:
             return file["arr_0"], file.get("labels")
     except Exception as error:  # zipfile, zlib and numpy each have their own for a damaged or foreign file
         raise ValueError(f"{path} is damaged or no .npz with an array arr_0: {str(error)[:120]}") from error

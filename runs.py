@@ -2,13 +2,15 @@
 
 import contextlib
 import os
+import shutil
 import time
 from pathlib import Path
 
 from filelock import FileLock, Timeout
 
-from checkpoint import load_checkpoint
-from files import check_writable
+import parallel
+from checkpoint import load_checkpoint, saved_step
+from files import check_writable, temporaries
 
 # What a run writes into its folder. Everything else there is the user's and is left alone.
 WRITTEN = ("samples/epoch_*.png", "checkpoints/model_*.pt", "model_final.pt", "training_loss.png", "metrics.jsonl")
@@ -16,17 +18,36 @@ WRITTEN = ("samples/epoch_*.png", "checkpoints/model_*.pt", "model_final.pt", "t
 
 @contextlib.contextmanager
 def claim(folder: str | Path):
-    """Hold `folder` for this process: a second live run there is a ValueError. The lock dies with the process."""
+    """Hold `folder` for this process, or for rank 0 of several: a second live run there is a ValueError.
+
+    The lock dies with the process. What a killed run was in the middle of writing is removed.
+    """
+    if parallel.rank():
+        yield Path(folder)
+        return
     folder = check_writable(folder)
     lock = FileLock(folder / ".lock")
     try:
         lock.acquire(timeout=0)
     except Timeout as error:
         raise ValueError(f"another run is writing to {folder}: wait for it, or choose another --output_dir") from error
+    except NotImplementedError:
+        print(f"Warning: {folder} is on a disk without locks: see that no second run writes there")
     try:
+        for pattern in WRITTEN:
+            for path in temporaries(folder / pattern):
+                path.unlink(missing_ok=True)
         yield folder
     finally:
         lock.release()
+
+
+def check_space(folder: Path, checkpoint_bytes: int) -> None:
+    """See that `folder` has room for a checkpoint and the one that replaces it. ValueError if not."""
+    free = shutil.disk_usage(folder).free
+    if free < 2 * checkpoint_bytes:
+        raise ValueError(f"the disk of {folder} has {free / 1e6:,.1f} MB left, and two checkpoints take "
+                         f"{2 * checkpoint_bytes / 1e6:,.1f} MB: free some, or choose another --output_dir")
 
 
 def set_aside(folder: Path) -> Path | None:
@@ -34,7 +55,7 @@ def set_aside(folder: Path) -> Path | None:
     old = [path for pattern in WRITTEN for path in folder.glob(pattern)]
     if not old:
         return None
-    newest = max(path.stat().st_mtime for path in old)
+    newest = max(path.lstat().st_mtime for path in old)
     place = folder / "previous" / time.strftime("%Y-%m-%d_%H-%M-%S", time.localtime(newest))
     while place.exists():
         place = place.with_name(place.name + "+")
@@ -46,23 +67,41 @@ def set_aside(folder: Path) -> Path | None:
 
 
 def checkpoints(folder: Path) -> list[Path]:
-    """The checkpoints of the run, the one written last first."""
+    """The checkpoints of the run, the furthest first, before it those that cannot be read.
+
+    By the step in the file and not by its date alone: a copy of a folder has the dates of the copying.
+    """
     found = [*folder.glob("checkpoints/model_*.pt"), *folder.glob("model_final.pt")]
-    return sorted(found, key=lambda path: (path.stat().st_mtime_ns, path.name), reverse=True)
+    return sorted(found, key=lambda path: (saved_step(path), path.stat().st_mtime_ns, path.name), reverse=True)
 
 
 def newest_valid(folder: Path) -> tuple[Path, dict] | None:
-    """The newest checkpoint that loads, and what it holds; broken ones are named and passed over."""
+    """The checkpoint of the latest step that loads, and what it holds; broken ones are named and passed over."""
     for path in checkpoints(folder):
         try:
             return path, load_checkpoint(path)
         except ValueError as error:
-            print(f"Passing over {error}")
+            print(f"Passing over {' '.join(str(error).split())}")
     return None
 
 
+def is_valid(path: Path) -> bool:
+    """Whether a checkpoint loads."""
+    try:
+        load_checkpoint(path)
+    except ValueError:
+        return False
+    return True
+
+
 def prune(folder: Path, keep: int) -> None:
-    """Delete the oldest files in checkpoints/ beyond the `keep` newest, of which the newest was just written whole."""
+    """Delete the oldest files in checkpoints/ beyond `keep`, those that cannot be read first, never the last valid."""
     numbered = [path for path in checkpoints(folder) if path.parent != folder]
-    for path in numbered[keep:]:
+    readable = [path for path in numbered if saved_step(path) < float("inf")]
+    kept, surplus = readable[:keep], readable[keep:]
+    broken = [path for path in numbered if path not in readable][max(0, keep - len(kept)):]
+    if surplus and not any(map(is_valid, kept)):
+        spared = next(filter(is_valid, surplus), None)
+        surplus = [path for path in surplus if path != spared]
+    for path in [*surplus, *broken]:
         path.unlink(missing_ok=True)

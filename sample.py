@@ -180,7 +180,8 @@ def main(argv=None):
     config = checkpoint["config"]["data"]
     labels = image_labels(args, model, config["class_names"])
     uniform_timesteps(diffusion.num_timesteps, args.steps)  # an impossible number is told before any work
-    check_writable(output.parent)
+    if parallel.rank() == 0:
+        check_writable(output.parent)
     print(f"Using device: {diffusion.device}")
     start = time.perf_counter()
     images, film = make_images(args, model, diffusion, config["shape"], labels)

@@ -38,6 +38,7 @@ from utils import (
     duration,
     get_device,
     number,
+    out_of_memory,
     pick_precision,
     plot_losses,
     save_images,
@@ -52,20 +53,29 @@ MAX_BAD_STEPS = 20  # in a row, after which a run stops
 PREVIEW_IMAGES, PREVIEW_STEPS = 64, 20
 # A recipe is nothing but defaults, which flags override. What they give, and why: README.md and benchmarks/RECORDS.md.
 RECIPES = {
-    "fast": dict(schedule="cosine", prediction="edm", timestep_sampling="lognormal", base_channels=64, patch_size=2,
-                 batch_size=128, optimizer="muon", lr=2e-3, lr_schedule="cosine", warmup=0.02, precision="auto"),
+    "fast": dict(schedule="cosine", prediction="edm", timestep_sampling="lognormal", noise_mean=0.7, noise_std=0.9,
+                 base_channels=None, patch_size=2, middle_depth=3, batch_size=128, optimizer="muon", lr=2e-3,
+                 lr_schedule="cosine", warmup=0.02, precision="auto"),
     # The textbook (Ho et al. 2020) as small toolkits have it: full resolution, no tricks.
     "ddpm": dict(schedule="linear", prediction="eps", timestep_sampling="uniform", base_channels=64, patch_size=1,
-                 batch_size=128, optimizer="adamw", lr=2e-4, lr_schedule="constant", warmup=0.0, precision="fp32"),
+                 middle_depth=1, batch_size=128, optimizer="adamw", lr=2e-4, lr_schedule="constant", warmup=0.0,
+                 precision="fp32"),
 }
-MODEL_FLAGS = ("base_channels", "time_emb_dim", "channel_mults", "depth", "attention", "activation", "patch_size",
-               "checkpointing")
+MODEL_FLAGS = ("base_channels", "time_emb_dim", "channel_mults", "depth", "middle_depth", "attention", "activation",
+               "patch_size", "checkpointing")
 DIFFUSION_FLAGS = {"timesteps": "num_timesteps", "schedule": "schedule", "prediction": "prediction",
-                   "timestep_sampling": "timestep_sampling", "loss_weight": "loss_weight", "snr_gamma": "snr_gamma",
+                   "timestep_sampling": "timestep_sampling", "noise_mean": "noise_mean",
+                   "noise_std": "noise_std", "loss_weight": "loss_weight", "snr_gamma": "snr_gamma",
                    "zero_terminal_snr": "zero_terminal_snr"}
 TRAINER_FLAGS = ("batch_size", "optimizer", "lr", "muon_lr", "lr_schedule", "warmup", "weight_decay", "max_grad_norm",
                  "ema_decay", "conditional", "label_dropout", "precision", "seed")
 OWN_FLAGS = ("output_dir", "data_dir", "device", "resume")  # what a resumed run does not take from its checkpoint
+FIXED_FLAGS = ("train_images", "batch_size", "optimizer")  # what it cannot change, beside network, process and data set
+
+
+def batch_size(text: str) -> int | str:
+    """A parser of flags' values: a whole number from 1 up, or auto."""
+    return text if text == "auto" else number(int, 1)(text)
 
 
 def make_parser() -> Parser:
@@ -95,6 +105,9 @@ def make_parser() -> Parser:
     group.add_argument("--prediction", choices=tuple(PREDICTIONS), help="what the network predicts")
     group.add_argument("--timestep_sampling", choices=TIMESTEP_SAMPLING,
                        help="which t are trained on")
+    group.add_argument("--noise_mean", type=number(float, -10, 10),
+                       help="mean of log(sigma / alpha / std of the data) under --timestep_sampling lognormal")
+    group.add_argument("--noise_std", type=number(float, 0.01, 10), help="and its standard deviation")
     group.add_argument("--loss_weight", choices=LOSS_WEIGHTS, default="target",
                        help="min_snr: the error of x_0 counts min(SNR, snr_gamma)")
     group.add_argument("--snr_gamma", type=number(float, 1e-6), default=5.0, help="of --loss_weight min_snr")
@@ -102,12 +115,15 @@ def make_parser() -> Parser:
                        help="stretch the schedule until its end is pure noise; not with --prediction eps")
     group = parser.add_argument_group("network")
     group.add_argument("--base_channels", type=number(int, 1, 4096),
-                       help="channels at the highest resolution")
+                       help="channels at the highest resolution (default: 64; 32 for a --budget up to half an hour "
+                            "on a CPU)")
     group.add_argument("--patch_size", type=int, choices=(1, 2, 4),
                        help="pixels unshuffled into channels; 1: convolutions at full resolution")
     group.add_argument("--channel_mults", type=number(int, 1, 64), nargs="+", metavar="N",
                        help="channels at each resolution / base_channels (default: by patch_size)")
     group.add_argument("--depth", type=number(int, 1, 64), default=1, help="residual blocks in each stage")
+    group.add_argument("--middle_depth", type=number(int, 1, 64),
+                       help="residual blocks in the middle, at the lowest resolution (default: as --depth)")
     group.add_argument("--attention", type=number(int, 0, 64), nargs="+", metavar="N",
                        help="self-attention at 1/N of the image's size for each N; 0: none (default: at the lowest)")
     group.add_argument("--activation", choices=tuple(ACTIVATIONS), default="silu", help="between the layers")
@@ -117,7 +133,9 @@ def make_parser() -> Parser:
     group.add_argument("--label_dropout", type=number(float, 0, 1), default=0.1,
                        help="share of the images that --conditional shows without their label")
     group = parser.add_argument_group("optimiser")
-    group.add_argument("--batch_size", type=number(int, 1), help="images in a step, of all processes")
+    group.add_argument("--batch_size", type=batch_size, metavar="N",
+                       help="images in a step, of all processes; auto: the recipe's, or the half, quarter ... of it "
+                            "that fits in memory")
     group.add_argument("--optimizer", choices=("muon", "adamw"),
                        help="adamw for all weights, or muon for the matrices and adamw for the rest")
     group.add_argument("--lr", type=number(float, 0), help="peak learning rate of adamw")
@@ -139,19 +157,47 @@ def parse_args(argv: Sequence[str] | None):
     if args.recipe != "fast":
         parser.set_defaults(**RECIPES[args.recipe])
         args = parser.parse_args(argv)
-    if args.resume:
-        found = runs.newest_valid(Path(args.output_dir))
+    if args.resume or parallel.restarted():
+        parallel.start(get_device(parallel.local_device(args.device)))
+        found = parallel.from_first(None if parallel.rank() else runs.newest_valid(Path(args.output_dir)))
         if found:
             path, saved = found
-            saved_flags = saved["config"]["training"]
-            parser.set_defaults(**{name: value for name, value in saved_flags.items() if name not in OWN_FLAGS})
-            args = parser.parse_args(argv)
+            asked = sys.argv[1:] if argv is None else argv
+            args = parser.parse_args([*saved_flags(parser, args, path, saved), *asked])
             print(f"Resuming {path} after {saved['step']:,} steps")
         else:
             print(f"Nothing to resume in {args.output_dir}: starting afresh")
     if args.epochs is None and args.budget is None:
         args.epochs = 20
     return args, saved
+
+
+def saved_flags(parser: Parser, args, path: Path, saved: dict) -> list[str]:
+    """The flags of a checkpoint's run as a user would type them, who may give --epochs and --budget anew in `args`.
+
+    ValueError if they are not such that a run can have had.
+    """
+    argv, new = [], {*OWN_FLAGS, *(("epochs", "budget") if args.epochs or args.budget else ())}
+    kept = {name: saved["config"]["training"].get(name) for name in vars(args) if name not in new}
+    try:
+        for name, value in kept.items():
+            if type(value) is list and all(type(part) is int for part in value):
+                argv += [f"--{name}", *map(str, value)]
+            elif type(value) in (int, float, str):
+                argv.append(f"--{name}={value}")
+            elif value is True:
+                argv.append(f"--{name}")
+            elif value is not None and value is not False:
+                raise ValueError(f"--{name} is of type {type(value).__name__}")
+        parser.parse_args(argv)
+    except ValueError as error:
+        raise ValueError(f"{path} holds flags that no run can have had: {error}") from error
+    return argv
+
+
+def good_width(budget: float | None, device: torch.device) -> int:
+    """Base channels for a run: narrow where the time is short, for then images seen count more than parameters."""
+    return 32 if budget and budget <= 1800 and device.type == "cpu" else 64
 
 
 class Run:
@@ -162,7 +208,9 @@ class Run:
         device = get_device(parallel.local_device(args.device))
         parallel.start(device)
         args.precision = pick_precision(args.precision, device)
-        data = load_dataset(args.dataset, "train", args.data_dir).first(args.train_images or sys.maxsize)
+        args.base_channels = args.base_channels or good_width(args.budget, device)
+        with parallel.first_alone():
+            data = load_dataset(args.dataset, "train", args.data_dir).first(args.train_images or sys.maxsize)
         self.validation = load_dataset(args.dataset, "validation", args.data_dir)
         self.shape = tuple(data.images.shape[1:])
         self.config = dict(
@@ -170,18 +218,25 @@ class Run:
                        attention=args.attention and [factor for factor in args.attention if factor],
                        num_classes=len(data.class_names) if args.conditional else None),
             diffusion=dict({ours: getattr(args, flag) for flag, ours in DIFFUSION_FLAGS.items()},
-                           data_std=round(to_model(data.images[:10_000]).std().item(), 3)),
+                           data_std=saved["config"]["diffusion"]["data_std"] if saved else
+                           round(to_model(data.images[:10_000]).std().item(), 3)),
             data=dict(dataset=data.name, shape=list(self.shape), class_names=list(data.class_names)),
             training=vars(args))
         set_seed(args.seed)
         model, diffusion = create_model(**self.config["model"]), DiffusionProcess(**self.config["diffusion"])
         self.config |= dict(model=model.config, diffusion=diffusion.config)
         model(torch.zeros(1, *self.shape), torch.zeros(1))  # a size that does not fit is told before any work
+        measure = args.batch_size == "auto"
+        args.batch_size = RECIPES[args.recipe]["batch_size"] if measure else args.batch_size
         self.trainer = Trainer(data.to(device), model.to(device), diffusion.to(device),
                                **{name: getattr(args, name) for name in TRAINER_FLAGS})
+        if measure:
+            self.trainer.batch_size = args.batch_size = self.trainer.fitting_batch(self.trainer.batch_size)
+            print(f"A batch of {args.batch_size} images fits in memory")
         self.total_steps = args.epochs * self.trainer.steps_per_epoch if args.epochs else math.inf
         self.records, self.losses, self.earlier = [], [], 0.0  # earlier: seconds of the sittings before this one
         self.closing, self.measured = 3.0, False  # seconds that the end of the run will take
+        self.reported = 0  # skipped steps that the user knows of
         self.progress, self.agreed_time, self.last_save = 0.0, 0.0, time.perf_counter()
         self.signal = self.stopped = None  # the signal that arrived, and the one that all processes stop for
         if saved:
@@ -189,15 +244,16 @@ class Run:
 
     def restore(self, saved: dict) -> None:
         """Take up a checkpoint. ValueError if it is of another network, process or data set than the flags ask for."""
-        for part in ("model", "diffusion", "data"):
-            for name, value in self.config[part].items():
+        asked = self.config | dict(training={name: getattr(self.args, name) for name in FIXED_FLAGS})
+        for part, values in asked.items():
+            for name, value in sorted(values.items(), key=lambda item: item[0] in ("channel_mults", "attention")):
                 if saved["config"][part].get(name) != value:
                     raise ValueError(f"the checkpoint was trained with {name} {saved['config'][part].get(name)}, the "
                                      f"flags ask for {value}: leave that flag out, or choose another --output_dir")
         self.trainer.restore(saved)
         self.earlier = saved["seconds"]
-        self.records = saved["history"]["records"]
-        self.losses = [torch.tensor(loss, device=self.trainer.device) for loss in saved["history"]["losses"]]
+        self.records = saved["history"].get("records", [])
+        self.losses = [torch.tensor(loss, device=self.trainer.device) for loss in saved["history"].get("losses", [])]
 
     # ------------------------------------------------------------------------------------------------- the time
 
@@ -236,10 +292,12 @@ class Run:
 
     def record(self, speed: float, val_loss: float | None = None) -> float:
         """Add a line to metrics.jsonl for the steps since the last; returns their mean loss."""
-        loss = torch.stack(self.losses).mean().item()  # the device is waited for only here
+        losses = torch.stack(self.losses)
+        loss = losses[losses.isfinite()].mean().item()  # the device is waited for only here
         trainer, self.losses = self.trainer, []
-        self.records.append(dict(step=trainer.step, epoch=trainer.epoch, images_seen=trainer.images_seen, loss=loss,
-                                 val_loss=val_loss, lr=trainer.optimizers["adamw"].param_groups[0]["lr"],
+        self.records.append(dict(step=trainer.step, epoch=trainer.epoch, images_seen=trainer.images_seen,
+                                 loss=finite(loss), val_loss=finite(val_loss),
+                                 lr=trainer.optimizers["adamw"].param_groups[0]["lr"],
                                  images_per_second=round(speed, 1), seconds=round(self.seconds, 3)))
         return loss
 
@@ -251,14 +309,16 @@ class Run:
         epoch = -(-trainer.step // trainer.steps_per_epoch)  # one that a budget cut short counts
         own = [r for r in self.records if r["step"] > (epoch - 1) * trainer.steps_per_epoch]
         before = self.records[-len(own) - 1]["seconds"] if len(own) < len(self.records) else 0.0
-        tqdm.write(f"epoch {epoch}: loss {sum(r['loss'] for r in own) / len(own):.5f}, val_loss {val_loss:.5f}, "
+        losses = [r["loss"] for r in own if r["loss"] is not None] or [math.nan]
+        tqdm.write(f"epoch {epoch}: loss {sum(losses) / len(losses):.5f}, val_loss {val_loss:.5f}, "
                    f"{self.records[-1]['seconds'] - before:.1f} s", file=sys.stdout)
         if self.args.sample_interval and epoch % self.args.sample_interval == 0:
             self.save_preview(epoch)
         if self.args.save_interval and epoch % self.args.save_interval == 0:
-            self.save(f"checkpoints/model_epoch_{epoch:03d}.pt")
-        if parallel.rank() == 0:
-            write_json_lines(self.records, self.folder / "metrics.jsonl")
+            self.save_if_possible(f"checkpoints/model_epoch_{epoch:03d}.pt")
+        elif parallel.rank() == 0:
+            with going_on():
+                write_json_lines(self.records, self.folder / "metrics.jsonl")
         self.closing, self.measured = time.perf_counter() - start + 1.5, True  # with the last checkpoint and the plot
         return loss
 
@@ -270,67 +330,120 @@ class Run:
             images = [final_image(trajectory) for _, trajectory in generate(
                 trainer.ema.module, trainer.diffusion, self.shape, indices, seed=trainer.seed, labels=labels,
                 steps=min(PREVIEW_STEPS, trainer.diffusion.num_timesteps))]
-        images = parallel.gather(torch.cat(images))
+        images = parallel.gather(torch.cat(images) if images else torch.empty(0, *self.shape))
         if parallel.rank() == 0:
-            save_images(images, self.folder / f"samples/epoch_{epoch:03d}.png")
+            with going_on():
+                save_images(images, self.folder / f"samples/epoch_{epoch:03d}.png")
 
     def save(self, name: str) -> Path:
-        """Write a checkpoint, and delete the oldest that are too many."""
+        """Write a checkpoint and metrics.jsonl, and delete the oldest checkpoints that are too many."""
+        self.last_save = time.perf_counter()
+        if not self.trainer.is_finite():
+            raise RunFailed(f"the weights are not finite after step {self.trainer.step}; {self.remedy()}")
         if parallel.rank() == 0:
-            history = dict(records=self.records, losses=[loss.item() for loss in self.losses])
+            history = dict(records=self.records, losses=[loss.item() for loss in self.losses],
+                           skipped=self.trainer.skipped.tolist())
             save_checkpoint(self.folder / name, config=self.config, seconds=self.seconds, history=history,
                             **self.trainer.state())
             runs.prune(self.folder, self.args.keep_checkpoints)
-        self.last_save = time.perf_counter()
+            write_json_lines(self.records, self.folder / "metrics.jsonl")
         return self.folder / name
+
+    def save_if_possible(self, name: str) -> None:
+        """As `save`; where it fails, on a full disk for instance, the run goes on and tries again later."""
+        with going_on():
+            self.save(name)
+
+    def remedy(self) -> str:
+        """What to do about numbers that are none."""
+        return (f"the likely cause is too high a learning rate. The last good checkpoint stays: go on from it with "
+                f"--resume and --lr {self.args.lr / 4:g} --muon_lr {self.args.muon_lr / 4:g}, --max_grad_norm 0.5 or "
+                f"--precision fp32")
 
     def check_gradients(self) -> None:
         """Stop a run whose gradients are no numbers any more. RunFailed with what to try."""
         skipped, in_a_row = self.trainer.skipped.tolist()
         if in_a_row >= MAX_BAD_STEPS:
             raise RunFailed(
-                f"the gradient was not finite in {in_a_row:.0f} steps in a row, up to step {self.trainer.step}; the "
-                f"last good checkpoint stays. Try --lr {self.args.lr / 4:g} --muon_lr {self.args.muon_lr / 4:g}, "
-                f"--max_grad_norm 0.5 or --precision fp32")
-        if skipped:
+                f"the loss or its gradient was not finite in {in_a_row:.0f} steps in a row, up to step "
+                f"{self.trainer.step}; {self.remedy()}")
+        if skipped > self.reported:
+            self.reported = skipped
             tqdm.write(f"Warning: {skipped:.0f} steps so far had no finite gradient and were skipped", file=sys.stderr)
+
+
+def finite(value: float | None) -> float | None:
+    """The number, or None, which JSON can write, for what is none."""
+    return value if value is not None and math.isfinite(value) else None
+
+
+@contextlib.contextmanager
+def going_on():
+    """Let a run go on where a file cannot be written: there may be room for the next."""
+    try:
+        yield
+    except OSError as error:
+        with contextlib.suppress(OSError):
+            tqdm.write(f"Warning: a file could not be written ({error}); the run goes on", file=sys.stderr)
 
 
 def train(run: Run) -> None:
     """The loop: steps, a line in the log every LOG_STEPS, and after each epoch validation, samples, checkpoints."""
     trainer, since, first = run.trainer, time.perf_counter(), run.trainer.step
-    bar = tqdm(total=100, unit="%", dynamic_ncols=True, disable=parallel.rank() > 0,
-               bar_format="{percentage:3.0f}%|{bar}| [{elapsed}{postfix}]")
-    while run.goes_on():
-        run.losses.append(trainer.train_step(run.progress))
-        in_epoch = trainer.step % trainer.steps_per_epoch
-        if in_epoch % LOG_STEPS == 0:
-            speed = (trainer.step - first) * trainer.batch_size / (time.perf_counter() - since)
-            run.expect_closing(speed)
-            loss = run.record(speed) if in_epoch else run.end_epoch(speed)
-            run.check_gradients()
-            since, first = time.perf_counter(), trainer.step
-            bar.update(round(100 * run.progress) - bar.n)
-            left = tqdm.format_interval(run.time_left(speed))
-            bar.set_postfix_str(f"loss {loss:.4f}, {speed:.0f} images/s, {left} left")
-        if run.args.checkpoint_minutes and time.perf_counter() - run.last_save > 60 * run.args.checkpoint_minutes:
-            run.save(f"checkpoints/model_step_{trainer.step:08d}.pt")
-    bar.update(0 if run.stopped else 100 - bar.n)
-    bar.close()
+    with tqdm(total=100, unit="%", dynamic_ncols=True, disable=parallel.rank() > 0,
+              bar_format="{percentage:3.0f}%|{bar}| [{elapsed}{postfix}]") as bar:
+        while run.goes_on():
+            run.losses.append(trainer.train_step(run.progress))
+            in_epoch = trainer.step % trainer.steps_per_epoch
+            if in_epoch % LOG_STEPS == 0:
+                speed = (trainer.step - first) * trainer.batch_size / (time.perf_counter() - since)
+                run.expect_closing(speed)
+                loss = run.record(speed) if in_epoch else run.end_epoch(speed)
+                run.check_gradients()
+                since, first = time.perf_counter(), trainer.step
+                bar.update(round(100 * run.progress) - bar.n)
+                left = tqdm.format_interval(run.time_left(speed))
+                bar.set_postfix_str(f"loss {loss:.4f}, {speed:.0f} images/s, {left} left")
+            if run.args.checkpoint_minutes and time.perf_counter() - run.last_save > 60 * run.args.checkpoint_minutes:
+                run.save_if_possible(f"checkpoints/model_step_{trainer.step:08d}.pt")
+        bar.update(0 if run.stopped else 100 - bar.n)
     if run.losses and not run.stopped:  # the time was over within an epoch
         run.end_epoch((trainer.step - first) * trainer.batch_size / (time.perf_counter() - since))
         run.check_gradients()
 
 
+def train_or_explain(run: Run) -> None:
+    """`train`; RunFailed with what to do where the memory is too small or another process has ended."""
+    try:
+        return train(run)
+    except OSError:  # the terminal, or what reads the output, is gone
+        run.save_if_possible(f"checkpoints/model_step_{run.trainer.step:08d}.pt")
+        raise
+    except (RuntimeError, MemoryError) as error:
+        if parallel.lost(error):
+            raise RunFailed("another process of this run has ended: go on with --resume") from error
+        if not out_of_memory(error):
+            raise
+    size = run.trainer.batch_size  # measured out here, where what the error held is free again
+    fits = run.trainer.fitting_batch(size // 2, agree=False)
+    raise RunFailed(f"out of memory in a step of {size} images: a batch of {fits} fits (measured): give it with "
+                    f"--batch_size, or let --batch_size auto find it")
+
+
 @contextlib.contextmanager
 def stop_on_signals(run: Run):
-    """Let SIGTERM and Ctrl-C end the run after the present step; a second one ends the process at once."""
+    """Let SIGTERM, Ctrl-C and a closed terminal end the run after the present step, its work saved.
+
+    A second signal ends the process at once.
+    """
     def handler(signum, _):
         run.signal = signum
         for each in before:
             signal.signal(each, signal.SIG_DFL)
 
-    before = {each: signal.signal(each, handler) for each in (signal.SIGINT, signal.SIGTERM)}
+    stops = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name)]
+    before = {each: signal.signal(each, handler) for each in stops
+              if each != getattr(signal, "SIGHUP", None) or signal.getsignal(each) != signal.SIG_IGN}  # nohup
     try:
         yield
     finally:
@@ -342,23 +455,26 @@ def stop_on_signals(run: Run):
 def main(argv=None):
     args, saved = parse_args(argv)
     run = Run(args, saved, startup=time.process_time() if argv is None else 0.0)
-    with runs.claim(args.output_dir) as folder:
+    with runs.claim(args.output_dir) as folder, stop_on_signals(run):
         trainer = run.trainer
+        if parallel.rank() == 0:
+            runs.check_space(folder, trainer.checkpoint_bytes)
         print(f"Using device: {trainer.device}")
         print(f"{trainer.data.name}: {len(trainer.data.images):,} images; network of "
               f"{count_parameters(trainer.model):,} parameters; {trainer.precision}", flush=True)
-        place = None if saved else runs.set_aside(folder)
+        place = None if saved or parallel.rank() else runs.set_aside(folder)
         if place:
             print(f"Moved the results of an older run to {place}")
-        with stop_on_signals(run):
-            train(run)
+        train_or_explain(run)
         if run.stopped:
             path = run.save(f"checkpoints/model_step_{trainer.step:08d}.pt")
             print(f"Stopped by a signal after {trainer.step:,} steps; saved {path}: go on with --resume")
             return 128 + run.stopped
         path = run.save("model_final.pt")
-        plot_losses(run.records, folder / "training_loss.png")
+        if parallel.rank() == 0:
+            plot_losses(run.records, folder / "training_loss.png")
         print(f"Saved {path}: python sample.py --checkpoint {path}")
+    parallel.finish()
 
 
 if __name__ == "__main__":

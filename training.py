@@ -4,6 +4,7 @@ Everything random is a function of (seed, step): a run that is stopped and taken
 any number of processes draws the same batches.
 """
 
+import gc
 import math
 
 import torch
@@ -12,10 +13,11 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.optim.swa_utils import AveragedModel
 
 import parallel
+from checkpoint import is_like
 from data import ImageData, to_model
 from diffusion import DiffusionProcess
 from muon import Muon, hidden_matrices
-from utils import autocast, generator_for
+from utils import RunFailed, autocast, generator_for, out_of_memory
 
 ORDER, LABELS, NOISE = range(3)  # what a random generator is for, as part of its key
 VALIDATION_IMAGES = 2048
@@ -125,8 +127,9 @@ class Trainer:
             loss = self.diffusion.loss(self.network, x_0[mine], t[mine], noise[mine],
                                        None if labels is None else labels[mine])
         loss.backward()
+        loss = parallel.mean(loss.detach())
         norm = nn.utils.clip_grad_norm_(self.model.parameters(), self.max_grad_norm)
-        bad = (~torch.isfinite(norm)).float()
+        bad = (~(torch.isfinite(norm) & torch.isfinite(loss))).float()
         self.skipped = torch.stack([self.skipped[0] + bad, (self.skipped[1] + bad) * bad])
         for optimizer in self.optimizers.values():
             optimizer.found_inf = bad  # where this is 1 the weights stay as they are, without the processor waiting
@@ -134,7 +137,7 @@ class Trainer:
             optimizer.zero_grad()
         self.step += 1
         self.ema.update_parameters(self.model)
-        return loss.detach()
+        return loss
 
     @torch.no_grad()
     def validation_loss(self, validation: ImageData, batch_size: int = 512) -> float:
@@ -152,6 +155,54 @@ class Trainer:
                                               reduction="none").sum()
         return (parallel.total(losses) / count).item()
 
+    def is_finite(self) -> bool:
+        """Whether all weights and their averages are finite numbers."""
+        weights = [*self.model.parameters(), *self.ema.module.parameters()]
+        return bool(torch.stack([weight.isfinite().all() for weight in weights]).all())
+
+    def rehearse(self, count: int) -> None:
+        """Take the memory of a step with `count` images in this process, and change nothing."""
+        some = torch.arange(count, device=self.device) % len(self.data.images)
+        x_0, t = to_model(self.data.images[some]), torch.zeros(count, dtype=torch.long, device=self.device)
+        spare = [torch.empty_like(weight) for weight in self.model.parameters() for _ in range(2)]  # of the optimisers
+        try:
+            with autocast(self.device, self.precision):
+                self.diffusion.loss(self.model, x_0, t, x_0, self.data.labels[some] if self.conditional else None
+                                    ).backward()
+        finally:
+            self.model.zero_grad()
+            del spare
+
+    def fitting_batch(self, count: int, agree: bool = True) -> int:
+        """The first of `count`, its half, its quarter ... whose step fits in memory. RunFailed if none does.
+
+        agree: in that of all processes, which all ask, and not of this one alone.
+        """
+        while count >= parallel.size():
+            count -= count % parallel.size()
+            fits = self._fits(count // parallel.size())
+            if parallel.smallest(fits) if agree else fits:
+                return count
+            count //= 2
+        raise RunFailed("out of memory even for one image: choose a smaller --base_channels, or --patch_size 4")
+
+    def _fits(self, count: int) -> bool:
+        gc.collect()
+        if self.device.type == "cuda":
+            torch.cuda.empty_cache()
+        try:
+            self.rehearse(count)
+        except (RuntimeError, MemoryError) as error:
+            if not out_of_memory(error):
+                raise
+            return False
+        return True
+
+    @property
+    def checkpoint_bytes(self) -> int:
+        """About as much as a checkpoint takes: weights, their average, and the optimisers' two of each at most."""
+        return 4 * sum(weight.numel() * weight.element_size() for weight in self.model.parameters())
+
     def state(self) -> dict:
         """What a checkpoint holds of the learning."""
         return dict(model=self.model.state_dict(), ema=self.ema.module.state_dict(),
@@ -164,12 +215,34 @@ class Trainer:
         try:
             self.model.load_state_dict(checkpoint["model"])
             self.ema.module.load_state_dict(checkpoint["ema"])
-            for name, optimizer in self.optimizers.items():
-                peaks = [group["initial_lr"] for group in optimizer.param_groups]  # these may change
-                optimizer.load_state_dict(checkpoint["optimizer"][name])
-                for group, peak in zip(optimizer.param_groups, peaks, strict=True):
-                    group["initial_lr"] = peak
-        except (KeyError, RuntimeError, ValueError) as error:
+        except RuntimeError as error:
             raise ValueError(f"the checkpoint does not fit this network: {error}") from error
+        for name, optimizer in self.optimizers.items():
+            saved, groups = checkpoint["optimizer"].get(name), optimizer.state_dict()["param_groups"]
+            state = self._checked_state(optimizer, saved, checkpoint["step"])
+            for group, before in zip(groups, saved["param_groups"], strict=True):
+                group["lr"] = before["lr"]
+            optimizer.load_state_dict(dict(state=state, param_groups=groups))
         self.step = checkpoint["step"]
         self.ema.n_averaged.fill_(self.step)
+        skipped = checkpoint["history"].get("skipped") or [0.0, 0.0]
+        self.skipped = torch.tensor(skipped, dtype=torch.float32, device=self.device)
+
+    @staticmethod
+    def _checked_state(optimizer: torch.optim.Optimizer, saved: dict | None, step: int) -> dict:
+        """The state in an optimiser's saved state_dict; its settings are the run's own. ValueError if it is not its."""
+        state, groups = (saved.get(part) if isinstance(saved, dict) else None for part in ("state", "param_groups"))
+        if type(groups) is not list or len(groups) != len(optimizer.param_groups) or any(
+                type(group) is not dict or type(group.get("lr")) is not float or not 0 <= group["lr"] < math.inf
+                for group in groups):
+            raise ValueError("the checkpoint does not hold the settings of this run's optimisers")
+        weights = [weight for group in optimizer.param_groups for weight in group["params"]]
+        parts = ("momentum",) if isinstance(optimizer, Muon) else ("step", "exp_avg", "exp_avg_sq")
+        for i, weight in enumerate(weights if step else ()):
+            of_weight = state.get(i) if isinstance(state, dict) else None
+            if not isinstance(of_weight, dict) or of_weight.keys() != set(parts) or len(state) != len(weights):
+                raise ValueError("the checkpoint does not hold the state of this run's optimisers")
+            for name, value in of_weight.items():
+                if not is_like(value, torch.zeros(()) if name == "step" else weight) or not value.isfinite().all():
+                    raise ValueError(f"the checkpoint's {name} of the optimiser does not fit this network")
+        return state if step else {}

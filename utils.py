@@ -5,6 +5,7 @@ import contextlib
 import functools
 import json
 import math
+import os
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -13,6 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+import parallel
 from data import DATASETS, to_uint8
 from files import atomic_write
 
@@ -56,6 +58,13 @@ def pick_precision(precision: str, device: torch.device) -> str:
 def autocast(device: torch.device, precision: str) -> torch.autocast:
     """bfloat16 autocast on `device` for precision "bf16"; nothing for "fp32"."""
     return torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16")
+
+
+def out_of_memory(error: BaseException) -> bool:
+    """Whether this is what a device, or the host, raises when its memory is too small."""
+    words = ("out of memory", "not enough memory", "can't allocate memory", "bad_alloc", "failed to allocate")
+    return isinstance(error, torch.OutOfMemoryError | MemoryError) or (
+        isinstance(error, RuntimeError) and any(word in str(error).lower() for word in words))
 
 
 def count_parameters(model: nn.Module) -> int:
@@ -157,7 +166,7 @@ class Parser(argparse.ArgumentParser):
     def __init__(self, description: str):
         class Formatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
             def _get_help_string(self, action):
-                plain = action.default in (None, False, argparse.SUPPRESS)
+                plain = any(action.default is value for value in (None, False, argparse.SUPPRESS))
                 return action.help if plain else super()._get_help_string(action)
 
         super().__init__(description=description, formatter_class=Formatter, allow_abbrev=False)
@@ -232,11 +241,19 @@ def script(main: Callable[[Sequence[str] | None], None]) -> Callable[..., int]:
             return _complain(error, 2)
         except (RunFailed, OSError) as error:
             return _complain(error, 1)
+        except (RuntimeError, MemoryError) as error:
+            if parallel.lost(error):
+                return _complain("another process of this run has ended", 1)
+            if not out_of_memory(error):
+                raise
+            return _complain(f"out of memory ({str(error)[:100]}): try a smaller --batch_size", 1)
     return run
 
 
 def _complain(message, status: int) -> int:
     name = Path(sys.argv[0]).name
+    if status == 2 and os.environ.get("RANK", "0") != "0":
+        return status  # every process of torchrun's finds the same: one says it
     with contextlib.suppress(OSError):
         print(f"{name}: {' '.join(str(message).split())}", file=sys.stderr, flush=True)
     return status

@@ -23,7 +23,8 @@ def fields(**changes):
     sum(p.sum() for p in model.parameters()).backward()
     optimizer.step()
     weights = model.state_dict()
-    given = dict(config=dict(model=model.config, diffusion=process.config, data=dict(shape=[1, 8, 8]), training={}),
+    data = dict(dataset="glyphs", shape=[1, 8, 8], class_names=list("0123456789"))
+    given = dict(config=dict(model=model.config, diffusion=process.config, data=data, training={}),
                  model=weights, ema={name: value + 1 for name, value in weights.items()},
                  optimizer=optimizer.state_dict(), step=3, epoch=1, images_seen=12, seconds=1.5, precision="fp32",
                  seed=7, history={})
@@ -149,7 +150,7 @@ def test_other_objects_in_a_torch_file_are_refused(tmp_path):
             load_checkpoint(tmp_path / "model.pt")
 
 
-@pytest.mark.parametrize("part, change, reason", [("model", {"base_channels": 16}, r"does not have the shape \(16, "),
+@pytest.mark.parametrize("part, change, reason", [("model", {"base_channels": 16}, r"should be of the shape \(16, "),
                                                   ("model", {"unknown": 1}, "unexpected keyword argument 'unknown'"),
                                                   ("diffusion", {"schedule": "sigmoid"}, "unknown schedule 'sigmoid'"),
                                                   ("diffusion", {"unknown": 1}, "keyword argument 'unknown'")])

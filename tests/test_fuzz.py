@@ -1,0 +1,191 @@
+"""Flags at random: no script ever shows a traceback, hangs, says more than a line of what is wrong, or loses a file."""
+
+import contextlib
+import io
+import os
+import warnings
+from collections import Counter
+
+import pytest
+from harness import files
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from small import small_checkpoint
+
+import edit
+import sample
+import train
+import visualize_diffusion
+from checkpoint import load_checkpoint
+
+CASES = int(os.environ.get("FUZZ_CASES", 60))  # of each test; `make torture` asks for more
+quietly = settings(max_examples=CASES, deadline=None, database=None,
+                   suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large])
+
+NUMBERS = st.one_of(st.integers(-3, 70).map(str), st.floats().map(str), st.sampled_from(
+    ["0", "1", "-1", "1e-3", "0.5", "1e400", "-0", "9" * 30, "9" * 5000, "0x10", "1_000", "", " ", "nan", "inf", "٣"]))
+WORDS = st.one_of(st.text(max_size=8), st.sampled_from(
+    ["", "auto", "cpu", "cuda", "cuda:99", "mps", "fp32", "bf16", "glyphs", "mnist", "linear", "cosine", "eps", "edm",
+     "v", "muon", "3-5", "9-0", "cat,dog", "--", "-", "/dev/null", "/", ".", "\0", "a\nb", "é\udcff", "broken.pt"]))
+VALUES = st.one_of(NUMBERS, WORDS)
+
+
+def choices(script, *argv):
+    """The flags that a script has, from its own parser."""
+    args = script.parse_args(list(argv))
+    return sorted(vars(args[0] if isinstance(args, tuple) else args))
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory, data_dir):
+    """A folder to work in, with a checkpoint, a file that is none, and the user's notes."""
+    folder = tmp_path_factory.mktemp("fuzz")
+    small_checkpoint(folder / "model.pt", conditional=True, num_timesteps=8)
+    (folder / "broken.pt").write_bytes(b"broken")
+    (folder / "outputs").mkdir()
+    (folder / "outputs/notes.txt").write_text("mine")
+    before = os.getcwd()
+    os.chdir(folder)
+    os.symlink(data_dir.resolve(), folder / "data")
+    yield folder
+    os.chdir(before)
+
+
+def own(place):
+    """The user's files, and those of the present run."""
+    patterns = ("*.*", "outputs/*", "outputs/samples/*", "outputs/checkpoints/*")
+    kept = [path for pattern in patterns for path in place.glob(pattern)]
+    return {str(path.relative_to(place)): path.read_bytes() for path in kept if path.is_file() and path.name != ".lock"}
+
+
+CALLS = Counter()  # how often each script ended with which status
+
+
+def call(script, argv, place):
+    """The exit status of a script's main(argv), which says one line at most of what is wrong and loses no file."""
+    out, err, before = io.StringIO(), io.StringIO(), own(place)
+    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err), warnings.catch_warnings():
+        warnings.simplefilter("error")
+        status = script.main(argv)
+    now, CALLS[script.__name__, status] = own(place), CALLS[script.__name__, status] + 1
+    assert status in (0, 1, 2), status
+    if status == 2:
+        assert now == before
+    elif script is train and "--resume" not in argv:  # what an older run left is there still, if elsewhere
+        places = sorted((place / "outputs/previous").glob("*"), key=lambda path: path.stat().st_ctime_ns)
+        moved = files(places[-1]).values() if places else ()
+        assert {*before.values()} <= {*now.values(), *moved}
+    assert all(now[name] == before[name] for name in ("model.pt", "broken.pt", "outputs/notes.txt"))
+    lines = [line for line in err.getvalue().replace("\r", "\n").splitlines() if line.strip()]
+    if status == 2:
+        assert len([line for line in lines if not is_bar(line)]) == 1, err.getvalue()
+    assert not list((place / "outputs").rglob(".*.tmp"))
+    return status
+
+
+def is_bar(line):
+    """Whether this is of a progress bar."""
+    return "%|" in line or "it/s" in line or "s/it" in line or ("step" in line and "[" in line)
+
+
+def flags_of(names, values=VALUES, most=6):
+    """Lists of arguments: some of the flags, with values that may or may not make sense."""
+    one = st.tuples(st.sampled_from(names), st.lists(values, max_size=3)).map(lambda pair: [f"--{pair[0]}", *pair[1]])
+    return st.lists(one, max_size=most).map(lambda parts: [argument for part in parts for argument in part])
+
+
+# ---------------------------------------------------------------------------------------------------------------- train
+
+# A run that does start is over at once: these come last, so that they win.
+SHORT = ["--dataset", "glyphs", "--data_dir", "data", "--train_images", "4", "--epochs", "1", "--budget", "20s",
+         "--base_channels", "4", "--time_emb_dim", "4", "--depth", "1", "--middle_depth", "1", "--device", "cpu",
+         "--output_dir", "outputs"]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def small(data_dir):
+    """Little data, and few images to look at: what is tested here is what is done with flags."""
+    import training
+    from data import load_dataset
+    loaded = {split: load_dataset("glyphs", split, data_dir).first(64) for split in ("train", "validation", "test")}
+
+    def load(name, split="train", folder="data"):
+        if name != "glyphs" or folder != "data":
+            raise ValueError("there is no such data set in this test")
+        return loaded[split]
+    with pytest.MonkeyPatch.context() as patch:
+        for module in (train, visualize_diffusion, edit):
+            patch.setattr(module, "load_dataset", load)
+        patch.setattr(train, "PREVIEW_IMAGES", 2)
+        patch.setattr(training, "VALIDATION_IMAGES", 2)
+        yield
+
+
+@quietly
+@given(flags=flags_of(choices(train)))
+def test_train_refuses_or_runs_with_any_flags(place, flags):
+    call(train, [*flags, *SHORT], place)
+
+
+VALID = {  # flags with values that each make sense; together they may not
+    "timesteps": ["1", "2", "50"], "schedule": ["linear", "cosine"], "prediction": ["eps", "x0", "v", "edm"],
+    "timestep_sampling": ["uniform", "stratified", "lognormal"], "loss_weight": ["target", "min_snr"],
+    "snr_gamma": ["1e-6", "5", "1e30"], "patch_size": ["1", "2", "4"], "channel_mults": ["1", "1 2", "3", "1 1 1 1"],
+    "attention": ["0", "1", "2", "4", "2 4", "7"], "activation": ["silu", "gelu", "relu", "mish"],
+    "label_dropout": ["0", "0.5", "1"], "batch_size": ["1", "2", "3", "1000", "auto"],
+    "optimizer": ["muon", "adamw"], "lr": ["0", "1e-3", "1e30"], "muon_lr": ["0", "0.02", "1e30"],
+    "warmup": ["0", "0.5", "1"], "lr_schedule": ["cosine", "constant"], "weight_decay": ["0", "1e30"],
+    "max_grad_norm": ["1e-6", "1e30"], "ema_decay": ["0", "0.999", "1"], "precision": ["fp32", "bf16", "auto"],
+    "recipe": ["fast", "ddpm"], "seed": ["0", str(2**63 - 1)], "sample_interval": ["0", "1", "3"],
+    "save_interval": ["0", "1", "3"], "checkpoint_minutes": ["0", "1e-9", "5"], "keep_checkpoints": ["1", "5"],
+    "conditional": [""], "zero_terminal_snr": [""], "checkpointing": [""], "resume": [""], "epochs": ["1", "2"],
+}
+
+
+def valid_flags(most=8):
+    one = st.sampled_from(sorted(VALID)).flatmap(lambda name: st.sampled_from(VALID[name]).map(
+        lambda value: [f"--{name}", *value.split()]))
+    return st.lists(one, max_size=most).map(lambda parts: [argument for part in parts for argument in part])
+
+
+@settings(quietly, max_examples=max(10, CASES // 4))
+@given(flags=valid_flags())
+def test_train_ends_well_or_says_why_with_flags_that_make_sense(place, flags):
+    status = call(train, [*SHORT, *flags], place)
+    if status == 0:
+        saved = load_checkpoint(place / "outputs/model_final.pt")
+        assert all(weight.isfinite().all() for part in ("model", "ema") for weight in saved[part].values())
+
+
+# -------------------------------------------------------------------------------------------------------- other scripts
+
+
+@quietly
+@given(flags=flags_of(choices(sample, "--checkpoint", "x")), whole=st.booleans())
+def test_sample_refuses_or_makes_images_with_any_flags(place, flags, whole):
+    end = ["--num_images", "2", "--steps", "2", "--device", "cpu", "--output", "outputs/x.png"]
+    call(sample, ["--checkpoint", "model.pt", *flags, *(end if whole else end[:2])], place)
+
+
+@quietly
+@given(flags=flags_of(choices(visualize_diffusion)), whole=st.booleans())
+def test_visualize_refuses_or_draws_with_any_flags(place, flags, whole):
+    end = ["--dataset", "glyphs", "--data_dir", "data", "--save_path", "outputs/x.png", "--num_images", "1", "--steps",
+           "1", "--timesteps", "3"]
+    call(visualize_diffusion, [*flags, *(end if whole else [])], place)
+
+
+COMMANDS = ("inpaint", "vary", "interpolate", "invert")
+
+
+@quietly
+@given(command=st.sampled_from(COMMANDS), flags=flags_of(choices(edit, "inpaint", "--checkpoint", "x")),
+       whole=st.booleans())
+def test_edit_refuses_or_edits_with_any_flags(place, command, flags, whole):
+    end = ["--checkpoint", "model.pt", "--output", "outputs/x.png", "--steps", "1", "--device", "cpu"]
+    call(edit, [command, *flags, *(end if whole else end[:2])], place)
+
+
+def test_a_run_after_all_this_still_works(place):
+    assert call(train, [*SHORT, "--batch_size", "1"], place) == 0
+    assert load_checkpoint(place / "outputs/model_final.pt")["step"] == 4

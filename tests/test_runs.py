@@ -1,0 +1,328 @@
+"""A run that is stopped, killed, or runs out of disk loses nothing; a run's folder has one run and keeps the rest."""
+
+import functools
+import io
+import os
+import random
+import resource
+import shutil
+import signal
+import time
+import zipfile
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+from harness import (
+    STEPS,
+    SlowSave,
+    SmallDisk,
+    StopAt,
+    assert_refused,
+    assert_same_run,
+    assert_steps_once,
+    files,
+    kill_until_done,
+    metrics,
+    needs_fork,
+    run,
+    start,
+    tiny,
+    wait_until,
+)
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from test_checkpoint import fields
+
+import runs
+import train
+from checkpoint import FORMAT, load_checkpoint
+from files import atomic_write
+
+EVERY_STEP = ("--checkpoint_minutes", "0.000001")
+
+
+@pytest.fixture(scope="module")
+def whole(data_dir, tmp_path_factory):
+    """The folder of a run that nothing interrupted."""
+    folder = tmp_path_factory.mktemp("whole") / "run"
+    assert run(tiny(data_dir, folder), folder.parent / "log") == 0
+    return folder
+
+
+@pytest.fixture
+def half(whole, tmp_path):
+    """The folder of the same run as it was after its first epoch."""
+    (tmp_path / "run/checkpoints").mkdir(parents=True)
+    shutil.copy(whole / "checkpoints/model_epoch_001.pt", tmp_path / "run/checkpoints")
+    return tmp_path / "run"
+
+
+# ------------------------------------------------------------------------------------------------------------ stopped
+
+
+@needs_fork
+def test_a_run_killed_at_random_moments_ends_as_one_that_was_not(whole, data_dir, tmp_path):
+    folder = tmp_path / "run"
+    met = kill_until_done(tiny(data_dir, folder, *EVERY_STEP), tmp_path / "log", folder, 3, random.Random(0), 0.15)
+    assert met["kills"] == 3
+    assert_same_run(whole, folder)
+
+
+@needs_fork
+@pytest.mark.parametrize("stop", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
+def test_a_signal_ends_the_step_saves_and_has_its_exit_status(whole, data_dir, tmp_path, stop):
+    folder, log = tmp_path / "run", tmp_path / "log"
+    assert run(tiny(data_dir, folder), log, StopAt(3, stop)) == 128 + stop
+    assert runs.newest_valid(folder)[1]["step"] == 3
+    assert "go on with --resume" in log.read_text()
+    assert run(tiny(data_dir, folder, "--resume"), log) == 0
+    assert "Resuming" in log.read_text()
+    assert_same_run(whole, folder)
+
+
+@needs_fork
+def test_a_second_signal_leaves_at_once(data_dir, tmp_path):
+    process = start(tiny(data_dir, tmp_path / "run", *EVERY_STEP), tmp_path / "log", SlowSave(tmp_path / "saving"))
+    wait_until((tmp_path / "saving").exists, process)
+    os.kill(process.pid, signal.SIGTERM)
+    time.sleep(0.2)
+    assert process.is_alive()
+    os.kill(process.pid, signal.SIGTERM)
+    process.join(5)
+    assert process.exitcode == -signal.SIGTERM
+
+
+# ------------------------------------------------------------------------------------------------------------ resumed
+
+
+@pytest.mark.parametrize("damage", [lambda content: content[:len(content) // 2], lambda content: b"",
+                                    lambda content: content[:5000] + bytes([content[5000] ^ 1]) + content[5001:]],
+                         ids=["truncated", "empty", "one bit"])
+def test_a_broken_newest_checkpoint_is_named_and_passed_over(whole, half, capsys, damage):
+    newest = half / "checkpoints/model_step_00000006.pt"
+    newest.write_bytes(damage((whole / "checkpoints/model_epoch_002.pt").read_bytes()))
+    path, saved = runs.newest_valid(half)
+    assert path == half / "checkpoints/model_epoch_001.pt" and saved["step"] == STEPS
+    assert f"Passing over {newest}" in capsys.readouterr().out
+
+
+@needs_fork
+def test_a_run_resumed_behind_a_broken_checkpoint_equals_one_that_was_not_interrupted(whole, half, data_dir, tmp_path):
+    (half / "checkpoints/model_epoch_002.pt").write_bytes(b"half of it")
+    shutil.copytree(whole / "samples", half / "samples")
+    assert run(tiny(data_dir, half, "--resume"), tmp_path / "log") == 0
+    assert "Passing over" in (tmp_path / "log").read_text()
+    assert_same_run(whole, half)
+
+
+def test_the_furthest_checkpoint_is_the_newest_whatever_the_dates_say(whole, tmp_path):
+    shutil.copytree(whole, tmp_path / "run")
+    for age, path in enumerate(sorted((tmp_path / "run/checkpoints").iterdir(), reverse=True)):
+        os.utime(path, (2e9 + age, 2e9 + age))  # the first epoch's is the last to be copied
+    (tmp_path / "run/model_final.pt").unlink()
+    assert runs.newest_valid(tmp_path / "run")[1]["step"] == 2 * STEPS
+
+
+@needs_fork
+def test_where_all_is_broken_a_run_starts_afresh_says_so_and_keeps_the_broken(whole, data_dir, tmp_path):
+    folder, log = tmp_path / "run", tmp_path / "log"
+    (folder / "checkpoints").mkdir(parents=True)
+    (folder / "checkpoints/model_epoch_009.pt").write_bytes(b"broken")
+    assert run(tiny(data_dir, folder, "--resume"), log) == 0
+    assert all(words in log.read_text() for words in ("Passing over", "Nothing to resume", "starting afresh"))
+    assert [path.read_bytes() for path in folder.glob("previous/*/checkpoints/model_epoch_009.pt")] == [b"broken"]
+    assert_same_run(whole, folder)
+
+
+@pytest.mark.parametrize("flags, words", [
+    (["--base_channels", 16], ["base_channels", "8", "16"]),
+    (["--patch_size", 2], ["patch_size", "4", "2"]),
+    (["--prediction", "v"], ["prediction", "edm", "v"]),
+    (["--schedule", "linear"], ["schedule", "cosine", "linear"]),
+    (["--conditional"], ["num_classes", "None", "10"]),
+    (["--train_images", 128], ["train_images", "256", "128"]),
+    (["--batch_size", 32], ["batch_size", "64", "32"]),
+    (["--optimizer", "adamw"], ["optimizer", "muon", "adamw"]),
+], ids=str)
+def test_resuming_something_else_is_refused_with_both_values(half, data_dir, capfd, flags, words):
+    before = files(half)
+    assert_refused(capfd, train.main(tiny(data_dir, half, "--resume", *flags)), *words)
+    assert files(half) == before
+
+
+def test_resuming_with_another_data_set_is_refused_with_both_names(half, real_mnist, capfd):
+    before = files(half)
+    argv = tiny(real_mnist, half, "--resume", "--dataset", "mnist")
+    assert_refused(capfd, train.main(argv), "dataset", "glyphs", "mnist")
+    assert files(half) == before
+
+
+def test_a_resumed_run_has_the_flags_of_its_checkpoint_but_for_those_given_anew(half):
+    def flags(*more):
+        return train.parse_args(["--resume", "--output_dir", str(half), *more])[0]
+    args = flags()
+    assert (args.base_channels, args.batch_size, args.epochs, args.sample_interval) == (8, 64, 2, 2)
+    assert (args.precision, args.train_images, args.dataset) == ("fp32", 256, "glyphs")
+    assert flags("--lr", "0.5").lr == 0.5 != args.lr
+    assert (flags("--epochs", "7").epochs, flags("--epochs", "7").budget) == (7, None)
+    assert (flags("--budget", "7m").epochs, flags("--budget", "7m").budget) == (None, 420)
+
+
+@needs_fork
+def test_a_resumed_run_with_another_learning_rate_learns_with_it(half, data_dir, tmp_path):
+    assert run(tiny(data_dir, half, "--resume", "--lr", "0.5", "--lr_schedule", "constant"), tmp_path / "log") == 0
+    assert metrics(half)[-1]["lr"] == 0.5 and len(metrics(half)) == 2
+
+
+@pytest.mark.parametrize("flags", [{"lr": "high"}, {"lr": -1}, {"batch_size": [1, 2]}, {"epochs": 0}, {"budget": "x"},
+                                   {"seed": 1.5}, {"dataset": {"a": 1}}, {"timesteps": 10**12}, {"recipe": "poison"},
+                                   {"channel_mults": "x"}, {"attention": [4, "--output_dir"]}, {"conditional": "yes"},
+                                   {"precision": [[[]]]}],
+                         ids=lambda flags: next(iter(flags)))
+def test_a_checkpoint_with_flags_that_no_run_can_have_had_is_refused(half, data_dir, capfd, flags):
+    path = half / "checkpoints/model_epoch_001.pt"
+    saved = load_checkpoint(path)
+    saved.pop("format")
+    saved["config"]["training"] |= flags
+    torch.save({"format": FORMAT, **saved}, path)
+    before = files(half)
+    assert_refused(capfd, train.main(["--resume", "--output_dir", str(half), "--data_dir", str(data_dir)]),
+                   "model_epoch_001.pt")
+    assert files(half) == before
+
+
+@pytest.mark.parametrize("part, damage", [
+    ("muon", lambda state: state.clear()), ("adamw", lambda state: state.clear()),
+    ("adamw", lambda state: state[0].update(exp_avg=torch.zeros(1))),
+    ("adamw", lambda state: state[0].update(exp_avg=torch.full_like(state[0]["exp_avg"], torch.nan))),
+    ("adamw", lambda state: state[0].update(step=3)), ("adamw", lambda state: state[0].pop("step")),
+    ("muon", lambda state: state[0].update(momentum="none")),
+    ("muon", lambda state: state.update({99: state[0]})), ("adamw", lambda state: state[0].update(more=1)),
+])
+def test_a_checkpoint_whose_optimiser_does_not_fit_is_refused(half, data_dir, capfd, part, damage):
+    path = half / "checkpoints/model_epoch_001.pt"
+    saved = load_checkpoint(path)
+    damage(saved["optimizer"][part]["state"])
+    torch.save(saved, path)
+    before = files(half)
+    assert_refused(capfd, train.main(tiny(data_dir, half, "--resume")), "optimiser")
+    assert files(half) == before
+
+
+# ------------------------------------------------------------------------------------------------- one run in a folder
+
+
+@needs_fork
+def test_a_new_run_keeps_the_old_ones_results_and_touches_nothing_else(whole, data_dir, tmp_path):
+    folder, log = tmp_path / "run", tmp_path / "log"
+    shutil.copytree(whole, folder)
+    mine = {"notes.txt": b"mine", "samples/mine.png": b"mine", "checkpoints/best.pt": b"mine",
+            ".model_final.pt.mine.tmp": b"mine", "generated_samples.png": b"mine"}
+    for name, content in mine.items():
+        (folder / name).write_bytes(content)
+    (folder / "checkpoints/.model_step_00000001.pt.abcdefgh.tmp").write_bytes(b"what a killed run left")
+    before = files(whole)
+    for count in (1, 2):
+        assert run(tiny(data_dir, folder, "--seed", count), log) == 0
+        assert "Moved the results of an older run to" in log.read_text()
+        places = sorted((folder / "previous").iterdir())
+        assert len(places) == count and files(places[0]) == before
+    assert {name: content for name, content in files(folder).items() if content == b"mine"} == mine
+    assert not list(folder.rglob("*.abcdefgh.tmp"))
+
+
+@needs_fork
+def test_a_second_live_process_is_refused_and_the_lock_dies_with_the_first(data_dir, tmp_path, capfd):
+    folder, log = tmp_path / "run", tmp_path / "log"
+    first = start(tiny(data_dir, folder, "--epochs", 10_000, "--sample_interval", 0, "--save_interval", 0), log)
+    wait_until((folder / "metrics.jsonl").exists, first)
+    for resume in ([], ["--resume"]):
+        assert_refused(capfd, train.main(tiny(data_dir, folder, *resume)), "another run", str(folder), "--output_dir")
+    assert not (folder / "previous").exists() and first.is_alive()
+    os.kill(first.pid, signal.SIGKILL)
+    first.join()
+    with runs.claim(folder):
+        pass
+
+
+def fake(path: Path, step: int, valid: bool = True) -> Path:
+    """A small checkpoint, or what a bad disk made of it."""
+    path.parent.mkdir(exist_ok=True)
+    path.write_bytes(fake_content(step, valid))
+    return path
+
+
+@functools.cache
+def fake_content(step: int, valid: bool) -> bytes:
+    file = io.BytesIO()
+    torch.save({"format": FORMAT, **fields(step=step)}, file)
+    with zipfile.ZipFile(file) as archive:
+        weights = max((part for part in archive.infolist() if "/data/" in part.filename), key=lambda p: p.file_size)
+    content = bytearray(file.getvalue())
+    content[weights.header_offset + weights.file_size // 2 + 200] ^= not valid
+    return bytes(content)
+
+
+@settings(max_examples=10, deadline=None)
+@given(valid=st.lists(st.booleans(), min_size=1, max_size=6), keep=st.integers(1, 4), data=st.data())
+def test_pruning_keeps_so_many_and_never_deletes_the_last_valid_one(tmp_path_factory, valid, keep, data):
+    folder = tmp_path_factory.mktemp("prune")
+    made = [fake(folder / f"checkpoints/model_step_{step:08d}.pt", step, good) for step, good in enumerate(valid, 1)]
+    for path in made:
+        date = data.draw(st.integers(10**9, 2 * 10**9))
+        os.utime(path, (date, date))
+    runs.prune(folder, keep)
+    left = [path for path in made if path.exists()]
+    assert set(made[-keep:]) <= set(left) and len(left) <= keep + 1
+    assert any(map(runs.is_valid, left)) == any(valid)
+    assert len(left) <= keep or not any(map(runs.is_valid, made[-keep:]))
+
+
+# ---------------------------------------------------------------------------------------------------------- full disks
+
+
+@needs_fork
+@pytest.mark.parametrize("good", [2, 5, 9])
+def test_on_a_full_disk_the_last_good_checkpoint_stays_and_the_run_ends_with_one_line(data_dir, tmp_path, good):
+    folder, log = tmp_path / "run", tmp_path / "log"
+    assert run(tiny(data_dir, folder, *EVERY_STEP), log, SmallDisk(good)) == 1
+    last = log.read_text().splitlines()[-1]
+    assert "No space left on device" in last and not [name for name in files(folder) if name.endswith(".tmp")]
+    for path in folder.glob("checkpoints/*.pt"):
+        load_checkpoint(path)
+    if (folder / "metrics.jsonl").exists():
+        assert_steps_once(folder)
+    before = runs.newest_valid(folder)
+    assert run(tiny(data_dir, folder, "--resume"), log) == 0
+    assert not before or "Resuming" in log.read_text()
+
+
+@needs_fork
+def test_a_run_goes_on_when_there_is_room_again(whole, data_dir, tmp_path):
+    folder, log = tmp_path / "run", tmp_path / "log"
+    assert run(tiny(data_dir, folder, *EVERY_STEP), log, SmallDisk(good=3, bad=4)) == 0
+    assert "could not be written" in log.read_text()
+    assert load_checkpoint(folder / "model_final.pt")["step"] == 2 * STEPS
+    assert len(metrics(folder)) == len(metrics(whole))
+
+
+def test_a_disk_that_is_too_small_is_told_before_training(data_dir, tmp_path, capfd, monkeypatch):
+    monkeypatch.setattr(runs.shutil, "disk_usage", lambda _: SimpleNamespace(free=1000))
+    assert_refused(capfd, train.main(tiny(data_dir, tmp_path / "run")), "left", "checkpoints take", "--output_dir")
+    assert files(tmp_path) == {}
+
+
+@needs_fork
+def test_a_limit_on_the_size_of_files_leaves_the_old_file(tmp_path):
+    path = tmp_path / "file"
+    path.write_bytes(b"old")
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1000, before[1]))
+    try:
+        with pytest.raises(OSError), atomic_write(path) as file:
+            file.write(bytes(5000))
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert files(tmp_path) == {"file": b"old"}

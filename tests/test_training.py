@@ -1,0 +1,222 @@
+"""The trainer: exact at every step, unharmed by numbers that go wrong, and told by itself what fits in memory."""
+
+import functools
+import json
+import math
+
+import pytest
+import torch
+from harness import assert_identical, tiny
+
+import train
+from checkpoint import load_checkpoint
+from data import ImageData, load_dataset
+from diffusion import DiffusionProcess
+from models import create_model
+from training import Trainer, learning_rate
+from utils import RunFailed, out_of_memory
+
+KNOWN = functools.cache(load_dataset)
+TOTAL = 7  # steps; three and a half epochs
+
+
+@pytest.fixture(autouse=True)
+def known_data(monkeypatch):
+    """The data set is read from disk once for all tests."""
+    monkeypatch.setattr(train, "load_dataset", KNOWN)
+
+
+def make_trainer(**more):
+    """A trainer of a tiny conditional network on 16 random images, 8 in a batch."""
+    torch.manual_seed(0)
+    chance = torch.Generator().manual_seed(0)
+    images = torch.randint(0, 256, (16, 1, 8, 8), generator=chance, dtype=torch.uint8)
+    data = ImageData("noise", "train", images, torch.arange(16) % 2, ("even", "odd"))
+    model = create_model(base_channels=8, time_emb_dim=8, channel_mults=[1], num_classes=2)
+    return Trainer(data, model, DiffusionProcess(10, "cosine", prediction="v"),
+                   **{"batch_size": 8, "conditional": True, "label_dropout": 0.5, **more})
+
+
+def steps(trainer, count):
+    return [trainer.train_step(trainer.step / TOTAL).item() for _ in range(count)]
+
+
+def as_read(trainer):
+    """What a checkpoint file gives back of a trainer's state."""
+    return dict(torch.load(saved(trainer), weights_only=True), history=dict(skipped=trainer.skipped.tolist()))
+
+
+def saved(trainer):
+    import io
+    file = io.BytesIO()
+    torch.save(trainer.state(), file)
+    file.seek(0)
+    return file
+
+
+def spoil(monkeypatch, when, value=math.nan):
+    """Make the loss `value` in the steps for whose number, counted from 0, `when` holds."""
+    loss, count = DiffusionProcess.loss, [0]
+
+    def spoiled(self, model, x_0, *args, **kwargs):
+        result = loss(self, model, x_0, *args, **kwargs)
+        if result.ndim or not result.requires_grad:  # validation
+            return result
+        count[0] += 1
+        return result * value if when(count[0] - 1) else result
+    monkeypatch.setattr(DiffusionProcess, "loss", spoiled)
+
+
+def limit_memory(monkeypatch, largest, error):
+    """Let every step with more than `largest` images fail as for want of memory."""
+    loss = DiffusionProcess.loss
+
+    def limited(self, model, x_0, *args, **kwargs):
+        if len(x_0) > largest and torch.is_grad_enabled():
+            raise error
+        return loss(self, model, x_0, *args, **kwargs)
+    monkeypatch.setattr(DiffusionProcess, "loss", limited)
+
+
+OUT_OF_MEMORY = [torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB."), MemoryError(),
+                 RuntimeError("[enforce fail at alloc_cpu.cpp:118] err == 0. DefaultCPUAllocator: can't allocate "
+                              "memory: you tried to allocate 1099511627776 bytes."),
+                 RuntimeError("DefaultCPUAllocator: not enough memory: you tried to allocate 1 bytes.")]
+
+
+# --------------------------------------------------------------------------------------------------------------- exact
+
+
+@pytest.mark.parametrize("optimizer", ["muon", "adamw"])
+def test_stopped_at_any_step_and_taken_up_again_it_ends_the_same_bit_for_bit(optimizer):
+    whole = make_trainer(optimizer=optimizer)
+    losses = steps(whole, TOTAL)
+    for stop in range(TOTAL + 1):
+        first, second = make_trainer(optimizer=optimizer), make_trainer(optimizer=optimizer, seed=0)
+        before = steps(first, stop)
+        second.restore(as_read(first))
+        assert before + steps(second, TOTAL - stop) == losses
+        assert_identical(second.state(), whole.state())
+
+
+def test_a_resumed_trainer_has_its_own_settings_and_the_checkpoints_moments():
+    first, second = make_trainer(weight_decay=0.5), make_trainer(lr=0.125, weight_decay=0.25)
+    steps(first, 2)
+    second.restore(as_read(first))
+    [group] = second.optimizers["adamw"].param_groups
+    assert (group["initial_lr"], group["weight_decay"]) == (0.125, 0.25)
+    one, two = (trainer.optimizers["adamw"].state_dict()["state"] for trainer in (first, second))
+    assert_identical(one, two)
+
+
+def test_the_learning_rate_rises_to_its_peak_and_falls_to_nothing():
+    rates = [learning_rate(i / 1000, 0.1) for i in range(1001)]
+    assert rates[0] == 0 and rates[100] == max(rates) == 1 and rates[-1] < 1e-9
+    assert rates[:101] == sorted(rates[:101]) and rates[100:] == sorted(rates[100:], reverse=True)
+    assert learning_rate(0.7, 0.1, "constant") == 1
+
+
+# ------------------------------------------------------------------------------------------------ numbers that go wrong
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+@pytest.mark.parametrize("optimizer", ["muon", "adamw"])
+def test_a_step_without_a_finite_loss_changes_no_weight_and_is_counted(monkeypatch, optimizer, value):
+    spoil(monkeypatch, lambda i: i in (2, 3, 5), value)
+    trainer, seen = make_trainer(optimizer=optimizer), []
+    for step in range(TOTAL):
+        before = {name: weight.clone() for name, weight in trainer.model.state_dict().items()}
+        steps(trainer, 1)
+        same = all(torch.equal(before[name], weight) for name, weight in trainer.model.state_dict().items())
+        assert same == (step in (0, 2, 3, 5))  # in step 0 the rate is still 0
+        seen.append(tuple(trainer.skipped.tolist()))
+    assert seen == [(0, 0), (0, 0), (1, 1), (2, 2), (2, 0), (3, 1), (3, 0)]
+    assert all(weight.isfinite().all() for weight in trainer.ema.module.state_dict().values())
+    assert all(part.isfinite().all() for each in trainer.optimizers.values()
+               for state in each.state.values() for part in state.values())
+
+
+def test_a_run_survives_bad_steps_reports_them_and_writes_json(monkeypatch, data_dir, tmp_path, capfd):
+    spoil(monkeypatch, lambda i: i in (1, 2, 4, 5, 6, 7))  # all of the second epoch
+    assert train.main(tiny(data_dir, tmp_path)) == 0
+    err = capfd.readouterr().err
+    assert "2 steps so far" in err and "6 steps so far" in err
+    lines = (tmp_path / "metrics.jsonl").read_text().splitlines()
+    records = [json.loads(line, parse_constant=lambda name: pytest.fail(f"{name} is no JSON")) for line in lines]
+    assert records[0]["loss"] > 0 and records[1]["loss"] is None
+    assert load_checkpoint(tmp_path / "model_final.pt")["history"]["skipped"] == [6, 4]
+
+
+def test_several_bad_steps_in_a_row_stop_the_run_and_say_what_to_try(monkeypatch, data_dir, tmp_path, capfd):
+    monkeypatch.setattr(train, "MAX_BAD_STEPS", 4)
+    spoil(monkeypatch, lambda i: i >= 4)
+    assert train.main(tiny(data_dir, tmp_path, "--epochs", 9)) == 1
+    last = capfd.readouterr().err.splitlines()[-1]
+    assert all(word in last for word in ("not finite in 4 steps in a row", "step 8", "--lr", "--precision fp32"))
+    assert load_checkpoint(tmp_path / "checkpoints/model_epoch_001.pt")["step"] == 4
+    assert not (tmp_path / "model_final.pt").exists()
+
+
+# --------------------------------------------------------------------------------------------------------------- memory
+
+
+@pytest.mark.parametrize("error", OUT_OF_MEMORY, ids=["cuda", "host", "cpu", "windows"])
+def test_out_of_memory_is_one_line_with_the_batch_size_that_fits(monkeypatch, data_dir, tmp_path, capfd, error):
+    limit_memory(monkeypatch, 20, error)
+    assert train.main(tiny(data_dir, tmp_path)) == 1
+    err = capfd.readouterr().err
+    last = err.splitlines()[-1]
+    assert "step of 64 images: a batch of 16 fits (measured)" in last and "--batch_size" in last
+    assert "Traceback" not in err
+
+
+def test_a_batch_size_that_is_told_fits(monkeypatch, data_dir, tmp_path):
+    limit_memory(monkeypatch, 20, MemoryError())
+    assert train.main(tiny(data_dir, tmp_path, "--batch_size", 16, "--epochs", 1)) == 0
+
+
+def test_where_no_image_fits_that_is_said(monkeypatch, data_dir, tmp_path, capfd):
+    limit_memory(monkeypatch, 0, MemoryError())
+    for flags in ([], ["--batch_size", "auto"]):
+        assert train.main(tiny(data_dir, tmp_path, *flags)) == 1
+        assert "out of memory even for one image" in capfd.readouterr().err.splitlines()[-1]
+
+
+@pytest.mark.parametrize("largest, found", [(10**6, 128), (127, 64), (31, 16), (1, 1)])
+def test_batch_size_auto_finds_what_fits_and_resuming_keeps_it(monkeypatch, data_dir, tmp_path, largest, found):
+    limit_memory(monkeypatch, largest, MemoryError())
+    run, _ = train.parse_args(tiny(data_dir, tmp_path, "--batch_size", "auto")), None
+    trainer = train.Run(run[0], None, 0).trainer
+    assert (trainer.batch_size, run[0].batch_size) == (found, found)
+    assert trainer.steps_per_epoch == 256 // found
+
+
+def test_other_errors_are_not_taken_for_want_of_memory():
+    assert all(map(out_of_memory, OUT_OF_MEMORY))
+    assert not any(map(out_of_memory, [RuntimeError("shape mismatch"), ValueError("out of memory"), OSError(28, "x")]))
+
+
+@pytest.mark.parametrize("largest", [8, 3])
+def test_measuring_changes_nothing(monkeypatch, largest):
+    whole = make_trainer()
+    losses = steps(whole, 4)
+    trainer = make_trainer()
+    before = steps(trainer, 2)
+    limit_memory(monkeypatch, largest, MemoryError())
+    chance = torch.get_rng_state()
+    assert trainer.fitting_batch(8) == {8: 8, 3: 2}[largest]
+    assert torch.equal(chance, torch.get_rng_state())
+    monkeypatch.undo()
+    assert before + steps(trainer, 2) == losses
+    assert_identical(trainer.state(), whole.state())
+
+
+def test_measuring_passes_other_errors_on(monkeypatch):
+    trainer = make_trainer()
+    monkeypatch.setattr(trainer, "rehearse", lambda _: (_ for _ in ()).throw(RuntimeError("shape mismatch")))
+    with pytest.raises(RuntimeError, match="shape"):
+        trainer.fitting_batch(8)
+    limit_memory(monkeypatch, 0, MemoryError())
+    monkeypatch.setattr(trainer, "rehearse", lambda _: (_ for _ in ()).throw(MemoryError()))
+    with pytest.raises(RunFailed, match="even for one image"):
+        trainer.fitting_batch(8)
