@@ -1,0 +1,95 @@
+"""What a training run can be asked for: the recipes, and the flags of train.py."""
+
+from diffusion import LOSS_WEIGHTS, PREDICTIONS, SCHEDULES, TIMESTEP_SAMPLING
+from models.layers import ACTIVATIONS
+from training import LR_SCHEDULES
+from utils import Parser, add_shared_flags, duration, number
+
+# A recipe is nothing but defaults, which flags override. What they give, and why: README.md and benchmarks/RECORDS.md.
+RECIPES = {
+    "fast": dict(schedule="cosine", prediction="edm", timestep_sampling="lognormal", noise_mean=0.7, noise_std=0.9,
+                 base_channels=None, patch_size=2, middle_depth=3, batch_size=128, optimizer="muon", lr=2e-3,
+                 lr_schedule="cosine", warmup=0.02, precision="auto"),
+    # The textbook (Ho et al. 2020) as small toolkits have it: full resolution, no tricks.
+    "ddpm": dict(schedule="linear", prediction="eps", timestep_sampling="uniform", base_channels=64, patch_size=1,
+                 middle_depth=1, batch_size=128, optimizer="adamw", lr=2e-4, lr_schedule="constant", warmup=0.0,
+                 precision="fp32"),
+}
+
+
+def batch_size(text: str) -> int | str:
+    """A parser of flags' values: a whole number from 1 up, or auto."""
+    return text if text == "auto" else number(int, 1)(text)
+
+
+def make_parser(description: str) -> Parser:
+    """The flags of train.py, with the fast recipe's defaults."""
+    parser = Parser(description)
+    group = parser.add_argument_group("run")
+    group.add_argument("--recipe", choices=tuple(RECIPES), default="fast",
+                       help="defaults of other flags: fast, the best that we know; ddpm, the textbook")
+    add_shared_flags(group, "dataset", "data_dir", "output_dir", "device", "precision", "seed")
+    group.add_argument("--epochs", type=number(int, 1),
+                       help="passes over the training images (default: 20, or what --budget allows)")
+    group.add_argument("--budget", type=duration, metavar="TIME",
+                       help="wall-clock time for everything, start-up and saving included: 90s, 10m, 1.5h")
+    group.add_argument("--train_images", type=number(int, 1), help="learn from the first N training images only")
+    group.add_argument("--sample_interval", type=number(int, 0), default=1,
+                       help="epochs between two grids of samples; 0: none")
+    group.add_argument("--save_interval", type=number(int, 0), default=5,
+                       help="epochs between two checkpoints; 0: only model_final.pt")
+    group.add_argument("--checkpoint_minutes", type=number(float, 0), default=5.0,
+                       help="minutes between two checkpoints within the epochs; 0: none")
+    group.add_argument("--keep_checkpoints", type=number(int, 1), default=5,
+                       help="how many files checkpoints/ holds; the oldest go")
+    group.add_argument("--resume", action="store_true",
+                       help="go on from the newest valid checkpoint in --output_dir, with the flags of its run")
+    group = parser.add_argument_group("diffusion process")
+    group.add_argument("--timesteps", type=number(int, 1, 100_000), default=1000, help="T, the number of noising steps")
+    group.add_argument("--schedule", choices=SCHEDULES, help="how the noise grows")
+    group.add_argument("--prediction", choices=tuple(PREDICTIONS), help="what the network predicts")
+    group.add_argument("--timestep_sampling", choices=TIMESTEP_SAMPLING,
+                       help="which t are trained on")
+    group.add_argument("--noise_mean", type=number(float, -10, 10),
+                       help="mean of log(sigma / alpha / std of the data) under --timestep_sampling lognormal")
+    group.add_argument("--noise_std", type=number(float, 0.01, 10), help="and its standard deviation")
+    group.add_argument("--loss_weight", choices=LOSS_WEIGHTS, default="target",
+                       help="min_snr: the error of x_0 counts min(SNR, snr_gamma)")
+    group.add_argument("--snr_gamma", type=number(float, 1e-6), default=5.0, help="of --loss_weight min_snr")
+    group.add_argument("--zero_terminal_snr", action="store_true",
+                       help="stretch the schedule until its end is pure noise; not with --prediction eps")
+    group = parser.add_argument_group("network")
+    group.add_argument("--base_channels", type=number(int, 1, 4096),
+                       help="channels at the highest resolution (default: 64; 32 for a --budget up to half an hour "
+                            "on a CPU)")
+    group.add_argument("--patch_size", type=int, choices=(1, 2, 4),
+                       help="pixels unshuffled into channels; 1: convolutions at full resolution")
+    group.add_argument("--channel_mults", type=number(int, 1, 64), nargs="+", metavar="N",
+                       help="channels at each resolution / base_channels (default: by patch_size)")
+    group.add_argument("--depth", type=number(int, 1, 64), default=1, help="residual blocks in each stage")
+    group.add_argument("--middle_depth", type=number(int, 1, 64),
+                       help="residual blocks in the middle, at the lowest resolution (default: as --depth)")
+    group.add_argument("--attention", type=number(int, 0, 64), nargs="+", metavar="N",
+                       help="self-attention at 1/N of the image's size for each N; 0: none (default: at the lowest)")
+    group.add_argument("--activation", choices=tuple(ACTIVATIONS), default="silu", help="between the layers")
+    group.add_argument("--time_emb_dim", type=number(int, 2, 65536), default=256, help="size of the time embedding")
+    group.add_argument("--checkpointing", action="store_true", help="less memory for more time, for large networks")
+    group.add_argument("--conditional", action="store_true", help="learn the classes too")
+    group.add_argument("--label_dropout", type=number(float, 0, 1), default=0.1,
+                       help="share of the images that --conditional shows without their label")
+    group = parser.add_argument_group("optimiser")
+    group.add_argument("--batch_size", type=batch_size, metavar="N",
+                       help="images in a step, of all processes; auto: the recipe's, or the half, quarter ... of it "
+                            "that fits in memory")
+    group.add_argument("--optimizer", choices=("muon", "adamw"),
+                       help="adamw for all weights, or muon for the matrices and adamw for the rest")
+    group.add_argument("--lr", type=number(float, 0), help="peak learning rate of adamw")
+    group.add_argument("--muon_lr", type=number(float, 0), default=0.02, help="peak learning rate of muon")
+    group.add_argument("--warmup", type=number(float, 0, 1), help="share of the run in which lr rises")
+    group.add_argument("--lr_schedule", choices=LR_SCHEDULES, help="after the warm-up")
+    group.add_argument("--weight_decay", type=number(float, 0), default=0.0, help="of AdamW")
+    group.add_argument("--max_grad_norm", type=number(float, 1e-6), default=1.0,
+                       help="gradients are clipped to this norm")
+    group.add_argument("--ema_decay", type=number(float, 0, 1), default=0.999, help="of the average of the weights")
+    parser.set_defaults(**RECIPES["fast"])
+    return parser

@@ -1,0 +1,175 @@
+"""benchmark.py: what it counts is right, what it promises is in the JSON, and what cannot be is told in one line."""
+
+import json
+import subprocess
+import sys
+from importlib.util import find_spec
+
+import pytest
+import torch
+from PIL import Image
+from torch import nn
+from torch.testing import assert_close
+
+import benchmark
+import options
+import train
+from benchmarks import jobs, peers
+
+
+def call(*argv):
+    return benchmark.main([str(argument) for argument in argv])
+
+
+@pytest.fixture(scope="module")
+def report(data_dir, tmp_path_factory):
+    """The folder and the JSON of a quick run of the parts that need no long training."""
+    folder = tmp_path_factory.mktemp("benchmark")
+    assert call("scaling", "train", "peak", "--quick", "--contestants", "fast", "--dataset", "glyphs", "--data_dir",
+                data_dir, "--output_dir", folder, "--device", "cpu") == 0
+    return folder, json.loads((folder / "benchmark.json").read_text())
+
+
+def test_a_run_is_described(report):
+    _, found = report
+    assert {"command", "flags", "machine", "train", "scaling", "peak", "errors", "seconds"} <= found.keys()
+    assert {"cpu", "cores", "threads", "torch", "date", "load", "device"} <= found["machine"].keys()
+    assert found["machine"]["torch"] == torch.__version__.split("+")[0] and not found["errors"]
+
+
+def test_training_speed_lies_between_its_lowest_and_highest(report):
+    row = report[1]["train"]["rows"]["fast"]
+    assert 0 < row["low"] <= row["images_per_second"] <= row["high"] and row["runs"] >= 1
+    assert_close(row["minutes_for_20_epochs"], 20 * 55_000 / row["images_per_second"] / 60)
+
+
+def test_the_share_of_the_peak_is_the_ratio_of_what_was_measured(report):
+    row = report[1]["peak"]["rows"]["fast"]
+    assert_close(row["step_gflops"], row["step_flops"] / row["step_seconds"] / 1e9)
+    assert_close(row["share_of_best"], row["step_gflops"] / max(row["matrix_gflops"].values()))
+    assert row["step_flops"] == sum(row["by_operation"].values()) > 0
+
+
+def test_scaling_has_time_and_memory_along_each_axis(report):
+    folder, found = report
+    for axis in found["scaling"]["axes"].values():
+        assert all(point["seconds"] > 0 and point["peak_mb"] > 50 for point in axis["points"])
+        assert axis["power"].keys() == {"seconds", "peak_mb"}
+    with Image.open(folder / "benchmark_scaling.png") as picture:
+        picture.load()
+
+
+def test_the_operations_of_a_convolutional_network_are_those_counted_by_hand():
+    """Two 3×3 convolutions on 8×8 and a matrix: 2 · B · H · W · C_in · C_out · 9 each, and 2 · B · in · out."""
+    network = nn.Sequential(nn.Conv2d(3, 5, 3, padding=1), nn.ReLU(), nn.Conv2d(5, 7, 3, padding=1), nn.Flatten(),
+                            nn.Linear(7 * 64, 11))
+    x = torch.randn(4, 3, 8, 8)
+    first, second, last = 2 * 4 * 64 * 3 * 5 * 9, 2 * 4 * 64 * 5 * 7 * 9, 2 * 4 * 7 * 64 * 11
+    assert sum(jobs.count_flops(lambda: network(x)).values()) == first + second + last
+    # The backward pass costs that twice, but the gradient by the input image is not asked for.
+    both = jobs.count_flops(lambda: network(x).sum().backward())
+    assert sum(both.values()) == 3 * (first + second + last) - first
+
+
+def test_attention_counts():
+    q = torch.randn(2, 3, 16, 8)
+    counted = jobs.count_flops(lambda: nn.functional.scaled_dot_product_attention(q, q, q))
+    assert sum(counted.values()) == 2 * (2 * 2 * 3 * 16 * 16 * 8)
+
+
+def test_a_power_law_is_found():
+    xs = [1, 2, 4, 8]
+    assert_close(benchmark.power(xs, [3 * x**1.5 for x in xs]), 1.5)
+
+
+def test_ratios_are_above_one_where_the_first_wins():
+    assert benchmark.ratios({"a": 10.0, "b": 2.0}, smaller_is_better=False) == {"a against b": 5.0}
+    assert benchmark.ratios({"a": 10.0, "b": 2.0}, smaller_is_better=True) == {"a against b": 0.2}
+    assert benchmark.ratios({"a": 10.0}, smaller_is_better=True) == {}
+
+
+@pytest.mark.parametrize("images, sampler, speed, from_images, from_steps", [
+    (64, "few", 1e9, None, None),           # fast: all of it is measured
+    (64, "ddpm", 150, 64, 70),              # 4,500 evaluations in 30 s: fewer steps
+    (10_000, "few", 150, 192, 20),          # fewer images, whole batches
+    (10_000, "few", 1, 64, 20),             # never fewer than a batch
+])
+def test_a_time_beyond_the_limit_is_extrapolated_and_marked(images, sampler, speed, from_images, from_steps, tmp_path,
+                                                             monkeypatch):
+    """With a sampler whose time is exactly images · steps / speed, the extrapolation is exact."""
+    run = benchmark.Benchmark(benchmark.parse_args(["--limit", "30", "--output_dir", str(tmp_path)]), tmp_path)
+    monkeypatch.setattr(run, "sample", lambda name, images, sampler, steps: dict(seconds=images * steps / speed))
+    row = run.sample_row("fast", images, sampler, speed)
+    assert_close(row["seconds"], images * row["steps"] / speed)
+    source = row["extrapolated_from"]
+    assert (source and source["images"], source and source["steps"]) == (from_images, from_steps)
+
+
+def test_memory_is_that_of_this_process_alone():
+    """A child of a large process is small, although ru_maxrss would count its parent."""
+    ballast = bytearray(300 * 2**20)
+    code = "import importlib.util as u; from pathlib import Path; print(Path('/proc/self/status').read_text())"
+    child = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout
+    assert len(ballast) / 1e6 < jobs.peak_memory()
+    if "VmHWM" in child:
+        assert int(child.split("VmHWM:")[1].split()[0]) * 1024 < len(ballast)
+
+
+def test_the_named_configurations_are_flags_of_train():
+    parser = options.make_parser("")
+    assert benchmark.CONFIGS["first_try"]
+    for flags in benchmark.CONFIGS.values():
+        parser.parse_args(flags)
+    args = parser.parse_args(benchmark.CONFIGS["first_try"])
+    assert (args.base_channels, args.depth, args.patch_size, args.optimizer, args.lr) == (32, 2, 2, "adamw", 2e-3)
+
+
+@pytest.mark.parametrize("argv, said", [
+    (["speed"], "must be one of train, sample"),
+    (["train", "--contestants", "nobody"], "invalid choice"),
+    (["quality", "--budgets", "soon"], "90s, 10m or 1.5h"),
+    (["--device", "abacus"], "not available"),
+    (["--limit", "-1"], "from 0 up"),
+    (["scaling", "--contestants", "diffusers"], "--contestants"),
+])
+def test_what_cannot_be_is_told_in_one_line(argv, said, data_dir, tmp_path, capsys):
+    assert call(*argv, "--dataset", "glyphs", "--data_dir", data_dir, "--output_dir", tmp_path) == 2
+    error = capsys.readouterr().err.strip().splitlines()
+    assert said in error[-1]
+
+
+def test_missing_peers_are_told_of_and_left_out(data_dir, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(peers, "find_spec", lambda name: None)
+    args = benchmark.parse_args(["train", "--dataset", "glyphs", "--data_dir", str(data_dir), "--output_dir",
+                                 str(tmp_path)])
+    benchmark.check(args)
+    assert capsys.readouterr().err == ("Left out diffusers and denoising-diffusion-pytorch: pip install -r "
+                                       "requirements-bench.txt\n")
+    assert benchmark.Benchmark(args, tmp_path).contestants == ["fast", "ddpm", "first_try"]
+    assert call("train", "--contestants", "diffusers", "--dataset", "glyphs", "--data_dir", data_dir, "--output_dir",
+                tmp_path) == 2
+
+
+def test_a_job_that_fails_is_told_of_and_does_not_stop_the_rest(tmp_path, capsys):
+    run = benchmark.Benchmark(benchmark.parse_args(["--output_dir", str(tmp_path)]), tmp_path)
+
+    def measure(name):
+        if name == "ddpm":
+            raise benchmark.RunFailed("it broke")
+        return 1
+    assert run.each("train", measure, ["fast", "ddpm"]) == {"fast": 1}
+    assert run.errors == {"train ddpm": "it broke"} and "ddpm failed: it broke" in capsys.readouterr().err
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # the peers' own
+@pytest.mark.parametrize("name", peers.PEERS)
+def test_a_peer_has_the_textbooks_size_and_makes_images(name):
+    if find_spec(peers.PEERS[name].package) is None:
+        pytest.skip(f"{name} is missing: pip install -r requirements-bench.txt")
+    made = peers.make_peer(name, (1, 28, 28), "cpu")
+    assert 1.7e6 < sum(weight.numel() for weight in made.network.parameters()) < 2.1e6
+    assert made.train_step(torch.randint(0, 256, (2, 1, 28, 28), dtype=torch.uint8)) > 0
+    kept = made.snapshot()
+    for sampler in ("few", "ddpm"):
+        images = made.sample(2, sampler, 2, kept)
+        assert images.shape == (2, 1, 28, 28) and images.dtype == torch.uint8
