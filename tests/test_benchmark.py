@@ -13,7 +13,6 @@ from torch.testing import assert_close
 
 import benchmark
 import options
-import train
 from benchmarks import jobs, peers
 
 
