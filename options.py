@@ -60,8 +60,8 @@ def make_parser(description: str) -> Parser:
                        help="stretch the schedule until its end is pure noise; not with --prediction eps")
     group = parser.add_argument_group("network")
     group.add_argument("--base_channels", type=number(int, 1, 4096),
-                       help="channels at the highest resolution (default: 64; 32 for a --budget up to half an hour "
-                            "on a CPU)")
+                       help="channels at the highest resolution (default: 32 on a CPU, 64 on others and for a "
+                            "--budget of more than half an hour)")
     group.add_argument("--patch_size", type=int, choices=(1, 2, 4),
                        help="pixels unshuffled into channels; 1: convolutions at full resolution")
     group.add_argument("--channel_mults", type=number(int, 1, 64), nargs="+", metavar="N",

@@ -107,7 +107,7 @@ def saved_flags(parser: Parser, args, path: Path, saved: dict) -> list[str]:
 
 def good_width(budget: float | None, device: torch.device) -> int:
     """Base channels for a run: narrow where the time is short, for then images seen count more than parameters."""
-    return 32 if budget and budget <= 1800 and device.type == "cpu" else 64
+    return 32 if device.type == "cpu" and (budget or 0) <= 1800 else 64
 
 
 class Run:
