@@ -19,15 +19,18 @@ def start(device: torch.device) -> None:
     if "WORLD_SIZE" in os.environ and not dist.is_initialized():
         if device.type == "cuda":
             torch.cuda.set_device(device)
-        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+        store, number, count = next(dist.rendezvous("env://"))
+        attempt = dist.PrefixStore(f"attempt {restarts()}", store)  # torchrun keeps the addresses of those that ended
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo", store=attempt, rank=number,
+                                world_size=count)
         warnings.filterwarnings("ignore", "Grad strides do not match")  # of 1×1 convolutions: only a little slower
         if rank():
             sys.stdout = open(os.devnull, "w")  # noqa: SIM115 (until the process ends)
 
 
-def restarted() -> bool:
-    """Whether torchrun --max_restarts started this process in the place of one that ended."""
-    return int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) > 0
+def restarts() -> int:
+    """How often torchrun --max_restarts has started this process in the place of one that ended."""
+    return int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0))
 
 
 def lost(error: BaseException) -> bool:

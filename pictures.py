@@ -41,7 +41,7 @@ def read_npz(path: Path) -> tuple[np.ndarray, np.ndarray | None]:
         raise ValueError(f"there is no file or folder {path}")
     try:
         if zipfile.is_zipfile(path):
-            check_archive(path, largest=max(MIN_BYTES, MAX_RATIO * path.stat().st_size), compare=False)
+            check_archive(path, largest=max(MIN_BYTES, MAX_RATIO * path.stat().st_size))
         with path.open("rb") as opened, np.load(opened, allow_pickle=False) as file:
             return file["arr_0"], file.get("labels")
     except Exception as error:  # zipfile, zlib and numpy each have their own for a damaged or foreign file

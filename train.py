@@ -67,7 +67,7 @@ def parse_args(argv: Sequence[str] | None):
     if args.recipe != "fast":
         parser.set_defaults(**RECIPES[args.recipe])
         args = parser.parse_args(argv)
-    if args.resume or parallel.restarted():
+    if args.resume or parallel.restarts():
         parallel.start(get_device(parallel.local_device(args.device)))
         found = parallel.from_first(None if parallel.rank() else runs.newest_valid(Path(args.output_dir)))
         if found:

@@ -62,7 +62,8 @@ def autocast(device: torch.device, precision: str) -> torch.autocast:
 
 def out_of_memory(error: BaseException) -> bool:
     """Whether this is what a device, or the host, raises when its memory is too small."""
-    words = ("out of memory", "not enough memory", "can't allocate memory", "bad_alloc", "failed to allocate")
+    words = ("out of memory", "not enough memory", "can't allocate memory", "bad_alloc", "failed to allocate",
+             "could not create a primitive", "could not create a memory", "could not execute a primitive")  # oneDNN
     return isinstance(error, torch.OutOfMemoryError | MemoryError) or (
         isinstance(error, RuntimeError) and any(word in str(error).lower() for word in words))
 

@@ -135,6 +135,16 @@ def test_with_any_bit_of_a_weight_changed_it_is_refused(good):
             assert not loads_the_same_or_is_refused(bytes(changed), good.with_name("flipped.pt"), None)
 
 
+def test_a_tensor_that_a_changed_header_calls_a_folder_is_not_left_to_chance(good):
+    """torch fills such a tensor with whatever lay in memory."""
+    content = bytearray(good.read_bytes())
+    place = content.index(b"PK\x01\x02")
+    while not content[place + 46:].startswith(b"archive/data/3"):
+        place = content.index(b"PK\x01\x02", place + 1)
+    content[place + 38] ^= 0x10
+    assert loads_the_same_or_is_refused(bytes(content), good.with_name("flipped.pt"), load_checkpoint(good))
+
+
 @pytest.mark.parametrize("part", [0, 0.01, 0.2, 0.5, 0.9, 0.99, 0.999])
 def test_a_truncated_checkpoint_is_refused(good, tmp_path, capfd, part):
     content = good.read_bytes()

@@ -111,6 +111,6 @@ def test_one_process_alone_does_nothing():
     assert (parallel.rank(), parallel.size()) == (0, 1)
     assert parallel.total(value) is value and parallel.mean(value) is value
     assert torch.equal(parallel.gather(value), value) and parallel.from_first("x") == "x"
-    assert parallel.smallest(3) == 3 and not parallel.restarted() and not parallel.lost(RuntimeError("Connection lost"))
+    assert parallel.smallest(3) == 3 and not parallel.restarts() and not parallel.lost(RuntimeError("Connection lost"))
     with parallel.first_alone():
         pass
