@@ -142,8 +142,22 @@ VALID = {  # flags with values that each make sense; together they may not
 }
 
 
-def valid_flags(most=8):
-    one = st.sampled_from(sorted(VALID)).flatmap(lambda name: st.sampled_from(VALID[name]).map(
+VALID_ELSEWHERE = {  # the same for the other scripts
+    sample: {"num_images": ["1", "3"], "steps": ["1", "3", "8"], "sampler": ["ddpm", "ddim", "heun", "ipndm"],
+             "eta": ["0", "1"], "label": ["3", "0-2", "7,1"], "guidance_scale": ["0", "1", "3.5"], "seed": ["0", "9"],
+             "guidance_interval": ["0 7", "2 3"], "batch_size": ["1", "100"], "no_use_ema": [""], "gif": [""],
+             "show_intermediate": [""], "precision": ["fp32", "bf16"], "output": ["outputs/x.png", "outputs/x.npz"]},
+    visualize_diffusion: {"what": ["forward", "schedules", "denoising"], "num_images": ["1", "2"], "steps": ["1", "8"],
+                          "schedule": ["linear", "cosine"], "timesteps": ["1", "8"], "sampler": ["ddim", "heun"],
+                          "checkpoint": ["model.pt", "broken.pt"], "seed": ["0", "9"]},
+    edit: {"steps": ["1", "8"], "seed": ["0", "9"], "gif": [""], "index": ["0", "63", "64"], "mask": ["left", "center"],
+           "resample": ["1", "2"], "num_images": ["1", "2"], "strength": ["0", "0.5", "1"], "frames": ["2", "3"],
+           "seeds": ["1 2", "3 3"]},
+}
+
+
+def valid_flags(table=VALID, most=8):
+    one = st.sampled_from(sorted(table)).flatmap(lambda name: st.sampled_from(table[name]).map(
         lambda value: [f"--{name}", *value.split()]))
     return st.lists(one, max_size=most).map(lambda parts: [argument for part in parts for argument in part])
 
@@ -184,6 +198,17 @@ COMMANDS = ("inpaint", "vary", "interpolate", "invert")
 def test_edit_refuses_or_edits_with_any_flags(place, command, flags, whole):
     end = ["--checkpoint", "model.pt", "--output", "outputs/x.png", "--steps", "1", "--device", "cpu"]
     call(edit, [command, *flags, *(end if whole else end[:2])], place)
+
+
+@settings(quietly, max_examples=max(10, CASES // 4))
+@given(data=st.data(), script=st.sampled_from([sample, visualize_diffusion, edit]), command=st.sampled_from(COMMANDS))
+def test_the_others_end_well_or_say_why_with_flags_that_make_sense(place, data, script, command):
+    flags = data.draw(valid_flags(VALID_ELSEWHERE[script], most=3))
+    begin = {sample: ["--checkpoint", "model.pt", "--num_images", "2", "--steps", "2", "--output", "outputs/x.png"],
+             visualize_diffusion: ["--dataset", "glyphs", "--data_dir", "data", "--num_images", "1", "--save_path",
+                                   "outputs/x.png"],
+             edit: [command, "--checkpoint", "model.pt", "--data_dir", "data", "--output", "outputs/x.png"]}[script]
+    call(script, [*begin, *flags, "--device", "cpu"], place)
 
 
 def test_a_run_after_all_this_still_works(place):

@@ -35,6 +35,7 @@ from test_fuzz import (  # noqa: F401 (these run here too, with more cases)
     small,
     test_edit_refuses_or_edits_with_any_flags,
     test_sample_refuses_or_makes_images_with_any_flags,
+    test_the_others_end_well_or_say_why_with_flags_that_make_sense,
     test_train_ends_well_or_says_why_with_flags_that_make_sense,
     test_train_refuses_or_runs_with_any_flags,
     test_visualize_refuses_or_draws_with_any_flags,
