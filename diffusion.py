@@ -70,6 +70,7 @@ PREDICTIONS = {
 
 TIMESTEP_SAMPLING = ("uniform", "stratified", "lognormal")
 LOSS_WEIGHTS = ("target", "min_snr")
+VLB_WEIGHT = 0.001  # of the variational bound beside the simple loss: lambda in Nichol and Dhariwal 2021, eq. 16
 
 
 def _choice(what: str, value, allowed) -> None:
@@ -77,10 +78,25 @@ def _choice(what: str, value, allowed) -> None:
         raise ValueError(f"unknown {what} {value!r}: choose one of {', '.join(allowed)}")
 
 
+def discretised_log_likelihood(x: Tensor, mean: Tensor, log_variance: Tensor) -> Tensor:
+    """log of the mass that N(mean, exp(log_variance)) has around x, an 8-bit value in [-1, 1]: for each entry.
+
+    From x - 1/255 to x + 1/255, and on to infinity at -1 and 1, so that the masses of the 256 values sum to 1 (Ho et
+    al. 2020, eq. 13). Never less than log 1e-30.
+    """
+    # By symmetry every bin may lie below the mean, where a small mass is not a difference of numbers near 1.
+    outermost, half = x.abs() > 0.999, 1 / 255
+    centre = torch.where(outermost, -x.sign() * (x - mean), -(x - mean).abs())
+    scale = torch.exp(-log_variance / 2) / math.sqrt(2)
+    beyond = torch.erfc((half - centre) * scale).masked_fill(outermost, 0.0)
+    return ((torch.erfc((-half - centre) * scale) - beyond) / 2).clamp(min=1e-30).log()
+
+
 class DiffusionProcess:
     """A noise schedule, what the network predicts, and everything that follows from the two.
 
-    It has no learned state: its constructor arguments rebuild it exactly.
+    It has no learned state: its constructor arguments rebuild it exactly. A network with 2C output channels for images
+    of C also says how uncertain a step back is: the first half is its prediction, the second v of `log_variance`.
 
     num_timesteps        T, from 1 up
     schedule             "linear" (with beta_start, beta_end) or "cosine"
@@ -131,6 +147,9 @@ class DiffusionProcess:
         self.alphas_cumprod = torch.from_numpy(zero_terminal(curve) if zero_terminal_snr else curve)
         self.alphas = self.alphas_cumprod / torch.cat([torch.ones(1), self.alphas_cumprod[:-1]])
         self.betas = 1 - self.alphas
+        second = min(1, num_timesteps - 1)
+        self._least_log_variance = torch.log(
+            (1 - self.alphas_cumprod[0]) / (1 - self.alphas_cumprod[second]) * self.betas[second]).item()
         # lambda at t = -1, 0, ..., T-1: entry t + 1 is time t, and the clean image has infinite signal-to-noise.
         clean = torch.full((1,), math.inf, dtype=torch.float64)
         self._log_snr_table = torch.cat([clean, torch.logit(self.alphas_cumprod)])
@@ -234,14 +253,15 @@ class DiffusionProcess:
         a, b = PREDICTIONS[self.prediction](self.alpha(t), self.sigma(t), self.data_std)
         return (a * x_0 + b * noise).to(x_0.dtype)
 
-    def to_x_0(self, output: Tensor, x_t: Tensor, t) -> Tensor:
+    def to_x_0(self, output: Tensor, x_t: Tensor, t, clip: bool = False) -> Tensor:
         """x_0_hat from the network's output: the inverse of (x_0, noise) -> (x_t, target).
 
-        x_0 = (b · x_t - sigma · output) / (alpha · b - sigma · a)
+        x_0 = (b · x_t - sigma · output) / (alpha · b - sigma · a); clip keeps it in [-1, 1], as images are.
         """
         alpha, sigma = self.alpha(t), self.sigma(t)
         a, b = PREDICTIONS[self.prediction](alpha, sigma, self.data_std)
-        return ((b * x_t - sigma * output) / (alpha * b - sigma * a)).to(x_t.dtype)
+        x_0_hat = ((b * x_t - sigma * output) / (alpha * b - sigma * a)).to(x_t.dtype)
+        return x_0_hat.clamp(-1, 1) if clip else x_0_hat
 
     def to_noise(self, output: Tensor, x_t: Tensor, t) -> Tensor:
         """The noise in x_t from the network's output: (alpha · output - a · x_t) / (alpha · b - sigma · a)."""
@@ -250,38 +270,47 @@ class DiffusionProcess:
         return ((alpha * output - a * x_t) / (alpha * b - sigma * a)).to(x_t.dtype)
 
     def predict(self, model, x_t: Tensor, t, labels: Tensor | None = None) -> Tensor:
-        """The network's output (B, C, H, W) for x_t at t, in x_t's dtype; "edm" scales x_t to variance 1 before."""
+        """The network's output (B, C, H, W) for x_t at t, in x_t's dtype; "edm" scales x_t to variance 1 before.
+
+        Of a network that learned variances it is the first half.
+        """
+        return self.predict_both(model, x_t, t, labels)[0]
+
+    def predict_both(self, model, x_t: Tensor, t, labels: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
+        """(output, v) (B, C, H, W) each, from one evaluation; v is None where the network did not learn variances."""
         self._check(x_t, t)
         times = t if isinstance(t, Tensor) and t.ndim else torch.full((len(x_t),), float(t), device=x_t.device)
         if self.prediction == "edm":
             x_t = x_t * ((self.alpha(t) * self.data_std) ** 2 + self.sigma(t) ** 2).rsqrt().to(x_t.dtype)
-        output = model(x_t, times) if labels is None else model(x_t, times, labels)
-        return output.to(x_t.dtype)
+        output = (model(x_t, times) if labels is None else model(x_t, times, labels)).to(x_t.dtype)
+        return output.chunk(2, dim=1) if output.shape[1] == 2 * x_t.shape[1] else (output, None)
 
     def denoiser(self, model, labels: Tensor | None = None, clip: bool = True) -> Denoise:
         """denoise(x_t, t) -> x_0_hat, the one function that samplers see.
 
         `model(x, t)` or, with labels, `model(x, t, labels)`; clip keeps x_0_hat in [-1, 1], as images are.
         """
-        def denoise(x_t: Tensor, t) -> Tensor:
-            x_0_hat = self.to_x_0(self.predict(model, x_t, t, labels), x_t, t)
-            return x_0_hat.clamp(-1, 1) if clip else x_0_hat
-        return denoise
+        return lambda x_t, t: self.to_x_0(self.predict(model, x_t, t, labels), x_t, t, clip)
 
     # ------------------------------------------------------------------------------------------------------ training
 
     def loss(self, model, x_0: Tensor, t: Tensor | None = None, noise: Tensor | None = None,
-             labels: Tensor | None = None, reduction: str = "mean") -> Tensor:
+             labels: Tensor | None = None, reduction: str = "mean", hybrid: bool = True) -> Tensor:
         """|network(x_t, t) - target|², the mean over the batch or, with reduction="none", of each image (B,).
 
-        The simple loss of Ho et al. 2020, eq. 14, for any parametrisation; t and noise are drawn where not given.
+        The simple loss of Ho et al. 2020, eq. 14, for any parametrisation; t and noise are drawn where not given. With
+        a network that learns variances and hybrid=True it is the hybrid loss of Nichol and Dhariwal 2021, eq. 16:
+        VLB_WEIGHT · T · `vlb` is added, at the same times, from which v learns and the prediction does not.
         """
         _choice("reduction", reduction, ("mean", "none"))
         t = self.sample_timesteps(len(x_0)) if t is None else t
         x_t, noise = self.forward_diffusion(x_0, t, noise)
         target = self.target(x_0, noise, t)
-        error = F.mse_loss(self.predict(model, x_t, t, labels), target, reduction="none").flatten(1).mean(1)
-        error = error * self._loss_weight(t)
+        output, v = self.predict_both(model, x_t, t, labels)
+        error = F.mse_loss(output, target, reduction="none").flatten(1).mean(1) * self._loss_weight(t)
+        if v is not None and hybrid:
+            x_0_hat = self.to_x_0(output.detach(), x_t, t, clip=True)
+            error = error + VLB_WEIGHT * self.num_timesteps * self.vlb(x_0, x_0_hat, v, t)
         return error.mean() if reduction == "mean" else error
 
     def _loss_weight(self, t: Tensor) -> Tensor | float:
@@ -296,6 +325,39 @@ class DiffusionProcess:
         weight = torch.exp(self.log_snr(t)).clamp(max=self.snr_gamma) * (sigma / (alpha * b - sigma * a)) ** 2
         return weight.flatten()
 
+    def vlb(self, x_0: Tensor, x_0_hat: Tensor, v: Tensor, t: Tensor) -> Tensor:
+        """The term of time t (B,), whole, of the variational bound of each image (B,), in bits per dimension.
+
+        t > 0: KL(q(x_s | x_t, x_0) || p(x_s | x_t)) for s = t - 1, between normal distributions whose means differ by
+        alpha_s (1 - r) (x_0 - x_0_hat), as in `posterior`; t = 0: -log p(x_0 | x_t) of 8-bit images. The variance of p
+        is exp(`log_variance`(v)). Nichol and Dhariwal 2021, eqs. 5 and 6.
+        """
+        shift, _ = self.posterior(torch.zeros_like(x_0), x_0 - x_0_hat, t, t - 1)
+        log_q = self.log_variance_bounds(t, t - 1)[0].to(x_0.dtype)
+        log_p = self.log_variance(v, t, t - 1)
+        divergence = (log_p - log_q + torch.exp(log_q - log_p) + shift**2 * torch.exp(-log_p) - 1) / 2
+        nats = torch.where((t == 0).view(-1, 1, 1, 1), -discretised_log_likelihood(x_0, x_0_hat, log_p), divergence)
+        return nats.flatten(1).mean(1) / math.log(2)
+
+    @torch.no_grad()
+    def bits_per_dim(self, model, x_0: Tensor, noise: Tensor | None = None, labels: Tensor | None = None) -> Tensor:
+        """An upper bound of -log2 p(x_0) of 8-bit images x_0 (B, C, H, W), per dimension: (B,), from T evaluations.
+
+        KL(q(x_{T-1} | x_0) || N(0, 1)) and the `vlb` of every time (Nichol and Dhariwal 2021, eq. 4), an estimate of it
+        from one noise, which is drawn for each time where it is not given. For networks that did not learn variances
+        too: p has the posterior's then.
+        """
+        last = self.num_timesteps - 1
+        prior = (self.alpha(last) ** 2 * (x_0**2 - 1) - 2 * self.sigma(last).log()) / 2
+        bits = prior.flatten(1).mean(1) / math.log(2)
+        for time in range(self.num_timesteps):
+            t = torch.full((len(x_0),), time, device=x_0.device)
+            x_t = self.q_sample(x_0, t, noise)
+            output, v = self.predict_both(model, x_t, t, labels)
+            v = torch.full_like(output, -1) if v is None else v
+            bits = bits + self.vlb(x_0, self.to_x_0(output, x_t, t, clip=True), v, t)
+        return bits
+
     # ------------------------------------------------------------------------------------------- the reverse process
 
     def posterior(self, x_t: Tensor, x_0_hat: Tensor, t, s) -> tuple[Tensor, Tensor]:
@@ -308,24 +370,54 @@ class DiffusionProcess:
         The variance is 0-dim for numbers t and s, (B, 1, 1, 1) for tensors. ValueError unless s < t.
         """
         self._check(x_t, t, x_0_hat=x_0_hat)
-        lambda_t, lambda_s = self._lookup(t), self._lookup(s)
-        if lambda_t.device.type == "cpu" and not bool((torch.as_tensor(s) < torch.as_tensor(t)).all()):
-            raise ValueError(f"the posterior goes back in time: s must be less than t, got s = {s} and t = {t}")
-        one_minus_r = -torch.expm1(lambda_t - lambda_s)
+        lambda_t, lambda_s, one_minus_r = self._step(t, s)
         alpha_s, sigma_s2 = torch.sigmoid(lambda_s).sqrt(), torch.sigmoid(-lambda_s)
         keep = torch.sigmoid(lambda_t).sqrt() * sigma_s2 / (alpha_s * torch.sigmoid(-lambda_t))
         keep, move, variance = (c if c.ndim == 0 else c.to(x_t.dtype)
                                 for c in (keep, alpha_s * one_minus_r, sigma_s2 * one_minus_r))
         return keep * x_t + move * x_0_hat, variance
 
+    def _step(self, t, s) -> tuple[Tensor, Tensor, Tensor]:
+        """lambda_t, lambda_s and 1 - SNR(t) / SNR(s). ValueError unless s < t."""
+        lambda_t, lambda_s = self._lookup(t), self._lookup(s)
+        if lambda_t.device.type == "cpu" and not bool((torch.as_tensor(s) < torch.as_tensor(t)).all()):
+            raise ValueError(f"the posterior goes back in time: s must be less than t, got s = {s} and t = {t}")
+        return lambda_t, lambda_s, -torch.expm1(lambda_t - lambda_s)
+
+    def log_variance_bounds(self, t, s) -> tuple[Tensor, Tensor]:
+        """Logs of the variances of q(x_s | x_t, x_0), the posterior, and of q(x_t | x_s), for any s < t.
+
+        sigma_s² (1 - r) and sigma_t² (1 - r) = 1 - alpha_t² / alpha_s²: for s = t - 1 the beta-tilde and beta of Ho et
+        al. 2020, section 3.2, between which the best variance of p(x_s | x_t) lies: it is the first for data that are
+        one point and the second for data that are N(0, 1). At s = -1 the first would be log 0; that of (1, 0) stands in
+        for it, as in the code of Nichol and Dhariwal 2021. Shapes: as the variance of `posterior`.
+        """
+        lambda_t, lambda_s, one_minus_r = self._step(t, s)
+        lower, upper = (F.logsigmoid(-each) + one_minus_r.log() for each in (lambda_s, lambda_t))
+        return lower.masked_fill(lambda_s == math.inf, self._least_log_variance), upper
+
+    def log_variance(self, v: Tensor, t, s) -> Tensor:
+        """The learned log variance of p(x_s | x_t) (B, C, H, W): v' · upper + (1 - v') · lower with v' = (v + 1) / 2.
+
+        v (B, C, H, W) is the second half of the network's output, lower and upper are the `log_variance_bounds`: v = -1
+        and 1 give them. Nichol and Dhariwal 2021, eq. 15, for any s < t.
+        """
+        lower, upper = (bound if bound.ndim == 0 else bound.to(v.dtype) for bound in self.log_variance_bounds(t, s))
+        share = (v + 1) / 2
+        return share * upper + (1 - share) * lower
+
     def p_sample(self, model, x_t: Tensor, t, noise: Tensor | None = None, labels: Tensor | None = None,
                  clip: bool = True) -> Tensor:
-        """One DDPM reverse step x_t -> x_{t-1} (Ho et al. 2020, algorithm 2, with the posterior variance).
+        """One DDPM reverse step x_t -> x_{t-1} (Ho et al. 2020, algorithm 2).
 
-        t: whole times, a number or (B,). At t = 0 the variance is 0: the result is x_0_hat, without noise.
+        t: whole times, a number or (B,). The variance is the posterior's or, where the network learned it, its own; at
+        t = 0 it is 0: the result is x_0_hat, without noise.
         """
         self._check(x_t, t, noise=noise)
-        mean, variance = self.posterior(x_t, self.denoiser(model, labels, clip)(x_t, t), t, t - 1)
+        output, v = self.predict_both(model, x_t, t, labels)
+        mean, variance = self.posterior(x_t, self.to_x_0(output, x_t, t, clip), t, t - 1)
+        if v is not None:
+            variance = (variance > 0) * self.log_variance(v, t, t - 1).exp()
         return mean + variance.sqrt() * (torch.randn_like(x_t) if noise is None else noise)
 
     @torch.no_grad()

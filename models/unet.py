@@ -11,7 +11,7 @@ CHANNEL_MULTS = {1: (1, 2, 2), 2: (1, 2), 4: (2,)}
 
 
 class SimpleUNet(nn.Module):
-    """(x (B, C, H, W), t (B,), labels (B,)) -> (B, C, H, W): a time-embedded U-Net.
+    """(x (B, C, H, W), t (B,), labels (B,)) -> (B, C, H, W), or (B, 2C, H, W): a time-embedded U-Net.
 
     image_channels   1 or 3
     base_channels    channels at the highest resolution
@@ -26,6 +26,7 @@ class SimpleUNet(nn.Module):
     patch_size       1, 2 or 4: pixels are unshuffled into channels at the stem and shuffled back at the head, so that
                      no convolution runs above 1/patch_size of the resolution (Shi et al. 2016)
     checkpointing    train with less memory and a quarter more time: for large networks
+    learn_variance   twice the output channels: after the C of the prediction, C that say the variance of a step back
 
     The defaults are the layout of the textbook, 28 → 14 → 7. H and W must be divisible by `self.divisor`;
     ValueError for that and for arguments outside these.
@@ -34,7 +35,7 @@ class SimpleUNet(nn.Module):
     def __init__(self, image_channels: int = 1, base_channels: int = 64, time_emb_dim: int = 256,
                  channel_mults: Sequence[int] | None = None, depth: int = 1, middle_depth: int | None = None,
                  attention: Sequence[int] | None = None, activation: str = "silu", num_classes: int | None = None,
-                 patch_size: int = 1, checkpointing: bool = False):
+                 patch_size: int = 1, checkpointing: bool = False, learn_variance: bool = False):
         super().__init__()
         middle_depth = depth if middle_depth is None else middle_depth
         _check_arguments(image_channels, base_channels, min(depth, middle_depth), activation, num_classes, patch_size)
@@ -48,8 +49,9 @@ class SimpleUNet(nn.Module):
         self.config = dict(image_channels=image_channels, base_channels=base_channels, time_emb_dim=time_emb_dim,
                            channel_mults=list(mults), depth=depth, middle_depth=middle_depth, attention=attention,
                            activation=activation, num_classes=num_classes, patch_size=patch_size,
-                           checkpointing=bool(checkpointing))
-        self.image_channels, self.num_classes = image_channels, num_classes
+                           checkpointing=bool(checkpointing), learn_variance=bool(learn_variance))
+        self.image_channels, self.num_classes, self.learn_variance = image_channels, num_classes, bool(learn_variance)
+        out_channels = image_channels * (2 if learn_variance else 1)
         self.divisor = factors[-1]
         widths = [base_channels * m for m in mults]
 
@@ -70,7 +72,7 @@ class SimpleUNet(nn.Module):
         self.ups = nn.ModuleList(UpBlock(widths[i + 1], widths[i], time_emb_dim, **stage(i))
                                  for i in reversed(range(len(widths) - 1)))
         self.head = nn.Sequential(normalisation(widths[0]), ACTIVATIONS[activation](),
-                                  zero_init(nn.Conv2d(widths[0], image_channels * patch_size**2, 3, padding=1)),
+                                  zero_init(nn.Conv2d(widths[0], out_channels * patch_size**2, 3, padding=1)),
                                   nn.PixelShuffle(patch_size))
 
     def forward(self, x: Tensor, t: Tensor, labels: Tensor | None = None) -> Tensor:
@@ -83,7 +85,7 @@ class SimpleUNet(nn.Module):
         x = self.middle(x, emb)
         for up in self.ups:
             x = up(x, skips.pop(), emb)                                                     # twice the resolution
-        return self.head(x)                                                                 # (B, C, H, W)
+        return self.head(x)                                                                 # (B, C or 2C, H, W)
 
     def embed(self, t: Tensor, labels: Tensor | None = None) -> Tensor:
         """The embedding of the time, plus that of the label where the model has labels: (B, time_emb_dim).

@@ -2,11 +2,18 @@
 
 import json
 
+import numpy as np
 import pytest
 import torch
+from harness import tiny
+from small import small_checkpoint
 from torch import nn
 from torch.testing import assert_close
 
+import sample
+import train
+import training
+from checkpoint import FIELDS, load_checkpoint, load_model, save_checkpoint
 from diffusion import DiffusionProcess
 from models import create_model
 from models.layers import ACTIVATIONS, Attention, ResidualBlock, TimeEmbedding, normalisation
@@ -113,6 +120,16 @@ def test_the_output_has_the_shape_of_the_input(config, shape, num_classes):
         assert model(x, t, torch.tensor([0, 4])).shape == x.shape
 
 
+@pytest.mark.parametrize("config, shape", [(dict(), (1, 8, 8)), (dict(image_channels=3, patch_size=2), (3, 8, 8)),
+                                           (dict(patch_size=4, num_classes=4), (1, 8, 8))], ids=str)
+def test_a_network_that_learns_variances_has_them_beside_its_prediction(config, shape):
+    model, x, t = filled(**config, learn_variance=True), torch.randn(2, *shape), torch.tensor([0, 500])
+    prediction, v = model(x, t).chunk(2, dim=1)
+    assert prediction.shape == v.shape == x.shape and (prediction - v).abs().max() > 1e-3
+    again = filled(**config, learn_variance=True, checkpointing=True)
+    assert_close(again(x, t), model(x, t), rtol=0, atol=0)
+
+
 def test_the_defaults_have_about_two_million_parameters():
     assert 1.5e6 < sum(p.numel() for p in SimpleUNet().parameters()) < 2.5e6
 
@@ -170,7 +187,8 @@ def test_every_parameter_learns(config):
 
 
 @pytest.mark.parametrize("config", [dict(), dict(patch_size=2, num_classes=10, depth=2, attention=(2,)),
-                                    dict(image_channels=3, channel_mults=(1, 3), activation="mish")], ids=str)
+                                    dict(image_channels=3, channel_mults=(1, 3), activation="mish"),
+                                    dict(learn_variance=True)], ids=str)
 def test_the_config_rebuilds_the_model_through_json(config):
     model = create_model(**SMALL, **config)
     again = create_model(**json.loads(json.dumps(model.config)))
@@ -250,3 +268,93 @@ def test_it_can_learn_one_batch_by_heart(prediction):
         loss.backward()
         optimizer.step()
     assert first > 0.5 and loss.item() < 0.05
+
+
+@pytest.mark.parametrize("prediction", ["eps", "x0", "v", "edm"])
+def test_it_can_learn_that_constant_images_leave_nothing_uncertain(prediction):
+    torch.manual_seed(0)
+    process, model = DiffusionProcess(10, "cosine", prediction=prediction), create_model(**SMALL, learn_variance=True)
+    optimizer = torch.optim.Adam(model.parameters(), lr=1e-2)
+    x_0, noise, t = torch.full((9, 1, 8, 8), 0.5), torch.randn(9, 1, 8, 8), torch.arange(1, 10)
+    learned = lambda x, t: torch.cat([process.target(x_0, noise, t), model(x, t)[:, 1:]], dim=1)  # noqa: E731
+    losses = []
+    for _ in range(40):
+        losses.append(process.loss(learned, x_0, t, noise))  # the prediction is perfect: the bound alone is left
+        optimizer.zero_grad()
+        losses[-1].backward()
+        optimizer.step()
+    assert losses[-1] < losses[0] / 20
+    v = process.predict_both(model, process.q_sample(x_0, t, noise), t)[1]
+    assert_close(v.mean(), torch.tensor(-1.0), rtol=0, atol=0.2)  # the posterior's variance; it began at 0
+
+
+# --------------------------------------------------------------------------- learned variances, from the flag to images
+
+
+@pytest.fixture
+def little(monkeypatch):
+    """Validation and samples of a run prove no more with many images."""
+    monkeypatch.setattr(training, "VALIDATION_IMAGES", 64)
+
+
+def call(script, *argv):
+    assert script.main([*map(str, argv)]) == 0
+
+
+def drawn(checkpoint, output, *more):
+    call(sample, "--checkpoint", checkpoint, "--num_images", 4, "--device", "cpu", "--precision", "fp32", "--steps", 5,
+         "--output", output, *more)
+    with np.load(output) as file:
+        return file["arr_0"]
+
+
+def test_train_and_sample_with_learned_variances(data_dir, tmp_path, little, capsys):
+    argv = [*tiny(data_dir, tmp_path, "--learn_variance", "--conditional", "--checkpointing", "--sample_interval", 0,
+                  "--timesteps", 20)]
+    call(train, *argv, "--epochs", 1)
+    call(train, "--output_dir", tmp_path, "--data_dir", data_dir, "--resume", "--epochs", 2, "--device", "cpu")
+    model, _, saved = load_model(tmp_path / "model_final.pt")
+    assert model.learn_variance and saved["config"]["model"]["learn_variance"] and saved["epoch"] == 2
+    v = model(torch.randn(2, 1, 28, 28), torch.tensor([3.0, 12.0]))[:, 1:]
+    assert v.abs().max() > 1e-4  # it began at zero
+    records = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    assert all(np.isfinite([record["loss"], record["val_loss"]]).all() for record in records)
+    for options in ([], ["--label", "3", "--guidance_scale", 2]):
+        images = [drawn(tmp_path / "model_final.pt", tmp_path / "x.npz", "--sampler", sampler, *options)
+                  for sampler in ("ddpm", "dpmpp_2m")]
+        assert all(each.shape == (4, 28, 28, 1) and each.std() > 1 for each in images)
+    assert train.main([*argv, "--no-learn_variance", "--resume", "--epochs", "3"]) == 2
+    assert "learn_variance True, the flags ask for False" in capsys.readouterr().err
+
+
+def forget(path):
+    """Make a checkpoint one from before learned variances."""
+    saved = load_checkpoint(path)
+    del saved["config"]["model"]["learn_variance"]
+    saved["config"]["training"].pop("learn_variance", None)
+    save_checkpoint(path, **{name: saved[name] for name in FIELDS})
+
+
+def test_a_checkpoint_from_before_learned_variances_makes_the_same_images(tmp_path):
+    path = small_checkpoint(tmp_path / "model.pt")
+    before = drawn(path, tmp_path / "x.npz", "--sampler", "ddpm")
+    forget(path)
+    assert not load_model(path)[0].learn_variance
+    assert np.array_equal(drawn(path, tmp_path / "x.npz", "--sampler", "ddpm"), before)
+
+
+def test_a_run_from_before_learned_variances_goes_on(data_dir, tmp_path, little):
+    call(train, *tiny(data_dir, tmp_path, "--epochs", 1, "--sample_interval", 0, "--save_interval", 0))
+    forget(tmp_path / "model_final.pt")
+    call(train, "--output_dir", tmp_path, "--data_dir", data_dir, "--resume", "--epochs", 2, "--device", "cpu")
+    saved = load_checkpoint(tmp_path / "model_final.pt")
+    assert saved["epoch"] == 2 and saved["config"]["model"]["learn_variance"] is False
+
+
+def test_a_learn_variance_that_does_not_fit_the_weights_is_refused(tmp_path):
+    path = small_checkpoint(tmp_path / "model.pt")
+    saved = load_checkpoint(path)
+    saved["config"]["model"]["learn_variance"] = True
+    save_checkpoint(path, **{name: saved[name] for name in FIELDS})
+    with pytest.raises(ValueError, match="head"):
+        load_model(path)
