@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from diffusion import DiffusionProcess
+from samplers import DEFAULT_STEPS
 
 LEVELS = 127.5  # grey levels in a difference of 1 between images in [-1, 1]
 
@@ -111,7 +112,7 @@ def check_constant(images: Tensor) -> Finding:
 # ----------------------------------------------------------------------------------------------------- the schedule
 
 
-def check_schedule(diffusion: DiffusionProcess, steps: int = 20) -> list[Finding]:
+def check_schedule(diffusion: DiffusionProcess, steps: int = DEFAULT_STEPS) -> list[Finding]:
     """What is left of the image at T - 1, how much an error of the network counts there, and whether T is enough."""
     last = diffusion.num_timesteps - 1
     alpha, log_snr = diffusion.alpha(last).item(), diffusion.log_snr(last).item()

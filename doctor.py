@@ -283,7 +283,7 @@ def examine(args) -> Iterator[Finding]:
         name = str(checkpoint["config"]["data"].get("dataset"))
         if args.dataset not in (None, name):
             raise ValueError(f"{args.checkpoint} was trained on {name}, not {args.dataset}: leave out --dataset")
-        yield from check_schedule(diffusion, STEPS)
+        yield from check_schedule(diffusion)
         yield from look_at_checkpoint(checkpoint)
     if name:
         yield from look_at_data(args, name, model, diffusion, checkpoint)
@@ -304,7 +304,8 @@ def look_at_data(args, name: str, model, diffusion: DiffusionProcess, checkpoint
     if wrong:
         yield wrong
         return
-    yield from look_at_error(model, diffusion, train, unseen)
+    if not checkpoint["config"]["training"].get("student"):  # whose x_0_hat is an image, not the mean near to all
+        yield from look_at_error(model, diffusion, train, unseen)
     learnt = train.first(int(flag(checkpoint, "train_images", 0)) or len(train.images))
     yield from look_at_samples(model, diffusion, learnt, unseen)
 

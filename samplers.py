@@ -17,6 +17,7 @@ from torch import Tensor
 from diffusion import Denoise, DiffusionProcess
 
 Trajectory = Iterator[tuple[float, Tensor, Tensor]]
+LogVariance = Callable[[Tensor, float, float], Tensor]  # log_variance(x_t, t, s) -> that of x_s given x_t (B, C, H, W)
 
 
 def walk(timesteps: Sequence[float]) -> list[tuple[float, float]]:
@@ -33,15 +34,19 @@ def full_time(t: float, x: Tensor) -> Tensor:
 
 
 def ddpm(denoise: Denoise, x_T: Tensor, timesteps: Sequence[float], diffusion: DiffusionProcess, *, eta: float = 0.0,
-         randn: Callable[[Tensor], Tensor] = torch.randn_like) -> Trajectory:
+         randn: Callable[[Tensor], Tensor] = torch.randn_like, log_variance: LogVariance | None = None) -> Trajectory:
     """Ancestral sampling: x_s ~ q(x_s | x_t, x_0_hat) (Ho et al. 2020, algorithm 2), on any subset of the times.
 
-    The posterior is the exact one from t to s, however far apart they are. eta is not used.
+    The posterior is the exact one from t to s, however far apart they are; the further, the less its variance is
+    enough, as x_0_hat is not x_0. log_variance(x_t, t, s), asked right after denoise(x_t, t), takes its place (Nichol
+    and Dhariwal 2021, section 3.1). eta is not used.
     """
     x = x_T
     for t, s in walk(timesteps):
         x_0_hat = denoise(x, full_time(t, x))
         mean, variance = diffusion.posterior(x, x_0_hat, t, s)
+        if log_variance and s >= 0:
+            variance = log_variance(x, t, s).exp()
         x = mean + variance.sqrt() * randn(x) if s >= 0 else mean
         yield s, x, x_0_hat
 
@@ -61,6 +66,21 @@ def ddim(denoise: Denoise, x_T: Tensor, timesteps: Sequence[float], diffusion: D
         x = diffusion.alpha(s) * x_0_hat + (diffusion.sigma(s) ** 2 - fresh).clamp(min=0).sqrt() * noise_hat
         if eta and s >= 0:
             x = x + fresh.sqrt() * randn(x)
+        yield s, x, x_0_hat
+
+
+def consistency(denoise: Denoise, x_T: Tensor, timesteps: Sequence[float], diffusion: DiffusionProcess, *,
+                eta: float = 0.0, randn: Callable[[Tensor], Tensor] = torch.randn_like) -> Trajectory:
+    """Multistep consistency sampling (Song et al. 2023, algorithm 1): x_s = alpha_s · x_0_hat + sigma_s · fresh noise.
+
+    For the students of distill.py, whose x_0_hat is an image: it and the noise that ddim would keep depend on each
+    other, fresh noise does not. Other networks' x_0_hat is a mean of images, and here their variety would be lost. eta
+    is not used.
+    """
+    x = x_T
+    for t, s in walk(timesteps):
+        x_0_hat = denoise(x, full_time(t, x))
+        x = diffusion.alpha(s) * x_0_hat + diffusion.sigma(s) * randn(x) if s >= 0 else x_0_hat
         yield s, x, x_0_hat
 
 
@@ -173,10 +193,34 @@ def guide(diffusion: DiffusionProcess, model, labels: Tensor, scale: float, inte
     return denoise
 
 
+class Remembering:
+    """A network that learned variances, and keeps its last output, so that they cost no evaluation of their own."""
+
+    def __init__(self, model, diffusion: DiffusionProcess):
+        self.model, self.diffusion, self.num_classes, self.output = model, diffusion, model.num_classes, None
+
+    def __call__(self, *inputs: Tensor) -> Tensor:
+        self.output = self.model(*inputs)
+        return self.output
+
+    def log_variance(self, x_t: Tensor, t: float, s: float) -> Tensor:
+        """What the last evaluation, that of denoise(x_t, t), said of x_s: (B, C, H, W).
+
+        With guidance it held each image twice, and the first half, with the labels, counts.
+        """
+        v = self.output[:len(x_t), x_t.shape[1]:].to(x_t.dtype)
+        return self.diffusion.log_variance(v, t, s)
+
+
 # ---------------------------------------------------------------------------------- which times, which noise, the loop
 
 
-SAMPLERS = {"ddpm": ddpm, "ddim": ddim, "dpmpp_2m": dpmpp_2m, "heun": heun, "ipndm": ipndm}
+# What measured best per second (benchmarks/RECORDS.md), and what all scripts do without flags.
+DEFAULT_SAMPLER, DEFAULT_STEPS, DEFAULT_GUIDANCE = "dpmpp_2m", 10, 1.5
+STUDENT_SAMPLER, STUDENT_STEPS = "consistency", 2  # of checkpoints that distill.py wrote, which hold their guidance
+
+SAMPLERS = {"ddpm": ddpm, "ddim": ddim, "dpmpp_2m": dpmpp_2m, "heun": heun, "ipndm": ipndm,
+            "consistency": consistency}
 
 
 def uniform_timesteps(num_timesteps: int, steps: int) -> list[int]:
@@ -188,6 +232,50 @@ def uniform_timesteps(num_timesteps: int, steps: int) -> list[int]:
     if not 1 <= steps <= num_timesteps:
         raise ValueError(f"steps must lie in 1..{num_timesteps} (the process's number of timesteps), not {steps}")
     return [math.ceil(num_timesteps * (steps - i) / steps) - 1 for i in range(steps)]
+
+
+def quadratic_timesteps(num_timesteps: int, steps: int) -> list[float]:
+    """Real times, dense towards the image: t + 1 = T ((steps - i) / steps)² (Song et al. 2021, appendix D.2)."""
+    return [max(0.0, num_timesteps * ((steps - i) / steps) ** 2 - 1) for i in range(steps)]
+
+
+def noise_level_timesteps(diffusion: DiffusionProcess, steps: int, rho: float = math.inf) -> list[float]:
+    """T-1 and then real times at which sigma/alpha, to the power 1/rho, falls evenly (Karras et al. 2022, eq. 5).
+
+    rho = inf: the logarithm of sigma/alpha, and so the log-SNR, falls evenly. From HIGHEST_NOISE down to LOWEST_NOISE
+    times the data's standard deviation, as far as the schedule has them.
+    """
+    levels = [math.exp(-diffusion.log_snr(t).item() / 2) for t in (diffusion.num_timesteps - 1, 0)]
+    high = min(HIGHEST_NOISE * diffusion.data_std, levels[0])
+    low = min(high, max(LOWEST_NOISE * diffusion.data_std, levels[1]))
+    way = np.linspace(0, 1, steps)
+    if math.isinf(rho):
+        sigmas = high ** (1 - way) * low**way
+    else:
+        sigmas = (high ** (1 / rho) * (1 - way) + low ** (1 / rho) * way) ** rho
+    return [diffusion.num_timesteps - 1, *(diffusion.time_of(-2 * math.log(sigma)) for sigma in sigmas[1:])]
+
+
+HIGHEST_NOISE, LOWEST_NOISE = 20.0, 0.1  # measured: benchmarks/RECORDS.md
+SPACINGS = {
+    "uniform": lambda diffusion, steps: uniform_timesteps(diffusion.num_timesteps, steps),
+    "quadratic": lambda diffusion, steps: quadratic_timesteps(diffusion.num_timesteps, steps),
+    "log_snr": noise_level_timesteps,
+    "karras": lambda diffusion, steps: noise_level_timesteps(diffusion, steps, rho=3),
+}
+DEFAULT_SPACING = {"ddpm": "uniform", "ddim": "uniform", "dpmpp_2m": "karras", "heun": "karras", "ipndm": "uniform",
+                   "consistency": "uniform"}
+
+
+def spaced_timesteps(diffusion: DiffusionProcess, steps: int, spacing: str = "uniform") -> list[float]:
+    """`steps` times that fall from T-1 by a row of SPACINGS, no two the same. ValueError unless 1 <= steps <= T."""
+    if spacing not in SPACINGS:
+        raise ValueError(f"unknown spacing {spacing!r}: choose one of {', '.join(SPACINGS)}")
+    uniform_timesteps(diffusion.num_timesteps, steps)  # refuses impossible numbers
+    times = SPACINGS[spacing](diffusion, steps)
+    for i in reversed(range(1, steps)):  # few timesteps leave some levels at one time
+        times[i] = max(times[i], times[i + 1] + 1 / (2 * steps) if i + 1 < steps else 0)
+    return times
 
 
 def image_noise(indices: Iterable[int], seed: int, shape: Sequence[int], device="cpu") -> Callable[..., Tensor]:
@@ -205,19 +293,23 @@ def image_noise(indices: Iterable[int], seed: int, shape: Sequence[int], device=
 
 
 def generate(model, diffusion: DiffusionProcess, shape: Sequence[int], indices: Sequence[int], *, seed: int = 0,
-             sampler: str = "dpmpp_2m", steps: int = 20, eta: float = 0.0, batch_size: int = 64,
-             labels: Tensor | None = None, guidance_scale: float = 1.0,
+             sampler: str = DEFAULT_SAMPLER, steps: int = DEFAULT_STEPS, spacing: str | None = None, eta: float = 0.0,
+             batch_size: int = 64, labels: Tensor | None = None, guidance_scale: float = 1.0,
              guidance_interval: tuple[float, float] | None = None,
              clip: bool = True) -> Iterator[tuple[Sequence[int], Trajectory]]:
     """Make the images with these indices, batch by batch: yields (indices of the batch, its trajectory).
 
     This is the only loop that makes images from a checkpoint. `shape` is (C, H, W); image k of seed s has the same
     noise in every batch, and the same label, labels[k]. A trajectory is a sampler's generator: consume it before
-    asking for the next batch. Guidance (`guide`) needs labels. ValueError for unknown samplers, impossible step counts.
+    asking for the next batch. spacing None is the sampler's own (DEFAULT_SPACING). Guidance (`guide`) needs labels.
+    ddpm uses the variances of a model that learned them. ValueError for unknown names, impossible step counts.
     """
     if sampler not in SAMPLERS:
         raise ValueError(f"unknown sampler {sampler!r}: choose one of {', '.join(SAMPLERS)}")
-    timesteps = uniform_timesteps(diffusion.num_timesteps, steps)
+    timesteps, options = spaced_timesteps(diffusion, steps, spacing or DEFAULT_SPACING[sampler]), {}
+    if sampler == "ddpm" and getattr(model, "learn_variance", False):
+        model = Remembering(model, diffusion)
+        options = dict(log_variance=model.log_variance)
     for start in range(0, len(indices), batch_size):
         batch = indices[start:start + batch_size]
         randn = image_noise(batch, seed, shape, diffusion.device)
@@ -227,7 +319,7 @@ def generate(model, diffusion: DiffusionProcess, shape: Sequence[int], indices: 
             batch_labels = labels[list(batch)].to(diffusion.device)
             denoise = guide(diffusion, model, batch_labels, guidance_scale, guidance_interval, clip)
         denoise = torch.no_grad()(denoise)
-        yield batch, SAMPLERS[sampler](denoise, randn(), timesteps, diffusion, eta=eta, randn=randn)
+        yield batch, SAMPLERS[sampler](denoise, randn(), timesteps, diffusion, eta=eta, randn=randn, **options)
 
 
 def final_image(trajectory: Trajectory) -> Tensor:

@@ -6,6 +6,7 @@ element k gets a one as its k-th noise and zeros elsewhere, and sum the squares 
 
 import inspect
 import math
+from itertools import pairwise
 
 import numpy as np
 import pytest
@@ -17,7 +18,9 @@ from torch.testing import assert_close
 from diffusion import SCHEDULES, DiffusionProcess
 from models import create_model
 from samplers import (
+    DEFAULT_SPACING,
     SAMPLERS,
+    SPACINGS,
     ddim,
     ddpm,
     dpmpp_2m,
@@ -26,6 +29,7 @@ from samplers import (
     heun,
     image_noise,
     ipndm,
+    spaced_timesteps,
     uniform_timesteps,
 )
 
@@ -179,7 +183,8 @@ def test_ddpm_over_all_times_is_p_sample_repeated():
 @all_samplers
 def test_samplers_share_one_signature(sampler):
     parameters = inspect.signature(sampler).parameters
-    assert list(parameters) == ["denoise", "x_T", "timesteps", "diffusion", "eta", "randn"]
+    own = ["log_variance"] if sampler is ddpm else []
+    assert list(parameters) == ["denoise", "x_T", "timesteps", "diffusion", "eta", "randn", *own]
     assert parameters["eta"].kind is parameters["randn"].kind is inspect.Parameter.KEYWORD_ONLY
 
 
@@ -246,6 +251,64 @@ def test_uniform_timesteps_at_the_extremes(T):
 def test_impossible_numbers_of_steps_are_refused_with_the_range(steps):
     with pytest.raises(ValueError, match=rf"1\.\.10.* not {steps}"):
         uniform_timesteps(10, steps)
+
+
+# ------------------------------------------------------------------------------------------------------- other spacings
+
+
+@pytest.mark.parametrize("spacing", SPACINGS)
+@pytest.mark.parametrize("schedule", SCHEDULES)
+@pytest.mark.parametrize("T", [1, 2, 3, 10, 50, 1000])
+def test_times_fall_strictly_within_the_process_by_every_spacing(spacing, schedule, T):
+    for zero_terminal in (False, True):
+        process = DiffusionProcess(T, schedule, prediction="v", zero_terminal_snr=zero_terminal, data_std=0.5)
+        for steps in {1, 2, 3, min(T, 20), T}:
+            if steps <= T:
+                times = spaced_timesteps(process, steps, spacing)
+                assert len(times) == steps and times[0] == T - 1 and times[-1] >= 0
+                assert all(t > s for t, s in pairwise(times))
+
+
+def evenness(values):
+    """The largest difference between two neighbouring gaps, as a share of the mean gap."""
+    gaps = np.diff(np.asarray(values))
+    return np.abs(np.diff(gaps)).max() / abs(gaps.mean())
+
+
+@pytest.mark.parametrize("spacing, even", [
+    ("uniform", lambda process, t: t),
+    ("quadratic", lambda process, t: math.sqrt(t + 1)),
+    ("log_snr", lambda process, t: process.log_snr(t).item()),
+    ("karras", lambda process, t: math.exp(-process.log_snr(t).item() / 2 / 3)),  # the cube root of sigma/alpha
+])
+def test_what_falls_evenly_by_each_spacing(spacing, even):
+    process = DiffusionProcess(1000, "cosine", prediction="edm", data_std=0.5)
+    times = spaced_timesteps(process, 10, spacing)[1:]
+    assert evenness([even(process, t) for t in times]) < 1e-2
+    others = [name for name in SPACINGS if name != spacing]
+    assert all(evenness([even(process, t) for t in spaced_timesteps(process, 10, name)[1:]]) > 0.1 for name in others)
+
+
+def test_unknown_spacings_and_impossible_numbers_are_refused():
+    process = DiffusionProcess(10)
+    with pytest.raises(ValueError, match="uniform, quadratic, log_snr, karras"):
+        spaced_timesteps(process, 5, "even")
+    for steps in (0, 11):
+        with pytest.raises(ValueError, match=r"1\.\.10"):
+            spaced_timesteps(process, steps, "karras")
+
+
+def test_every_sampler_has_a_spacing_of_its_own_that_a_name_overrides():
+    assert DEFAULT_SPACING.keys() == SAMPLERS.keys() and set(DEFAULT_SPACING.values()) <= SPACINGS.keys()
+    process = DiffusionProcess(100, "cosine", prediction="v")
+    model = create_model(base_channels=8, time_emb_dim=8, channel_mults=[1, 2])
+
+    def times(**options):
+        [(_, trajectory)] = generate(model, process, (1, 8, 8), [0], steps=5, **options)
+        return [t for t, *_ in trajectory]
+    for name, spacing in DEFAULT_SPACING.items():
+        assert times(sampler=name) == [*spaced_timesteps(process, 5, spacing)[1:], -1]
+        assert times(sampler=name, spacing="quadratic") == [*spaced_timesteps(process, 5, "quadratic")[1:], -1]
 
 
 # --------------------------------------------------------------------------------------------------------- image_noise
