@@ -3,11 +3,14 @@
     python benchmark.py
     python benchmark.py train sample --contestants fast ddpm
     python benchmark.py quality --budgets 1m 3m 10m --num_images 5000
+    python benchmark.py gpu
 
 train    images a second in training              sample   seconds for 64 and for 10,000 images
 memory   peak memory of training and sampling     scaling  how time and memory grow with batch, width, size and steps
 peak     share of the machine's best matrix product that a training step reaches, and what takes its time
-quality  Fréchet distance above the floor after training for each of --budgets
+quality  Fréchet distance above the floor after training for each of --budgets, the images by the default steps of a
+         fast sampler (ours: that of sample.py; diffusers: DPM-Solver++; denoising-diffusion-pytorch: DDIM)
+gpu      on CUDA: quality after 10 s on MNIST and 60 s on Fashion-MNIST, start-up aside, and seconds for 10,000 images
 
 Contestants are recipes of train.py, the named configurations in benchmarks/*.txt and, where they are installed (pip
 install -r requirements-bench.txt), other toolkits. The first is what the ratios compare with. Every measurement is a
@@ -41,18 +44,21 @@ from files import atomic_write, check_writable
 from utils import Parser, RunFailed, add_shared_flags, duration, get_device, number, script
 
 ROOT = Path(__file__).resolve().parent
-PARTS = ("train", "sample", "memory", "scaling", "peak", "quality")
+PARTS = ("train", "sample", "memory", "scaling", "peak", "quality", "gpu")
 RECIPES = {"fast": [], "ddpm": ["--recipe", "ddpm"]}
 CONFIGS = {path.stem: shlex.split(path.read_text(), comments=True)
            for path in sorted((ROOT / "benchmarks").glob("*.txt"))}
 OURS = RECIPES | CONFIGS
 BATCH_SIZE, FIRST_STEPS = 128, 50
 # seconds: of a measurement; many, ddpm_steps: of sample; few_steps: of the peers' fast samplers and our default;
-# flags: of every train.py; train_images: of an epoch (None: what `seconds` allow); axes: of scaling
+# flags: of every train.py; train_images: of an epoch (None: what `seconds` allow); axes: of scaling; gpu: seconds of
+# training by data set
 FULL = dict(seconds=8.0, epochs=4, train_images=None, matrix=4096, flags=[], many=10_000, ddpm_steps=1000, few_steps=20,
+            gpu=dict(mnist=10.0, fashion_mnist=60.0),
             axes=dict(batch_size=(16, 32, 64, 128, 256, 512), base_channels=(32, 64, 96, 128),
                       image_size=(16, 28, 40, 64), steps=(5, 10, 20, 50, 100)))
 QUICK = dict(seconds=0.1, epochs=2, train_images=64, matrix=256, many=128, ddpm_steps=100, few_steps=2,
+             gpu=dict(glyphs=2.0),
              flags=["--base_channels", "8", "--patch_size", "4", "--channel_mults", "1", "--batch_size", "16",
                     "--time_emb_dim", "16", "--depth", "1"],
              axes=dict(batch_size=(16, 32), steps=(2, 4)))
@@ -67,12 +73,16 @@ def part(text: str) -> str:
 
 def parse_args(argv: Sequence[str] | None):
     parser = Parser(__doc__)
-    parser.add_argument("what", nargs="*", type=part, metavar="what", help=f"any of {', '.join(PARTS)} (default: all)")
+    parser.add_argument("what", nargs="*", type=part, metavar="what",
+                        help=f"any of {', '.join(PARTS)} (default: all, gpu only on CUDA)")
     parser.add_argument("--contestants", nargs="+", choices=(*OURS, *PEERS), default=[*OURS, *PEERS],
-                        help="who is measured; peak takes only ours, and scaling the first of ours")
+                        help="who is measured; peak takes only ours, scaling and gpu the first of ours")
     parser.add_argument("--budgets", nargs="+", type=duration, default=[60.0, 180.0], metavar="TIME",
                         help="of quality: how long each contestant trains, in seconds or as 10m")
     parser.add_argument("--num_images", type=number(int, 1), default=5000, help="of quality: images that are measured")
+    parser.add_argument("--image_time", type=duration, default=300.0, metavar="TIME",
+                        help="of quality: the most that making the images for one figure may take; where it does not "
+                             "suffice, fewer are measured, which is said")
     parser.add_argument("--limit", type=number(float, 0), default=30.0,
                         help="of sample: seconds beyond which a time is extrapolated, and marked so, from a part of it")
     parser.add_argument("--quick", action="store_true",
@@ -84,8 +94,8 @@ def parse_args(argv: Sequence[str] | None):
     if args.quick:
         parser.set_defaults(budgets=[15.0], num_images=500, limit=1.0)
         args = parser.parse_args(argv)
-    args.what = [each for each in PARTS if each in (args.what or PARTS)]
     args.device = str(get_device(args.device))
+    args.what = [each for each in PARTS if (each in args.what if args.what else each != "gpu" or "cuda" in args.device)]
     return args
 
 
@@ -133,6 +143,15 @@ def run_script(name: str, argv: Sequence[str]) -> dict:
         words = done.stderr.strip().splitlines() or [f"exit status {done.returncode}"]
         raise RunFailed(words[-1].strip())
     return dict(output=done.stdout, process_seconds=time.perf_counter() - start)
+
+
+def run_sample(argv: Sequence[str]) -> dict:
+    """run_script of sample.py, with its "steps" and the "seconds" of its sampling."""
+    done = run_script("sample.py", argv)
+    said = re.search(r"\d+ images by .* in (\d+) steps: ([\d.]+) s", done["output"])
+    if not said:
+        raise RunFailed(f"sample.py does not tell its time: {done['output'][-200:]!r}")
+    return dict(done, steps=int(said[1]), seconds=float(said[2]))
 
 
 def run_job(job: str, **fields) -> dict:
@@ -286,11 +305,7 @@ class Benchmark:
         if memory:
             return self.job("script", name="sample.py", argv=argv)
         if str(argv) not in self._known:
-            done = self._known[str(argv)] = run_script("sample.py", argv)
-            said = re.search(r"\d+ images by .* in (\d+) steps: ([\d.]+) s", done["output"])
-            if not said:
-                raise RunFailed(f"sample.py does not tell its time: {done['output'][-200:]!r}")
-            done |= dict(steps=int(said[1]), seconds=float(said[2]))
+            self._known[str(argv)] = run_sample(argv)
         return self._known[str(argv)]
 
     def sample_row(self, name: str, images: int, sampler: str, speed: float | None) -> dict:
@@ -367,7 +382,8 @@ class Benchmark:
                            size=self.plan["matrix"])
             limits = ", ".join(f"{what} {share:.0%}" for what, share in list(row["slowest"].items())[:4])
             show(name, row["step_gflops"], *row["matrix_gflops"].values(), f"{row['share_of_best']:.1%}")
-            print(f"    its time goes to: {limits}")
+            print(f"    {row['arithmetic']:.0%} of its time in convolutions and matrix products, which reach "
+                  f"{row['share_within']:.1%} there; its time goes to: {limits}")
             return row
         show("GFLOP/s", "training", "product fp32", "product bf16", "share of best")
         rows = self.each("peak", measure, self.ours)
@@ -386,16 +402,18 @@ class Benchmark:
                     ratios={budget: ratios(values, True) for budget, values in by_budget.items() if values})
 
     def our_quality(self, name: str) -> Iterator[dict]:
+        a_second = 64 / self.sample(name, 64, "few", self.plan["few_steps"])["seconds"]
+        images = max(64, min(self.args.num_images, round(a_second * self.args.image_time)))
         for budget in sorted(self.args.budgets):
             run = self.train(name, "--budget", budget, "--sample_interval", 0)
             path = run["folder"] / "model_final.pt"
             yield self.judge(name, budget, run["process_seconds"], load_checkpoint(path)["images_seen"],
-                             "--checkpoint", str(path))
+                             "--checkpoint", str(path), "--num_images", str(images))
 
     def peer_quality(self, name: str) -> Iterator[dict]:
         done = run_job("peer_quality", peer=name, **self.where, batch_size=self.batch_size, budgets=self.args.budgets,
-                       images=self.args.num_images, steps=self.plan["few_steps"], folder=str(self.temporary),
-                       started=time.time())
+                       images=self.args.num_images, steps=self.plan["few_steps"], image_seconds=self.args.image_time,
+                       folder=str(self.temporary), started=time.time())
         for row in done["rows"]:
             yield self.judge(name, row["budget"], row["seconds"], row["images_seen"],
                              "--images", row["images"], "--dataset", self.args.dataset)
@@ -404,16 +422,47 @@ class Benchmark:
         """evaluate.py's figures, whose report and nearest.png stay in a folder of the output."""
         folder = self.output / "quality" / f"{name}_{budget:g}s"
         run_script("evaluate.py", [
-            *source, "--reference", "validation", "--num_images", str(self.args.num_images), "--seed",
-            str(self.args.seed), "--data_dir", self.args.data_dir, "--device", self.args.device,
-            "--output_dir", str(folder)])
-        figures = json.loads((folder / "evaluation.json").read_text())["figures"]
-        distance = figures["frechet_distance"]
-        row = dict(contestant=name, budget=budget, seconds=seconds, images_seen=images_seen, figures=figures,
-                   above_floor=distance["value"] - distance["floor"])
+            *source, "--reference", "validation", "--seed", str(self.args.seed), "--data_dir", self.args.data_dir,
+            "--device", self.args.device, "--output_dir", str(folder)])
+        found = json.loads((folder / "evaluation.json").read_text())
+        distance, count = found["figures"]["frechet_distance"], found["num_images"]
+        row = dict(contestant=name, budget=budget, seconds=seconds, images_seen=images_seen, num_images=count,
+                   figures=found["figures"], above_floor=distance["value"] - distance["floor"])
         show(name, f"{budget:g} s", f"{images_seen:,}", distance["value"], row["above_floor"],
-             figures["confident"]["value"])
+             found["figures"]["confident"]["value"])
+        if count < self.args.num_images:
+            print(f"    only {count:,} of {self.args.num_images:,} images in --image_time: do not compare its distance")
         return row
+
+    # ------------------------------------------------------------------------------------------------ one GPU
+
+    def measure_gpu(self) -> dict:
+        """Quality after seconds of training on each data set, start-up aside, and seconds for many images."""
+        name = self.ours[0]
+
+        def measure(dataset: str) -> dict:
+            seconds, flags = self.plan["gpu"][dataset], ("--dataset", dataset, "--sample_interval", 0)
+            trial = trained_seconds(self.train(name, *flags, "--budget", seconds + 10))  # start and end take the rest
+            run = self.train(name, *flags, "--budget", 2 * seconds + 10 - trial)
+            path = str(run["folder"] / "model_final.pt")
+            row = self.judge(f"{name} {dataset}", round(trained_seconds(run), 1), run["process_seconds"],
+                             load_checkpoint(path)["images_seen"], "--checkpoint", path, "--num_images",
+                             str(self.args.num_images))
+            many = ["--checkpoint", path, "--num_images", str(self.plan["many"]), "--batch_size",
+                    str(min(2500, self.plan["many"])), "--device", self.args.device, "--output",
+                    f"{self.temporary}/{dataset}.npz"]
+            row["sampling_seconds"] = run_sample(many)["seconds"]
+            show(f"{self.plan['many']:,} images", f"{row['sampling_seconds']:.2f} s")
+            return row
+        show("quality", "trained", "images seen", "Fréchet", "above floor", "confident")
+        return dict(rows=self.each("gpu", measure, list(self.plan["gpu"])))
+
+
+def trained_seconds(run: dict) -> float:
+    """How long the loop of a run of train.py lasted: to its last record, from before its first."""
+    first, last = run["records"][0], run["records"][-1]
+    steps = first["images_seen"] / first["images_per_second"]
+    return last["seconds"] - first["seconds"] + steps
 
 
 def power(xs: Sequence[float], ys: Sequence[float]) -> float:
@@ -434,8 +483,8 @@ def check(args) -> None:
     if set(missing) == set(args.contestants):
         raise ValueError("no contestant is left: pip install -r requirements-bench.txt, or name one of ours: "
                          f"--contestants {' '.join(OURS)}")
-    if {"scaling", "peak"} & set(args.what) and not set(args.contestants) & set(OURS):
-        raise ValueError(f"scaling and peak measure ours: add one of {', '.join(OURS)} to --contestants")
+    if {"scaling", "peak", "gpu"} & set(args.what) and not set(args.contestants) & set(OURS):
+        raise ValueError(f"scaling, peak and gpu measure ours: add one of {', '.join(OURS)} to --contestants")
 
 
 def print_ratios(found: dict) -> None:

@@ -8,6 +8,7 @@
 import hashlib
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import lru_cache
 from http.client import HTTPException
 from pathlib import Path
 
@@ -62,12 +63,16 @@ def load_dataset(name: str, split: str = "train", data_dir: str | Path = "data")
         raise ValueError(f"unknown dataset {name!r}: choose one of {', '.join(DATASETS)}")
     if split not in SPLITS:
         raise ValueError(f"unknown split {split!r}: choose one of {', '.join(SPLITS)}")
-    load, class_names = DATASETS[name]
-    images, labels = load(Path(data_dir), split != "test")
+    images, labels = _read(name, Path(data_dir).absolute(), split != "test")
     if split != "test":
         part = slice(-VALIDATION_IMAGES, None) if split == "validation" else slice(None, -VALIDATION_IMAGES)
         images, labels = images[part], labels[part]
-    return ImageData(name, split, images, labels, class_names)
+    return ImageData(name, split, images, labels, DATASETS[name][1])
+
+
+@lru_cache(maxsize=1)  # train and validation are parts of the same files: what the one has read and checked serves both
+def _read(name: str, data_dir: Path, train: bool) -> tuple[Tensor, Tensor]:
+    return DATASETS[name][0](data_dir, train)
 
 
 # ------------------------------------------------------------------------------------------------ from torchvision

@@ -76,7 +76,7 @@ def frechet_distance(generated: Tensor, reference: Tensor, groups: Tensor) -> Te
     images it is too large, by about const / N: compare figures of the same N only.
     """
     distance = torchmetrics_image().fid.FrechetInceptionDistance
-    metric = distance(feature=_as_they_are(reference), reset_real_features=False)
+    metric = distance(feature=_as_they_are(reference), reset_real_features=False, sync_on_compute=False)
     metric.update(reference.double(), real=True)
     values = []
     for left_out in range(-1, GROUPS):  # -1: none

@@ -20,7 +20,7 @@ def orthogonalise(matrices: Tensor, rounds: int = 5) -> Tensor:
     x = (x.mT if tall else x).bfloat16()
     for _ in range(rounds):
         gram = x @ x.mT
-        x = a * x + (b * gram + c * gram @ gram) @ x
+        x = torch.baddbmm(x, torch.baddbmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
     return (x.mT if tall else x).to(matrices.dtype)
 
 
@@ -52,7 +52,9 @@ class Muon(torch.optim.Optimizer):
         updates = []
         for weight in weights:
             gradient = weight.grad if self.found_inf is None else weight.grad.nan_to_num(0, 0, 0)
-            buffer = self.state[weight].setdefault("momentum", torch.zeros_like(weight))
+            if not self.state[weight]:
+                self.state[weight]["momentum"] = torch.zeros_like(weight)
+            buffer = self.state[weight]["momentum"]
             buffer.lerp_(gradient, (1 - momentum) * take)
             updates.append(gradient.lerp(buffer, momentum).flatten(1))
         rows, columns = updates[0].shape

@@ -1,20 +1,27 @@
 """What a training run can be asked for: the recipes, and the flags of train.py."""
 
+from argparse import BooleanOptionalAction
+
 from diffusion import LOSS_WEIGHTS, PREDICTIONS, SCHEDULES, TIMESTEP_SAMPLING
 from models.layers import ACTIVATIONS
 from training import LR_SCHEDULES
+from tuning import LAYOUTS
 from utils import Parser, add_shared_flags, duration, number
 
 # A recipe is nothing but defaults, which flags override. What they give, and why: README.md and benchmarks/RECORDS.md.
 RECIPES = {
-    "fast": dict(schedule="cosine", prediction="edm", timestep_sampling="lognormal", noise_mean=0.7, noise_std=0.9,
+    "fast": dict(schedule="cosine", prediction="edm", timestep_sampling="lognormal",
                  base_channels=None, patch_size=2, middle_depth=3, batch_size=128, optimizer="muon", lr=2e-3,
-                 lr_schedule="cosine", warmup=0.02, precision="auto"),
+                 lr_schedule="cosine", warmup=0.02, precision="auto", conditional=True),
     # The textbook (Ho et al. 2020) as small toolkits have it: full resolution, no tricks.
     "ddpm": dict(schedule="linear", prediction="eps", timestep_sampling="uniform", base_channels=64, patch_size=1,
                  middle_depth=1, batch_size=128, optimizer="adamw", lr=2e-4, lr_schedule="constant", warmup=0.0,
-                 precision="fp32"),
+                 precision="fp32", conditional=False),
 }
+
+# (noise_mean, noise_std) for each data set: that of digits is decided at higher noise than that of clothes. Measured:
+# benchmarks/RECORDS.md; those of cifar10 are Karras et al. 2022, table 1.
+NOISE_LEVELS = {"mnist": (0.7, 0.9), "glyphs": (0.7, 0.9), "fashion_mnist": (0.0, 1.2), "cifar10": (-0.5, 1.2)}
 
 
 def batch_size(text: str) -> int | str:
@@ -29,6 +36,12 @@ def make_parser(description: str) -> Parser:
     group.add_argument("--recipe", choices=tuple(RECIPES), default="fast",
                        help="defaults of other flags: fast, the best that we know; ddpm, the textbook")
     add_shared_flags(group, "dataset", "data_dir", "output_dir", "device", "precision", "seed")
+    group.add_argument("--layout", choices=("auto", *LAYOUTS),
+                       help="of images in memory; auto takes what is faster on this machine (default: auto where "
+                            "--precision is, else nchw)")
+    group.add_argument("--compile", action=BooleanOptionalAction,
+                       help="compile the network, for about a minute; on CUDA a step is one CUDA graph anyway, unless "
+                            "--no-compile (default: on CUDA, for a --budget of ten minutes or more)")
     group.add_argument("--epochs", type=number(int, 1),
                        help="passes over the training images (default: 20, or what --budget allows)")
     group.add_argument("--budget", type=duration, metavar="TIME",
@@ -51,17 +64,21 @@ def make_parser(description: str) -> Parser:
     group.add_argument("--timestep_sampling", choices=TIMESTEP_SAMPLING,
                        help="which t are trained on")
     group.add_argument("--noise_mean", type=number(float, -10, 10),
-                       help="mean of log(sigma / alpha / std of the data) under --timestep_sampling lognormal")
-    group.add_argument("--noise_std", type=number(float, 0.01, 10), help="and its standard deviation")
+                       help="mean of log(sigma / alpha / std of the data) under --timestep_sampling lognormal "
+                            "(default: the data set's own, in options.py)")
+    group.add_argument("--noise_std", type=number(float, 0.01, 10),
+                       help="and its standard deviation (default: the data set's own)")
     group.add_argument("--loss_weight", choices=LOSS_WEIGHTS, default="target",
                        help="min_snr: the error of x_0 counts min(SNR, snr_gamma)")
     group.add_argument("--snr_gamma", type=number(float, 1e-6), default=5.0, help="of --loss_weight min_snr")
-    group.add_argument("--zero_terminal_snr", action="store_true",
+    group.add_argument("--zero_terminal_snr", action=BooleanOptionalAction, default=False,
                        help="stretch the schedule until its end is pure noise; not with --prediction eps")
+    group.add_argument("--learn_variance", action=BooleanOptionalAction, default=False,
+                       help="learn the variance of the steps of --sampler ddpm too, by the hybrid loss")
     group = parser.add_argument_group("network")
     group.add_argument("--base_channels", type=number(int, 1, 4096),
-                       help="channels at the highest resolution (default: 32 on a CPU, 64 on others and for a "
-                            "--budget of more than half an hour)")
+                       help="channels at the highest resolution (default: on a CPU 24, or 32 to 64 by the --budget; "
+                            "64 on others)")
     group.add_argument("--patch_size", type=int, choices=(1, 2, 4),
                        help="pixels unshuffled into channels; 1: convolutions at full resolution")
     group.add_argument("--channel_mults", type=number(int, 1, 64), nargs="+", metavar="N",
@@ -73,8 +90,10 @@ def make_parser(description: str) -> Parser:
                        help="self-attention at 1/N of the image's size for each N; 0: none (default: at the lowest)")
     group.add_argument("--activation", choices=tuple(ACTIVATIONS), default="silu", help="between the layers")
     group.add_argument("--time_emb_dim", type=number(int, 2, 65536), default=256, help="size of the time embedding")
-    group.add_argument("--checkpointing", action="store_true", help="less memory for more time, for large networks")
-    group.add_argument("--conditional", action="store_true", help="learn the classes too")
+    group.add_argument("--checkpointing", action=BooleanOptionalAction, default=False,
+                       help="less memory for more time, for large networks")
+    group.add_argument("--conditional", action=BooleanOptionalAction, help="learn the classes too, so that one can ask "
+                                                                          "for them; the images come out better")
     group.add_argument("--label_dropout", type=number(float, 0, 1), default=0.1,
                        help="share of the images that --conditional shows without their label")
     group = parser.add_argument_group("optimiser")

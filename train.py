@@ -11,23 +11,24 @@ training_loss.png and metrics.jsonl. An older run's results there move to previo
 
 import contextlib
 import math
-import signal
 import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
 
 import torch
+from torch import nn
 from tqdm import tqdm
 
 import parallel
 import runs
+import tuning
 from checkpoint import save_checkpoint
-from data import load_dataset, to_model
+from data import ImageData, load_dataset, to_model
 from diffusion import DiffusionProcess
 from models import create_model
-from options import RECIPES, make_parser
-from samplers import final_image, generate
+from options import NOISE_LEVELS, RECIPES, make_parser
+from samplers import DEFAULT_STEPS, final_image, generate
 from training import VALIDATION_IMAGES, Trainer
 from utils import (
     Parser,
@@ -36,7 +37,6 @@ from utils import (
     count_parameters,
     get_device,
     out_of_memory,
-    pick_precision,
     plot_losses,
     save_images,
     script,
@@ -47,9 +47,9 @@ from utils import (
 LOG_STEPS = 50  # between two lines of metrics.jsonl within an epoch
 AGREE_STEPS = 10
 MAX_BAD_STEPS = 20  # in a row, after which a run stops
-PREVIEW_IMAGES, PREVIEW_STEPS = 64, 20
+PREVIEW_IMAGES = 64
 MODEL_FLAGS = ("base_channels", "time_emb_dim", "channel_mults", "depth", "middle_depth", "attention", "activation",
-               "patch_size", "checkpointing")
+               "patch_size", "checkpointing", "learn_variance")
 DIFFUSION_FLAGS = {"timesteps": "num_timesteps", "schedule": "schedule", "prediction": "prediction",
                    "timestep_sampling": "timestep_sampling", "noise_mean": "noise_mean",
                    "noise_std": "noise_std", "loss_weight": "loss_weight", "snr_gamma": "snr_gamma",
@@ -72,6 +72,9 @@ def parse_args(argv: Sequence[str] | None):
         found = parallel.from_first(None if parallel.rank() else runs.newest_valid(Path(args.output_dir)))
         if found:
             path, saved = found
+            if saved["config"]["training"].get("student"):
+                raise ValueError(f"{path} is a student of distill.py, which cannot be resumed: choose another "
+                                 f"--output_dir")
             asked = sys.argv[1:] if argv is None else argv
             args = parser.parse_args([*saved_flags(parser, args, path, saved), *asked])
             print(f"Resuming {path} after {saved['step']:,} steps")
@@ -95,9 +98,9 @@ def saved_flags(parser: Parser, args, path: Path, saved: dict) -> list[str]:
                 argv += [f"--{name}", *map(str, value)]
             elif type(value) in (int, float, str):
                 argv.append(f"--{name}={value}")
-            elif value is True:
-                argv.append(f"--{name}")
-            elif value is not None and value is not False:
+            elif type(value) is bool:
+                argv.append(f"--{name}" if value else f"--no-{name}")
+            elif value is not None:
                 raise ValueError(f"--{name} is of type {type(value).__name__}")
         parser.parse_args(argv)
     except ValueError as error:
@@ -106,8 +109,13 @@ def saved_flags(parser: Parser, args, path: Path, saved: dict) -> list[str]:
 
 
 def good_width(budget: float | None, device: torch.device) -> int:
-    """Base channels for a run: narrow on a CPU, where a wide network sees too few images in a short time."""
-    return 32 if device.type == "cpu" and (budget or 0) <= 1800 else 64
+    """Base channels for a run: what measured best on a CPU in so many seconds (benchmarks/RECORDS.md).
+
+    A wider network learns more from an image and sees fewer. Without a budget: twenty epochs in about ten minutes.
+    """
+    if device.type != "cpu":
+        return 64
+    return 24 if budget is None else 32 if budget < 90 else 48 if budget < 1200 else 64
 
 
 class Run:
@@ -117,8 +125,11 @@ class Run:
         self.args, self.folder, self.clock = args, Path(args.output_dir), time.perf_counter() - startup
         device = get_device(parallel.local_device(args.device))
         parallel.start(device)
-        args.precision = pick_precision(args.precision, device)
+        tuning.prepare(device)
         args.base_channels = args.base_channels or good_width(args.budget, device)
+        mean, std = NOISE_LEVELS[args.dataset]
+        args.noise_mean = mean if args.noise_mean is None else args.noise_mean
+        args.noise_std = args.noise_std or std
         with parallel.first_alone():
             data = load_dataset(args.dataset, "train", args.data_dir).first(args.train_images or sys.maxsize)
         self.validation = load_dataset(args.dataset, "validation", args.data_dir)
@@ -136,13 +147,7 @@ class Run:
         model, diffusion = create_model(**self.config["model"]), DiffusionProcess(**self.config["diffusion"])
         self.config |= dict(model=model.config, diffusion=diffusion.config)
         model(torch.zeros(1, *self.shape), torch.zeros(1))  # a size that does not fit is told before any work
-        measure = args.batch_size == "auto"
-        args.batch_size = RECIPES[args.recipe]["batch_size"] if measure else args.batch_size
-        self.trainer = Trainer(data.to(device), model.to(device), diffusion.to(device),
-                               **{name: getattr(args, name) for name in TRAINER_FLAGS})
-        if measure:
-            self.trainer.batch_size = args.batch_size = self.trainer.fitting_batch(self.trainer.batch_size)
-            print(f"A batch of {args.batch_size} images fits in memory")
+        self.trainer = self.make_trainer(data.to(device), model.to(device), diffusion.to(device))
         self.total_steps = args.epochs * self.trainer.steps_per_epoch if args.epochs else math.inf
         self.records, self.losses, self.earlier = [], [], 0.0  # earlier: seconds of the sittings before this one
         self.closing, self.measured = 3.0, False  # seconds that the end of the run will take
@@ -152,14 +157,35 @@ class Run:
         if saved:
             self.restore(saved)
 
+    def make_trainer(self, data: ImageData, model: nn.Module, diffusion: DiffusionProcess) -> Trainer:
+        """The trainer, with what the flags leave to be measured measured, and noted in `args`."""
+        args, device, measure = self.args, data.images.device, self.args.batch_size == "auto"
+        args.batch_size = RECIPES[args.recipe]["batch_size"] if measure else args.batch_size
+        size = min(args.batch_size, len(data.images))
+        seconds = tuning.seconds_for_trials(args.epochs * len(data.images) // size if args.epochs else math.inf,
+                                            args.budget)
+        args.precision, args.layout = tuning.choose(args.precision, args.layout, model, diffusion, data,
+                                                    args.conditional, -(-size // parallel.size()), seconds)
+        recorded = device.type == "cuda" and parallel.size() == 1 and args.compile is not False
+        trainer = Trainer(data, model.to(memory_format=tuning.LAYOUTS[args.layout]), diffusion, recorded=recorded,
+                          **{name: getattr(args, name) for name in TRAINER_FLAGS})
+        if measure:
+            trainer.batch_size = args.batch_size = trainer.fitting_batch(trainer.batch_size)
+            print(f"A batch of {args.batch_size} images fits in memory")
+        if args.compile or (args.compile is None and tuning.worth_compiling(args.budget, device)):
+            trainer.compile(insist=bool(args.compile))
+        return trainer
+
     def restore(self, saved: dict) -> None:
         """Take up a checkpoint. ValueError if it is of another network, process or data set than the flags ask for."""
         asked = self.config | dict(training={name: getattr(self.args, name) for name in FIXED_FLAGS})
         for part, values in asked.items():
             for name, value in sorted(values.items(), key=lambda item: item[0] in ("channel_mults", "attention")):
-                if saved["config"][part].get(name) != value:
-                    raise ValueError(f"the checkpoint was trained with {name} {saved['config'][part].get(name)}, the "
-                                     f"flags ask for {value}: leave that flag out, or choose another --output_dir")
+                before = saved["config"][part].get(name, False)  # what the file does not know was off
+                if before != value:
+                    raise ValueError(f"the checkpoint was trained with {name} {before}, the flags ask for {value}: "
+                                     f"go on as it was with python train.py --resume --output_dir "
+                                     f"{self.args.output_dir}, or start afresh without --resume")
         self.trainer.restore(saved)
         self.earlier = saved["seconds"]
         self.records = saved["history"].get("records", [])
@@ -175,14 +201,17 @@ class Run:
     def goes_on(self) -> bool:
         """Update `progress`, how much is done (0..1) of the steps or of the time, whichever is further: is there more?
 
-        Several processes agree about the time and about a signal to stop every AGREE_STEPS steps.
+        Several processes agree about the time and about a signal to stop, whichever of them has got it, every
+        AGREE_STEPS steps.
         """
         in_time = self.seconds / max(1e-9, self.args.budget - self.closing) if self.args.budget else 0.0
         self.progress = min(1.0, max(self.trainer.step / self.total_steps, in_time))
         if parallel.size() == 1:
             self.stopped = self.signal
         elif self.trainer.step % AGREE_STEPS == 0:
-            self.agreed_time, self.stopped = parallel.from_first((in_time, self.signal))
+            mine = torch.tensor([in_time, self.signal or 0], device=self.trainer.device)
+            self.agreed_time, stop = parallel.largest(mine).tolist()
+            self.stopped = int(stop)
         if parallel.size() > 1:
             self.progress = min(1.0, max(self.trainer.step / self.total_steps, self.agreed_time))
         return self.progress < 1 and not self.stopped
@@ -190,7 +219,7 @@ class Run:
     def expect_closing(self, speed: float) -> None:
         """Until the first epoch has ended, guess `closing` from the speed of training, a third of that of looking."""
         if not self.measured:
-            self.closing = 1.5 + (VALIDATION_IMAGES + PREVIEW_IMAGES * PREVIEW_STEPS) / (3 * speed)
+            self.closing = 1.5 + (VALIDATION_IMAGES + PREVIEW_IMAGES * DEFAULT_STEPS) / (3 * speed)
 
     def time_left(self, speed: float) -> float:
         """Seconds to the end at `speed` images a second, with the validation and the samples that are to come."""
@@ -207,8 +236,7 @@ class Run:
         trainer, self.losses = self.trainer, []
         self.records.append(dict(step=trainer.step, epoch=trainer.epoch, images_seen=trainer.images_seen,
                                  loss=finite(loss), val_loss=finite(val_loss),
-                                 lr=trainer.optimizers["adamw"].param_groups[0]["lr"],
-                                 images_per_second=round(speed, 1), seconds=round(self.seconds, 3)))
+                                 lr=trainer.lr, images_per_second=round(speed, 1), seconds=round(self.seconds, 3)))
         return loss
 
     def end_epoch(self, speed: float) -> float:
@@ -238,8 +266,8 @@ class Run:
         labels = torch.arange(PREVIEW_IMAGES) % len(trainer.data.class_names) if trainer.conditional else None
         with autocast(trainer.device, trainer.precision):
             images = [final_image(trajectory) for _, trajectory in generate(
-                trainer.ema.module, trainer.diffusion, self.shape, indices, seed=trainer.seed, labels=labels,
-                steps=min(PREVIEW_STEPS, trainer.diffusion.num_timesteps))]
+                trainer.ema, trainer.diffusion, self.shape, indices, seed=trainer.seed, labels=labels,
+                steps=min(DEFAULT_STEPS, trainer.diffusion.num_timesteps))]
         images = parallel.gather(torch.cat(images) if images else torch.empty(0, *self.shape))
         if parallel.rank() == 0:
             with going_on():
@@ -340,32 +368,11 @@ def train_or_explain(run: Run) -> None:
                     f"--batch_size, or let --batch_size auto find it")
 
 
-@contextlib.contextmanager
-def stop_on_signals(run: Run):
-    """Let SIGTERM, Ctrl-C and a closed terminal end the run after the present step, its work saved.
-
-    A second signal ends the process at once.
-    """
-    def handler(signum, _):
-        run.signal = signum
-        for each in before:
-            signal.signal(each, signal.SIG_DFL)
-
-    stops = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name)]
-    before = {each: signal.signal(each, handler) for each in stops
-              if each != getattr(signal, "SIGHUP", None) or signal.getsignal(each) != signal.SIG_IGN}  # nohup
-    try:
-        yield
-    finally:
-        for each, handler_before in before.items():
-            signal.signal(each, handler_before)
-
-
 @script
 def main(argv=None):
     args, saved = parse_args(argv)
     run = Run(args, saved, startup=time.process_time() if argv is None else 0.0)
-    with runs.claim(args.output_dir) as folder, stop_on_signals(run):
+    with runs.claim(args.output_dir) as folder, runs.stop_on_signals(run):
         trainer = run.trainer
         if parallel.rank() == 0:
             runs.check_space(folder, trainer.checkpoint_bytes)
@@ -378,6 +385,7 @@ def main(argv=None):
         train_or_explain(run)
         if run.stopped:
             path = run.save(f"checkpoints/model_step_{trainer.step:08d}.pt")
+            parallel.from_first(None)  # all wait for the file: torchrun ends the others as soon as one has ended
             print(f"Stopped by a signal after {trainer.step:,} steps; saved {path}: go on with --resume")
             return 128 + run.stopped
         path = run.save("model_final.pt")

@@ -4,20 +4,21 @@ Everything random is a function of (seed, step): a run that is stopped and taken
 any number of processes draws the same batches.
 """
 
-import gc
+import copy
 import math
+from functools import partial
 
 import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
-from torch.optim.swa_utils import AveragedModel
 
 import parallel
+import tuning
 from checkpoint import is_like
 from data import ImageData, to_model
 from diffusion import DiffusionProcess
 from muon import Muon, hidden_matrices
-from utils import RunFailed, autocast, generator_for, out_of_memory
+from utils import RunFailed, autocast, fits_in_memory, generator_for
 
 ORDER, LABELS, NOISE = range(3)  # what a random generator is for, as part of its key
 VALIDATION_IMAGES = 2048
@@ -36,12 +37,14 @@ def learning_rate(progress: float, warmup: float, schedule: str = "cosine") -> f
     return 1.0 if schedule == "constant" else (1 + math.cos(math.pi * (progress - warmup) / max(1e-9, 1 - warmup))) / 2
 
 
-def make_optimizers(model: nn.Module, name: str, lr: float, muon_lr: float, weight_decay: float) -> dict:
-    """{"adamw": ...}, or with name "muon" also {"muon": ...}, which takes the matrices."""
+def make_optimizers(model: nn.Module, name: str, lr: float, muon_lr: float, weight_decay: float,
+                    recorded: bool = False) -> dict:
+    """{"adamw": ...}, or with name "muon" also {"muon": ...}, which takes the matrices. recorded: as a CUDA graph."""
     matrices = hidden_matrices(model) if name == "muon" else []
     taken = set(map(id, matrices))
     rest = [weight for weight in model.parameters() if id(weight) not in taken]
-    optimizers = dict(adamw=torch.optim.AdamW(rest, lr=lr, betas=(0.9, 0.99), weight_decay=weight_decay, fused=True))
+    optimizers = dict(adamw=torch.optim.AdamW(rest, lr=lr, betas=(0.9, 0.99), weight_decay=weight_decay, fused=True,
+                                              capturable=recorded))
     if matrices:
         optimizers["muon"] = Muon(matrices, lr=muon_lr)
     for optimizer in optimizers.values():
@@ -59,13 +62,14 @@ class Trainer:
     """A network that learns: model, average of its weights, optimisers, and the step that it has reached.
 
     `data` lies on the device where the model is to learn. `batch_size` is that of all processes together.
+    recorded: a step is one CUDA graph.
     """
 
     def __init__(self, data: ImageData, model: nn.Module, diffusion: DiffusionProcess, *, batch_size: int = 128,
                  optimizer: str = "muon", lr: float = 2e-3, muon_lr: float = 0.02, warmup: float = 0.02,
                  lr_schedule: str = "cosine", weight_decay: float = 0.0, max_grad_norm: float = 1.0,
                  ema_decay: float = 0.999, conditional: bool = False, label_dropout: float = 0.1,
-                 precision: str = "fp32", seed: int = 0):
+                 precision: str = "fp32", seed: int = 0, recorded: bool = False):
         self.data, self.model, self.diffusion, self.device = data, model, diffusion, data.images.device
         self.batch_size = min(batch_size, len(data.images))
         if self.batch_size % parallel.size():
@@ -76,8 +80,9 @@ class Trainer:
         self.conditional, self.label_dropout = conditional, label_dropout
         self.precision, self.seed, self.step = precision, seed, 0
         self.network = DistributedDataParallel(model) if parallel.size() > 1 else model
-        self.ema = AveragedModel(model, multi_avg_fn=self._average).requires_grad_(False)
-        self.optimizers = make_optimizers(model, optimizer, lr, muon_lr, weight_decay)
+        self.ema = copy.deepcopy(model).requires_grad_(False)
+        self.optimizers = make_optimizers(model, optimizer, lr, muon_lr, weight_decay, recorded)
+        self.recorded, self.learn = recorded, tuning.Recorded(self._learn) if recorded else self._learn
         self.skipped = torch.zeros(2, device=self.device)  # steps without a finite gradient: in all, and in a row
         self._order = (None, None)  # an epoch and its permutation of the images
 
@@ -94,8 +99,10 @@ class Trainer:
     def images_seen(self) -> int:
         return self.step * self.batch_size
 
-    def _average(self, averages: list[Tensor], weights: list[Tensor], _) -> None:
-        torch._foreach_lerp_(averages, weights, 1 - ema_decay_at(self.step, self.ema_decay))
+    @property
+    def lr(self) -> float:
+        """AdamW's learning rate in the last step."""
+        return float(self.optimizers["adamw"].param_groups[0]["lr"])
 
     def batch(self) -> tuple[Tensor, Tensor | None]:
         """The images (B, C, H, W) in [-1, 1] of this step, and their labels, some of them dropped for "no label"."""
@@ -107,41 +114,55 @@ class Trainer:
         images = to_model(self.data.images[chosen])
         if not self.conditional:
             return images, None
-        dropped = torch.rand(len(chosen), generator=generator_for(self.seed, LABELS, self.step)) < self.label_dropout
-        return images, self.data.labels[chosen].masked_fill(dropped.to(self.device), len(self.data.class_names))
+        chance = generator_for(self.seed, LABELS, self.step, device=self.device)
+        dropped = torch.rand(len(chosen), generator=chance, device=self.device) < self.label_dropout
+        return images, self.data.labels[chosen].masked_fill(dropped, len(self.data.class_names))
 
     def train_step(self, progress: float) -> Tensor:
         """One step of gradient descent, `progress` (0..1) into the run; returns the loss (), still on the device.
 
         A step whose gradient is not finite changes no weight and is counted in `skipped`.
         """
-        for optimizer in self.optimizers.values():
-            for group in optimizer.param_groups:
-                group["lr"] = group["initial_lr"] * learning_rate(progress, self.warmup, self.lr_schedule)
+        self._set_rates(learning_rate(progress, self.warmup, self.lr_schedule))
         x_0, labels = self.batch()
         chance = generator_for(self.seed, NOISE, self.step, device=self.device)
         t = self.diffusion.sample_timesteps(len(x_0), chance)
         noise = torch.randn(x_0.shape, generator=chance, device=self.device)
         mine = parallel.share(len(x_0))
+        loss = self.learn(x_0[mine], t[mine], noise[mine], None if labels is None else labels[mine])
+        self.step += 1
+        torch._foreach_lerp_(list(self.ema.parameters()), [weight.detach() for weight in self.model.parameters()],
+                             1 - ema_decay_at(self.step, self.ema_decay))
+        return loss
+
+    def _set_rates(self, share: float) -> None:
+        """Set the learning rates to this share of their peaks; a CUDA graph finds them in tensors on the device."""
+        for optimizer in self.optimizers.values():
+            for group in optimizer.param_groups:
+                rate = group["initial_lr"] * share
+                group["lr"] = torch.as_tensor(group["lr"], device=self.device).fill_(rate) if self.recorded else rate
+
+    def _learn(self, x_0: Tensor, t: Tensor, noise: Tensor, labels: Tensor | None) -> Tensor:
+        """The gradient and what it changes; returns the loss. On a GPU nothing in it waits for the device."""
+        self.model.zero_grad()
         with autocast(self.device, self.precision):
-            loss = self.diffusion.loss(self.network, x_0[mine], t[mine], noise[mine],
-                                       None if labels is None else labels[mine])
+            loss = self.diffusion.loss(self.network, x_0, t, noise, labels)
         loss.backward()
         loss = parallel.mean(loss.detach())
         norm = nn.utils.clip_grad_norm_(self.model.parameters(), self.max_grad_norm)
         bad = (~(torch.isfinite(norm) & torch.isfinite(loss))).float()
-        self.skipped = torch.stack([self.skipped[0] + bad, (self.skipped[1] + bad) * bad])
+        self.skipped.copy_(torch.stack([self.skipped[0] + bad, (self.skipped[1] + bad) * bad]))
         for optimizer in self.optimizers.values():
             optimizer.found_inf = bad  # where this is 1 the weights stay as they are, without the processor waiting
             optimizer.step()
-            optimizer.zero_grad()
-        self.step += 1
-        self.ema.update_parameters(self.model)
         return loss
 
     @torch.no_grad()
-    def validation_loss(self, validation: ImageData, batch_size: int = 512) -> float:
-        """The loss of the averaged weights on images that nothing learns from, always with the same noise and times."""
+    def validation_loss(self, validation: ImageData, batch_size: int = 128) -> float:
+        """The loss of the averaged weights on images that nothing learns from, always with the same noise and times.
+
+        It leaves out what learned variances add, so that it compares with that of networks without them.
+        """
         count = min(VALIDATION_IMAGES, len(validation.images))
         chance = generator_for(0)
         t = ((torch.arange(count) + torch.rand(count, generator=chance)) / count * self.diffusion.num_timesteps).long()
@@ -151,26 +172,28 @@ class Trainer:
             parts = (to_model(validation.images[rows]), t[rows], noise[rows], validation.labels[rows])
             x_0, times, noises, labels = (part.to(self.device) for part in parts)
             with autocast(self.device, self.precision):
-                losses += self.diffusion.loss(self.ema.module, x_0, times, noises, labels if self.conditional else None,
-                                              reduction="none").sum()
+                losses += self.diffusion.loss(self.ema, x_0, times, noises, labels if self.conditional else None,
+                                              reduction="none", hybrid=False).sum()
         return (parallel.total(losses) / count).item()
 
     def is_finite(self) -> bool:
         """Whether all weights and their averages are finite numbers."""
-        weights = [*self.model.parameters(), *self.ema.module.parameters()]
+        weights = [*self.model.parameters(), *self.ema.parameters()]
         return bool(torch.stack([weight.isfinite().all() for weight in weights]).all())
+
+    def compile(self, insist: bool) -> None:
+        """Train a compiled network. Without a compiler that works: ValueError if we insist, else a line about it."""
+        def attempt(network: nn.Module) -> None:
+            tuning.rehearse(network, self.diffusion, self.data, self.conditional, self.precision,
+                            self.batch_size // parallel.size())
+        self.network = tuning.compiled(self.network, attempt, insist)
 
     def rehearse(self, count: int) -> None:
         """Take the memory of a step with `count` images in this process, and change nothing."""
-        some = torch.arange(count, device=self.device) % len(self.data.images)
-        x_0, t = to_model(self.data.images[some]), torch.zeros(count, dtype=torch.long, device=self.device)
         spare = [torch.empty_like(weight) for weight in self.model.parameters() for _ in range(2)]  # of the optimisers
         try:
-            with autocast(self.device, self.precision):
-                self.diffusion.loss(self.model, x_0, t, x_0, self.data.labels[some] if self.conditional else None
-                                    ).backward()
+            tuning.rehearse(self.model, self.diffusion, self.data, self.conditional, self.precision, count)
         finally:
-            self.model.zero_grad()
             del spare
 
     def fitting_batch(self, count: int, agree: bool = True) -> int:
@@ -180,23 +203,11 @@ class Trainer:
         """
         while count >= parallel.size():
             count -= count % parallel.size()
-            fits = self._fits(count // parallel.size())
+            fits = fits_in_memory(partial(self.rehearse, count // parallel.size()), self.device)
             if parallel.smallest(fits) if agree else fits:
                 return count
             count //= 2
         raise RunFailed("out of memory even for one image: choose a smaller --base_channels, or --patch_size 4")
-
-    def _fits(self, count: int) -> bool:
-        gc.collect()
-        if self.device.type == "cuda":
-            torch.cuda.empty_cache()
-        try:
-            self.rehearse(count)
-        except (RuntimeError, MemoryError) as error:
-            if not out_of_memory(error):
-                raise
-            return False
-        return True
 
     @property
     def checkpoint_bytes(self) -> int:
@@ -205,8 +216,10 @@ class Trainer:
 
     def state(self) -> dict:
         """What a checkpoint holds of the learning."""
-        return dict(model=self.model.state_dict(), ema=self.ema.module.state_dict(),
-                    optimizer={name: each.state_dict() for name, each in self.optimizers.items()},
+        optimizers = {name: each.state_dict() for name, each in self.optimizers.items()}
+        for group in [group for each in optimizers.values() for group in each["param_groups"]]:
+            group["lr"] = float(group["lr"])
+        return dict(model=self.model.state_dict(), ema=self.ema.state_dict(), optimizer=optimizers,
                     step=self.step, epoch=self.epoch,
                     images_seen=self.images_seen, precision=self.precision, seed=self.seed)
 
@@ -214,7 +227,7 @@ class Trainer:
         """Go back to where a checkpoint was written. ValueError if its tensors do not fit this network."""
         try:
             self.model.load_state_dict(checkpoint["model"])
-            self.ema.module.load_state_dict(checkpoint["ema"])
+            self.ema.load_state_dict(checkpoint["ema"])
         except RuntimeError as error:
             raise ValueError(f"the checkpoint does not fit this network: {error}") from error
         for name, optimizer in self.optimizers.items():
@@ -224,7 +237,6 @@ class Trainer:
                 group["lr"] = before["lr"]
             optimizer.load_state_dict(dict(state=state, param_groups=groups))
         self.step = checkpoint["step"]
-        self.ema.n_averaged.fill_(self.step)
         skipped = checkpoint["history"].get("skipped") or [0.0, 0.0]
         self.skipped = torch.tensor(skipped, dtype=torch.float32, device=self.device)
 
@@ -245,4 +257,6 @@ class Trainer:
             for name, value in of_weight.items():
                 if not is_like(value, torch.zeros(()) if name == "step" else weight) or not value.isfinite().all():
                     raise ValueError(f"the checkpoint's {name} of the optimiser does not fit this network")
+                if name != "step":  # in the order in memory that the weight has: fused optimisers rely on it
+                    of_weight[name] = torch.empty_like(weight).copy_(value)
         return state if step else {}

@@ -12,12 +12,13 @@ import runpy
 import statistics
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
 import torch
 
-from benchmarks.peers import make_peer
+from benchmarks.peers import BATCH, make_peer
 from checkpoint import load_model
 from data import ImageData, load_dataset
 from diffusion import DiffusionProcess
@@ -25,10 +26,12 @@ from files import atomic_write
 from models import create_model
 from samplers import final_image, generate
 from training import Trainer
+from tuning import LAYOUTS, now, prepare
 from utils import autocast, count_parameters, get_device
 
 ROOT = Path(__file__).resolve().parent.parent
-WARM_UP, LEAST_STEPS = 2, 3
+WARM_UP, LEAST_STEPS = 5, 3  # the first steps of a Trainer on a GPU are others than those that follow
+ARITHMETIC = ("conv", "mm", "gemm", "matmul", "attention", "flash", "cutlass", "xmma")  # in names of operations
 
 
 def work(text: str) -> dict:
@@ -51,13 +54,6 @@ def peak_memory() -> float:
                 return int(line.split()[1]) * 1024 / 1e6
     most = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return most / 1e6 if sys.platform == "darwin" else most * 1024 / 1e6
-
-
-def now(device: torch.device) -> float:
-    """The clock, once the device has done what it was asked for."""
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-    return time.perf_counter()
 
 
 def times(step, device: torch.device, seconds: float) -> list[float]:
@@ -92,8 +88,10 @@ def script(name: str, argv: list[str]) -> dict:
     return dict(output=output.getvalue())
 
 
-def make_trainer(config: dict, image_size: int | None, batch_size: int | None, device: torch.device) -> Trainer:
-    """A trainer by a checkpoint's config, on random images: what they show changes no time."""
+def make_trainer(config: dict, image_size: int | None, batch_size: int | None, device: torch.device,
+                 recorded: bool = False) -> Trainer:
+    """A trainer by a checkpoint's config, on random images: what they show changes no time. recorded: as Trainer's."""
+    prepare(device)
     training, (channels, height, width) = dict(config["training"]), config["data"]["shape"]
     training["batch_size"] = batch_size or training["batch_size"]
     shape = (2 * training["batch_size"], channels, image_size or height, image_size or width)
@@ -101,7 +99,8 @@ def make_trainer(config: dict, image_size: int | None, batch_size: int | None, d
     labels = torch.zeros(len(images), dtype=torch.long)
     data = ImageData("noise", "train", images, labels, tuple(config["data"]["class_names"])).to(device)
     accepted = inspect.signature(Trainer).parameters
-    return Trainer(data, create_model(**config["model"]).to(device), DiffusionProcess(**config["diffusion"]).to(device),
+    model = create_model(**config["model"]).to(device, memory_format=LAYOUTS[training.get("layout") or "nchw"])
+    return Trainer(data, model, DiffusionProcess(**config["diffusion"]).to(device), recorded=recorded,
                    **{name: value for name, value in training.items() if name in accepted})
 
 
@@ -110,7 +109,8 @@ def train_steps(config: dict, device: str, seconds: float, batch_size: int | Non
     """Seconds of a training step: the median."""
     if base_channels:
         config["model"]["base_channels"] = base_channels
-    trainer = make_trainer(config, image_size, batch_size, get_device(device))
+    device = get_device(device)
+    trainer = make_trainer(config, image_size, batch_size, device, recorded=device.type == "cuda")
     taken = times(lambda: trainer.train_step(0.5), trainer.device, seconds)
     return dict(seconds=statistics.median(taken), batch_size=trainer.batch_size,
                 parameters=count_parameters(trainer.model))
@@ -153,7 +153,7 @@ def count_flops(step) -> dict[str, int]:
     return {str(name).removeprefix("aten."): flops for name, flops in counter.get_flop_counts()["Global"].items()}
 
 
-def slowest(step, device: torch.device, count: int = 8) -> dict[str, float]:
+def spent_on(step, device: torch.device) -> dict[str, float]:
     """Which operations take the time of step(), in shares of all of it, the longest first: what limits the speed."""
     from torch.profiler import ProfilerActivity, profile
 
@@ -164,26 +164,34 @@ def slowest(step, device: torch.device, count: int = 8) -> dict[str, float]:
     spent = {each.key: each.self_device_time_total if cuda else each.self_cpu_time_total
              for each in profiler.key_averages()}
     total = sum(spent.values()) or 1
-    return {name: round(spent[name] / total, 4) for name in sorted(spent, key=spent.get, reverse=True)[:count]}
+    return {name: round(spent[name] / total, 4) for name in sorted(spent, key=spent.get, reverse=True)}
 
 
 def peak(config: dict, device: str, seconds: float, size: int) -> dict:
-    """GFLOP/s of the best matrix product and of a training step, in this one process, and what the step spends."""
+    """GFLOP/s of the best matrix product and of a training step, in this one process, and what the step spends.
+
+    `arithmetic` is the share of the time in the operations that are counted, and `share_within` what these reach of the
+    peak: where the first is small, memory and overhead limit the speed, where the second is, the shapes do.
+    """
     device = get_device(device)
     products = {"fp32": matrix_product(size, torch.float32, device, seconds / 4),
                 "bf16": matrix_product(size, torch.bfloat16, device, seconds / 4)}
-    trainer = make_trainer(config, None, None, device)
+    trainer = make_trainer(config, None, None, device, recorded=device.type == "cuda")
+    taken = statistics.median(times(lambda: trainer.train_step(0.5), device, seconds / 2))
+    trainer = make_trainer(config, None, None, device)  # nothing can be counted within a CUDA graph
 
     def step():
         return trainer.train_step(0.5)
 
-    taken = statistics.median(times(step, device, seconds / 2))
-    flops = count_flops(step)
-    reached = sum(flops.values()) / taken / 1e9
+    step()
+    flops, spent = count_flops(step), spent_on(step, device)
+    reached, best = sum(flops.values()) / taken / 1e9, max(products.values())
+    arithmetic = sum(share for name, share in spent.items() if any(word in name.lower() for word in ARITHMETIC))
     return dict(matrix_size=size, matrix_gflops=products, step_flops=sum(flops.values()), by_operation=flops,
                 step_seconds=taken, batch_size=trainer.batch_size, precision=trainer.precision, step_gflops=reached,
-                share_of_best=reached / max(products.values()), share_of_own=reached / products[trainer.precision],
-                slowest=slowest(step, device))
+                share_of_best=reached / best, share_of_own=reached / products[trainer.precision],
+                arithmetic=arithmetic, share_within=reached / best / max(arithmetic, 1e-9),
+                slowest=dict(list(spent.items())[:8]))
 
 
 # ------------------------------------------------------------------------------------------------------------- peers
@@ -219,12 +227,21 @@ def peer_sample(peer: str, shape: list[int], device: str, images: int, sampler: 
     return dict(seconds=now(made.device) - start)
 
 
+def images_in_time(made, images: int, steps: int, weights, seconds: float) -> Iterator[torch.Tensor]:
+    """Parts of so many images by a peer's fast sampler; none that would begin after `seconds`."""
+    start, count = now(made.device), 0
+    while count < images and (not count or now(made.device) - start < seconds):
+        part = made.sample(min(BATCH, images - count), "few", steps, weights)
+        count += len(part)
+        yield part
+
+
 def peer_quality(peer: str, dataset: str, data_dir: str, device: str, batch_size: int, budgets: list[float],
-                 images: int, steps: int, folder: str, started: float) -> dict:
+                 images: int, steps: int, image_seconds: float, folder: str, started: float) -> dict:
     """Train a peer until each of the budgets, counted from `started`, and write the images that it makes then.
 
     One run serves all budgets, for nothing in a peer's training depends on how long it will be. Images are made after
-    all of it, out of the averaged weights that were kept at each budget.
+    all of it, in image_seconds for each budget, out of the averaged weights that were kept there.
     """
     made, source, _ = open_peer(peer, dataset, data_dir, device, batch_size)
     rows, kept, step = [], [], 0
@@ -236,7 +253,7 @@ def peer_quality(peer: str, dataset: str, data_dir: str, device: str, batch_size
         kept.append(made.snapshot())
     for row, weights in zip(rows, kept, strict=True):
         row["images"] = f"{folder}/{peer}_{row['budget']:g}s.npz"
-        made_images = made.sample(images, "few", steps, weights)
+        made_images = torch.cat(list(images_in_time(made, images, steps, weights, image_seconds)))
         with atomic_write(row["images"]) as file:
             np.savez_compressed(file, arr_0=made_images.permute(0, 2, 3, 1).numpy())
     return dict(rows=rows, parameters=count_parameters(made.network))

@@ -4,6 +4,8 @@ import json
 import subprocess
 import sys
 from importlib.util import find_spec
+from itertools import pairwise
+from pathlib import Path
 
 import pytest
 import torch
@@ -47,6 +49,8 @@ def test_the_share_of_the_peak_is_the_ratio_of_what_was_measured(report):
     assert_close(row["step_gflops"], row["step_flops"] / row["step_seconds"] / 1e9)
     assert_close(row["share_of_best"], row["step_gflops"] / max(row["matrix_gflops"].values()))
     assert row["step_flops"] == sum(row["by_operation"].values()) > 0
+    assert 0 < row["arithmetic"] < 1 and len(row["slowest"]) == 8
+    assert_close(row["share_within"], row["share_of_best"] / row["arithmetic"])
 
 
 def test_scaling_has_time_and_memory_along_each_axis(report):
@@ -104,6 +108,65 @@ def test_a_time_beyond_the_limit_is_extrapolated_and_marked(images, sampler, spe
     assert (source and source["images"], source and source["steps"]) == (from_images, from_steps)
 
 
+def test_a_peer_makes_the_images_that_its_time_allows(monkeypatch):
+    clock = [0.0]
+
+    class Peer:
+        device = torch.device("cpu")
+
+        def sample(self, count, sampler, steps, weights):
+            clock[0] += count
+            return torch.zeros(count, 1, 2, 2)
+    monkeypatch.setattr(jobs, "now", lambda _: clock[0])
+    for seconds, expected in ((1e9, 1000), (200, 256), (0, 64)):  # parts of 64: the fourth begins at 192
+        assert sum(map(len, jobs.images_in_time(Peer(), 1000, 20, None, seconds))) == expected
+
+
+def stub_run(monkeypatch, tmp_path, *flags, made=None):
+    """A Benchmark whose evaluate.py reports on `made` images, or on --num_images; and what it was asked for."""
+    run, asked = benchmark.Benchmark(benchmark.parse_args([*flags, "--output_dir", str(tmp_path)]), tmp_path), []
+
+    def script(name, argv):
+        asked.append([name, *argv])
+        flag = dict(pairwise(argv))
+        if name == "evaluate.py":
+            folder = Path(flag["--output_dir"])
+            folder.mkdir(parents=True)
+            figures = dict(frechet_distance=dict(value=3.0, floor=1.0, low=2.5, high=3.5), confident=dict(value=0.5))
+            found = dict(figures=figures, num_images=made or int(flag["--num_images"]))
+            (folder / "evaluation.json").write_text(json.dumps(found))
+        return dict(output="64 images by x in 20 steps: 0.50 s", process_seconds=1.0)
+    monkeypatch.setattr(benchmark, "run_script", script)
+    monkeypatch.setattr(benchmark, "load_checkpoint", lambda _: dict(images_seen=7))
+    return run, asked
+
+
+def test_fewer_images_than_asked_for_are_told_of(monkeypatch, tmp_path, capsys):
+    run, asked = stub_run(monkeypatch, tmp_path, "quality", "--contestants", "fast", "--budgets", "5m", "--num_images",
+                          "1000", "--image_time", "2s")
+    monkeypatch.setattr(run, "train", lambda *_, **__: dict(folder=tmp_path, process_seconds=1.0))
+    [row] = run.measure_quality()["rows"]
+    assert (row["num_images"], row["budget"], row["above_floor"]) == (256, 300, 2.0)  # 64 take half a second
+    assert "--num_images 256" in " ".join(asked[-1]) and "only 256 of 1,000 images" in capsys.readouterr().out
+
+
+def test_the_seconds_of_the_gpu_part_are_those_of_training(monkeypatch, tmp_path):
+    """A run whose start and end take 7 s, and an epoch's log that begins after 50 steps."""
+    run, _ = stub_run(monkeypatch, tmp_path, "gpu")
+    budgets = []
+
+    def train(name, *flags):
+        budgets.append(flags[-1])
+        first = dict(seconds=5.0 + 6400 / 1e4, images_seen=6400, images_per_second=1e4)
+        last = dict(seconds=flags[-1] - 2.0, images_seen=1, images_per_second=1.0)
+        return dict(folder=tmp_path, process_seconds=1.0, records=[first, last])
+    monkeypatch.setattr(run, "train", train)
+    rows = run.measure_gpu()["rows"]
+    assert budgets == [20, 17, 70, 67]
+    assert [(row["budget"], row["sampling_seconds"]) for row in rows.values()] == [(10, 0.5), (60, 0.5)]
+    assert "gpu" not in benchmark.parse_args(["--device", "cpu"]).what and benchmark.parse_args(["gpu"]).what == ["gpu"]
+
+
 def test_memory_is_that_of_this_process_alone():
     """A child of a large process is small, although ru_maxrss would count its parent."""
     ballast = bytearray(300 * 2**20)
@@ -121,6 +184,7 @@ def test_the_named_configurations_are_flags_of_train():
         parser.parse_args(flags)
     args = parser.parse_args(benchmark.CONFIGS["first_try"])
     assert (args.base_channels, args.depth, args.patch_size, args.optimizer, args.lr) == (32, 2, 2, "adamw", 2e-3)
+    assert (args.middle_depth, args.noise_mean, args.noise_std, args.conditional) == (2, -0.5, 1.2, False)
 
 
 @pytest.mark.parametrize("argv, said", [

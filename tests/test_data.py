@@ -158,6 +158,12 @@ def test_a_failed_download_says_what_to_do(monkeypatch, tmp_path, name, kind, er
     assert "\n" not in message
 
 
+def test_train_and_validation_are_read_once_and_share_their_memory(data_dir):
+    splits = [load_dataset("glyphs", split, data_dir) for split in ("train", "validation")]
+    assert len({split.images.untyped_storage().data_ptr() for split in splits}) == 1
+    assert load_dataset("glyphs", "test", data_dir).images.shape[0] == 10_000
+
+
 @pytest.mark.parametrize("arguments, words", [(("emnist",), ["emnist", *DATASETS]),
                                               (("glyphs", "dev"), ["dev", *SPLITS])])
 def test_unknown_names_are_refused_with_the_known_ones(tmp_path, arguments, words):

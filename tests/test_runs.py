@@ -141,7 +141,7 @@ def test_where_all_is_broken_a_run_starts_afresh_says_so_and_keeps_the_broken(wh
     (["--patch_size", 2], ["patch_size", "4", "2"]),
     (["--prediction", "v"], ["prediction", "edm", "v"]),
     (["--schedule", "linear"], ["schedule", "cosine", "linear"]),
-    (["--conditional"], ["num_classes", "None", "10"]),
+    (["--no-conditional"], ["num_classes", "10", "None"]),
     (["--train_images", 128], ["train_images", "256", "128"]),
     (["--batch_size", 32], ["batch_size", "64", "32"]),
     (["--optimizer", "adamw"], ["optimizer", "muon", "adamw"]),

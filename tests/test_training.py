@@ -7,13 +7,16 @@ import math
 import pytest
 import torch
 from harness import assert_identical, tiny
+from torch.testing import assert_close
 
 import train
+import tuning
 from checkpoint import load_checkpoint
 from data import ImageData, load_dataset
 from diffusion import DiffusionProcess
 from models import create_model
-from training import Trainer, learning_rate
+from muon import Muon, orthogonalise
+from training import Trainer, ema_decay_at, learning_rate
 from utils import RunFailed, out_of_memory
 
 KNOWN = functools.cache(load_dataset)
@@ -26,14 +29,17 @@ def known_data(monkeypatch):
     monkeypatch.setattr(train, "load_dataset", KNOWN)
 
 
-def make_trainer(**more):
+def make_trainer(layout="nchw", device="cpu", process=None, **more):
     """A trainer of a tiny conditional network on 16 random images, 8 in a batch."""
     torch.manual_seed(0)
     chance = torch.Generator().manual_seed(0)
     images = torch.randint(0, 256, (16, 1, 8, 8), generator=chance, dtype=torch.uint8)
-    data = ImageData("noise", "train", images, torch.arange(16) % 2, ("even", "odd"))
-    model = create_model(base_channels=8, time_emb_dim=8, channel_mults=[1], num_classes=2)
-    return Trainer(data, model, DiffusionProcess(10, "cosine", prediction="v"),
+    data = ImageData("noise", "train", images, torch.arange(16) % 2, ("even", "odd")).to(device)
+    with torch.device(device):
+        model = create_model(base_channels=8, time_emb_dim=8, channel_mults=[1], num_classes=2)
+    if layout != "nchw":
+        model.to(memory_format=tuning.LAYOUTS[layout])
+    return Trainer(data, model, (process or DiffusionProcess(10, "cosine", prediction="v")).to(device),
                    **{"batch_size": 8, "conditional": True, "label_dropout": 0.5, **more})
 
 
@@ -116,6 +122,43 @@ def test_the_learning_rate_rises_to_its_peak_and_falls_to_nothing():
     assert learning_rate(0.7, 0.1, "constant") == 1
 
 
+@pytest.mark.parametrize("shape", [(3, 8, 20), (2, 20, 8), (1, 16, 16)])
+def test_muon_makes_singular_values_about_one_and_keeps_the_directions(shape):
+    matrices = torch.randn(shape, generator=torch.Generator().manual_seed(0))
+    made = orthogonalise(matrices)
+    singular = torch.linalg.svdvals(made)
+    assert made.shape == shape and made.dtype == matrices.dtype and singular.min() > 0.5 and singular.max() < 1.3
+    U, _, Vh = torch.linalg.svd(matrices, full_matrices=False)
+    turned = U.mT @ made @ Vh.mT  # diagonal, if the singular vectors are the same
+    assert_close(turned, torch.diag_embed(turned.diagonal(dim1=1, dim2=2)), rtol=0, atol=0.05)
+
+
+def test_muon_takes_weights_in_any_layout_alike():
+    gradient = torch.randn(8, 4, 3, 3, generator=torch.Generator().manual_seed(0))
+    moved = []
+    for layout in tuning.LAYOUTS.values():
+        weight = torch.zeros(8, 4, 3, 3).to(memory_format=layout).requires_grad_()
+        optimizer = Muon([weight])
+        for _ in range(2):
+            weight.grad = gradient.to(memory_format=layout)
+            optimizer.step()
+        moved.append(weight.detach())
+    assert_close(*moved) and moved[0].any()
+
+
+def test_the_average_forgets_its_beginning_by_the_decay():
+    trainer, weights = make_trainer(ema_decay=0.5), []
+    average = {name: weight.clone() for name, weight in trainer.ema.named_parameters()}
+    for step in range(1, 6):
+        steps(trainer, 1)
+        decay = ema_decay_at(step, 0.5)
+        for name, weight in trainer.model.named_parameters():
+            average[name] = decay * average[name] + (1 - decay) * weight.detach()
+        weights.append(decay)
+    assert weights == sorted(weights) and weights[0] < weights[-1] == 0.4
+    assert_close(dict(trainer.ema.named_parameters()), average)
+
+
 # ------------------------------------------------------------------------------------------------ numbers that go wrong
 
 
@@ -131,7 +174,7 @@ def test_a_step_without_a_finite_loss_changes_no_weight_and_is_counted(monkeypat
         assert same == (step in (0, 2, 3, 5))  # in step 0 the rate is still 0
         seen.append(tuple(trainer.skipped.tolist()))
     assert seen == [(0, 0), (0, 0), (1, 1), (2, 2), (2, 0), (3, 1), (3, 0)]
-    assert all(weight.isfinite().all() for weight in trainer.ema.module.state_dict().values())
+    assert all(weight.isfinite().all() for weight in trainer.ema.state_dict().values())
     assert all(part.isfinite().all() for each in trainer.optimizers.values()
                for state in each.state.values() for part in state.values())
 

@@ -1,0 +1,254 @@
+"""What is fastest: found by trying, noted in the file, and of no influence on what is learned; no step waits."""
+
+import contextlib
+import copy
+import math
+import sys
+
+import pytest
+import torch
+from harness import assert_identical, tiny
+from test_training import TOTAL, as_read, known_data, make_trainer, steps  # noqa: F401 (a fixture)
+from torch.testing import assert_close
+from torch.utils._python_dispatch import TorchDispatchMode
+
+import train
+import training
+import tuning
+from diffusion import DiffusionProcess
+from models import create_model
+from training import Trainer
+
+
+def tried(monkeypatch, rates, seconds=100.0, count=64, **flags):
+    """What tuning.choose takes, and the images that each candidate had to go through, where these are their speeds."""
+    clock, seen = [0.0], {}
+
+    def rehearse(network, diffusion, data, conditional, precision, count):
+        plain = network.downs[0].stage.blocks[0].conv1.weight.is_contiguous()
+        option = precision, "nchw" if plain else "channels_last"
+        if not rates[option]:
+            raise RuntimeError("no such thing here")
+        seen[option] = seen.get(option, 0) + count
+        clock[0] += count / rates[option]
+    monkeypatch.setattr(tuning, "rehearse", rehearse)
+    monkeypatch.setattr(tuning.time, "perf_counter", lambda: clock[0])
+    monkeypatch.setattr(tuning, "pick_precision", lambda precision, _: "bf16" if precision == "auto" else precision)
+    torch.manual_seed(0)
+    model = create_model(base_channels=8, time_emb_dim=8, patch_size=2)
+    before, chance = copy.deepcopy(model.state_dict()), torch.get_rng_state()
+    data = make_trainer().data
+    flags = {"precision": "auto", "layout": None, **flags}
+    torch.set_rng_state(chance)
+    taken = tuning.choose(**flags, model=model, diffusion=DiffusionProcess(10), data=data, conditional=False,
+                          count=count, seconds=seconds)
+    assert_identical(dict(model.state_dict()), dict(before))
+    assert all(weight.is_contiguous() and weight.grad is None for weight in model.parameters())
+    assert torch.equal(chance, torch.get_rng_state())
+    return taken, seen
+
+
+OPTIONS = [(precision, layout) for precision in ("bf16", "fp32") for layout in ("nchw", "channels_last")]
+
+
+@pytest.mark.parametrize("fastest", OPTIONS, ids=" ".join)
+def test_the_fastest_of_what_is_open_is_taken_and_nothing_else_changes(monkeypatch, capsys, fastest):
+    rates = dict.fromkeys(OPTIONS, 900.0) | {fastest: 1800.0}
+    assert tried(monkeypatch, rates)[0] == fastest
+    said = capsys.readouterr().out
+    assert len(said.splitlines()) == 1 and f"taking {' '.join(fastest)}" in said and "1,800" in said
+
+
+def test_what_flags_pin_is_not_tried(monkeypatch, capsys):
+    rates = dict(zip(OPTIONS, (400.0, 300.0, 200.0, 100.0), strict=True))
+    for flags, open_ in [(dict(precision="fp32"), {}), (dict(precision="bf16", layout="channels_last"), {}),
+                         (dict(precision="fp32", layout="auto"), {("fp32", "nchw"), ("fp32", "channels_last")}),
+                         (dict(layout="channels_last"), {("bf16", "channels_last"), ("fp32", "channels_last")})]:
+        taken, seen = tried(monkeypatch, rates, **flags)
+        layout = flags.get("layout", "nchw").replace("auto", "nchw")
+        assert set(seen) == set(open_) and taken == (flags.get("precision", "bf16"), layout)
+        assert bool(capsys.readouterr().out) == bool(open_)
+
+
+def test_a_hopeless_candidate_costs_little_and_one_that_fails_is_passed_over(monkeypatch):
+    rates = {OPTIONS[0]: 1000.0, OPTIONS[1]: 10.0, OPTIONS[2]: 0.0, OPTIONS[3]: 700.0}
+    taken, seen = tried(monkeypatch, rates)
+    assert taken == OPTIONS[0]
+    assert seen[OPTIONS[1]] == 8 and OPTIONS[2] not in seen and seen[OPTIONS[3]] < seen[OPTIONS[0]] == 3 * 32 + 2 * 8
+    assert tried(monkeypatch, dict.fromkeys(OPTIONS, 0.0))[0] == OPTIONS[0]  # the training will say what is wrong
+
+
+def test_no_round_begins_after_the_time_is_up(monkeypatch):
+    rates = {each: 100.0 * 2**i for i, each in enumerate(OPTIONS)}
+    taken, seen = tried(monkeypatch, rates, seconds=0.2)  # the first round takes 0.15 s
+    assert seen == dict.fromkeys(OPTIONS, 16) and taken == OPTIONS[3]
+    assert tried(monkeypatch, rates, seconds=0.0) == (OPTIONS[0], {})
+    assert tuning.seconds_for_trials(99, None) == 0 and tuning.seconds_for_trials(math.inf, 600) == tuning.SECONDS
+    assert tuning.seconds_for_trials(1e4, 10) == 0.5
+
+
+def test_a_difference_within_the_noise_changes_nothing(monkeypatch):
+    assert tried(monkeypatch, dict(zip(OPTIONS, (100.0, 109.0, 103.0, 108.0), strict=True)))[0] == OPTIONS[0]
+
+
+def test_the_layout_changes_what_is_learned_by_rounding_only():
+    plain, other = make_trainer(optimizer="adamw"), make_trainer(optimizer="adamw", layout="channels_last")
+    assert_close(steps(other, 4), steps(plain, 4))
+    assert_close(other.model.state_dict(), plain.model.state_dict(), rtol=0, atol=1e-3)
+    assert not all(weight.is_contiguous() for weight in other.model.parameters())
+
+
+def test_a_run_goes_on_in_another_layout(data_dir, tmp_path):
+    """The optimisers' moments come in the order in memory of the run that wrote them."""
+    first, second, whole = (make_trainer(layout=layout) for layout in ("nchw", "channels_last", "nchw"))
+    losses = steps(whole, 4)
+    before = steps(first, 2)
+    second.restore(as_read(first))
+    assert_close(before + steps(second, 2), losses, rtol=1e-3, atol=0)
+    for optimizer in second.optimizers.values():
+        assert all(part.stride() == weight.stride() for weight, state in optimizer.state.items()
+                   for part in state.values() if part.ndim)
+
+
+def test_precision_and_layout_are_noted_and_a_resumed_run_has_them(monkeypatch, data_dir, tmp_path):
+    monkeypatch.setattr(tuning, "choose", lambda *_, **__: ("fp32", "channels_last"))
+    assert train.main(tiny(data_dir, tmp_path, "--precision", "auto")) == 0
+    monkeypatch.undo()
+    args, saved = train.parse_args(["--resume", "--output_dir", str(tmp_path), "--epochs", "3"])
+    assert (saved["precision"], args.precision, args.layout, args.compile) == ("fp32", "fp32", "channels_last", None)
+    del saved["config"]["training"]["layout"]  # as in files from before there was a choice
+    monkeypatch.setattr(train.runs, "newest_valid", lambda _: (tmp_path / "model_final.pt", saved))
+    args, _ = train.parse_args(["--resume", "--output_dir", str(tmp_path)])
+    assert tuning.candidates(args.precision, args.layout, torch.device("cpu")) == [("fp32", "nchw")]
+
+
+# ---------------------------------------------------------------------------------------------- compiled and recorded
+
+
+def no_compiler(network):
+    def fail(*_, **__):
+        raise RuntimeError("InvalidCxxCompiler: No working C++ compiler found in ('g++',)\nand more")
+    network = copy.copy(network)
+    network.forward = fail
+    return network
+
+
+def test_without_a_compiler_asking_for_it_is_one_line(monkeypatch, data_dir, tmp_path, capfd):
+    monkeypatch.setattr(torch, "compile", no_compiler)
+    assert train.main(tiny(data_dir, tmp_path / "run", "--compile")) == 2
+    err = capfd.readouterr().err
+    assert len(err.splitlines()) == 1 and "No working C++ compiler" in err and "--compile" in err
+    assert not (tmp_path / "run").exists()
+
+
+def test_without_a_compiler_a_run_that_did_not_ask_goes_on(monkeypatch, data_dir, tmp_path, capfd):
+    monkeypatch.setattr(torch, "compile", no_compiler)
+    monkeypatch.setattr(tuning, "worth_compiling", lambda *_: True)
+    assert train.main(tiny(data_dir, tmp_path / "a", "--epochs", 1)) == 0
+    assert "Not compiled" in capfd.readouterr().out
+    assert train.main(tiny(data_dir, tmp_path / "b", "--epochs", 1, "--no-compile")) == 0
+    assert "Not compiled" not in capfd.readouterr().out
+
+
+def test_compiling_is_for_long_runs_on_a_gpu():
+    cpu, cuda = torch.device("cpu"), torch.device("cuda")
+    assert tuning.worth_compiling(600, cuda)
+    assert not any(tuning.worth_compiling(*each) for each in ((None, cuda), (60, cuda), (None, cpu), (1e6, cpu)))
+
+
+class FakeCuda:
+    """Stands in for the recording of CUDA graphs: what is recorded is not done, and is done again at each replay."""
+
+    def __init__(self, monkeypatch, trainer, fails=False):
+        self.trainer, self.fails, self.replays = trainer, fails, 0
+        monkeypatch.setattr(torch.cuda, "CUDAGraph", lambda: self)
+        monkeypatch.setattr(torch.cuda, "graph", self.graph)
+        monkeypatch.setattr(tuning.Recorded, "_aside", lambda recorded, inputs: recorded.function(*inputs))
+
+    @contextlib.contextmanager
+    def graph(self, _):
+        before = copy.deepcopy(self.trainer.state())
+        yield
+        with torch.no_grad():
+            for name, weight in self.trainer.model.state_dict().items():
+                weight.copy_(before["model"][name])
+            for name, optimizer in self.trainer.optimizers.items():
+                for i, state in optimizer.state_dict()["state"].items():
+                    for part, value in state.items():
+                        value.copy_(before["optimizer"][name]["state"][i][part])
+        if self.fails:
+            raise RuntimeError("operation not permitted when stream is capturing\nand more")
+
+    def replay(self):
+        self.replays += 1
+        recorded = self.trainer.learn
+        recorded.output.copy_(recorded.function(*recorded.inputs))
+
+
+@pytest.mark.parametrize("fails", [False, True])
+@pytest.mark.parametrize("optimizer", ["muon", "adamw"])
+def test_a_recorded_step_learns_what_an_ordinary_one_does(monkeypatch, capsys, optimizer, fails):
+    plain, recorded = make_trainer(optimizer=optimizer), make_trainer(optimizer=optimizer, recorded=True)
+    cuda = FakeCuda(monkeypatch, recorded, fails)
+    assert_close(steps(recorded, TOTAL), steps(plain, TOTAL))  # the rates change from step to step
+    assert cuda.replays == (0 if fails else TOTAL - tuning.Recorded.WARM_UP)
+    assert ("Not recorded" in capsys.readouterr().out) == fails
+    assert_close(recorded.model.state_dict(), plain.model.state_dict(), rtol=0, atol=1e-3)
+    again = make_trainer(optimizer=optimizer)
+    again.restore(as_read(recorded))  # its file is as any other
+    assert math.isclose(again.lr, recorded.lr) and type(recorded.state()["optimizer"]["adamw"]["param_groups"][0]["lr"]
+                                                        ) is float
+
+
+# A step that waits for the device, or for a copy to or from it, shows these.
+WAITS = ("_local_scalar_dense", "item", "nonzero", "equal", "masked_select", "unique")
+
+
+class Watch(TorchDispatchMode):
+    """Notes what makes a processor wait for its GPU."""
+
+    def __init__(self):
+        super().__init__()
+        self.found = []
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        name, kwargs = function.overloadpacket.__name__, kwargs or {}
+        devices = {each.device.type for each in args if isinstance(each, torch.Tensor)}
+        devices |= {torch.device(kwargs["device"]).type} if kwargs.get("device") else set()
+        if name in WAITS or (name in ("_to_copy", "copy_") and len(devices) > 1):
+            self.found.append(name)
+        return function(*args, **kwargs)
+
+
+def waits_of_a_step(monkeypatch, **flags):
+    """What a training step on a GPU would wait for: done on tensors of a device that has no numbers, only shapes."""
+    monkeypatch.setattr(training, "generator_for", lambda *_, **__: None)
+    monkeypatch.setattr(training, "autocast", lambda *_: contextlib.nullcontext())
+    monkeypatch.setattr(tuning.Recorded, "_aside", lambda recorded, inputs: recorded.function(*inputs))
+    monkeypatch.setattr(sys.modules["torch.optim.adam"], "_device_dtype_check_for_fused", lambda *_, **__: None)
+    monkeypatch.setattr(torch, "_fused_adamw_", lambda *_, **__: None)  # one kernel, which this device does not have
+    process = DiffusionProcess(10, "cosine", prediction="edm", timestep_sampling="lognormal")
+    trainer = make_trainer(device="meta", process=process, **flags)
+    trainer.train_step(0.5)  # the first of an epoch brings its order to the device
+    with Watch() as watch:
+        trainer.train_step(0.5)
+    return watch.found
+
+
+@pytest.mark.parametrize("flags", [{}, {"recorded": True}, {"conditional": False, "optimizer": "adamw"}], ids=str)
+def test_a_step_never_waits_for_the_device(monkeypatch, flags):
+    assert waits_of_a_step(monkeypatch, **flags) == []
+
+
+@pytest.mark.parametrize("planted", [lambda loss: loss.item(), lambda loss: bool(loss > 0), lambda loss: loss.cpu(),
+                                     lambda loss: loss * torch.ones(()).to(loss.device)])
+def test_a_step_that_waits_is_found(monkeypatch, planted):
+    learn = Trainer._learn
+
+    def waiting(trainer, *inputs):
+        loss = learn(trainer, *inputs)
+        with contextlib.suppress(Exception):  # what has no values cannot be asked for them
+            planted(loss)
+        return loss
+    monkeypatch.setattr(Trainer, "_learn", waiting)
+    assert waits_of_a_step(monkeypatch)
