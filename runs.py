@@ -3,6 +3,7 @@
 import contextlib
 import os
 import shutil
+import signal
 import time
 from pathlib import Path
 
@@ -13,7 +14,8 @@ from checkpoint import load_checkpoint, saved_step
 from files import check_writable, temporaries
 
 # What a run writes into its folder. Everything else there is the user's and is left alone.
-WRITTEN = ("samples/epoch_*.png", "checkpoints/model_*.pt", "model_final.pt", "training_loss.png", "metrics.jsonl")
+WRITTEN = ("samples/epoch_*.png", "checkpoints/model_*.pt", "model_final.pt", "training_loss.png", "metrics.jsonl",
+           "samples.png")
 
 
 @contextlib.contextmanager
@@ -42,6 +44,27 @@ def claim(folder: str | Path):
         lock.release()
 
 
+@contextlib.contextmanager
+def stop_on_signals(run):
+    """Let SIGTERM, Ctrl-C and a closed terminal set `run.signal`, at which the run ends after the present step.
+
+    A second signal ends the process at once.
+    """
+    def handler(signum, _):
+        run.signal = signum
+        for each in before:
+            signal.signal(each, signal.SIG_DFL)
+
+    stops = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name)]
+    before = {each: signal.signal(each, handler) for each in stops
+              if each != getattr(signal, "SIGHUP", None) or signal.getsignal(each) != signal.SIG_IGN}  # nohup
+    try:
+        yield
+    finally:
+        for each, handler_before in before.items():
+            signal.signal(each, handler_before)
+
+
 def check_space(folder: Path, checkpoint_bytes: int) -> None:
     """See that `folder` has room for a checkpoint and the one that replaces it. ValueError if not."""
     free = shutil.disk_usage(folder).free
@@ -50,9 +73,14 @@ def check_space(folder: Path, checkpoint_bytes: int) -> None:
                          f"{2 * checkpoint_bytes / 1e6:,.1f} MB: free some, or choose another --output_dir")
 
 
+def results(folder: Path) -> list[Path]:
+    """What a run wrote into `folder`."""
+    return [path for pattern in WRITTEN for path in folder.glob(pattern)]
+
+
 def set_aside(folder: Path) -> Path | None:
     """Move what an older run wrote to previous/<time>/ inside the folder; returns that place, None if nothing was."""
-    old = [path for pattern in WRITTEN for path in folder.glob(pattern)]
+    old = results(folder)
     if not old:
         return None
     newest = max(path.lstat().st_mtime for path in old)
