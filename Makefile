@@ -7,9 +7,10 @@ BIN = $(VENV)/bin
 
 demo: $(VENV)/demo
 	$(BIN)/python train.py --dataset glyphs --budget 2m --sample_interval 0 --output_dir outputs/demo
-	$(BIN)/python sample.py --checkpoint outputs/demo/model_final.pt --output outputs/demo/generated_samples.png
+	$(BIN)/python sample.py --checkpoint outputs/demo/model_final.pt --label 0-9 --num_images 80 \
+	    --output outputs/demo/generated_samples.png
 	@echo
-	@echo "Look at outputs/demo/generated_samples.png: 64 digits that this machine learnt to draw."
+	@echo "Look at outputs/demo/generated_samples.png: a row for each digit, as this machine learnt to draw it."
 
 test: $(VENV)/dev
 	$(BIN)/python -m pytest

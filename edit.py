@@ -2,11 +2,12 @@
 
     python edit.py inpaint --checkpoint outputs/model_final.pt --mask left
     python edit.py vary --checkpoint outputs/model_final.pt --image my_digit.png --strength 0.6
+    python edit.py vary --checkpoint outputs/model_final.pt --label 7 --guidance_scale 2
     python edit.py interpolate --checkpoint outputs/model_final.pt --seeds 3 8 --frames 16
     python edit.py invert --checkpoint outputs/model_final.pt --index 5
 
-Without --image the picture is image --index of the data set's test split. Every command writes input and result side by
-side to --output.
+Without --image the picture is image --index of the data set's test split; without --label no class is asked for. Every
+command writes input and result side by side to --output.
 """
 
 import sys
@@ -22,12 +23,16 @@ from data import load_dataset, to_model, to_uint8
 from editing import ddim_inversion, inpaint, slerp
 from files import check_writable
 from pictures import read_mask, read_picture
-from samplers import SAMPLERS, image_noise, uniform_timesteps
+from samplers import DEFAULT_SPACING, SAMPLERS, guide, image_noise, spaced_timesteps, uniform_timesteps
 from utils import (
+    SHARED_FLAGS,
     Parser,
     add_shared_flags,
+    asked_labels,
     autocast,
     get_device,
+    guidance,
+    is_student,
     number,
     pick_precision,
     save_gif,
@@ -49,13 +54,15 @@ def command_parser(*, prog: str, description: str, **_) -> Parser:
 def parse_args(argv: Sequence[str] | None):
     parser = Parser(__doc__)
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND", parser_class=command_parser)
+    few = SHARED_FLAGS["num_images"] | dict(type=number(int, 1, 1000), default=8)  # which are made all at once
 
     def command(name: str, text: str, steps: int, takes_image: bool = True):
         sub = commands.add_parser(name, description=text, help=text)
         sub.add_argument("--checkpoint", required=True, help="a file that train.py wrote")
         sub.add_argument("--output", default=f"outputs/{name}.png", help="a .png file")
         sub.add_argument("--gif", action="store_true", help="also write the way there as a film beside the output")
-        sub.add_argument("--steps", type=number(int, 1), default=steps, help="steps, at most the checkpoint's T")
+        add_shared_flags(sub, "steps", "label", "guidance_scale")
+        sub.set_defaults(steps=steps)
         if takes_image:
             sub.add_argument("--image", help="a picture of the model's size (default: one of the test split)")
             sub.add_argument("--index", type=number(int, 0), default=0, help="which image of the test split")
@@ -68,11 +75,11 @@ def parse_args(argv: Sequence[str] | None):
                                                     f"there and black elsewhere")
     sub.add_argument("--resample", type=number(int, 1, 100), default=10,
                      help="how often each step is taken anew, so that the new part fits the old (RePaint)")
-    sub.add_argument("--num_images", type=number(int, 1, 1000), default=8, help="how many ways to fill it in")
+    sub.add_argument("--num_images", **few)
     sub = command("vary", "variations of a picture: noise it a little, and denoise it (SDEdit)", 20)
     sub.add_argument("--strength", type=number(float, 0.0, 1.0), default=0.6,
                      help="how much may change: 0 nothing, 1 everything")
-    sub.add_argument("--num_images", type=number(int, 1, 1000), default=8, help="how many variations")
+    sub.add_argument("--num_images", **few)
     sub = command("interpolate", "images between those of two seeds", 20, takes_image=False)
     sub.add_argument("--seeds", type=number(int, 0, 2**63 - 1), nargs=2, default=[3, 8], metavar=("A", "B"),
                      help="the ends")
@@ -119,11 +126,26 @@ class Studio:
     def __init__(self, args):
         self.args, device = args, get_device(args.device)
         self.model, self.diffusion, checkpoint = load_model(args.checkpoint, device)
+        if is_student(checkpoint):
+            raise ValueError(f"{args.checkpoint} is a student, which only jumps from noise to images: edit with its "
+                             f"teacher")
         self.config, self.frames = checkpoint["config"]["data"], []
         self.picture = chosen_image(args, self.config) if hasattr(args, "image") else None
         self.mask = chosen_mask(args, self.config["shape"]) if hasattr(args, "mask") else None
         self.times = uniform_timesteps(self.diffusion.num_timesteps, args.steps)
-        self.denoise = self.diffusion.denoiser(self.model)
+        count = getattr(args, "num_images", getattr(args, "frames", 1))
+        self.labels = asked_labels(args, self.model.num_classes, self.config["class_names"], count)
+        if self.labels is None and args.guidance_scale not in (None, 1):
+            raise ValueError("--guidance_scale needs --label, the class to ask for")
+        args.guidance_scale = guidance(args.guidance_scale, self.labels)
+        self.denoise = self.denoiser()
+
+    def denoiser(self, clip: bool = True):
+        """The network as a sampler sees it, with --label and --guidance_scale if a label is asked for."""
+        if self.labels is None:
+            return self.diffusion.denoiser(self.model, clip=clip)
+        return guide(self.diffusion, self.model, self.labels.to(self.diffusion.device), self.args.guidance_scale,
+                     clip=clip)
 
     def noise(self, indices, seed: int | None = None):
         return image_noise(indices, self.args.seed if seed is None else seed, self.config["shape"],
@@ -171,8 +193,9 @@ def do_vary(args, studio: Studio) -> Tensor:
 def do_interpolate(args, studio: Studio) -> Tensor:
     """Image 0 of seed A, those between, image 0 of seed B."""
     first, last = (studio.noise([0], seed)() for seed in args.seeds)
+    times = spaced_timesteps(studio.diffusion, args.steps, DEFAULT_SPACING["dpmpp_2m"])
     x = torch.cat([slerp(first, last, i / (args.frames - 1)) for i in range(args.frames)])
-    images = studio.follow(SAMPLERS["dpmpp_2m"](studio.denoise, x, studio.times, studio.diffusion), args.steps)
+    images = studio.follow(SAMPLERS["dpmpp_2m"](studio.denoise, x, times, studio.diffusion), args.steps)
     studio.frames = [(image[None],) for image in images]  # the film is the walk, not the denoising
     return images
 
@@ -183,7 +206,7 @@ def do_invert(args, studio: Studio) -> Tensor:
     Where the data hold no variation, such as the black margin of a digit, the noise is nearly 0 too.
     """
     picture = studio.picture
-    denoise = studio.diffusion.denoiser(studio.model, clip=False)
+    denoise = studio.denoiser(clip=False)
     up = ddim_inversion(denoise, picture.to(studio.diffusion.device), studio.times, studio.diffusion)
     noise = studio.follow(up, args.steps)
     down = SAMPLERS["ddim"](denoise, noise.to(studio.diffusion.device), studio.times, studio.diffusion)

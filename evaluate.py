@@ -3,6 +3,7 @@
     python evaluate.py --checkpoint outputs/model_final.pt
     python evaluate.py --images samples.npz --dataset mnist
     python evaluate.py --checkpoint outputs/model_final.pt --sweep 5 10 20 50 --num_images 1000
+    torchrun --nproc_per_node=2 evaluate.py --checkpoint outputs/model_final.pt
 
 Every figure stands beside its 95 % interval and its floor: the same figure for as many real images that are not in the
 reference. Fréchet distances of different n cannot be compared. Class figures need labels: those of a conditional
@@ -14,7 +15,7 @@ import json
 import platform
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from functools import partial
 from pathlib import Path
 from typing import NamedTuple
@@ -24,6 +25,7 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
+import parallel
 from checkpoint import load_model
 from data import DATASETS, SPLITS, ImageData, load_dataset, to_uint8
 from diffusion import DiffusionProcess
@@ -51,17 +53,22 @@ from metrics import (
 )
 from models.classifier import CLASSIFIERS, Classifier
 from pictures import read_images
-from samplers import SAMPLERS, final_image, generate, uniform_timesteps
+from samplers import SAMPLERS, STUDENT_SAMPLER, final_image, generate, uniform_timesteps
 from sweep import Made, plot_cells, plot_sweep, print_row, print_title, sweep
 from utils import (
+    SHARED_FLAGS,
     Parser,
     add_shared_flags,
     autocast,
     get_device,
+    guidance,
+    is_student,
     number,
     pick_precision,
+    sampler_and_steps,
     save_images,
     script,
+    within_memory,
 )
 
 SWEEP_STEPS = (5, 10, 20, 50)
@@ -76,17 +83,15 @@ def parse_args(argv: Sequence[str] | None):
     group.add_argument("--train_features", choices=tuple(CLASSIFIERS), metavar="DATASET",
                        help="train this data set's feature network anew: models/weights/DATASET.pt")
     group = parser.add_argument_group("how images are made from a checkpoint")
-    group.add_argument("--num_images", type=number(int, 1, 10_000_000), default=5000, help="how many")
-    group.add_argument("--sampler", choices=tuple(SAMPLERS), default="dpmpp_2m", help="the way from noise to image")
-    group.add_argument("--steps", type=number(int, 1), default=20, help="of the sampler, at most the checkpoint's T")
-    group.add_argument("--guidance_scale", type=number(float, 0, 100), nargs="+", default=[1.0], metavar="SCALE",
-                       help="how strongly labels are asked for: 1 as learnt; several for --sweep")
-    group.add_argument("--batch_size", type=number(int, 1), default=250, help="images at a time; changes no image")
+    add_shared_flags(group, "num_images", "sampler", "spacing", "steps")
+    group.add_argument("--guidance_scale", **SHARED_FLAGS["guidance_scale"], nargs="+", metavar="SCALE")
+    add_shared_flags(group, "batch_size")
     group.add_argument("--sweep", type=number(int, 1), nargs="*", metavar="STEPS",
-                       help=f"instead: compare all samplers at these step counts ({' '.join(map(str, SWEEP_STEPS))})")
+                       help=f"instead: compare all samplers at these step counts ({' '.join(map(str, SWEEP_STEPS))}), "
+                            f"with each --guidance_scale")
     group = parser.add_argument_group("how they are measured")
     add_shared_flags(group, "dataset")
-    parser.set_defaults(dataset=None)
+    parser.set_defaults(dataset=None, num_images=5000, guidance_scale=[None], batch_size=250)
     group.add_argument("--reference", choices=SPLITS, default="test",
                        help="the real images: test for what is reported, validation for every choice")
     group.add_argument("--features", choices=("own", "inception"), default="own",
@@ -117,6 +122,7 @@ class Source(NamedTuple):
     diffusion: DiffusionProcess
     shape: Sequence[int]
     labels: Tensor | None
+    student: bool
 
 
 def open_checkpoint(args) -> Source:
@@ -126,35 +132,49 @@ def open_checkpoint(args) -> Source:
     if args.dataset not in (None, data["dataset"]):
         raise ValueError(f"{args.checkpoint} was trained on {data['dataset']}, not {args.dataset}: leave out --dataset")
     args.dataset = data["dataset"]
+    args.sampler, args.steps = sampler_and_steps(args, checkpoint)
     for steps in args.sweep or [args.steps]:
         uniform_timesteps(diffusion.num_timesteps, steps)
     labels = None
     if model.num_classes:  # image k is asked for the class of training image k: the shares are the data's
         known = load_dataset(args.dataset, "train", args.data_dir).labels
         labels = known[torch.arange(args.num_images) % len(known)]
-    elif args.guidance_scale != [1.0]:
+    elif args.guidance_scale not in ([None], [1.0]):
         raise ValueError(f"{args.checkpoint} was trained without --conditional: leave out --guidance_scale")
-    return Source(model, diffusion, data["shape"], labels)
+    args.guidance_scale = [guidance(scale, labels, is_student(checkpoint)) for scale in args.guidance_scale]
+    return Source(model, diffusion, data["shape"], labels, is_student(checkpoint))
 
 
 def make_images(args, source: Source, sampler: str, steps: int, scale: float, count: int | None = None) -> Made:
-    """Images by the checkpoint's network, quantised as those in files are. ValueError if they are not finite."""
-    images, evaluations, count = [], [], count or args.num_images
-    precision = pick_precision(args.precision, source.diffusion.device)
+    """Images by the checkpoint's network; each process makes its share of them. ValueError if they are not finite."""
+    evaluations, count, device = [], count or args.num_images, source.diffusion.device
+    mine = range(count)[parallel.share(count)]
+    batches = partial(generate, source.model, source.diffusion, source.shape, mine, seed=args.seed, sampler=sampler,
+                      steps=steps, spacing=args.spacing, labels=source.labels, guidance_scale=scale)
     counter = source.model.register_forward_hook(lambda _, inputs, __: evaluations.append(len(inputs[0])))
     start = time.perf_counter()
-    with (tqdm(total=count, unit="image", desc=f"{sampler}, {steps} steps", leave=False) as bar,
-          autocast(source.diffusion.device, precision)):
-        for batch, trajectory in generate(source.model, source.diffusion, source.shape, range(count), seed=args.seed,
-                                          sampler=sampler, steps=steps, batch_size=args.batch_size,
-                                          labels=source.labels, guidance_scale=scale):
-            x = final_image(trajectory)
-            if not x.isfinite().all():
-                raise ValueError(f"{args.checkpoint} makes images that are not finite numbers: train it again")
-            images.append(to_uint8(x).cpu())
-            bar.update(len(batch))
+    with (tqdm(total=len(mine), unit="image", desc=f"{sampler}, {steps} steps", leave=False,
+               disable=parallel.rank() > 0) as bar,
+          autocast(device, pick_precision(args.precision, device))):
+        images = within_memory(partial(quantised, bar), lambda n: batches(batch_size=n), args.batch_size, device)
     counter.remove()
-    return Made(torch.cat(images), source.labels, sum(evaluations) / count, time.perf_counter() - start)
+    if not parallel.gather(torch.tensor([images is not None])).all():
+        raise ValueError(f"{args.checkpoint} makes images that are not finite numbers: train it again")
+    images = parallel.gather(torch.cat([torch.empty(0, *source.shape, dtype=torch.uint8), *images]))
+    evaluated = parallel.gather(torch.tensor([sum(evaluations)])).sum().item()
+    return Made(images, source.labels, evaluated / count, time.perf_counter() - start)
+
+
+def quantised(bar: tqdm, batches: Iterator) -> list[Tensor] | None:
+    """The images of each batch as uint8, as those in files are; None as soon as they are not finite."""
+    images = []
+    for batch, trajectory in batches:
+        x = final_image(trajectory)
+        if not x.isfinite().all():
+            return None
+        images.append(to_uint8(x).cpu())
+        bar.update(len(batch))
+    return images
 
 
 # -------------------------------------------------------------------------------------------------------- measuring
@@ -182,12 +202,17 @@ def progress(title: str):
     return partial(tqdm, desc=title, leave=False)
 
 
-def make_yardstick(args, data: ImageData, count: int) -> Yardstick:
-    """For `count` images against `data`; the floor is of another split, on which no network was trained."""
+def open_networks(args, dataset: str, count: int) -> tuple[Classifier, nn.Module | None]:
+    """The classifier and Inception, if it is asked for, to look at `count` images. ValueError if these are too few."""
     device = get_device(args.device)
-    classifier = load_feature_network(data.name, device)
+    classifier = load_feature_network(dataset, device)
     inception = load_inception().to(device) if args.features == "inception" else None
     check_count(count, INCEPTION_FEATURES if inception else classifier.head.in_features)
+    return classifier, inception
+
+
+def make_yardstick(args, data: ImageData, count: int, classifier: Classifier, inception: nn.Module | None) -> Yardstick:
+    """For `count` images against `data`; the floor is of another split, on which no network was trained."""
     other = load_dataset(data.name, "test" if data.split == "validation" else "validation", args.data_dir)
     floor_data = some(other, count)
     reference = look(data.images, classifier, inception, progress(data.split))
@@ -253,7 +278,7 @@ def circumstances(args, argv, yardstick: Yardstick, count: int) -> dict:
     made = dict(images=args.images)
     if args.checkpoint:
         made = dict(checkpoint=args.checkpoint, seed=args.seed, sampler=args.sampler, steps=args.steps,
-                    guidance_scale=args.guidance_scale, batch_size=args.batch_size,
+                    guidance_scale=args.guidance_scale, batch_size=args.batch_size, processes=parallel.size(),
                     checkpoint_sha256=hashlib.sha256(Path(args.checkpoint).read_bytes()).hexdigest())
     device = get_device(args.device)
     return dict(command=["evaluate.py", *(sys.argv[1:] if argv is None else argv)], **made,
@@ -314,17 +339,25 @@ def evaluate(args, argv, yardstick: Yardstick, made: Made, output: Path) -> None
     print(f"Saved {output / 'evaluation.json'} and {output / 'nearest.png'}")
 
 
-def run_sweep(args, argv, yardstick: Yardstick, source: Source, output: Path) -> None:
-    """Measure all samplers at all step counts: table, sweep.json, sweep.png, sweep_images.png."""
+def run_sweep(args, argv, yardstick: Yardstick | None, source: Source, output: Path) -> None:
+    """Measure all samplers at all step counts: table, sweep.json, sweep.png, sweep_images.png.
+
+    Without a yardstick: only make the images, which another process measures.
+    """
     def measured(made: Made) -> dict[str, dict]:
         return measure(yardstick, look(made.images, yardstick.classifier, yardstick.inception), made.labels)
 
+    make = partial(make_images, args, source)
+    make(args.sampler, 1, 1.0, min(args.batch_size, args.num_images))  # so that no row pays for the start
+    samplers = [name for name in SAMPLERS if (name == STUDENT_SAMPLER) == source.student]
+    run = partial(sweep, samplers, args.sweep, args.guidance_scale, make)
+    if not yardstick:
+        run(measure=lambda _: {}, show=lambda _: None)
+        return
     about = circumstances(args, argv, yardstick, args.num_images)
     print_heading(about)
     print_title()
-    make = partial(make_images, args, source)
-    make(args.sampler, 1, 1.0, min(args.batch_size, args.num_images))  # so that no row pays for the start
-    rows, pictures = sweep(SAMPLERS, args.sweep, args.guidance_scale, make, measured, print_row)
+    rows, pictures = run(measured, print_row)
     print(f"{'real images':51} {yardstick.floor['frechet_distance']['value']:9.4f}")
     plot_sweep(rows, output / "sweep.png")
     plot_cells(rows, pictures, output / "sweep_images.png")
@@ -335,24 +368,34 @@ def run_sweep(args, argv, yardstick: Yardstick, source: Source, output: Path) ->
 @script
 def main(argv=None):
     args = parse_args(argv)
+    args.device = parallel.local_device(args.device)
     device = get_device(args.device)
+    parallel.start(device)
+    if parallel.size() > 1 and not args.checkpoint:
+        raise ValueError("several processes share the making of images: without --checkpoint leave torchrun out")
     if args.train_features:
         bf16 = pick_precision(args.precision, device) == "bf16"
         print(train_features(args.train_features, args.data_dir, device, args.seed, bf16, progress("training")))
         return
     torchmetrics_image()
-    output = check_writable(args.output_dir)
-    source = open_checkpoint(args) if args.checkpoint else None
-    data = load_dataset(args.dataset, args.reference, args.data_dir)
-    shape, classes = data.images.shape[1:], len(data.class_names)
-    made = None if source else Made(*read_images(Path(args.images), shape, classes), nfe=0, seconds=0)
-    if args.cas and (source or made).labels is None:
-        raise ValueError("--cas needs labels: a checkpoint trained with --conditional, or `labels` in the .npz")
-    yardstick = make_yardstick(args, data, args.num_images if source else len(made.images))
+    output = Path(args.output_dir) if parallel.rank() else check_writable(args.output_dir)
+    with parallel.first_alone():  # a download; and what is refused is refused by all
+        source = open_checkpoint(args) if args.checkpoint else None
+        data = load_dataset(args.dataset, args.reference, args.data_dir)
+        shape, classes = data.images.shape[1:], len(data.class_names)
+        made = None if source else Made(*read_images(Path(args.images), shape, classes), nfe=0, seconds=0)
+        if args.cas and (source or made).labels is None:
+            raise ValueError("--cas needs labels: a checkpoint trained with --conditional, or `labels` in the .npz")
+        count = args.num_images if source else len(made.images)
+        networks = open_networks(args, data.name, count)
+    yardstick = None if parallel.rank() else make_yardstick(args, data, count, *networks)
     if args.sweep:
-        return run_sweep(args, argv, yardstick, source, output)
-    made = made or make_images(args, source, args.sampler, args.steps, *args.guidance_scale)
-    evaluate(args, argv, yardstick, made, output)
+        run_sweep(args, argv, yardstick, source, output)
+    else:
+        made = made or make_images(args, source, args.sampler, args.steps, *args.guidance_scale)
+        if yardstick:
+            evaluate(args, argv, yardstick, made, output)
+    parallel.finish()
 
 
 if __name__ == "__main__":

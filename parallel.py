@@ -105,12 +105,24 @@ def smallest(value: int) -> int:
     return min(values)
 
 
+def largest(values: Tensor) -> Tensor:
+    """The greatest of the values that the processes hold at each place of a tensor, on every process."""
+    if size() > 1:
+        dist.all_reduce(values, dist.ReduceOp.MAX)
+    return values
+
+
 @contextlib.contextmanager
 def first_alone():
-    """Let one process of each machine through before its others, so that a download or a drawing happens once."""
+    """Let one process of each machine through before its others, so that a download or a drawing happens once.
+
+    What the first cannot do the others try too: all end alike.
+    """
     waits = size() > 1 and int(os.environ.get("LOCAL_RANK", 0)) > 0
     if waits:
         dist.barrier()
-    yield
-    if size() > 1 and not waits:
-        dist.barrier()
+    try:
+        yield
+    finally:
+        if size() > 1 and not waits:
+            dist.barrier()

@@ -5,12 +5,14 @@
     python sample.py --checkpoint outputs/model_final.pt --label 0-9 --guidance_scale 2
 
 The checkpoint knows what the training was: no flag has to be repeated. An --output that ends in .npz gets the images as
-arr_0, uint8 (N, H, W, C), and, where there are labels, labels (N,), instead of a picture.
+arr_0, uint8 (N, H, W, C), and, where there are labels, labels (N,), instead of a picture. Without --label a conditional
+model makes all classes in turn.
 """
 
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -21,17 +23,23 @@ import parallel
 from checkpoint import load_model
 from data import to_uint8
 from files import atomic_write, check_writable
-from samplers import SAMPLERS, generate, image_noise, uniform_timesteps
+from samplers import generate, image_noise, uniform_timesteps
 from utils import (
+    SHARED_FLAGS,
     Parser,
     add_shared_flags,
+    asked_labels,
     autocast,
     get_device,
+    guidance,
+    is_student,
     number,
     pick_precision,
+    sampler_and_steps,
     save_gif,
     save_images,
     script,
+    within_memory,
 )
 
 FILM_FRAMES, FILM_IMAGES = 10, 8
@@ -45,24 +53,19 @@ def parse_args(argv: Sequence[str] | None):
     group.add_argument("--use_ema", action="store_true", default=True, help="the averaged weights, the better ones")
     group.add_argument("--no-use_ema", "--no_use_ema", action="store_false", dest="use_ema",
                        help="the weights as the last step left them")
-    group.add_argument("--num_images", type=number(int, 1, 10_000_000), default=64, help="how many")
+    add_shared_flags(group, "num_images", "label")
     group.add_argument("--output", default="outputs/generated_samples.png", help="a .png or .npz file")
     group.add_argument("--show_intermediate", action="store_true",
                        help="also write intermediate/step_XXXX.png beside the output, and a film strip")
     group.add_argument("--gif", action="store_true", help="also write the way there as a film: x_t beside x_0_hat")
-    group.add_argument("--label", help="of a model that was trained with --conditional: a class by its number or name, "
-                                       "a range such as 0-9, or several with commas (default: all in turn)")
     group = parser.add_argument_group("how")
-    group.add_argument("--sampler", choices=tuple(SAMPLERS), default="dpmpp_2m", help="the way from noise to image")
-    group.add_argument("--steps", "--timesteps", type=number(int, 1), default=20,
-                       help="network evaluations for an image, at most the checkpoint's T")
+    add_shared_flags(group, "sampler", "spacing")
+    group.add_argument("--steps", "--timesteps", **SHARED_FLAGS["steps"])
     group.add_argument("--eta", type=number(float, 0, 1), default=0.0, help="fresh noise of ddim: 0 none, 1 as ddpm")
-    group.add_argument("--guidance_scale", type=number(float, 0, 100), default=1.0,
-                       help="how strongly the label is asked for: 1 as learnt, more for clearer and less varied images")
+    add_shared_flags(group, "guidance_scale")
     group.add_argument("--guidance_interval", type=number(float, 0), nargs=2, metavar=("LOW", "HIGH"),
                        help="the times t in which guidance acts (default: all)")
-    group.add_argument("--batch_size", type=number(int, 1), default=64, help="images at a time; changes no image")
-    add_shared_flags(group, "seed", "device", "precision")
+    add_shared_flags(group, "batch_size", "seed", "device", "precision")
     args = parser.parse_args(argv)
     if args.guidance_interval and args.guidance_interval[0] > args.guidance_interval[1]:
         parser.error("--guidance_interval takes the lower time first: {:g} {:g}".format(*args.guidance_interval[::-1]))
@@ -71,35 +74,12 @@ def parse_args(argv: Sequence[str] | None):
     return args
 
 
-def chosen_classes(text: str, class_names: Sequence[str]) -> list[int]:
-    """The classes that --label names. ValueError that lists what there is."""
-    if not class_names:
-        raise ValueError("this checkpoint was trained without labels: leave --label and --guidance_scale out, or train "
-                         "one with python train.py --conditional")
-    known = {name.lower(): i for i, name in enumerate(class_names)} | {str(i): i for i in range(len(class_names))}
-    classes = []
-    for part in text.lower().split(","):
-        dashes = [i for i, character in enumerate(part) if character == "-"]  # names have some too
-        pairs = [(part, part), *((part[:i], part[i + 1:]) for i in dashes)]
-        ends = [(known[a.strip()], known[b.strip()]) for a, b in pairs if a.strip() in known and b.strip() in known]
-        if not ends or ends[0][0] > ends[0][1]:
-            listed = ", ".join(f"{i} {name}" if name != str(i) else name for i, name in enumerate(class_names))
-            raise ValueError(f"unknown label {part!r}: choose from {listed}, or a range such as "
-                             f"0-{len(class_names) - 1}")
-        classes += range(ends[0][0], ends[0][1] + 1)
-    return classes
-
-
 def image_labels(args, model, class_names: Sequence[str]) -> torch.Tensor | None:
-    """The label of each image (N,), or None for a model without labels."""
-    if args.label is None and args.guidance_scale == 1 and not model.num_classes:
-        return None
-    names = class_names if model.num_classes else ()
-    if args.label is None:
-        chosen_classes("0", names)  # an error if there are none
+    """The label of each image (N,): those of --label, or all in turn; None for a model without labels."""
+    labels = asked_labels(args, model.num_classes, class_names, args.num_images)
+    if labels is None and model.num_classes:
         return torch.arange(args.num_images) % model.num_classes
-    classes = torch.tensor(chosen_classes(args.label, names))
-    return classes[torch.arange(args.num_images) * len(classes) // args.num_images]  # a row for each
+    return labels
 
 
 def shown_steps(steps: int, frames: int) -> set[int]:
@@ -111,11 +91,11 @@ class Film:
     """What --show_intermediate and --gif keep of the batches: the images at some times of their trajectories."""
 
     def __init__(self):
-        self.frames: dict[int, list[torch.Tensor]] = {}
+        self.frames: dict[float, list[torch.Tensor]] = {}
         self.pairs: list[torch.Tensor] = []  # x_t beside x_0_hat of the first images
 
     def add(self, t: float, x: torch.Tensor) -> None:
-        self.frames.setdefault(int(t), []).append(x.cpu())
+        self.frames.setdefault(t, []).append(x.cpu())
 
     def add_pair(self, x: torch.Tensor, x_0_hat: torch.Tensor) -> None:
         self.pairs.append(torch.stack([x[:GIF_IMAGES], x_0_hat[:GIF_IMAGES]], dim=1).flatten(0, 1).cpu())
@@ -125,25 +105,31 @@ class Film:
         frames = {t: torch.cat(parts) for t, parts in sorted(self.frames.items(), reverse=True)}
         folder = output.parent / "intermediate"
         for t, images in frames.items():
-            save_images(images, folder / ("final.png" if t < 0 else f"step_{t:04d}.png"))
+            save_images(images, folder / ("final.png" if t < 0 else f"step_{t:04.0f}.png"))
         rows = torch.stack([images[:FILM_IMAGES] for images in frames.values()], dim=1).flatten(0, 1)
         strip = output.parent / "film_strip.png"
         save_images(rows, strip, columns=len(frames))
         return [folder, strip]
 
 
-def make_images(args, model, diffusion, shape, labels) -> tuple[torch.Tensor, Film | None]:
+def my_share(args) -> range:
+    """The numbers of the images that this process makes."""
+    return range(args.num_images)[parallel.share(args.num_images)]
+
+
+def image_batches(args, model, diffusion, shape, labels, batch_size: int) -> Iterator:
+    """samplers.generate as the flags ask for it, `batch_size` images at a time."""
+    return generate(model, diffusion, shape, my_share(args), seed=args.seed, sampler=args.sampler, steps=args.steps,
+                    spacing=args.spacing, eta=args.eta, batch_size=batch_size, labels=labels,
+                    guidance_scale=args.guidance_scale, guidance_interval=args.guidance_interval)
+
+
+def make_images(args, diffusion, shape, batches: Iterator) -> tuple[torch.Tensor, Film | None]:
     """The images (N, C, H, W) in [-1, 1], and the film if one is asked for."""
     film = Film() if args.show_intermediate or args.gif else None
     keep, pairs, images = shown_steps(args.steps, FILM_FRAMES), shown_steps(args.steps, GIF_FRAMES), []
-    precision = pick_precision(args.precision, diffusion.device)
-    mine = range(args.num_images)[parallel.share(args.num_images)]
-    batches = generate(model, diffusion, shape, mine, seed=args.seed, sampler=args.sampler,
-                       steps=args.steps, eta=args.eta, batch_size=args.batch_size, labels=labels,
-                       guidance_scale=args.guidance_scale, guidance_interval=args.guidance_interval)
-    total = -(-len(mine) // args.batch_size) * args.steps
-    with (tqdm(total=total, unit="step", desc="sampling", disable=parallel.rank() > 0) as bar,
-          autocast(diffusion.device, precision)):
+    total = -(-len(my_share(args)) // args.batch_size) * args.steps
+    with tqdm(total=total, unit="step", desc="sampling", disable=parallel.rank() > 0) as bar:
         for batch, trajectory in batches:
             if film:
                 film.add(diffusion.num_timesteps - 1, image_noise(batch, args.seed, shape)())
@@ -179,12 +165,17 @@ def main(argv=None):
     model, diffusion, checkpoint = load_model(args.checkpoint, device, args.use_ema)
     config = checkpoint["config"]["data"]
     labels = image_labels(args, model, config["class_names"])
+    args.sampler, args.steps = sampler_and_steps(args, checkpoint)
+    args.guidance_scale = guidance(args.guidance_scale, labels, is_student(checkpoint))
     uniform_timesteps(diffusion.num_timesteps, args.steps)  # an impossible number is told before any work
     if parallel.rank() == 0:
         check_writable(output.parent)
     print(f"Using device: {diffusion.device}")
     start = time.perf_counter()
-    images, film = make_images(args, model, diffusion, config["shape"], labels)
+    with autocast(device, pick_precision(args.precision, device)):
+        images, film = within_memory(partial(make_images, args, diffusion, config["shape"]),
+                                     partial(image_batches, args, model, diffusion, config["shape"], labels),
+                                     args.batch_size, device)
     print(f"{len(images)} images by {args.sampler} in {args.steps} steps: {time.perf_counter() - start:.2f} s")
     if parallel.rank():
         return parallel.finish()

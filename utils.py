@@ -3,11 +3,13 @@
 import argparse
 import contextlib
 import functools
+import gc
 import json
 import math
 import os
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from itertools import islice
 from pathlib import Path
 
 import numpy as np
@@ -17,6 +19,15 @@ from torch import Tensor, nn
 import parallel
 from data import DATASETS, to_uint8
 from files import atomic_write
+from samplers import (
+    DEFAULT_GUIDANCE,
+    DEFAULT_SAMPLER,
+    DEFAULT_STEPS,
+    SAMPLERS,
+    SPACINGS,
+    STUDENT_SAMPLER,
+    STUDENT_STEPS,
+)
 
 # ------------------------------------------------------------------------------------------------ device and chance
 
@@ -66,6 +77,44 @@ def out_of_memory(error: BaseException) -> bool:
              "could not create a primitive", "could not create a memory", "could not execute a primitive")  # oneDNN
     return isinstance(error, torch.OutOfMemoryError | MemoryError) or (
         isinstance(error, RuntimeError) and any(word in str(error).lower() for word in words))
+
+
+def fits_in_memory(work: Callable[[], object], device: torch.device) -> bool:
+    """Do `work` with as much memory as can be freed: whether that sufficed."""
+    gc.collect()
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+    try:
+        work()
+    except (RuntimeError, MemoryError) as error:
+        if not out_of_memory(error):
+            raise
+        return False
+    return True
+
+
+def within_memory(make: Callable, batches: Callable[[int], Iterator], batch_size: int, device: torch.device):
+    """make(batches(batch_size)); where the memory is too small RunFailed with the batch size that fits, measured.
+
+    batches(n): samplers.generate with n images at a time.
+    """
+    try:
+        return make(batches(batch_size))
+    except (RuntimeError, MemoryError) as error:
+        if not out_of_memory(error):
+            raise
+
+    def rehearse(count: int) -> None:
+        _, trajectory = next(batches(count))
+        list(islice(trajectory, 2))
+
+    fits = batch_size  # measured out here, where what the error held is free again
+    while fits and not fits_in_memory(functools.partial(rehearse, fits), device):
+        fits //= 2
+    advice = {0: ", and even for one: close other programs, or choose another --device",
+              batch_size: ", which fit by themselves (measured): ask for fewer images in all"}
+    raise RunFailed(f"out of memory for {batch_size} images at a time"
+                    + advice.get(fits, f": {fits} fit (measured): give --batch_size {fits}"))
 
 
 def count_parameters(model: nn.Module) -> int:
@@ -212,6 +261,19 @@ SHARED_FLAGS = {
     "seed": dict(type=number(int, 0, 2**63 - 1), default=0, help="of all that is random"),
     "precision": dict(choices=("auto", "fp32", "bf16"), default="auto",
                       help="of the network's arithmetic; auto takes what is faster on this device"),
+    # of the scripts that make images with a checkpoint
+    "num_images": dict(type=number(int, 1, 10_000_000), default=64, help="how many"),
+    "sampler": dict(choices=tuple(SAMPLERS), 
+                    help=f"the way from noise to image (default: {DEFAULT_SAMPLER}; of a student: {STUDENT_SAMPLER})"),
+    "steps": dict(type=number(int, 1), help="of the sampler, at most the checkpoint's T "
+                                            f"(default: {DEFAULT_STEPS}; of a student: {STUDENT_STEPS})"),
+    "spacing": dict(choices=tuple(SPACINGS), help="how the times of the steps are spread (default: the sampler's own)"),
+    "label": dict(help="of a model that was trained with --conditional: a class by its number or name, a range such as "
+                       "0-9, or several with commas"),
+    "guidance_scale": dict(type=number(float, 0, 100),
+                           help="how strongly the label is asked for: 1 as learnt, more for clearer and less varied "
+                                f"images (default: {DEFAULT_GUIDANCE} where there are labels; of a student: 1)"),
+    "batch_size": dict(type=number(int, 1), default=64, help="images at a time; changes no image"),
 }
 
 
@@ -219,6 +281,54 @@ def add_shared_flags(parser, *names: str) -> None:
     """Add flags that have one meaning in every script."""
     for name in names:
         parser.add_argument(f"--{name}", **SHARED_FLAGS[name])
+
+
+def asked_labels(args, num_classes: int | None, class_names: Sequence[str], count: int) -> Tensor | None:
+    """The label of each of `count` images (count,) by --label, as many in a row for each class; None without --label.
+
+    ValueError if --label or --guidance_scale asks a model for labels that it does not know.
+    """
+    if args.label is None and (num_classes or args.guidance_scale in (None, 1)):
+        return None
+    classes = torch.tensor(chosen_classes(str(args.label), class_names if num_classes else ()))
+    if len(classes) > count:
+        raise ValueError(f"--label names {len(classes)} classes, more than the {count} to be made: name fewer")
+    return classes[torch.arange(count) * len(classes) // count]
+
+
+def guidance(scale: float | None, labels: Tensor | None, student: bool = False) -> float:
+    """The guidance scale that a flag asks for, or the default one where images have labels."""
+    return scale if scale is not None else 1.0 if labels is None or student else DEFAULT_GUIDANCE
+
+
+def is_student(checkpoint: dict) -> bool:
+    """Whether distill.py wrote this checkpoint."""
+    return checkpoint["config"]["training"].get("student") is True
+
+
+def sampler_and_steps(args, checkpoint: dict) -> tuple[str, int]:
+    """What --sampler and --steps ask for, or what measured best for checkpoints of this kind."""
+    best = (STUDENT_SAMPLER, STUDENT_STEPS) if is_student(checkpoint) else (DEFAULT_SAMPLER, DEFAULT_STEPS)
+    return args.sampler or best[0], args.steps or min(best[1], checkpoint["config"]["diffusion"]["num_timesteps"])
+
+
+def chosen_classes(text: str, class_names: Sequence[str]) -> list[int]:
+    """The classes that --label names. ValueError that lists what there is."""
+    if not class_names:
+        raise ValueError("this checkpoint was trained without labels: leave --label and --guidance_scale out, or train "
+                         "one with python train.py --conditional")
+    known = {name.lower(): i for i, name in enumerate(class_names)} | {str(i): i for i in range(len(class_names))}
+    classes = []
+    for part in text.lower().split(","):
+        dashes = [i for i, character in enumerate(part) if character == "-"]  # names have some too
+        pairs = [(part, part), *((part[:i], part[i + 1:]) for i in dashes)]
+        ends = [(known[a.strip()], known[b.strip()]) for a, b in pairs if a.strip() in known and b.strip() in known]
+        if not ends or ends[0][0] > ends[0][1]:
+            listed = ", ".join(f"{i} {name}" if name != str(i) else name for i, name in enumerate(class_names))
+            raise ValueError(f"unknown label {part!r}: choose from {listed}, or a range such as "
+                             f"0-{len(class_names) - 1}")
+        classes += range(ends[0][0], ends[0][1] + 1)
+    return classes
 
 
 class RunFailed(Exception):

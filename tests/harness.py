@@ -80,6 +80,29 @@ class StopAt:
         Trainer.batch = stopped
 
 
+class OnRank:
+    """A patch: another one for process `rank` of several only."""
+
+    def __init__(self, rank: int, patch):
+        self.rank, self.patch = rank, patch
+
+    def __call__(self):
+        if os.environ["RANK"] == str(self.rank):
+            self.patch()
+
+
+class SmallSplits:
+    """A patch: evaluate.py looks at the first `count` images of each split."""
+
+    def __init__(self, count: int):
+        self.count = count
+
+    def __call__(self):
+        import evaluate
+        load = evaluate.load_dataset
+        evaluate.load_dataset = lambda *args: load(*args).first(self.count)
+
+
 class LittleMemory:
     """A patch: the process can have so many more bytes than it has."""
 
@@ -110,10 +133,13 @@ class SmallDisk:
 
 
 class Rank:
-    """A patch: the process is one of several, as torchrun would start it, and only rank 0 can make files."""
+    """A patch: the process is one of several, as torchrun would start it, and only rank 0 can make files.
 
-    def __init__(self, rank: int, size: int, port: int):
-        self.rank, self.size, self.port = rank, size, port
+    And another patch, if there is one.
+    """
+
+    def __init__(self, rank: int, size: int, port: int, more=None):
+        self.rank, self.size, self.port, self.more = rank, size, port, more
 
     def __call__(self):
         os.environ |= dict(RANK=str(self.rank), LOCAL_RANK=str(self.rank), WORLD_SIZE=str(self.size),
@@ -123,6 +149,8 @@ class Rank:
             raise AssertionError("only rank 0 writes")
         if self.rank:
             tempfile.mkstemp = fail
+        if self.more:
+            self.more()
 
 
 def start(argv: list[str], log: Path, patch=None, script: str = "train"):
@@ -143,12 +171,14 @@ def run(argv: list[str], log: Path, patch=None, timeout: float = 120) -> int:
     return process.exitcode
 
 
-def run_together(argv: list[str], log: Path, size: int = 2, script: str = "train", timeout: float = 120) -> list[int]:
+def run_together(argv: list[str], log: Path, patch=None, size: int = 2, script: str = "train",
+                 timeout: float = 120) -> list[int]:
     """The exit statuses of `size` processes that work together on one run; rank i says what it says in log.i."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    processes = [start(argv, log.with_suffix(f".{rank}"), Rank(rank, size, port), script) for rank in range(size)]
+    processes = [start(argv, log.with_suffix(f".{rank}"), Rank(rank, size, port, patch), script)
+                 for rank in range(size)]
     for process in processes:
         process.join(timeout)
         assert process.exitcode is not None, "it hangs"

@@ -155,6 +155,11 @@ def checkpoint(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
+def labelled(tmp_path_factory):
+    return small_checkpoint(tmp_path_factory.mktemp("edit") / "labelled.pt", conditional=True)
+
+
+@pytest.fixture(scope="module")
 def picture(data_dir):
     """The picture (28, 28) uint8 that edit.py changes by default."""
     return load_dataset("glyphs", "test", data_dir).images[0, 0].numpy()
@@ -284,6 +289,25 @@ def test_the_same_seed_makes_the_same_picture(call, tmp_path):
     assert made[0] == made[1] != made[2]
 
 
+@pytest.mark.parametrize("command, flags", [("inpaint", ["--num_images", 2, "--resample", 1]), ("invert", []),
+                                            ("vary", ["--num_images", 2]), ("interpolate", ["--frames", 3])])
+def test_labels_and_guidance_change_what_is_made(call, labelled, tmp_path, command, flags):
+    made = []
+    for more in ([], ["--label", 3], ["--label", 4], ["--label", 3, "--guidance_scale", 3]):
+        assert call(command, "--checkpoint", labelled, *flags, *more) == 0
+        made.append((tmp_path / "x.png").read_bytes())
+    assert len(set(made)) == 4
+
+
+def test_an_image_between_seeds_has_the_label_that_sample_gives_it(call, labelled, tmp_path):
+    asked = ["--label", 6, "--guidance_scale", 2]
+    assert call("interpolate", "--checkpoint", labelled, "--seeds", 5, 5, "--frames", 2, *asked) == 0
+    assert sample.main(list(map(str, ["--checkpoint", labelled, "--output", tmp_path / "x.npz", "--seed", 5, *asked,
+                                      "--num_images", 1, "--steps", 8, "--device", "cpu", "--precision", "fp32"]))) == 0
+    image = np.load(tmp_path / "x.npz")["arr_0"][0, :, :, 0]
+    assert np.abs(image.astype(int) - cells(tmp_path / "x.png", 2)[0]).max() <= 1
+
+
 # ----------------------------------------------------------------------------------------------------------- errors
 
 
@@ -332,6 +356,19 @@ def test_pictures_that_do_not_fit_are_refused(call, tmp_path, capsys, flag, name
     ("sharpen", [], ["sharpen", "inpaint"])])
 def test_edit_refuses_what_cannot_be(call, tmp_path, capsys, command, flags, words):
     assert_refused(call(command, *flags), capsys, words, tmp_path / "x.png")
+
+
+@pytest.mark.parametrize("command", ["inpaint", "vary", "interpolate", "invert"])
+@pytest.mark.parametrize("flags", [["--label", "7"], ["--guidance_scale", "2"]])
+def test_a_checkpoint_without_labels_says_so(call, tmp_path, capsys, command, flags):
+    assert_refused(call(command, *flags), capsys, ["without labels", "--conditional"], tmp_path / "x.png")
+
+
+@pytest.mark.parametrize("flags, words", [(["--label", "ten"], ["ten", "0, 1, 2"]), (["--label", "0-9"], ["10", "1"]),
+                                          (["--guidance_scale", 2], ["--label"]),
+                                          (["--label", 1, "--guidance_scale", -1], ["--guidance_scale"])])
+def test_labels_that_cannot_be_are_refused(call, labelled, tmp_path, capsys, flags, words):
+    assert_refused(call("invert", "--checkpoint", labelled, *flags), capsys, words, tmp_path / "x.png")
 
 
 def assert_refused(status, capsys, words, output):

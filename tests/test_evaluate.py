@@ -3,6 +3,7 @@
 import json
 import re
 import sys
+from functools import partial
 
 import numpy as np
 import pytest
@@ -282,6 +283,54 @@ def test_what_is_not_installed_is_named(small, tmp_path, checkpoint, capsys, mon
         assert "torch-fidelity" in refused(small, capsys, *flags, "--features", "inception")
     monkeypatch.setitem(sys.modules, "torchmetrics.image.fid", None)
     assert "pip install -r requirements-eval.txt" in refused(small, capsys, *flags)
+
+
+def limit_memory(monkeypatch, largest):
+    """Let every evaluation of a network with more than `largest` images fail as for want of memory."""
+    denoiser = DiffusionProcess.denoiser
+
+    def limited(*args, **kwargs):
+        denoise = denoiser(*args, **kwargs)
+
+        def within(x_t, t):
+            if len(x_t) > largest:
+                raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB.")
+            return denoise(x_t, t)
+        return within
+    monkeypatch.setattr(DiffusionProcess, "denoiser", limited)
+
+
+def draw(checkpoint, folder, *flags):
+    """sample.py with these flags."""
+    return sample.main(list(map(str, ["--checkpoint", checkpoint, "--output", folder / "x.npz", "--steps", 2,
+                                      "--device", "cpu", *flags])))
+
+
+@pytest.mark.parametrize("classes, flags, fits", [(None, [], 16), (10, ["--label", 3, "--guidance_scale", 2], 8)])
+def test_out_of_memory_is_one_line_with_the_batch_size_that_fits(small, checkpoint, tmp_path, monkeypatch, capsys,
+                                                                 classes, flags, fits):
+    path = checkpoint(classes)
+    limit_memory(monkeypatch, 20)  # guidance evaluates twice as many
+    for run in (partial(draw, path, tmp_path),
+                partial(small, "--checkpoint", path, "--num_images", COUNT, "--output_dir", tmp_path)):
+        asked = [flag for flag in flags if run.func is draw or flag not in ("--label", 3)]
+        assert run(*asked, "--batch_size", 64) == 1
+        err = capsys.readouterr().err
+        assert f"64 images at a time: {fits} fit (measured): give --batch_size {fits}" in err.splitlines()[-1]
+        assert "Traceback" not in err and run(*asked, "--steps", 1, "--batch_size", fits) == 0
+
+
+def test_where_fewer_at_a_time_would_not_help_that_is_said(checkpoint, tmp_path, monkeypatch, capsys):
+    def fail(_):
+        raise MemoryError
+    with monkeypatch.context() as patch:
+        patch.setattr(sample.parallel, "gather", fail)
+        assert draw(checkpoint(), tmp_path) == 1
+    assert "ask for fewer images in all" in capsys.readouterr().err.splitlines()[-1]
+    limit_memory(monkeypatch, 0)
+    assert draw(checkpoint(), tmp_path) == 1
+    assert "even for one" in capsys.readouterr().err.splitlines()[-1]
+    assert not (tmp_path / "x.npz").exists()
 
 
 def test_images_that_are_not_numbers_are_refused(small, checkpoint, tmp_path, capsys, monkeypatch):

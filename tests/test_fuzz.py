@@ -3,20 +3,27 @@
 import contextlib
 import io
 import os
+import re
 import warnings
 from collections import Counter
 
+import numpy as np
 import pytest
 from harness import files
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from small import small_checkpoint
 
+import benchmark
+import distill
+import doctor
 import edit
+import evaluate
 import sample
 import train
 import visualize_diffusion
 from checkpoint import load_checkpoint
+from samplers import SAMPLERS, SPACINGS
 
 CASES = int(os.environ.get("FUZZ_CASES", 60))  # of each test; `make torture` asks for more
 quietly = settings(max_examples=CASES, deadline=None, database=None,
@@ -33,15 +40,16 @@ VALUES = st.one_of(NUMBERS, WORDS)
 def choices(script, *argv):
     """The flags that a script has, from its own parser."""
     args = script.parse_args(list(argv))
-    return sorted(vars(args[0] if isinstance(args, tuple) else args))
+    return sorted(vars(args[0] if isinstance(args, tuple) else args).keys() - {"worker"})  # which is no user's
 
 
 @pytest.fixture(scope="module")
 def place(tmp_path_factory, data_dir):
-    """A folder to work in, with a checkpoint, a file that is none, and the user's notes."""
+    """A folder to work in, with a checkpoint, a file that is none, ready images, and the user's notes."""
     folder = tmp_path_factory.mktemp("fuzz")
     small_checkpoint(folder / "model.pt", conditional=True, num_timesteps=8)
     (folder / "broken.pt").write_bytes(b"broken")
+    np.savez(folder / "images.npz", arr_0=np.zeros((2, 28, 28, 1), np.uint8), labels=np.zeros(2, int))
     (folder / "outputs").mkdir()
     (folder / "outputs/notes.txt").write_text("mine")
     before = os.getcwd()
@@ -75,7 +83,7 @@ def call(script, argv, place):
         places = sorted((place / "outputs/previous").glob("*"), key=lambda path: path.stat().st_ctime_ns)
         moved = files(places[-1]).values() if places else ()
         assert {*before.values()} <= {*now.values(), *moved}
-    assert all(now[name] == before[name] for name in ("model.pt", "broken.pt", "outputs/notes.txt"))
+    assert all(now[name] == before[name] for name in ("model.pt", "broken.pt", "images.npz", "outputs/notes.txt"))
     lines = [line for line in err.getvalue().replace("\r", "\n").splitlines() if line.strip()]
     if status == 2:
         assert len([line for line in lines if not is_bar(line)]) == 1, err.getvalue()
@@ -85,7 +93,7 @@ def call(script, argv, place):
 
 def is_bar(line):
     """Whether this is of a progress bar."""
-    return "%|" in line or "it/s" in line or "s/it" in line or ("step" in line and "[" in line)
+    return "%|" in line or re.search(r"\d\w* \[\d\d:\d\d", line) is not None
 
 
 def flags_of(names, values=VALUES, most=6):
@@ -114,8 +122,16 @@ def small(data_dir):
             raise ValueError("there is no such data set in this test")
         return loaded[split]
     with pytest.MonkeyPatch.context() as patch:
-        for module in (train, visualize_diffusion, edit):
+        for module in (train, visualize_diffusion, edit, evaluate, doctor, benchmark, distill):
             patch.setattr(module, "load_dataset", load)
+        patch.setattr(distill.Run, "progress", property(lambda run: run.trainer.step / 2))
+        patch.setattr(evaluate, "check_count", lambda *_: None)
+        patch.setattr(evaluate, "make_yardstick", lambda *_: None)  # images are made, and nothing is measured
+        patch.setattr(evaluate, "train_features", lambda *_: "trained")
+        for name, count in (("SAMPLES", 4), ("STEPS", 2), ("REAL", 8), ("BOUND_IMAGES", 16), ("ERROR_IMAGES", 8)):
+            patch.setattr(doctor, name, count)
+        for part in benchmark.PARTS:
+            patch.setattr(benchmark.Benchmark, f"measure_{part}", lambda _: {})
         patch.setattr(train, "PREVIEW_IMAGES", 2)
         patch.setattr(training, "VALIDATION_IMAGES", 2)
         yield
@@ -138,12 +154,13 @@ VALID = {  # flags with values that each make sense; together they may not
     "max_grad_norm": ["1e-6", "1e30"], "ema_decay": ["0", "0.999", "1"], "precision": ["fp32", "bf16", "auto"],
     "recipe": ["fast", "ddpm"], "seed": ["0", str(2**63 - 1)], "sample_interval": ["0", "1", "3"],
     "save_interval": ["0", "1", "3"], "checkpoint_minutes": ["0", "1e-9", "5"], "keep_checkpoints": ["1", "5"],
-    "conditional": [""], "zero_terminal_snr": [""], "checkpointing": [""], "resume": [""], "epochs": ["1", "2"],
+    "conditional": [""], "zero_terminal_snr": [""],
+    "learn_variance": [""], "checkpointing": [""], "resume": [""], "epochs": ["1", "2"],
 }
 
 
 VALID_ELSEWHERE = {  # the same for the other scripts
-    sample: {"num_images": ["1", "3"], "steps": ["1", "3", "8"], "sampler": ["ddpm", "ddim", "heun", "ipndm"],
+    sample: {"num_images": ["1", "3"], "steps": ["1", "3", "8"], "sampler": [*SAMPLERS], "spacing": [*SPACINGS],
              "eta": ["0", "1"], "label": ["3", "0-2", "7,1"], "guidance_scale": ["0", "1", "3.5"], "seed": ["0", "9"],
              "guidance_interval": ["0 7", "2 3"], "batch_size": ["1", "100"], "no_use_ema": [""], "gif": [""],
              "show_intermediate": [""], "precision": ["fp32", "bf16"], "output": ["outputs/x.png", "outputs/x.npz"]},
@@ -152,7 +169,17 @@ VALID_ELSEWHERE = {  # the same for the other scripts
                           "checkpoint": ["model.pt", "broken.pt"], "seed": ["0", "9"]},
     edit: {"steps": ["1", "8"], "seed": ["0", "9"], "gif": [""], "index": ["0", "63", "64"], "mask": ["left", "center"],
            "resample": ["1", "2"], "num_images": ["1", "2"], "strength": ["0", "0.5", "1"], "frames": ["2", "3"],
-           "seeds": ["1 2", "3 3"]},
+           "seeds": ["1 2", "3 3"], "label": ["3", "0-1"], "guidance_scale": ["1", "2"]},
+    evaluate: {"num_images": ["1", "3"], "steps": ["1", "8"], "sampler": [*SAMPLERS], "spacing": [*SPACINGS],
+               "batch_size": ["1", "100"], "guidance_scale": ["0", "1", "1 2"], "sweep": ["", "1", "1 2"],
+               "reference": ["test", "validation"], "cas": [""], "dataset": ["glyphs", "mnist"], "seed": ["0", "9"],
+               "precision": ["fp32", "bf16"]},
+    distill: {"teacher_steps": ["2", "8", "9"], "teacher_order": ["1", "2"], "guidance_scale": ["0", "1", "3.5"],
+              "batch_size": ["1", "3", "1000"], "lr": ["0", "1e30"], "muon_lr": ["0", "1e30"], "seed": ["0", "9"],
+              "precision": ["fp32", "bf16", "auto"], "budget": ["1e-9", "1m"]},
+    doctor: {"checkpoint": ["model.pt", "broken.pt"], "dataset": ["glyphs", "mnist"], "json": [""]},
+    benchmark: {"contestants": ["fast", "ddpm fast", "first_try"], "budgets": ["1s", "1m 2m"], "quick": [""],
+                "num_images": ["1", "500"], "limit": ["0", "1"], "dataset": ["glyphs", "mnist"]},
 }
 
 
@@ -189,6 +216,8 @@ def test_visualize_refuses_or_draws_with_any_flags(place, flags, whole):
     call(visualize_diffusion, [*flags, *(end if whole else [])], place)
 
 
+DISTILLED = ["--checkpoint", "model.pt", "--data_dir", "data", "--output_dir", "outputs/student", "--batch_size", "4",
+             "--teacher_steps", "3", "--device", "cpu"]
 COMMANDS = ("inpaint", "vary", "interpolate", "invert")
 
 
@@ -200,14 +229,47 @@ def test_edit_refuses_or_edits_with_any_flags(place, command, flags, whole):
     call(edit, [command, *flags, *(end if whole else end[:2])], place)
 
 
+@quietly
+@given(flags=flags_of(choices(evaluate, "--checkpoint", "x")), made=st.booleans(), whole=st.booleans())
+def test_evaluate_refuses_or_makes_images_with_any_flags(place, flags, made, whole):
+    begin = ["--checkpoint", "model.pt"] if made else ["--images", "images.npz", "--dataset", "glyphs"]
+    end = ["--num_images", "2", "--output_dir", "outputs", "--steps", "2", "--device", "cpu", "--data_dir", "data"]
+    call(evaluate, [*begin, *flags, *(end if whole else end[:4])], place)
+
+
 @settings(quietly, max_examples=max(10, CASES // 4))
-@given(data=st.data(), script=st.sampled_from([sample, visualize_diffusion, edit]), command=st.sampled_from(COMMANDS))
+@given(flags=flags_of(choices(distill, "--checkpoint", "x")), whole=st.booleans())
+def test_distill_refuses_or_teaches_with_any_flags(place, flags, whole):
+    call(distill, [*flags, *(DISTILLED if whole else DISTILLED[:6])], place)
+
+
+@settings(quietly, max_examples=max(10, CASES // 4))
+@given(flags=flags_of(choices(doctor)), given=st.booleans(), whole=st.booleans())
+def test_doctor_refuses_or_examines_with_any_flags(place, flags, given, whole):
+    end = ["--device", "cpu", "--data_dir", "data"]
+    call(doctor, [*(["--checkpoint", "model.pt"] if given else []), *flags, *(end if whole else [])], place)
+
+
+@quietly
+@given(what=st.lists(st.sampled_from([*benchmark.PARTS, "nonsense"]), max_size=2), flags=flags_of(choices(benchmark)),
+       whole=st.booleans())
+def test_benchmark_refuses_or_begins_with_any_flags(place, what, flags, whole):
+    end = ["--output_dir", "outputs", "--contestants", "fast", "--device", "cpu", "--dataset", "glyphs", "--data_dir",
+           "data"]
+    call(benchmark, [*what, *flags, *(end if whole else end[:2])], place)
+
+
+@settings(quietly, max_examples=max(10, CASES // 4))
+@given(data=st.data(), script=st.sampled_from([*VALID_ELSEWHERE]), command=st.sampled_from(COMMANDS))
 def test_the_others_end_well_or_say_why_with_flags_that_make_sense(place, data, script, command):
     flags = data.draw(valid_flags(VALID_ELSEWHERE[script], most=3))
     begin = {sample: ["--checkpoint", "model.pt", "--num_images", "2", "--steps", "2", "--output", "outputs/x.png"],
              visualize_diffusion: ["--dataset", "glyphs", "--data_dir", "data", "--num_images", "1", "--save_path",
                                    "outputs/x.png"],
-             edit: [command, "--checkpoint", "model.pt", "--data_dir", "data", "--output", "outputs/x.png"]}[script]
+             edit: [command, "--checkpoint", "model.pt", "--output", "outputs/x.png", "--steps", "2"],
+             evaluate: ["--checkpoint", "model.pt", "--num_images", "2", "--steps", "2", "--output_dir", "outputs"],
+             distill: DISTILLED, doctor: ["--checkpoint", "model.pt"],
+             benchmark: ["train", "quality", "--output_dir", "outputs"]}[script]
     call(script, [*begin, *flags, "--device", "cpu"], place)
 
 

@@ -8,6 +8,7 @@ from small import small_checkpoint, small_model
 from torch.testing import assert_close
 
 import sample
+import utils
 from data import FASHION, ImageData
 from diffusion import DiffusionProcess
 from samplers import SAMPLERS, final_image, generate, guide
@@ -145,18 +146,18 @@ def test_labels_that_stay_are_those_of_the_images():
     ("t-shirt/top,Bag", [0, 8]), ("ankle boot", [9]), ("Trouser-Dress", [1, 2, 3]), (" 4 ", [4]), ("2-2", [2]),
     ("T-shirt/top-Pullover", [0, 1, 2]), ("1, bag", [1, 8])])
 def test_labels_are_found_by_number_name_and_range(text, classes):
-    assert sample.chosen_classes(text, FASHION) == classes
+    assert utils.chosen_classes(text, FASHION) == classes
 
 
 @pytest.mark.parametrize("text", ["10", "-1", "boot", "9-0", "", "3-", "0-10", "1.5", "a-b", "sneaker,", "--"])
 def test_unknown_labels_are_refused_with_what_there_is(text):
     with pytest.raises(ValueError, match=r"unknown label.*0 T-shirt/top.*9 Ankle boot.*0-9"):
-        sample.chosen_classes(text, FASHION)
+        utils.chosen_classes(text, FASHION)
 
 
 def test_digits_are_listed_once():
     with pytest.raises(ValueError, match=r"choose from 0, 1, 2.*9, or a range"):
-        sample.chosen_classes("ten", tuple("0123456789"))
+        utils.chosen_classes("ten", tuple("0123456789"))
 
 
 # ---------------------------------------------------------------------------------------------------- sample.py
@@ -214,6 +215,7 @@ def test_labels_and_guidance_change_images(conditional, tmp_path):
 @pytest.mark.parametrize("flags, words", [
     (["--label", "sandals"], ["sandals", "T-shirt/top", "Ankle boot"]),
     (["--label", "11"], ["11", "Sneaker"]),
+    (["--label", "0-9", "--num_images", "4"], ["--label", "10", "4"]),
     (["--guidance_scale", "-1"], ["--guidance_scale"]),
     (["--label", "1", "--guidance_scale", "2", "--guidance_interval", "30", "10"], ["--guidance_interval", "30", "10"]),
 ])

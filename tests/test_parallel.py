@@ -1,18 +1,36 @@
 """Two processes do what one does: the same batches, weights to rounding, and images; one of them writes."""
 
+import json
+import signal
+
 import numpy as np
 import pytest
 import torch
-from harness import STEPS, files, metrics, needs_fork, run, run_together, tiny
+from harness import (
+    STEPS,
+    OnRank,
+    SmallSplits,
+    StopAt,
+    files,
+    metrics,
+    needs_fork,
+    run,
+    run_together,
+    tiny,
+)
 from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 from small import small_checkpoint
 from torch.testing import assert_close
 
+import evaluate
 import parallel
+import runs
 import sample
 from checkpoint import load_checkpoint
+from data import load_dataset
+from train import AGREE_STEPS
 
 pytestmark = needs_fork
 ADAMW = ("--optimizer", "adamw")  # muon rounds to bfloat16 on its way, and makes more of a difference in rounding
@@ -94,6 +112,82 @@ def test_two_processes_make_the_images_of_one(tmp_path):
     assert np.array_equal(one["labels"], two["labels"])
 
 
+@pytest.mark.parametrize("rank", [0, 1])
+@pytest.mark.parametrize("stop", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_to_any_process_stops_all_of_them_at_the_same_step(data_dir, tmp_path, rank, stop):
+    argv, log = argv_of(data_dir, tmp_path / "run", "--epochs", 6, "--sample_interval", 0), tmp_path / "log"
+    assert run_together(argv, log, OnRank(rank, StopAt(3, stop))) == [128 + stop] * 2
+    assert runs.newest_valid(tmp_path / "run")[1]["step"] == AGREE_STEPS
+    said, silent = (log.with_suffix(f".{rank}").read_text() for rank in (0, 1))
+    assert "go on with --resume" in said and silent == ""
+
+
+# --------------------------------------------------------------------------------------------------------- evaluate.py
+
+
+COUNT, SPLIT = 257, 600  # images to make, which do not divide by two, and of each split to compare with
+
+
+@pytest.fixture
+def measured(tmp_path, data_dir, monkeypatch):
+    """The folders of two evaluations with the same flags, by one process and by two."""
+    pytest.importorskip("torchmetrics", reason="torchmetrics is missing: pip install -r requirements-eval.txt")
+
+    def run_both(*flags):
+        path = small_checkpoint(tmp_path / "model.pt", conditional=True, patch_size=4)
+        argv = list(map(str, ["--checkpoint", path, "--num_images", COUNT, "--data_dir", data_dir, "--device", "cpu",
+                              "--precision", "fp32", *flags, "--output_dir"]))
+        folders = [tmp_path / name for name in ("one", "two")]
+        monkeypatch.setattr(evaluate, "load_dataset", lambda *args: load_dataset(*args).first(SPLIT))
+        assert evaluate.main([*argv, str(folders[0])]) == 0
+        log = tmp_path / "log"
+        assert run_together([*argv, str(folders[1])], log, SmallSplits(SPLIT), script="evaluate") == [0, 0]
+        assert "Saved" in log.with_suffix(".0").read_text() and log.with_suffix(".1").read_text() == ""
+        assert files(folders[0]).keys() == files(folders[1]).keys()
+        return folders
+    return run_both
+
+
+def assert_same_figures(one, two):
+    """To rounding: a pixel may fall on the next of the 256 levels."""
+    assert one.keys() == two.keys()
+    for name, figure in one.items():
+        assert (figure["n"], figure["floor"]) == (two[name]["n"], two[name]["floor"])
+        assert_close(figure["value"], two[name]["value"], rtol=0.01, atol=0.01)
+
+
+def test_two_processes_measure_what_one_measures(measured):
+    one, two = (json.loads((folder / "evaluation.json").read_text()) for folder in measured("--steps", 2))
+    assert_same_figures(one["figures"], two["figures"])
+    assert (one["num_images"], two["num_images"], one["processes"], two["processes"]) == (COUNT, COUNT, 1, 2)
+
+
+def test_two_processes_sweep_as_one_does(measured):
+    one, two = (json.loads((folder / "sweep.json").read_text())["rows"] for folder in measured("--sweep", 2))
+    for a, b in zip(one, two, strict=True):
+        assert [a[name] for name in ("series", "steps", "nfe")] == [b[name] for name in ("series", "steps", "nfe")]
+        assert_same_figures(a["figures"], b["figures"])
+
+
+@pytest.mark.parametrize("flags, word", [(["--num_images", "20"], "at least"), (["--steps", "41"], "1..40"),
+                                         (["--cas"], "labels")])
+def test_what_cannot_be_evaluated_is_told_by_one_process(data_dir, tmp_path, flags, word):
+    path = small_checkpoint(tmp_path / "model.pt")
+    argv = ["--checkpoint", str(path), "--data_dir", str(data_dir), "--output_dir", str(tmp_path), *flags]
+    assert run_together(argv, tmp_path / "log", script="evaluate") == [2, 2]
+    said = [(tmp_path / f"log.{rank}").read_text() for rank in (0, 1)]
+    assert len(said[0].splitlines()) == 1 and word in said[0] and said[1] == ""
+
+
+def test_several_processes_without_a_checkpoint_are_refused(tmp_path):
+    argv = ["--images", "x.npz", "--dataset", "glyphs", "--output_dir", str(tmp_path)]
+    assert run_together(argv, tmp_path / "log", script="evaluate") == [2, 2]
+    assert "leave torchrun out" in (tmp_path / "log.0").read_text() and (tmp_path / "log.1").read_text() == ""
+
+
+# ------------------------------------------------------------------------------------------------------------ by itself
+
+
 @given(count=st.integers(0, 200), size=st.integers(1, 30))
 def test_shares_are_a_partition_in_order_and_as_even_as_can_be(count, size):
     with pytest.MonkeyPatch.context() as patch:
@@ -111,6 +205,7 @@ def test_one_process_alone_does_nothing():
     assert (parallel.rank(), parallel.size()) == (0, 1)
     assert parallel.total(value) is value and parallel.mean(value) is value
     assert torch.equal(parallel.gather(value), value) and parallel.from_first("x") == "x"
-    assert parallel.smallest(3) == 3 and not parallel.restarts() and not parallel.lost(RuntimeError("Connection lost"))
+    assert parallel.smallest(3) == 3 and parallel.largest(value) is value
+    assert not parallel.restarts() and not parallel.lost(RuntimeError("Connection lost"))
     with parallel.first_alone():
         pass

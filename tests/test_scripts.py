@@ -40,7 +40,7 @@ def tiny(data_dir, output_dir, *more):
 def trained(data_dir, tmp_path_factory):
     """The folder of a tiny run that wrote a checkpoint after each of its two epochs."""
     folder = tmp_path_factory.mktemp("run") / "outputs"
-    assert call("train", *tiny(data_dir, folder, "--save_interval", 1)) == 0
+    assert call("train", *tiny(data_dir, folder, "--save_interval", 1, "--no-conditional")) == 0
     return folder
 
 
@@ -113,7 +113,8 @@ def test_training_lowers_the_loss(data_dir, tmp_path):
 def test_the_same_seed_trains_the_same_network_and_another_does_not(trained, data_dir, tmp_path):
     final = load_checkpoint(trained / "model_final.pt")["ema"]
     for seed in (0, 1):
-        assert call("train", *tiny(data_dir, tmp_path / str(seed), "--seed", seed, "--sample_interval", 0)) == 0
+        assert call("train", *tiny(data_dir, tmp_path / str(seed), "--seed", seed, "--sample_interval", 0,
+                                   "--no-conditional")) == 0
         other = load_checkpoint(tmp_path / str(seed) / "model_final.pt")["ema"]
         assert all(torch.equal(final[name], other[name]) for name in final) == (seed == 0)
 

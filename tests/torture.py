@@ -33,7 +33,11 @@ from small import small_checkpoint
 from test_fuzz import (  # noqa: F401 (these run here too, with more cases)
     place,
     small,
+    test_benchmark_refuses_or_begins_with_any_flags,
+    test_distill_refuses_or_teaches_with_any_flags,
+    test_doctor_refuses_or_examines_with_any_flags,
     test_edit_refuses_or_edits_with_any_flags,
+    test_evaluate_refuses_or_makes_images_with_any_flags,
     test_sample_refuses_or_makes_images_with_any_flags,
     test_the_others_end_well_or_say_why_with_flags_that_make_sense,
     test_train_ends_well_or_says_why_with_flags_that_make_sense,
@@ -189,22 +193,47 @@ def torchrun(data_dir, folder, *more):
             *tiny(data_dir, folder, *LONG, *EVERY_STEP, "--optimizer", "adamw", "--keep_checkpoints", 2)]
 
 
-@needs_fork
-def test_torchrun_learns_what_one_process_learns_and_survives_a_killed_worker(root, data_dir, tmp_path):
-    assert script(root, "train.py", *torchrun(data_dir, tmp_path / "one")[6:]).returncode == 0
-    folder = tmp_path / "two"
-    with (tmp_path / "log").open("w") as log:
-        agent = subprocess.Popen(torchrun(data_dir, folder, "--max_restarts=1"), cwd=root, stdout=log, stderr=log,
-                                 env=ALONE)
+def signalled(root, argv, folder, log, which, stop):
+    """The exit status of torchrun, one of whose workers gets a signal after some steps."""
+    with log.open("w") as said:
+        agent = subprocess.Popen(argv, cwd=root, stdout=said, stderr=said, env=ALONE)
         while agent.poll() is None and not list(folder.glob("checkpoints/model_step_0000000[3-9].pt")):
             time.sleep(0.01)
         workers = subprocess.run(["ps", "-o", "pid=", "--ppid", str(agent.pid)], capture_output=True, text=True).stdout
-        os.kill(int(workers.split()[-1]), signal.SIGKILL)
-        assert agent.wait(400) == 0, (tmp_path / "log").read_text()[-3000:]
-    assert "Resuming" in (tmp_path / "log").read_text()
-    assert_same_to_rounding(tmp_path / "one", folder)
+        os.kill(int(workers.split()[which]), stop)
+        return agent.wait(400)
+
+
+@pytest.fixture(scope="module")
+def alone(root, data_dir, tmp_path_factory):
+    """The folder of what torchrun is to learn, by one process."""
+    folder = tmp_path_factory.mktemp("alone") / "run"
+    assert script(root, "train.py", *torchrun(data_dir, folder)[6:]).returncode == 0
+    return folder
+
+
+@needs_fork
+def test_torchrun_learns_what_one_process_learns_and_survives_a_killed_worker(root, alone, data_dir, tmp_path):
+    folder, log = tmp_path / "run", tmp_path / "log"
+    argv = torchrun(data_dir, folder, "--max_restarts=1")
+    assert signalled(root, argv, folder, log, -1, signal.SIGKILL) == 0, log.read_text()[-3000:]
+    assert "Resuming" in log.read_text()
+    assert_same_to_rounding(alone, folder)
     assert_steps_once(folder)
     TRIED["a worker of torchrun killed; --max_restarts=1 goes on by itself"] += 1
+
+
+@needs_fork
+@pytest.mark.parametrize("worker", [0, 1])
+def test_sigterm_to_a_worker_of_torchrun_stops_all_and_loses_nothing(root, alone, data_dir, tmp_path, worker):
+    folder, log = tmp_path / "run", tmp_path / "log"
+    assert signalled(root, torchrun(data_dir, folder), folder, log, worker, signal.SIGTERM) == 1
+    assert "Stopped by a signal" in log.read_text()
+    assert subprocess.run([*torchrun(data_dir, folder), "--resume"], cwd=root, capture_output=True, env=ALONE,
+                          timeout=300).returncode == 0
+    assert_same_to_rounding(alone, folder)
+    assert_steps_once(folder)
+    TRIED["SIGTERM to one worker of torchrun: all stop and save, then --resume"] += 1
 
 
 # --------------------------------------------------------------------------------------------------------------- fuzz
@@ -222,8 +251,7 @@ def test_thousands_of_changed_bytes_never_load_as_something_else(tmp_path):
 
 
 BAD = ["", "-1", "0", "nan", "inf", "1e400", "x", "é", "9" * 400, "--", "/dev/null", "auto", "cuda:99", "a\nb"]
-OUTPUT = {"train.py": "--output_dir", "sample.py": "--output", "visualize_diffusion.py": "--save_path",
-          "edit.py": "--output", "evaluate.py": "--output_dir"}
+SCRIPTS = ("train.py", "sample.py", "visualize_diffusion.py", "edit.py", "evaluate.py", "doctor.py", "benchmark.py")
 
 
 def random_argv(chance, name, data_dir):
@@ -234,7 +262,9 @@ def random_argv(chance, name, data_dir):
              "visualize_diffusion.py": ["--dataset", "glyphs", "--data_dir", str(data_dir), "--num_images", "1"],
              "edit.py": [chance.choice(test_fuzz.COMMANDS), "--checkpoint", "model.pt", "--steps", "1", "--data_dir",
                          str(data_dir)],
-             "evaluate.py": ["--checkpoint", chance.choice(["broken.pt", "none.pt"])]}[name]
+             "evaluate.py": ["--checkpoint", chance.choice(["broken.pt", "none.pt"])],
+             "doctor.py": ["--checkpoint", chance.choice(["broken.pt", "none.pt"])],
+             "benchmark.py": ["--budgets", chance.choice(BAD)]}[name]
     for _ in range(chance.randrange(4)):
         flag = chance.choice([*sorted(test_fuzz.VALID), "checkpoint", "steps", "device", "num_images", "nonsense"])
         values = test_fuzz.VALID.get(flag, BAD)
@@ -250,7 +280,7 @@ def test_fifty_processes_with_random_flags_end_with_a_line_at_most(root, data_di
         (folder / "broken.pt").write_bytes(b"broken")
         (folder / "outputs/notes.txt").write_text("mine")
         before = files(folder)
-        name = sorted(OUTPUT)[seed % len(OUTPUT)]
+        name = SCRIPTS[seed % len(SCRIPTS)]
         argv = random_argv(chance, name, data_dir)
         ended = script(root, name, *argv, cwd=folder)
         return name, argv, ended, before, files(folder)
