@@ -27,7 +27,7 @@ import tuning
 from checkpoint import load_model, save_checkpoint
 from data import load_dataset
 from diffusion import Denoise, DiffusionProcess
-from samplers import DEFAULT_GUIDANCE, ddim_step, final_image, generate, guide, spaced_timesteps
+from samplers import DEFAULT_GUIDANCE, STUDENT_SAMPLER, ddim_step, final_image, generate, guide, spaced_timesteps
 from training import Trainer
 from utils import (
     SHARED_FLAGS,
@@ -49,7 +49,6 @@ HUBER = 0.03  # root mean square errors above it count by their size, below it b
 LOG_STEPS = 50  # between two lines of metrics.jsonl
 MAX_BAD_STEPS = 20  # in a row, after which a run stops
 CLOSING = 1.5  # seconds that the end of a run takes, its sampling apart
-SAMPLER = "consistency"  # of samples.png, and recommended
 SAMPLE_STEPS, SAMPLE_IMAGES, SAMPLE_COLUMNS = (1, 2, 4), 20, 10
 
 
@@ -250,7 +249,7 @@ class Run:
             with autocast(trainer.device, trainer.precision):
                 blocks += [final_image(trajectory).cpu() for _, trajectory in generate(
                     trainer.ema, trainer.diffusion, self.shape, range(SAMPLE_IMAGES), seed=trainer.seed,
-                    sampler=SAMPLER, steps=min(steps, trainer.diffusion.num_timesteps), labels=labels)]
+                    sampler=STUDENT_SAMPLER, steps=min(steps, trainer.diffusion.num_timesteps), labels=labels)]
         save_images(torch.cat(blocks), self.folder / "samples.png", columns=SAMPLE_COLUMNS)
 
 
@@ -293,8 +292,7 @@ def main(argv=None):
             return 128 + run.signal
         path = run.save("model_final.pt")
         run.save_samples()
-        print(f"Saved {path}: python sample.py --checkpoint {path} --sampler {SAMPLER} --steps 2"
-              + " --guidance_scale 1" * trainer.conditional)
+        print(f"Saved {path}: python sample.py --checkpoint {path}")
 
 
 if __name__ == "__main__":

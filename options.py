@@ -1,6 +1,9 @@
-"""What a training run can be asked for: the recipes, and the flags of train.py."""
+"""What a training run can be asked for: the recipes, the flags of train.py, and those of a run that goes on."""
 
 from argparse import BooleanOptionalAction
+from pathlib import Path
+
+import torch
 
 from diffusion import LOSS_WEIGHTS, PREDICTIONS, SCHEDULES, TIMESTEP_SAMPLING
 from models.layers import ACTIVATIONS
@@ -112,3 +115,47 @@ def make_parser(description: str) -> Parser:
     group.add_argument("--ema_decay", type=number(float, 0, 1), default=0.999, help="of the average of the weights")
     parser.set_defaults(**RECIPES["fast"])
     return parser
+
+
+def good_width(budget: float | None, device: torch.device) -> int:
+    """Base channels for a run: what measured best on a CPU in so many seconds (benchmarks/RECORDS.md).
+
+    A wider network learns more from an image and sees fewer. Without a budget: twenty epochs in about ten minutes.
+    """
+    if device.type != "cpu":
+        return 64
+    return 24 if budget is None else 32 if budget < 90 else 48 if budget < 1200 else 64
+
+
+def fill_in(args, device: torch.device) -> None:
+    """Give the flags that depend on the data set, the budget and the device the values that are good there."""
+    args.base_channels = args.base_channels or good_width(args.budget, device)
+    mean, std = NOISE_LEVELS[args.dataset]
+    args.noise_mean = mean if args.noise_mean is None else args.noise_mean
+    args.noise_std = args.noise_std or std
+
+
+OWN_FLAGS = ("output_dir", "data_dir", "device", "resume")  # what a resumed run does not take from its checkpoint
+
+
+def saved_flags(parser: Parser, args, path: Path, saved: dict) -> list[str]:
+    """The flags of a checkpoint's run as a user would type them, who may give --epochs and --budget anew in `args`.
+
+    ValueError if they are not such that a run can have had.
+    """
+    argv, new = [], {*OWN_FLAGS, *(("epochs", "budget") if args.epochs or args.budget else ())}
+    kept = {name: saved["config"]["training"].get(name) for name in vars(args) if name not in new}
+    try:
+        for name, value in kept.items():
+            if type(value) is list and all(type(part) is int for part in value):
+                argv += [f"--{name}", *map(str, value)]
+            elif type(value) in (int, float, str):
+                argv.append(f"--{name}={value}")
+            elif type(value) is bool:
+                argv.append(f"--{name}" if value else f"--no-{name}")
+            elif value is not None:
+                raise ValueError(f"--{name} is of type {type(value).__name__}")
+        parser.parse_args(argv)
+    except ValueError as error:
+        raise ValueError(f"{path} holds flags that no run can have had: {error}") from error
+    return argv

@@ -27,11 +27,10 @@ from checkpoint import save_checkpoint
 from data import ImageData, load_dataset, to_model
 from diffusion import DiffusionProcess
 from models import create_model
-from options import NOISE_LEVELS, RECIPES, make_parser
+from options import RECIPES, fill_in, make_parser, saved_flags
 from samplers import DEFAULT_STEPS, final_image, generate
 from training import VALIDATION_IMAGES, Trainer
 from utils import (
-    Parser,
     RunFailed,
     autocast,
     count_parameters,
@@ -56,8 +55,7 @@ DIFFUSION_FLAGS = {"timesteps": "num_timesteps", "schedule": "schedule", "predic
                    "zero_terminal_snr": "zero_terminal_snr"}
 TRAINER_FLAGS = ("batch_size", "optimizer", "lr", "muon_lr", "lr_schedule", "warmup", "weight_decay", "max_grad_norm",
                  "ema_decay", "conditional", "label_dropout", "precision", "seed")
-OWN_FLAGS = ("output_dir", "data_dir", "device", "resume")  # what a resumed run does not take from its checkpoint
-FIXED_FLAGS = ("train_images", "batch_size", "optimizer")  # what it cannot change, beside network, process and data set
+FIXED_FLAGS = ("train_images", "batch_size", "optimizer")  # what a resumed run cannot change, beside network and data
 
 
 def parse_args(argv: Sequence[str] | None):
@@ -85,39 +83,6 @@ def parse_args(argv: Sequence[str] | None):
     return args, saved
 
 
-def saved_flags(parser: Parser, args, path: Path, saved: dict) -> list[str]:
-    """The flags of a checkpoint's run as a user would type them, who may give --epochs and --budget anew in `args`.
-
-    ValueError if they are not such that a run can have had.
-    """
-    argv, new = [], {*OWN_FLAGS, *(("epochs", "budget") if args.epochs or args.budget else ())}
-    kept = {name: saved["config"]["training"].get(name) for name in vars(args) if name not in new}
-    try:
-        for name, value in kept.items():
-            if type(value) is list and all(type(part) is int for part in value):
-                argv += [f"--{name}", *map(str, value)]
-            elif type(value) in (int, float, str):
-                argv.append(f"--{name}={value}")
-            elif type(value) is bool:
-                argv.append(f"--{name}" if value else f"--no-{name}")
-            elif value is not None:
-                raise ValueError(f"--{name} is of type {type(value).__name__}")
-        parser.parse_args(argv)
-    except ValueError as error:
-        raise ValueError(f"{path} holds flags that no run can have had: {error}") from error
-    return argv
-
-
-def good_width(budget: float | None, device: torch.device) -> int:
-    """Base channels for a run: what measured best on a CPU in so many seconds (benchmarks/RECORDS.md).
-
-    A wider network learns more from an image and sees fewer. Without a budget: twenty epochs in about ten minutes.
-    """
-    if device.type != "cpu":
-        return 64
-    return 24 if budget is None else 32 if budget < 90 else 48 if budget < 1200 else 64
-
-
 class Run:
     """A training run: a trainer, the time that it has, and the folder that it writes to."""
 
@@ -126,10 +91,7 @@ class Run:
         device = get_device(parallel.local_device(args.device))
         parallel.start(device)
         tuning.prepare(device)
-        args.base_channels = args.base_channels or good_width(args.budget, device)
-        mean, std = NOISE_LEVELS[args.dataset]
-        args.noise_mean = mean if args.noise_mean is None else args.noise_mean
-        args.noise_std = args.noise_std or std
+        fill_in(args, device)
         with parallel.first_alone():
             data = load_dataset(args.dataset, "train", args.data_dir).first(args.train_images or sys.maxsize)
         self.validation = load_dataset(args.dataset, "validation", args.data_dir)

@@ -6,6 +6,7 @@ import os
 import signal
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 from harness import assert_refused, files, metrics
@@ -14,6 +15,7 @@ from torch.testing import assert_close
 
 import distill
 import doctor
+import edit
 import runs
 import sample
 import train
@@ -254,6 +256,23 @@ def test_the_student_draws_in_one_step(student, tmp_path, sampler):
     assert sample.main(["--checkpoint", str(student / "model_final.pt"), "--sampler", sampler, "--steps", "1",
                         "--num_images", "3", "--device", "cpu", "--output", str(path)]) == 0
     assert path.exists()
+
+
+def test_without_flags_a_student_jumps_and_asks_for_no_further_guidance(student, tmp_path, capsys):
+    drawn = []
+    for more in ([], ["--sampler", "consistency", "--steps", "2", "--guidance_scale", "1"]):
+        path = tmp_path / f"{len(more)}.npz"
+        assert sample.main(["--checkpoint", str(student / "model_final.pt"), "--num_images", "3", "--device", "cpu",
+                            "--output", str(path), *more]) == 0
+        drawn.append(np.load(path)["arr_0"])
+    assert np.array_equal(*drawn)
+    assert "by consistency in 2 steps" in capsys.readouterr().out
+
+
+def test_a_student_is_not_edited_with(student, tmp_path, capsys):
+    argv = ["interpolate", "--checkpoint", str(student / "model_final.pt"), "--output", str(tmp_path / "x.png")]
+    assert edit.main(argv) == 2
+    assert "teacher" in capsys.readouterr().err and not files(tmp_path)
 
 
 def test_the_doctor_does_not_measure_a_student_as_a_mean(student, teacher, data_dir, monkeypatch, capsys):
