@@ -56,6 +56,8 @@ def print_row(row: dict) -> None:
 
 def plot_sweep(rows: Sequence[dict], path) -> None:
     """Draw the Fréchet distance with its intervals against NFE and against seconds, a line for each sampler."""
+    from matplotlib import ticker
+
     figure, panels = pyplot().subplots(1, 2, figsize=(11, 4.5), sharey=True)
     for axes, cost, label in zip(panels, ("nfe", "seconds"),
                                  ("network evaluations for an image", "seconds for all images"), strict=True):
@@ -67,6 +69,10 @@ def plot_sweep(rows: Sequence[dict], path) -> None:
                           label=series)
         axes.axhline(rows[0]["figures"]["frechet_distance"]["floor"], color="gray", linestyle="--", label="real images")
         axes.set(xlabel=label, xscale="log", yscale="log")
+        for axis in (axes.xaxis, axes.yaxis):  # 1, 2, 5, 10 ... as plain numbers
+            axis.set_major_locator(ticker.LogLocator(subs=(1, 2, 5)))
+            axis.set_major_formatter("{x:g}")
+            axis.set_minor_formatter(ticker.NullFormatter())
         axes.grid(alpha=0.3, which="both")
     panels[0].set_ylabel(f"Fréchet distance ({rows[0]['figures']['frechet_distance']['n']:,} images)")
     panels[0].legend()

@@ -35,6 +35,7 @@ from utils import (
     autocast,
     count_parameters,
     get_device,
+    give_memory_back,
     out_of_memory,
     plot_losses,
     save_images,
@@ -118,6 +119,7 @@ class Run:
         self.signal = self.stopped = None  # the signal that arrived, and the one that all processes stop for
         if saved:
             self.restore(saved)
+        give_memory_back()
 
     def make_trainer(self, data: ImageData, model: nn.Module, diffusion: DiffusionProcess) -> Trainer:
         """The trainer, with what the flags leave to be measured measured, and noted in `args`."""
@@ -204,6 +206,7 @@ class Run:
     def end_epoch(self, speed: float) -> float:
         """Validate, log, and write what the number of the epoch that ended here calls for; returns the loss."""
         start, trainer = time.perf_counter(), self.trainer
+        give_memory_back()
         val_loss = trainer.validation_loss(self.validation)
         loss = self.record(speed, val_loss)
         epoch = -(-trainer.step // trainer.steps_per_epoch)  # one that a budget cut short counts

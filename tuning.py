@@ -3,9 +3,7 @@
 Nothing here changes what is learned, but for rounding.
 """
 
-import contextlib
 import copy
-import ctypes
 import time
 import warnings
 from collections.abc import Callable
@@ -24,7 +22,7 @@ LAYOUTS = {"nchw": torch.contiguous_format, "channels_last": torch.channels_last
 ROUNDS = ((1 / 8, 0.02), (1 / 8, 0.25), (1 / 2, 0.5), (1 / 2, 0.8), (1 / 2, 0.8))
 SECONDS, SHARE = 2.0, 1 / 20  # after so long, and after this share of a run's budget, there is no further round
 SHORT = 100  # steps; a run of fewer is over sooner than the rounds
-GAIN = 1.1  # by which another candidate has to be faster than the likeliest
+GAIN, CLEAR_GAIN = 1.2, 3.0  # how much faster than the likeliest another must be, after all rounds and after fewer
 COMPILE_BUDGET = 600.0  # seconds of a run from which on a GPU's is compiled
 
 
@@ -65,17 +63,23 @@ def seconds_for_trials(steps: float, budget: float | None) -> float:
     return 0.0 if steps < SHORT else min(SECONDS, SHARE * budget if budget else SECONDS)
 
 
-def race(options: list, trial: Callable[[tuple, int], float], count: int, seconds: float) -> dict:
-    """{option: the best of its speeds}, each of which trial(option, images) measures.
+def race(options: list, trial: Callable[[tuple, int], float], count: int, seconds: float) -> tuple[tuple, dict]:
+    """(the winner, {option: the best of its speeds}), each of which trial(option, images) measures.
 
-    In rounds, so that a busy moment hits all alike; one that cannot win leaves, and none begins after `seconds`.
+    In rounds, so that a busy moment hits all alike; one that cannot win leaves, but for the first, which a busy moment
+    may have hit, and no round begins after `seconds`. The first of the options wins unless another is clearly faster,
+    most clearly where there was no time for all rounds.
     """
-    rates, start = {}, time.perf_counter()
+    first, rates, gain, start = options[0], dict.fromkeys(options, 0.0), GAIN, time.perf_counter()
     for share, least in ROUNDS:
-        for option in options if time.perf_counter() - start < seconds else ():
-            rates[option] = max(rates.get(option, 0.0), trial(option, max(1, round(share * count))))
-        options = [option for option in options if rates.get(option, 0.0) >= least * max(rates.values(), default=0.0)]
-    return rates
+        if time.perf_counter() - start >= seconds:
+            gain = CLEAR_GAIN
+            break
+        for option in options:
+            rates[option] = max(rates[option], trial(option, max(1, round(share * count))))
+        options = [option for option in options if option == first or rates[option] >= least * max(rates.values())]
+    best = max(rates, key=rates.get)
+    return best if rates[best] > gain * rates[first] else first, rates
 
 
 def choose(precision: str, layout: str | None, model: nn.Module, diffusion: DiffusionProcess, data: ImageData,
@@ -97,20 +101,11 @@ def choose(precision: str, layout: str | None, model: nn.Module, diffusion: Diff
 
     options = candidates(precision, layout, device)
     taken = options[0]
-    rates = race(options, trial, count, seconds) if len(options) > 1 and parallel.rank() == 0 else {}
-    if rates:
-        best = max(rates, key=rates.get)
-        taken = best if rates[best] > GAIN * rates[taken] else taken
+    if len(options) > 1 and seconds and parallel.rank() == 0:
+        taken, rates = race(options, trial, count, seconds)
         found = ", ".join(f"{' '.join(option)} {rate:,.0f}" for option, rate in rates.items())
         print(f"Measured, images a second: {found}; taking {' '.join(taken)}", flush=True)
-        give_memory_back()
     return parallel.from_first(taken)
-
-
-def give_memory_back() -> None:
-    """Let the system have what was freed: glibc keeps it, in pieces that do not fit what comes."""
-    with contextlib.suppress(OSError, AttributeError, TypeError):  # where there is no glibc
-        ctypes.CDLL(None).malloc_trim(0)
 
 
 # --------------------------------------------------------------------------------------------- compiled and recorded

@@ -2,6 +2,7 @@
 
 import argparse
 import contextlib
+import ctypes
 import functools
 import gc
 import json
@@ -91,6 +92,12 @@ def fits_in_memory(work: Callable[[], object], device: torch.device) -> bool:
             raise
         return False
     return True
+
+
+def give_memory_back() -> None:
+    """Let the system have what was freed: glibc keeps it, in pieces that what comes next may not fit into."""
+    with contextlib.suppress(OSError, AttributeError, TypeError):  # where there is no glibc
+        ctypes.CDLL(None).malloc_trim(0)
 
 
 def within_memory(make: Callable, batches: Callable[[int], Iterator], batch_size: int, device: torch.device):
@@ -358,6 +365,8 @@ def script(main: Callable[[Sequence[str] | None], None]) -> Callable[..., int]:
             if not out_of_memory(error):
                 raise
             return _complain(f"out of memory ({str(error)[:100]}): try a smaller --batch_size", 1)
+        finally:
+            give_memory_back()  # torch takes some more to leave
     return run
 
 

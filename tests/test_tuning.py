@@ -82,13 +82,15 @@ def test_no_round_begins_after_the_time_is_up(monkeypatch):
     rates = {each: 100.0 * 2**i for i, each in enumerate(OPTIONS)}
     taken, seen = tried(monkeypatch, rates, seconds=0.2)  # the first round takes 0.15 s
     assert seen == dict.fromkeys(OPTIONS, 16) and taken == OPTIONS[3]
+    doubtful = dict.fromkeys(OPTIONS, 100.0) | {OPTIONS[2]: 200.0}
+    assert [tried(monkeypatch, doubtful, seconds)[0] for seconds in (0.2, 100.0)] == [OPTIONS[0], OPTIONS[2]]
     assert tried(monkeypatch, rates, seconds=0.0) == (OPTIONS[0], {})
     assert tuning.seconds_for_trials(99, None) == 0 and tuning.seconds_for_trials(math.inf, 600) == tuning.SECONDS
     assert tuning.seconds_for_trials(1e4, 10) == 0.5
 
 
 def test_a_difference_within_the_noise_changes_nothing(monkeypatch):
-    assert tried(monkeypatch, dict(zip(OPTIONS, (100.0, 109.0, 103.0, 108.0), strict=True)))[0] == OPTIONS[0]
+    assert tried(monkeypatch, dict(zip(OPTIONS, (100.0, 119.0, 103.0, 118.0), strict=True)))[0] == OPTIONS[0]
 
 
 def test_the_layout_changes_what_is_learned_by_rounding_only():
