@@ -158,7 +158,7 @@ class Trainer:
         return loss
 
     @torch.no_grad()
-    def validation_loss(self, validation: ImageData, batch_size: int = 128) -> float:
+    def validation_loss(self, validation: ImageData) -> float:
         """The loss of the averaged weights on images that nothing learns from, always with the same noise and times.
 
         It leaves out what learned variances add, so that it compares with that of networks without them.
@@ -168,6 +168,7 @@ class Trainer:
         t = ((torch.arange(count) + torch.rand(count, generator=chance)) / count * self.diffusion.num_timesteps).long()
         noise = torch.randn((count, *validation.images.shape[1:]), generator=chance)
         mine, losses = parallel.share(count), torch.zeros(1, device=self.device)
+        batch_size = 128 if self.device.type == "cpu" else 512  # 128: with no more memory than a training step
         for rows in torch.arange(count)[mine].split(batch_size):
             parts = (to_model(validation.images[rows]), t[rows], noise[rows], validation.labels[rows])
             x_0, times, noises, labels = (part.to(self.device) for part in parts)

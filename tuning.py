@@ -22,7 +22,7 @@ LAYOUTS = {"nchw": torch.contiguous_format, "channels_last": torch.channels_last
 ROUNDS = ((1 / 8, 0.02), (1 / 8, 0.25), (1 / 2, 0.5), (1 / 2, 0.8), (1 / 2, 0.8))
 SECONDS, SHARE = 2.0, 1 / 20  # after so long, and after this share of a run's budget, there is no further round
 SHORT = 100  # steps; a run of fewer is over sooner than the rounds
-GAIN, CLEAR_GAIN = 1.2, 3.0  # how much faster than the likeliest another must be, after all rounds and after fewer
+GAIN, CLEAR_GAIN = 1.2, 10.0  # how much faster than the likeliest another must be, after all rounds and after fewer
 COMPILE_BUDGET = 600.0  # seconds of a run from which on a GPU's is compiled
 
 
@@ -55,7 +55,7 @@ def candidates(precision: str, layout: str | None, device: torch.device) -> list
     guess = pick_precision(precision, device)
     precisions = [guess, *({"fp32", "bf16"} - {guess})] if precision == "auto" else [guess]
     layouts = list(LAYOUTS) if layout == "auto" or (layout is None and precision == "auto") else [layout or "nchw"]
-    return [(precision, layout) for precision in precisions for layout in layouts]
+    return [(precision, layout) for layout in layouts for precision in precisions]
 
 
 def seconds_for_trials(steps: float, budget: float | None) -> float:
@@ -66,19 +66,20 @@ def seconds_for_trials(steps: float, budget: float | None) -> float:
 def race(options: list, trial: Callable[[tuple, int], float], count: int, seconds: float) -> tuple[tuple, dict]:
     """(the winner, {option: the best of its speeds}), each of which trial(option, images) measures.
 
-    In rounds, so that a busy moment hits all alike; one that cannot win leaves, but for the first, which a busy moment
-    may have hit, and no round begins after `seconds`. The first of the options wins unless another is clearly faster,
-    most clearly where there was no time for all rounds.
+    In rounds, so that a busy moment hits all alike; one that cannot win leaves. The first option wins unless another is
+    clearly faster, or overwhelmingly where `seconds` did not suffice for all rounds: the machine is busy then.
     """
-    first, rates, gain, start = options[0], dict.fromkeys(options, 0.0), GAIN, time.perf_counter()
+    first, rates, start = options[0], {}, time.perf_counter()
+
+    def in_time() -> bool:
+        return len(rates) < 2 or time.perf_counter() - start < seconds
+
     for share, least in ROUNDS:
-        if time.perf_counter() - start >= seconds:
-            gain = CLEAR_GAIN
-            break
         for option in options:
-            rates[option] = max(rates[option], trial(option, max(1, round(share * count))))
-        options = [option for option in options if option == first or rates[option] >= least * max(rates.values())]
-    best = max(rates, key=rates.get)
+            if in_time():
+                rates[option] = max(rates.get(option, 0.0), trial(option, max(1, round(share * count))))
+        options = [option for option in options if rates.get(option, 0.0) >= least * max(rates.values())]
+    best, gain = max(rates, key=rates.get), GAIN if in_time() else CLEAR_GAIN
     return best if rates[best] > gain * rates[first] else first, rates
 
 

@@ -26,11 +26,11 @@ from files import atomic_write
 from models import create_model
 from samplers import final_image, generate
 from training import Trainer
-from tuning import LAYOUTS, now, prepare
+from tuning import LAYOUTS, Recorded, now, prepare
 from utils import autocast, count_parameters, get_device
 
 ROOT = Path(__file__).resolve().parent.parent
-WARM_UP, LEAST_STEPS = 5, 3  # the first steps of a Trainer on a GPU are others than those that follow
+WARM_UP, LEAST_STEPS = 2, 3
 ARITHMETIC = ("conv", "mm", "gemm", "matmul", "attention", "flash", "cutlass", "xmma")  # in names of operations
 
 
@@ -58,7 +58,7 @@ def peak_memory() -> float:
 
 def times(step, device: torch.device, seconds: float) -> list[float]:
     """Seconds of each call of step(), after WARM_UP calls, for about `seconds`, but LEAST_STEPS calls."""
-    for _ in range(WARM_UP):
+    for _ in range(WARM_UP + Recorded.WARM_UP * (device.type == "cuda")):
         step()
     taken, end = [], now(device) + seconds
     while len(taken) < LEAST_STEPS or time.perf_counter() < end:

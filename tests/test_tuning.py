@@ -48,7 +48,7 @@ def tried(monkeypatch, rates, seconds=100.0, count=64, **flags):
     return taken, seen
 
 
-OPTIONS = [(precision, layout) for precision in ("bf16", "fp32") for layout in ("nchw", "channels_last")]
+OPTIONS = [(precision, layout) for layout in ("nchw", "channels_last") for precision in ("bf16", "fp32")]
 
 
 @pytest.mark.parametrize("fastest", OPTIONS, ids=" ".join)
@@ -71,19 +71,19 @@ def test_what_flags_pin_is_not_tried(monkeypatch, capsys):
 
 
 def test_a_hopeless_candidate_costs_little_and_one_that_fails_is_passed_over(monkeypatch):
-    rates = {OPTIONS[0]: 1000.0, OPTIONS[1]: 10.0, OPTIONS[2]: 0.0, OPTIONS[3]: 700.0}
+    rates = dict(zip(OPTIONS, (1000.0, 10.0, 0.0, 700.0), strict=True))
     taken, seen = tried(monkeypatch, rates)
     assert taken == OPTIONS[0]
     assert seen[OPTIONS[1]] == 8 and OPTIONS[2] not in seen and seen[OPTIONS[3]] < seen[OPTIONS[0]] == 3 * 32 + 2 * 8
     assert tried(monkeypatch, dict.fromkeys(OPTIONS, 0.0))[0] == OPTIONS[0]  # the training will say what is wrong
 
 
-def test_no_round_begins_after_the_time_is_up(monkeypatch):
+def test_a_machine_too_busy_to_measure_is_only_believed_in_the_extreme(monkeypatch):
     rates = {each: 100.0 * 2**i for i, each in enumerate(OPTIONS)}
-    taken, seen = tried(monkeypatch, rates, seconds=0.2)  # the first round takes 0.15 s
-    assert seen == dict.fromkeys(OPTIONS, 16) and taken == OPTIONS[3]
-    doubtful = dict.fromkeys(OPTIONS, 100.0) | {OPTIONS[2]: 200.0}
-    assert [tried(monkeypatch, doubtful, seconds)[0] for seconds in (0.2, 100.0)] == [OPTIONS[0], OPTIONS[2]]
+    taken, seen = tried(monkeypatch, rates, seconds=0.145)  # the first round takes 0.15 s
+    assert (taken, seen) == (OPTIONS[0], dict.fromkeys(OPTIONS, 8)) and tried(monkeypatch, rates)[0] == OPTIONS[3]
+    collapsed = dict.fromkeys(OPTIONS, 1.0) | {OPTIONS[1]: 100.0}  # two are tried, however long they take
+    assert tried(monkeypatch, collapsed, seconds=0.1) == (OPTIONS[1], dict.fromkeys(OPTIONS[:2], 8))
     assert tried(monkeypatch, rates, seconds=0.0) == (OPTIONS[0], {})
     assert tuning.seconds_for_trials(99, None) == 0 and tuning.seconds_for_trials(math.inf, 600) == tuning.SECONDS
     assert tuning.seconds_for_trials(1e4, 10) == 0.5
