@@ -4,10 +4,9 @@ from collections.abc import Callable, Iterable, Sequence
 from itertools import product
 from typing import NamedTuple
 
-import torch
 from torch import Tensor
 
-from utils import pyplot, save_figure
+from utils import pyplot, save_figure, tile
 
 CELL_IMAGES, CELL_COLUMNS = 16, 4
 SHOWN = ("kernel_distance", "precision", "recall", "coverage", "confident")  # the table has no room for all
@@ -81,16 +80,13 @@ def plot_sweep(rows: Sequence[dict], path) -> None:
 
 def plot_cells(rows: Sequence[dict], pictures: Sequence[Tensor], path) -> None:
     """Draw the same images, of the same starting noise, in every cell: a row for each series, steps across."""
-    from torchvision.utils import make_grid
-
     series = list(dict.fromkeys(row["series"] for row in rows))
     steps = list(dict.fromkeys(row["steps"] for row in rows))
     figure, cells = pyplot().subplots(len(series), len(steps), figsize=(2.4 * len(steps), 2.7 * len(series)),
                                       squeeze=False)
     for row, images in zip(rows, pictures, strict=True):
         axes = cells[series.index(row["series"]), steps.index(row["steps"])]
-        grid = make_grid(images, nrow=CELL_COLUMNS, padding=1, pad_value=64)
-        axes.imshow(grid.permute(1, 2, 0).to(torch.uint8).numpy(), interpolation="nearest")
+        axes.imshow(tile(images, CELL_COLUMNS), interpolation="nearest")
         axes.set_title(f"{row['series']}, {row['steps']} steps\n"
                        f"Fréchet {row['figures']['frechet_distance']['value']:.3g}", fontsize=9)
         axes.axis("off")

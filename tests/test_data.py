@@ -1,6 +1,8 @@
 """Data sets: known counts, exact conversions, splits that share nothing, and damaged files that are named."""
 
 import shutil
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -194,3 +196,17 @@ def test_other_real_sets_are_balanced(root, name, folder, shape):
     assert test.images.shape == (10_000, *shape) and test.images.dtype == torch.uint8
     assert test.images.is_contiguous() and test.labels.dtype == torch.int64
     assert test.labels.bincount().tolist() == [1000] * 10 and len(test.class_names) == 10
+
+
+def test_torchvision_reads_the_same(real_mnist):
+    """What data.py reads by itself is what torchvision reads."""
+    ours, theirs = load_dataset("mnist", "test", real_mnist), torchvision.datasets.MNIST(real_mnist, train=False)
+    assert torch.equal(ours.images[:, 0], theirs.data) and torch.equal(ours.labels, theirs.targets)
+
+
+def test_what_training_and_sampling_need_does_not_import_torchvision(real_mnist, root, tmp_path):
+    """Its import takes a second and 160 MB of every run."""
+    code = (f"import sys, torch, train, sample, data, utils; data.load_dataset('mnist', 'test', {str(real_mnist)!r}); "
+            f"utils.save_images(torch.zeros(2, 1, 4, 4), {str(tmp_path / 'a.png')!r}); "
+            f"sys.exit('torchvision' in sys.modules)")
+    assert subprocess.run([sys.executable, "-c", code], cwd=root).returncode == 0

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from torchvision.utils import make_grid
 
 import utils
 from data import to_model
@@ -87,6 +88,13 @@ def test_save_images_writes_a_grid_with_every_image_in_its_place(tmp_path, count
         top, left = 2 * (6 * (k // columns) + 1), 2 * (6 * (k % columns) + 1)
         part = picture[top:top + 10:2, left:left + 10:2]
         assert np.array_equal(part, image.expand(3, 5, 5).permute(1, 2, 0).numpy())
+
+
+@pytest.mark.parametrize("shape, columns", [((6, 1, 5, 4), 3), ((7, 3, 5, 5), 3), ((2, 1, 4, 4), 8)])
+def test_a_grid_is_that_of_torchvision(shape, columns):
+    images = torch.randint(0, 256, shape, dtype=torch.uint8)
+    expected = make_grid(images, nrow=columns, padding=1, pad_value=utils.GREY).permute(1, 2, 0).numpy()
+    assert np.array_equal(utils.tile(images, columns), expected)
 
 
 def test_one_image_is_a_picture_too(tmp_path):
