@@ -25,17 +25,19 @@ def plot_scaling(found: dict, path: Path) -> None:
 
 
 def plot_quality(found: dict, path: Path) -> None:
-    """Draw the Fréchet distance above the floor against the seconds of training, a line for each contestant."""
+    """Draw the Fréchet distance against the seconds of training, a line for each contestant, and the floor."""
     figure, axes = pyplot().subplots(figsize=(7.5, 5))
     for name in dict.fromkeys(row["contestant"] for row in found["rows"]):
         mine = [row for row in found["rows"] if row["contestant"] == name]
         distances = [row["figures"]["frechet_distance"] for row in mine]
         spread = [[d["value"] - d["low"] for d in distances], [d["high"] - d["value"] for d in distances]]
-        axes.errorbar([row["budget"] for row in mine], [max(row["above_floor"], 1e-3) for row in mine], spread,
-                      marker="o", capsize=3, label=name)
+        axes.errorbar([row["budget"] for row in mine], [d["value"] for d in distances], spread, marker="o", capsize=3,
+                      label=name)
+    floors = {row["num_images"]: row["figures"]["frechet_distance"]["floor"] for row in found["rows"]}
+    for count, floor in floors.items():
+        axes.axhline(floor, color="gray", linestyle="--", label=f"the floor: {count:,} real images")
     budgets = sorted({row["budget"] for row in found["rows"]})
-    axes.set(xlabel="seconds of training, start-up included", ylabel="Fréchet distance above the floor", xscale="log",
-             yscale="log")
+    axes.set(xlabel="seconds of training, start-up included", ylabel="Fréchet distance", xscale="log", yscale="log")
     axes.set_xticks(budgets, [f"{budget:g}" for budget in budgets])
     axes.tick_params(axis="x", which="minor", bottom=False, labelbottom=False)
     axes.grid(alpha=0.3)

@@ -131,7 +131,7 @@ def stub_run(monkeypatch, tmp_path, *flags, made=None):
         flag = dict(pairwise(argv))
         if name == "evaluate.py":
             folder = Path(flag["--output_dir"])
-            folder.mkdir(parents=True)
+            folder.mkdir(parents=True, exist_ok=True)
             figures = dict(frechet_distance=dict(value=3.0, floor=1.0, low=2.5, high=3.5), confident=dict(value=0.5))
             found = dict(figures=figures, num_images=made or int(flag["--num_images"]))
             (folder / "evaluation.json").write_text(json.dumps(found))
@@ -144,10 +144,20 @@ def stub_run(monkeypatch, tmp_path, *flags, made=None):
 def test_fewer_images_than_asked_for_are_told_of(monkeypatch, tmp_path, capsys):
     run, asked = stub_run(monkeypatch, tmp_path, "quality", "--contestants", "fast", "--budgets", "5m", "--num_images",
                           "1000", "--image_time", "2s")
+    (tmp_path / "model_final.pt").write_bytes(b"weights")
     monkeypatch.setattr(run, "train", lambda *_, **__: dict(folder=tmp_path, process_seconds=1.0))
     [row] = run.measure_quality()["rows"]
+    assert (tmp_path / "quality" / "fast_300s" / "model_final.pt").read_bytes() == b"weights"
     assert (row["num_images"], row["budget"], row["above_floor"]) == (256, 300, 2.0)  # 64 take half a second
     assert "--num_images 256" in " ".join(asked[-1]) and "only 256 of 1,000 images" in capsys.readouterr().out
+
+
+def test_the_ratios_of_quality_take_the_first_at_the_upper_end_of_its_interval(monkeypatch, tmp_path):
+    run, _ = stub_run(monkeypatch, tmp_path, "quality", "--contestants", "fast", "ddpm", "--budgets", "1m", "2m")
+    (tmp_path / "model_final.pt").write_bytes(b"weights")
+    monkeypatch.setattr(run, "train", lambda *_, **__: dict(folder=tmp_path, process_seconds=1.0))
+    pair = {"fast against ddpm": (3.0 - 1.0) / (3.5 - 1.0)}  # values and upper end above the floor
+    assert run.measure_quality()["ratios"] == {"60 s, at least": pair, "120 s, at least": pair}
 
 
 def test_the_seconds_of_the_gpu_part_are_those_of_training(monkeypatch, tmp_path):
