@@ -492,13 +492,13 @@ def check(args) -> None:
     check_writable(args.output_dir)
     load_dataset(args.dataset, "train", args.data_dir)
     missing = [name for name in args.contestants if name in PEERS and not installed(name)]
-    if missing:
-        print(f"Left out {' and '.join(missing)}: pip install -r requirements-bench.txt", file=sys.stderr)
     if set(missing) == set(args.contestants):
         raise ValueError("no contestant is left: pip install -r requirements-bench.txt, or name one of ours: "
                          f"--contestants {' '.join(OURS)}")
     if {"scaling", "peak", "gpu"} & set(args.what) and not set(args.contestants) & set(OURS):
         raise ValueError(f"scaling, peak and gpu measure ours: add one of {', '.join(OURS)} to --contestants")
+    if missing:
+        print(f"Left out {' and '.join(missing)}: pip install -r requirements-bench.txt", file=sys.stderr)
 
 
 def print_ratios(found: dict) -> None:

@@ -28,10 +28,10 @@ from utils import (
     SHARED_FLAGS,
     Parser,
     add_shared_flags,
-    asked_labels,
     autocast,
     get_device,
     guidance,
+    image_labels,
     is_student,
     number,
     pick_precision,
@@ -72,14 +72,6 @@ def parse_args(argv: Sequence[str] | None):
     if Path(args.output).suffix not in (".png", ".npz"):
         parser.error(f"--output must end in .png or .npz, not {args.output!r}")
     return args
-
-
-def image_labels(args, model, class_names: Sequence[str]) -> torch.Tensor | None:
-    """The label of each image (N,): those of --label, or all in turn; None for a model without labels."""
-    labels = asked_labels(args, model.num_classes, class_names, args.num_images)
-    if labels is None and model.num_classes:
-        return torch.arange(args.num_images) % model.num_classes
-    return labels
 
 
 def shown_steps(steps: int, frames: int) -> set[int]:
@@ -164,7 +156,7 @@ def main(argv=None):
         raise ValueError(f"{args.num_images} images do not divide among {parallel.size()} processes: choose more")
     model, diffusion, checkpoint = load_model(args.checkpoint, device, args.use_ema)
     config = checkpoint["config"]["data"]
-    labels = image_labels(args, model, config["class_names"])
+    labels = image_labels(args, model.num_classes, config["class_names"])
     args.sampler, args.steps = sampler_and_steps(args, checkpoint)
     args.guidance_scale = guidance(args.guidance_scale, labels, is_student(checkpoint))
     uniform_timesteps(diffusion.num_timesteps, args.steps)  # an impossible number is told before any work

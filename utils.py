@@ -315,6 +315,12 @@ def asked_labels(args, num_classes: int | None, class_names: Sequence[str], coun
     return classes[torch.arange(count) * len(classes) // count]
 
 
+def image_labels(args, num_classes: int | None, class_names: Sequence[str]) -> Tensor | None:
+    """The label of each of --num_images (N,): those of --label, or all in turn; None for a model without labels."""
+    labels = asked_labels(args, num_classes, class_names, args.num_images)
+    return torch.arange(args.num_images) % num_classes if labels is None and num_classes else labels
+
+
 def guidance(scale: float | None, labels: Tensor | None, student: bool = False) -> float:
     """The guidance scale that a flag asks for, or the default one where images have labels."""
     return scale if scale is not None else 1.0 if labels is None or student else DEFAULT_GUIDANCE

@@ -22,15 +22,19 @@ from checkpoint import load_model
 from data import load_dataset, to_model, to_uint8
 from diffusion import SCHEDULES, DiffusionProcess
 from files import check_writable
-from samplers import SAMPLERS, generate, image_noise
+from samplers import generate, image_noise
 from seeing import Frame, draw_attention, draw_embedding, draw_features, draw_loss
 from utils import (
     Parser,
     add_shared_flags,
     generator_for,
     get_device,
+    guidance,
+    image_labels,
+    is_student,
     number,
     pyplot,
+    sampler_and_steps,
     save_figure,
     script,
 )
@@ -55,8 +59,7 @@ def parse_args(argv: Sequence[str] | None):
     add_shared_flags(parser, "dataset", "data_dir", "seed", "device")
     group = parser.add_argument_group(f"--what {', '.join(WITH_MODEL)}")
     group.add_argument("--checkpoint", help="a file that train.py wrote; it names the data set")
-    group.add_argument("--sampler", choices=tuple(SAMPLERS), default="dpmpp_2m", help="the way from noise to image")
-    group.add_argument("--steps", type=number(int, 1), default=20, help="network evaluations for an image")
+    add_shared_flags(group, "sampler", "spacing", "steps", "label", "guidance_scale")
     group.add_argument("--projection", choices=("tsne", "pca"), default="tsne", help="of embedding")
     args = parser.parse_args(argv)
     if args.what in WITH_MODEL and not args.checkpoint:
@@ -123,12 +126,15 @@ def draw_schedules(args):
     return figure
 
 
-def followed(args, model, diffusion: DiffusionProcess, config: dict) -> list[Frame]:
-    """A trajectory from noise to images: (t, x_t, the model's x_0_hat for it) of each step."""
-    indices = range(args.num_images)
-    [(_, trajectory)] = generate(model, diffusion, config["shape"], indices, seed=args.seed, sampler=args.sampler,
-                                 steps=args.steps, batch_size=args.num_images)
-    t, x, frames = diffusion.num_timesteps - 1, image_noise(indices, args.seed, config["shape"])(), []
+def followed(args, model, diffusion: DiffusionProcess, checkpoint: dict) -> list[Frame]:
+    """The trajectory from noise to the images that sample.py makes: (t, x_t, x_0_hat for it) of each step."""
+    indices, data = range(args.num_images), checkpoint["config"]["data"]
+    labels = image_labels(args, model.num_classes, data["class_names"])
+    args.sampler, args.steps = sampler_and_steps(args, checkpoint)
+    [(_, trajectory)] = generate(model, diffusion, data["shape"], indices, seed=args.seed, sampler=args.sampler,
+                                 steps=args.steps, spacing=args.spacing, batch_size=args.num_images, labels=labels,
+                                 guidance_scale=guidance(args.guidance_scale, labels, is_student(checkpoint)))
+    t, x, frames = diffusion.num_timesteps - 1, image_noise(indices, args.seed, data["shape"])(), []
     for s, x_s, x_0_hat in trajectory:
         frames.append((t, x, x_0_hat.cpu()))
         t, x = s, x_s.cpu()
@@ -140,9 +146,9 @@ def spaced(frames: Sequence[Frame]) -> list[Frame]:
     return [frames[i] for i in sorted(set(np.linspace(0, len(frames) - 1, DENOISING_COLUMNS).round().astype(int)))]
 
 
-def draw_denoising(args, model, diffusion: DiffusionProcess, config: dict):
+def draw_denoising(args, model, diffusion: DiffusionProcess, checkpoint: dict):
     """A trajectory from noise to image: for each image x_t above the model's x_0_hat."""
-    frames = followed(args, model, diffusion, config)
+    frames = followed(args, model, diffusion, checkpoint)
     image = frames[-1][2]  # every sampler ends in its last x_0_hat
     shown = spaced([*frames, (-1, image, image)])
     rows = [torch.stack([frame[part][i] for frame in shown]) for i in range(args.num_images) for part in (1, 2)]
@@ -156,11 +162,11 @@ def draw_inside(args):
     model, diffusion, checkpoint = load_model(args.checkpoint, get_device(args.device))
     config = checkpoint["config"]["data"]
     if args.what == "denoising":
-        return draw_denoising(args, model, diffusion, config)
+        return draw_denoising(args, model, diffusion, checkpoint)
     if args.what == "attention":
-        return draw_attention(model, diffusion, spaced(followed(args, model, diffusion, config)), args.num_images)
+        return draw_attention(model, diffusion, spaced(followed(args, model, diffusion, checkpoint)), args.num_images)
     if args.what == "features":
-        return draw_features(model, diffusion, spaced(followed(args, model, diffusion, config)))
+        return draw_features(model, diffusion, spaced(followed(args, model, diffusion, checkpoint)))
     validation = load_dataset(config["dataset"], "validation", args.data_dir)
     if args.what == "embedding":
         return draw_embedding(model, diffusion, validation, args.projection, args.seed)

@@ -9,8 +9,10 @@ from small import small_checkpoint, small_model
 from torch.testing import assert_close
 
 import visualize_diffusion
+from checkpoint import load_model
 from diffusion import DiffusionProcess
 from models.layers import Attention
+from samplers import final_image, generate
 from seeing import attention_maps, attention_weights, bottleneck, captured, chosen_queries, levels, project, x_0_errors
 
 INSIDE = ("attention", "features", "embedding", "loss")
@@ -162,6 +164,20 @@ def test_every_picture_is_drawn(few, checkpoints, data_dir, tmp_path, what, whic
     with Image.open(path) as picture:
         assert picture.convert("L").getextrema()[0] < 100 and min(picture.size) > 200
     assert list(path.parent.iterdir()) == [path]
+
+
+@pytest.mark.parametrize("flags, labels, scale", [([], [0, 1, 2], 1.5), (["--label", "2,0"], [2, 2, 0], 1.5),
+                                                  (["--guidance_scale", "3"], [0, 1, 2], 3.0)])
+def test_what_is_followed_are_the_images_that_sample_makes(checkpoints, flags, labels, scale):
+    args = visualize_diffusion.parse_args(["--what", "denoising", "--checkpoint", str(checkpoints["labels"]),
+                                           "--num_images", "3", "--steps", "4", *flags])
+    model, diffusion, checkpoint = load_model(args.checkpoint)
+    with torch.no_grad():
+        frames = visualize_diffusion.followed(args, model, diffusion, checkpoint)
+        [(_, trajectory)] = generate(model, diffusion, (1, 28, 28), range(3), steps=4, labels=torch.tensor(labels),
+                                     guidance_scale=scale)
+        expected = final_image(trajectory)
+    assert len(frames) == 4 and torch.equal(frames[-1][2], expected)
 
 
 def test_the_embedding_is_drawn_by_tsne(few, checkpoints, data_dir, tmp_path):
