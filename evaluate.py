@@ -85,7 +85,7 @@ def parse_args(argv: Sequence[str] | None):
     group = parser.add_argument_group("how images are made from a checkpoint")
     add_shared_flags(group, "num_images", "sampler", "spacing", "steps")
     group.add_argument("--guidance_scale", **SHARED_FLAGS["guidance_scale"], nargs="+", metavar="SCALE")
-    add_shared_flags(group, "batch_size")
+    add_shared_flags(group, "guidance_interval", "batch_size")
     group.add_argument("--sweep", type=number(int, 1), nargs="*", metavar="STEPS",
                        help=f"instead: compare all samplers at these step counts ({' '.join(map(str, SWEEP_STEPS))}), "
                             f"with each --guidance_scale")
@@ -150,7 +150,8 @@ def make_images(args, source: Source, sampler: str, steps: int, scale: float, co
     evaluations, count, device = [], count or args.num_images, source.diffusion.device
     mine = range(count)[parallel.share(count)]
     batches = partial(generate, source.model, source.diffusion, source.shape, mine, seed=args.seed, sampler=sampler,
-                      steps=steps, spacing=args.spacing, labels=source.labels, guidance_scale=scale)
+                      steps=steps, spacing=args.spacing, labels=source.labels, guidance_scale=scale,
+                      guidance_interval=args.guidance_interval)
     counter = source.model.register_forward_hook(lambda _, inputs, __: evaluations.append(len(inputs[0])))
     start = time.perf_counter()
     with (tqdm(total=len(mine), unit="image", desc=f"{sampler}, {steps} steps", leave=False,
@@ -278,7 +279,8 @@ def circumstances(args, argv, yardstick: Yardstick, count: int) -> dict:
     made = dict(images=args.images)
     if args.checkpoint:
         made = dict(checkpoint=args.checkpoint, seed=args.seed, sampler=args.sampler, steps=args.steps,
-                    guidance_scale=args.guidance_scale, batch_size=args.batch_size, processes=parallel.size(),
+                    spacing=args.spacing, guidance_scale=args.guidance_scale, guidance_interval=args.guidance_interval,
+                    batch_size=args.batch_size, processes=parallel.size(),
                     checkpoint_sha256=hashlib.sha256(Path(args.checkpoint).read_bytes()).hexdigest())
     device = get_device(args.device)
     return dict(command=["evaluate.py", *(sys.argv[1:] if argv is None else argv)], **made,

@@ -62,13 +62,8 @@ def parse_args(argv: Sequence[str] | None):
     add_shared_flags(group, "sampler", "spacing")
     group.add_argument("--steps", "--timesteps", **SHARED_FLAGS["steps"])
     group.add_argument("--eta", type=number(float, 0, 1), default=0.0, help="fresh noise of ddim: 0 none, 1 as ddpm")
-    add_shared_flags(group, "guidance_scale")
-    group.add_argument("--guidance_interval", type=number(float, 0), nargs=2, metavar=("LOW", "HIGH"),
-                       help="the times t in which guidance acts (default: all)")
-    add_shared_flags(group, "batch_size", "seed", "device", "precision")
+    add_shared_flags(group, "guidance_scale", "guidance_interval", "batch_size", "seed", "device", "precision")
     args = parser.parse_args(argv)
-    if args.guidance_interval and args.guidance_interval[0] > args.guidance_interval[1]:
-        parser.error("--guidance_interval takes the lower time first: {:g} {:g}".format(*args.guidance_interval[::-1]))
     if Path(args.output).suffix not in (".png", ".npz"):
         parser.error(f"--output must end in .png or .npz, not {args.output!r}")
     return args

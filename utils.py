@@ -272,6 +272,16 @@ def duration(text: str) -> float:
     return seconds
 
 
+class InOrder(argparse.Action):
+    """Of a flag that takes a low and a high value."""
+
+    def __call__(self, parser, namespace, values, option_string=None):
+        low, high = values
+        if low > high:
+            raise argparse.ArgumentError(self, f"takes the lower first: {high:g} {low:g}")
+        setattr(namespace, self.dest, (low, high))
+
+
 SHARED_FLAGS = {
     "dataset": dict(choices=tuple(DATASETS), default="mnist", help="what to learn or look at"),
     "data_dir": dict(default="data", help="where data sets lie or are downloaded to"),
@@ -292,6 +302,8 @@ SHARED_FLAGS = {
     "guidance_scale": dict(type=number(float, 0, 100),
                            help="how strongly the label is asked for: 1 as learnt, more for clearer and less varied "
                                 f"images (default: {DEFAULT_GUIDANCE} where there are labels; of a student: 1)"),
+    "guidance_interval": dict(type=number(float, 0), nargs=2, metavar=("LOW", "HIGH"), action=InOrder,
+                              help="the times t in which guidance acts (default: all)"),
     "batch_size": dict(type=number(int, 1), default=64, help="images at a time; changes no image"),
 }
 
