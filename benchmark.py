@@ -41,6 +41,7 @@ from benchmarks.pictures import PLOTS
 from checkpoint import load_checkpoint
 from data import load_dataset
 from files import atomic_write, check_writable
+from samplers import DEFAULT_STEPS
 from utils import Parser, RunFailed, add_shared_flags, duration, get_device, number, script
 
 ROOT = Path(__file__).resolve().parent
@@ -161,12 +162,23 @@ def run_job(job: str, **fields) -> dict:
 
 
 def ratios(values: dict[str, float], smaller_is_better: bool) -> dict[str, float]:
-    """How many times better the first contestant is than each other: above 1 it wins."""
+    """How many times better the first contestant is than each other: above 1 it wins. Of what is not above 0: none."""
     if not values:
         return {}
     (first, mine), *others = values.items()
     pairs = [(name, (other, mine) if smaller_is_better else (mine, other)) for name, other in others]
-    return {f"{first} against {name}": a / b for name, (a, b) in pairs if b > 0}
+    return {f"{first} against {name}": a / b for name, (a, b) in pairs if a > 0 and b > 0}
+
+
+def epoch_speeds(records: Sequence[dict], steps_per_epoch: int) -> list[float]:
+    """Images a second of each epoch, of which metrics.jsonl has several records, each for the steps since the last."""
+    steps, times, before = {}, {}, 0
+    for record in records:
+        epoch, taken = (record["step"] - 1) // steps_per_epoch, record["step"] - before
+        steps[epoch] = steps.get(epoch, 0) + taken
+        times[epoch] = times.get(epoch, 0.0) + taken / record["images_per_second"]
+        before = record["step"]
+    return [steps[epoch] / times[epoch] for epoch in sorted(steps)]
 
 
 def show(*cells) -> None:
@@ -261,10 +273,9 @@ class Benchmark:
         images = self.plan["train_images"] or self.images_in(name, self.plan["seconds"])
         run = self.train(name, "--epochs", self.plan["epochs"], "--train_images", images, "--sample_interval", 0)
         self._prepared.setdefault(name, run)
-        last = {record["epoch"]: record["images_per_second"] for record in run["records"]}  # of each epoch
         saved = load_checkpoint(run["folder"] / "model_final.pt")
         parameters = sum(weight.numel() for weight in saved["model"].values())
-        return [speed for epoch, speed in last.items() if epoch > 1], parameters, saved["precision"]
+        return epoch_speeds(run["records"], images // self.batch_size)[1:], parameters, saved["precision"]
 
     def peer_speeds(self, name: str) -> tuple[list[float], int, str]:
         done = self.job("peer_train", peer=name, **self.where, batch_size=self.batch_size,
@@ -312,6 +323,8 @@ class Benchmark:
         """Seconds for some images. Beyond the limit, at `speed` evaluations a second, they are extrapolated from fewer
         images (never below 64) and, for ddpm, from fewer steps: both are proportional to the time."""
         steps = self.plan["ddpm_steps"] if sampler == "ddpm" else self.plan["few_steps"]
+        if sampler == "few" and name in OURS:
+            steps = min(steps, DEFAULT_STEPS)
         few_images, few_steps = images, steps
         if speed and images * steps > speed * self.args.limit:
             few_images = min(images, max(64, int(speed * self.args.limit / steps / 64) * 64))
@@ -320,7 +333,7 @@ class Benchmark:
         done = self.sample(name, few_images, sampler, few_steps)
         whole = (few_images, few_steps) == (images, steps)
         factor = 1.0 if whole else images / few_images * steps / few_steps
-        return dict(images=images, sampler=sampler, steps=done.get("steps", steps) if sampler == "few" else steps,
+        return dict(images=images, sampler=sampler, steps=steps,
                     seconds=done["seconds"] * factor, prompt_to_file=done.get("process_seconds") if whole else None,
                     extrapolated_from=None if whole else dict(images=few_images, steps=few_steps,
                                                               seconds=done["seconds"]))

@@ -141,6 +141,9 @@ class DiffusionProcess:
         self.num_timesteps, self.prediction, self.data_std = num_timesteps, prediction, data_std
         curve = (cosine_schedule(self.num_timesteps) if schedule == "cosine"
                  else linear_schedule(self.num_timesteps, beta_start, beta_end))
+        if curve[0] >= 1:
+            raise ValueError(f"a first beta of {beta_start} adds no noise, not even in float64: choose a larger "
+                             f"beta_start")
         if curve[-1] < 1e-300:
             raise ValueError(f"betas up to {beta_end} leave nothing of the image after {num_timesteps} steps, not even "
                              f"in float64: choose a smaller beta_end")
@@ -248,9 +251,15 @@ class DiffusionProcess:
 
     # --------------------------------------------------------------------------------------------- parametrisations
 
+    def _rates(self, t) -> tuple[Tensor, ...]:
+        """alpha, sigma, a, b: x_t = alpha · x_0 + sigma · noise, and the target is a · x_0 + b · noise."""
+        alpha, sigma = self.alpha(t), self.sigma(t)
+        a, b = PREDICTIONS[self.prediction](alpha, sigma, self.data_std)
+        return alpha, sigma, a, b
+
     def target(self, x_0: Tensor, noise: Tensor, t) -> Tensor:
         """What the network should predict, a · x_0 + b · noise with (a, b) the row of PREDICTIONS in use."""
-        a, b = PREDICTIONS[self.prediction](self.alpha(t), self.sigma(t), self.data_std)
+        _, _, a, b = self._rates(t)
         return (a * x_0 + b * noise).to(x_0.dtype)
 
     def to_x_0(self, output: Tensor, x_t: Tensor, t, clip: bool = False) -> Tensor:
@@ -258,15 +267,13 @@ class DiffusionProcess:
 
         x_0 = (b · x_t - sigma · output) / (alpha · b - sigma · a); clip keeps it in [-1, 1], as images are.
         """
-        alpha, sigma = self.alpha(t), self.sigma(t)
-        a, b = PREDICTIONS[self.prediction](alpha, sigma, self.data_std)
+        alpha, sigma, a, b = self._rates(t)
         x_0_hat = ((b * x_t - sigma * output) / (alpha * b - sigma * a)).to(x_t.dtype)
         return x_0_hat.clamp(-1, 1) if clip else x_0_hat
 
     def to_noise(self, output: Tensor, x_t: Tensor, t) -> Tensor:
         """The noise in x_t from the network's output: (alpha · output - a · x_t) / (alpha · b - sigma · a)."""
-        alpha, sigma = self.alpha(t), self.sigma(t)
-        a, b = PREDICTIONS[self.prediction](alpha, sigma, self.data_std)
+        alpha, sigma, a, b = self._rates(t)
         return ((alpha * output - a * x_t) / (alpha * b - sigma * a)).to(x_t.dtype)
 
     def predict(self, model, x_t: Tensor, t, labels: Tensor | None = None) -> Tensor:
@@ -320,8 +327,7 @@ class DiffusionProcess:
         """
         if self.snr_gamma is None:
             return 1.0
-        alpha, sigma = self.alpha(t), self.sigma(t)
-        a, b = PREDICTIONS[self.prediction](alpha, sigma, self.data_std)
+        alpha, sigma, a, b = self._rates(t)
         weight = torch.exp(self.log_snr(t)).clamp(max=self.snr_gamma) * (sigma / (alpha * b - sigma * a)) ** 2
         return weight.flatten()
 

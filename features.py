@@ -7,9 +7,10 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.backends import cudnn
 
 from data import SPLITS, load_dataset, to_model
-from files import atomic_write
+from files import atomic_write, check_writable
 from models.classifier import (
     CLASSIFIERS,
     RECIPES,
@@ -81,16 +82,17 @@ def look(images: Tensor, classifier: Classifier, inception: nn.Module | None = N
     """Features and class probabilities of uint8 images (N, C, H, W); the features are inception's if it is given.
 
     This is the only way to the figures, whether images were generated or read: all have been uint8. Always in float32,
-    so that numbers compare between machines.
+    never TensorFloat-32, so that numbers compare between machines.
     """
     if images.dtype != torch.uint8:
         raise ValueError(f"images must be uint8, not {images.dtype}")
     device, features, probabilities = next(classifier.parameters()).device, [], []
     for batch in progress(images.split(BATCH)):
         batch = batch.to(device)
-        own = classifier.features(to_model(batch).contiguous(memory_format=torch.channels_last))
-        probabilities.append(classifier.head(own).softmax(1).cpu())
-        features.append((own if inception is None else inception(batch.expand(-1, 3, -1, -1)).float()).cpu())
+        with cudnn.flags(enabled=True, allow_tf32=False):
+            own = classifier.features(to_model(batch).contiguous(memory_format=torch.channels_last))
+            probabilities.append(classifier.head(own).softmax(1).cpu())
+            features.append((own if inception is None else inception(batch.expand(-1, 3, -1, -1)).float()).cpu())
     return Seen(torch.cat(features), torch.cat(probabilities))
 
 
@@ -110,6 +112,7 @@ def train_features(dataset: str, data_dir, device, seed: int, bf16: bool, progre
 
     It learns from the training split alone.
     """
+    check_writable(WEIGHTS)
     splits = {split: load_dataset(dataset, split, data_dir) for split in SPLITS}
     train = splits.pop("train")
     model = new_classifier(dataset, train.images, train.labels, device, seed, bf16, progress)

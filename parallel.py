@@ -56,10 +56,17 @@ def size() -> int:
 
 
 def local_device(name: str) -> str:
-    """The device of this process: with --device auto, cuda:i for process i of its machine."""
-    if name in ("auto", "cuda") and "LOCAL_RANK" in os.environ and torch.cuda.is_available():
+    """The device of this process: with --device auto, cuda:i for process i of its machine, or else the CPU.
+
+    ValueError for mps, through which processes cannot talk.
+    """
+    if "LOCAL_RANK" not in os.environ:
+        return name
+    if name == "mps":
+        raise ValueError("several processes cannot use mps: give --device cpu, or start the script without torchrun")
+    if name in ("auto", "cuda") and torch.cuda.is_available():
         return f"cuda:{int(os.environ['LOCAL_RANK']) % torch.cuda.device_count()}"
-    return name
+    return "cpu" if name == "auto" else name
 
 
 def share(count: int) -> slice:

@@ -174,6 +174,7 @@ def peak(config: dict, device: str, seconds: float, size: int) -> dict:
     peak: where the first is small, memory and overhead limit the speed, where the second is, the shapes do.
     """
     device = get_device(device)
+    prepare(device)
     products = {"fp32": matrix_product(size, torch.float32, device, seconds / 4),
                 "bf16": matrix_product(size, torch.bfloat16, device, seconds / 4)}
     trainer = make_trainer(config, None, None, device, recorded=device.type == "cuda")

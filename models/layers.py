@@ -11,7 +11,7 @@ ACTIVATIONS = {"silu": nn.SiLU, "gelu": nn.GELU, "relu": nn.ReLU, "mish": nn.Mis
 
 
 def normalisation(channels: int) -> nn.GroupNorm:
-    """GroupNorm (Wu and He 2018) over groups of about 8 channels: the largest number of groups that divides them."""
+    """GroupNorm (Wu and He 2018) over groups of about 8 channels, or of more where 8 do not divide them."""
     return nn.GroupNorm(math.gcd(channels, max(1, channels // 8)), channels)
 
 
@@ -70,7 +70,7 @@ class ResidualBlock(nn.Module):
 
 
 class Attention(nn.Module):
-    """x + self-attention over the H·W positions of x (B, C, H, W) (Vaswani et al. 2017), heads of about 32 channels."""
+    """x + self-attention over the H·W positions of x (B, C, H, W) (Vaswani et al. 2017), heads of 32 channels or so."""
 
     def __init__(self, channels: int, head_channels: int = 32):
         super().__init__()

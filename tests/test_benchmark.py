@@ -89,13 +89,22 @@ def test_ratios_are_above_one_where_the_first_wins():
     assert benchmark.ratios({"a": 10.0, "b": 2.0}, smaller_is_better=False) == {"a against b": 5.0}
     assert benchmark.ratios({"a": 10.0, "b": 2.0}, smaller_is_better=True) == {"a against b": 0.2}
     assert benchmark.ratios({"a": 10.0}, smaller_is_better=True) == {}
+    assert benchmark.ratios({"a": 0.1, "b": -0.1, "c": 0.2}, smaller_is_better=True) == {"a against c": 2.0}
+    assert benchmark.ratios({"a": -0.1, "b": 0.1}, smaller_is_better=True) == {}
+
+
+def test_the_speed_of_an_epoch_is_that_of_all_its_records():
+    """Two epochs of 60 steps, the second at half the speed at first and at the same in its last ten steps."""
+    records = [dict(step=50, epoch=0, images_per_second=100.0), dict(step=60, epoch=1, images_per_second=100.0),
+               dict(step=110, epoch=1, images_per_second=50.0), dict(step=120, epoch=2, images_per_second=100.0)]
+    assert_close(benchmark.epoch_speeds(records, 60), [100.0, 60 / (50 / 50 + 10 / 100)])
 
 
 @pytest.mark.parametrize("images, sampler, speed, from_images, from_steps", [
     (64, "few", 1e9, None, None),           # fast: all of it is measured
     (64, "ddpm", 150, 64, 70),              # 4,500 evaluations in 30 s: fewer steps
-    (10_000, "few", 150, 192, 20),          # fewer images, whole batches
-    (10_000, "few", 1, 64, 20),             # never fewer than a batch
+    (10_000, "few", 150, 448, 10),          # fewer images, whole batches
+    (10_000, "few", 1, 64, 10),             # never fewer than a batch
 ])
 def test_a_time_beyond_the_limit_is_extrapolated_and_marked(images, sampler, speed, from_images, from_steps, tmp_path,
                                                              monkeypatch):

@@ -716,6 +716,7 @@ def test_to_returns_the_process_itself():
     (dict(beta_start=0.0), ["beta_start", "0.0"]),
     (dict(beta_end=1.0), ["beta_end", "1.0"]),
     (dict(beta_start=0.02, beta_end=0.01), ["beta_start", "0.02", "0.01"]),
+    (dict(beta_start=1e-18), ["beta_start", "1e-18"]),
     (dict(beta_start=math.nan), ["beta_start", "nan"]),
     (dict(data_std=0.0), ["data_std", "0.0"]),
     (dict(data_std=math.nan), ["data_std", "nan"]),

@@ -209,3 +209,22 @@ def test_one_process_alone_does_nothing():
     assert not parallel.restarts() and not parallel.lost(RuntimeError("Connection lost"))
     with parallel.first_alone():
         pass
+
+
+@pytest.mark.parametrize("launched, gpus, name, expected", [
+    (False, 0, "auto", "auto"), (False, 2, "cuda", "cuda"), (False, 0, "mps", "mps"), (True, 2, "auto", "cuda:1"),
+    (True, 2, "cuda", "cuda:1"), (True, 0, "auto", "cpu"), (True, 2, "cpu", "cpu")])
+def test_each_process_has_a_device_through_which_it_can_talk(monkeypatch, launched, gpus, name, expected):
+    """Of process 3, which torchrun launched, or none; on a Mac "auto" is not mps there."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: gpus > 0)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: gpus)
+    monkeypatch.delenv("LOCAL_RANK", raising=False)
+    if launched:
+        monkeypatch.setenv("LOCAL_RANK", "3")
+    assert parallel.local_device(name) == expected
+
+
+def test_several_processes_cannot_use_mps(monkeypatch):
+    monkeypatch.setenv("LOCAL_RANK", "0")
+    with pytest.raises(ValueError, match="--device cpu"):
+        parallel.local_device("mps")
