@@ -188,14 +188,17 @@ def check_history(losses: Sequence[float], val_losses: Sequence[float]) -> list[
     return findings
 
 
-def check_error(error: Tensor, bound: Tensor, log_snr: Sequence[float]) -> Finding:
-    """The error of x_0_hat (K,) beside that of the best linear denoiser (K,), from little noise to much."""
+def check_error(error: Tensor, bound: Tensor, log_snr: Sequence[float], longer: str) -> Finding:
+    """The error of x_0_hat (K,) beside that of the best linear denoiser (K,), from little noise to much.
+
+    longer: the command that trains longer.
+    """
     ratios = (error / bound).tolist()
     listed = ", ".join(f"{ratio:.2f} at {snr:.0f}" for ratio, snr in zip(ratios, log_snr, strict=True))
     return judge("error against t", math.nan if any(map(math.isnan, ratios)) else max(ratios), 1.1, 1.5,
                  f"times the Gaussian bound, by log-SNR: {listed}",
-                 "worse than a linear filter is broken or hardly trained: train longer (python train.py --resume "
-                 "--epochs 20), else with a lower --lr and on images in the range of data.py")
+                 f"worse than a linear filter is broken or hardly trained: train longer ({longer}), else with a lower "
+                 f"--lr and on images in the range of data.py")
 
 
 def check_labels_used(right: Tensor, wrong: Tensor, x_0: Tensor) -> Finding:

@@ -39,6 +39,7 @@ from utils import (
     duration,
     get_device,
     guidance,
+    is_student,
     number,
     save_images,
     script,
@@ -161,7 +162,7 @@ class Run:
         device = get_device(args.device)
         tuning.prepare(device)
         teacher, process, checkpoint = load_model(args.checkpoint, device)
-        self.check(teacher, process)
+        self.check(teacher, process, checkpoint)
         args.guidance_scale = guidance(args.guidance_scale, teacher.num_classes)
         data = load_dataset(checkpoint["config"]["data"]["dataset"], "train", args.data_dir)
         self.shape, names = tuple(data.images.shape[1:]), list(data.class_names)
@@ -176,9 +177,12 @@ class Run:
         self.closing = CLOSING
         self.last = 0, time.perf_counter()  # the step and the moment of the last record
 
-    def check(self, teacher, process: DiffusionProcess) -> None:
+    def check(self, teacher, process: DiffusionProcess, checkpoint: dict) -> None:
         """ValueError, with what to do, where the flags do not go with the teacher."""
         args = self.args
+        if is_student(checkpoint):
+            raise ValueError(f"{args.checkpoint} is a student, whose x_0_hat is no mean to learn from: give its "
+                             f"teacher with --checkpoint")
         if args.teacher_steps > process.num_timesteps:
             raise ValueError(f"--teacher_steps must lie in 2..{process.num_timesteps} (the checkpoint's number of "
                              f"timesteps), not {args.teacher_steps}")
@@ -269,9 +273,8 @@ def distill(run: Run) -> None:
 
 @script
 def main(argv=None):
-    args = parse_args(argv)
-    run = Run(args, startup=time.process_time() if argv is None else 0.0)
-    with runs.claim(args.output_dir) as folder, runs.stop_on_signals(run):
+    args, startup = parse_args(argv), time.process_time() if argv is None else 0.0
+    with runs.claim(args.output_dir) as folder, runs.stop_on_signals(Run(args, startup)) as run:
         trainer = run.trainer
         runs.check_space(folder, trainer.checkpoint_bytes)
         print(f"Using device: {trainer.device}")

@@ -16,6 +16,7 @@ import platform
 import shutil
 import sys
 import time
+from argparse import Namespace
 from collections.abc import Iterator, Sequence
 from importlib import metadata
 from pathlib import Path
@@ -24,7 +25,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from checkpoint import load_model
+from checkpoint import MAX_COUNT, load_model
 from checks import (
     Finding,
     check_copies,
@@ -49,10 +50,21 @@ from features import load_feature_network, look
 from gaussian import gaussian_bound
 from metrics import closeness, nearest
 from models import create_model
+from options import more_epochs, resume_command
 from samplers import final_image, generate
-from utils import Parser, add_shared_flags, generator_for, get_device, pick_precision, script
+from utils import (
+    Parser,
+    add_shared_flags,
+    generator_for,
+    get_device,
+    guidance,
+    is_student,
+    pick_precision,
+    sampler_and_steps,
+    script,
+)
 
-SAMPLES, STEPS = 64, 20  # images that a checkpoint is asked for, and the sampler's steps
+SAMPLES = 64  # images that a checkpoint is asked for
 REAL, BOUND_IMAGES, ERROR_IMAGES = 500, 5000, 256  # real images beside them; for the Gaussian bound; for the error
 LOG_SNRS = (4.0, 2.0, 0.0, -2.0, -4.0)  # where the error is measured, from little noise to much
 GB = 1e9
@@ -168,7 +180,14 @@ def initial_weights(checkpoint: dict) -> dict[str, Tensor]:
 def flag(checkpoint: dict, name: str, default):
     """A number among the flags of the training; the default if it is not there or no number."""
     value = checkpoint["config"]["training"].get(name)
-    return value if isinstance(value, numbers.Real) and value >= 0 else default
+    return value if isinstance(value, numbers.Real) and 0 <= value <= MAX_COUNT else default
+
+
+def go_on(args, *more: str) -> str:
+    """The command that goes on with the run in whose folder --checkpoint lies."""
+    folder = Path(args.checkpoint).parent
+    folder = folder.parent if folder.name == "checkpoints" else folder
+    return " ".join([resume_command(Namespace(**vars(args) | dict(output_dir=folder))), *more])
 
 
 def look_at_checkpoint(checkpoint: dict) -> Iterator[Finding]:
@@ -198,15 +217,19 @@ def denoise_at(model, diffusion: DiffusionProcess, x_0: Tensor, labels: Tensor |
     return diffusion.denoiser(model, labels, clip=False)(x_t, t).cpu()
 
 
-def look_at_error(model, diffusion: DiffusionProcess, train: ImageData, unseen: ImageData) -> Iterator[Finding]:
-    """The error at several noise levels beside the Gaussian bound, and what labels change."""
+def look_at_error(model, diffusion: DiffusionProcess, train: ImageData, unseen: ImageData,
+                  longer: str) -> Iterator[Finding]:
+    """The error at several noise levels beside the Gaussian bound, and what labels change.
+
+    longer: the command that trains longer.
+    """
     some = unseen.first(ERROR_IMAGES)
     x_0, labels = to_model(some.images), some.labels.to(diffusion.device) if model.num_classes else None
     times = sorted({time_near(diffusion, log_snr) for log_snr in LOG_SNRS})
     bound = gaussian_bound(to_model(train.images[:BOUND_IMAGES]), diffusion, times)
     found = [denoise_at(model, diffusion, x_0, labels, t) for t in times]
     yield check_error(torch.stack([(x - x_0).double().square().mean() for x in found]), bound,
-                      [diffusion.log_snr(t).item() for t in times])
+                      [diffusion.log_snr(t).item() for t in times], longer)
     if labels is not None:
         right, wrong = (denoise_at(model, diffusion, x_0, given, time_near(diffusion, -3.0))
                         for given in (labels, (labels + 1) % model.num_classes))
@@ -216,22 +239,33 @@ def look_at_error(model, diffusion: DiffusionProcess, train: ImageData, unseen: 
 # ------------------------------------------------------------------------------------------------------ the samples
 
 
-def make_images(model, diffusion: DiffusionProcess, shape, labels: Tensor | None, count: int, steps: int) -> Tensor:
-    """Images (N, C, H, W) on the CPU, as sample.py makes them."""
-    batches = generate(model, diffusion, shape, range(count), steps=min(steps, diffusion.num_timesteps), labels=labels)
+def as_sample_does(checkpoint: dict, labels: Tensor | None) -> dict:
+    """What sample.py without flags asks samplers.generate for."""
+    sampler, steps = sampler_and_steps(Namespace(sampler=None, steps=None), checkpoint)
+    return dict(sampler=sampler, steps=steps, labels=labels,
+                guidance_scale=guidance(None, labels, is_student(checkpoint)))
+
+
+def make_images(model, diffusion: DiffusionProcess, shape, count: int, **how) -> Tensor:
+    """Images (N, C, H, W) on the CPU, made as `how` asks samplers.generate for."""
+    batches = generate(model, diffusion, shape, range(count), **how)
     return torch.cat([final_image(trajectory).cpu() for _, trajectory in batches])
 
 
-def look_at_samples(model, diffusion: DiffusionProcess, train: ImageData, unseen: ImageData) -> Iterator[Finding]:
+def look_at_samples(model, diffusion: DiffusionProcess, train: ImageData, unseen: ImageData,
+                    checkpoint: dict) -> Iterator[Finding]:
     """The images that it makes, beside real ones, beside twice as many steps, and as the classifier sees them."""
-    shape = train.images.shape[1:]
+    shape, real = train.images.shape[1:], unseen.first(REAL).images
     labels = torch.arange(SAMPLES) % model.num_classes if model.num_classes else None
-    images, real = make_images(model, diffusion, shape, labels, SAMPLES, STEPS), unseen.first(REAL).images
+    how = as_sample_does(checkpoint, labels)
+    images = make_images(model, diffusion, shape, SAMPLES, **how)
     findings = check_samples(images, to_model(real))
     yield from findings
     if any(finding.status == "FAIL" for finding in findings):
         return  # what follows would only repeat it
-    yield check_steps(images[:16], make_images(model, diffusion, shape, labels, 16, 2 * STEPS), STEPS)
+    if not is_student(checkpoint):  # whose further jumps make other images
+        twice = how | dict(steps=min(2 * how["steps"], diffusion.num_timesteps))
+        yield check_steps(images[:16], make_images(model, diffusion, shape, 16, **twice), how["steps"])
     device, made = diffusion.device, to_uint8(images)
     distances = nearest(torch.cat([made, real]).to(device), train.images)[0]
     yield check_copies(closeness(distances[:SAMPLES], distances[SAMPLES:]))
@@ -278,7 +312,7 @@ def examine(args) -> Iterator[Finding]:
         try:
             model, diffusion, checkpoint = load_model(args.checkpoint, get_device(args.device))
         except ValueError as error:
-            yield Finding("checkpoint", "FAIL", str(error), "python train.py --resume: from the newest valid one")
+            yield Finding("checkpoint", "FAIL", str(error), f"{go_on(args)}: from the newest valid one")
             return
         name = str(checkpoint["config"]["data"].get("dataset"))
         if args.dataset not in (None, name):
@@ -304,10 +338,12 @@ def look_at_data(args, name: str, model, diffusion: DiffusionProcess, checkpoint
     if wrong:
         yield wrong
         return
-    if not checkpoint["config"]["training"].get("student"):  # whose x_0_hat is an image, not the mean near to all
-        yield from look_at_error(model, diffusion, train, unseen)
+    if not is_student(checkpoint):  # whose x_0_hat is an image, not the mean near to all
+        epochs = max(checkpoint["epoch"], int(flag(checkpoint, "epochs", 0)))
+        longer = go_on(args, f"--epochs {more_epochs(epochs)}")
+        yield from look_at_error(model, diffusion, train, unseen, longer)
     learnt = train.first(int(flag(checkpoint, "train_images", 0)) or len(train.images))
-    yield from look_at_samples(model, diffusion, learnt, unseen)
+    yield from look_at_samples(model, diffusion, learnt, unseen, checkpoint)
 
 
 @script

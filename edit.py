@@ -23,7 +23,15 @@ from data import load_dataset, to_model, to_uint8
 from editing import ddim_inversion, inpaint, slerp
 from files import check_writable
 from pictures import read_mask, read_picture
-from samplers import DEFAULT_SPACING, SAMPLERS, guide, image_noise, spaced_timesteps, uniform_timesteps
+from samplers import (
+    DEFAULT_GUIDANCE,
+    DEFAULT_SPACING,
+    SAMPLERS,
+    guide,
+    image_noise,
+    spaced_timesteps,
+    uniform_timesteps,
+)
 from utils import (
     SHARED_FLAGS,
     Parser,
@@ -41,6 +49,7 @@ from utils import (
 )
 
 FILM_FRAMES, FILM_IMAGES = 40, 8
+STEPS = {"inpaint": 50, "vary": 20, "interpolate": 20, "invert": 100}  # by default, of checkpoints with as many
 SIDES = ("left", "right", "top", "bottom", "center")
 
 
@@ -56,35 +65,42 @@ def parse_args(argv: Sequence[str] | None):
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND", parser_class=command_parser)
     few = SHARED_FLAGS["num_images"] | dict(type=number(int, 1, 1000), default=8)  # which are made all at once
 
-    def command(name: str, text: str, steps: int, takes_image: bool = True):
+    def command(name: str, text: str, takes_image: bool = True):
         sub = commands.add_parser(name, description=text, help=text)
         sub.add_argument("--checkpoint", required=True, help="a file that train.py wrote")
         sub.add_argument("--output", default=f"outputs/{name}.png", help="a .png file")
         sub.add_argument("--gif", action="store_true", help="also write the way there as a film beside the output")
-        add_shared_flags(sub, "steps", "label", "guidance_scale")
-        sub.set_defaults(steps=steps)
+        sub.add_argument("--steps", **SHARED_FLAGS["steps"] | dict(
+            help=f"of the sampler, at most the checkpoint's T (default: {STEPS[name]}, or T where that is less)"))
+        add_shared_flags(sub, "label")
+        sub.add_argument("--guidance_scale", **SHARED_FLAGS["guidance_scale"] | dict(
+            help="how strongly --label is asked for: 1 as learnt, more for clearer and less varied images (default: "
+                 f"{DEFAULT_GUIDANCE})"))
         if takes_image:
-            sub.add_argument("--image", help="a picture of the model's size (default: one of the test split)")
-            sub.add_argument("--index", type=number(int, 0), default=0, help="which image of the test split")
+            which = sub.add_mutually_exclusive_group()
+            which.add_argument("--image", help="a picture of the model's size (default: one of the test split)")
+            which.add_argument("--index", type=number(int, 0), help="which image of the test split (default: 0)")
             add_shared_flags(sub, "data_dir")
-        add_shared_flags(sub, "seed", "device", "precision")
+        add_shared_flags(sub, "device", "precision")
         return sub
 
-    sub = command("inpaint", "fill in a part of a picture; what is known is kept exactly", 50)
+    sub = command("inpaint", "fill in a part of a picture; what is known is kept exactly")
     sub.add_argument("--mask", default="left", help=f"what to fill in: {', '.join(SIDES)}, or a picture that is white "
                                                     f"there and black elsewhere")
     sub.add_argument("--resample", type=number(int, 1, 100), default=10,
                      help="how often each step is taken anew, so that the new part fits the old (RePaint)")
     sub.add_argument("--num_images", **few)
-    sub = command("vary", "variations of a picture: noise it a little, and denoise it (SDEdit)", 20)
+    add_shared_flags(sub, "seed")
+    sub = command("vary", "variations of a picture: noise it a little, and denoise it (SDEdit)")
     sub.add_argument("--strength", type=number(float, 0.0, 1.0), default=0.6,
                      help="how much may change: 0 nothing, 1 everything")
     sub.add_argument("--num_images", **few)
-    sub = command("interpolate", "images between those of two seeds", 20, takes_image=False)
+    add_shared_flags(sub, "seed")
+    sub = command("interpolate", "images between those of two seeds", takes_image=False)
     sub.add_argument("--seeds", type=number(int, 0, 2**63 - 1), nargs=2, default=[3, 8], metavar=("A", "B"),
                      help="the ends")
     sub.add_argument("--frames", type=number(int, 2, 1000), default=16, help="images, both ends included")
-    command("invert", "the noise that leads to a picture, and the picture that it leads to (DDIM inversion)", 100)
+    command("invert", "the noise that leads to a picture, and the picture that it leads to (DDIM inversion)")
     args = parser.parse_args(argv)
     if Path(args.output).suffix != ".png":
         parser.error(f"--output must end in .png, not {args.output!r}")
@@ -95,10 +111,10 @@ def chosen_image(args, config: dict) -> Tensor:
     """The picture to change (1, C, H, W) in [-1, 1]."""
     if args.image:
         return to_model(read_picture(Path(args.image), config["shape"])[None])
-    images = load_dataset(config["dataset"], "test", args.data_dir).images
-    if args.index >= len(images):
-        raise ValueError(f"--index must be less than {len(images)}, the size of the test split, not {args.index}")
-    return to_model(images[args.index][None])
+    images, index = load_dataset(config["dataset"], "test", args.data_dir).images, args.index or 0
+    if index >= len(images):
+        raise ValueError(f"--index must be less than {len(images)}, the size of the test split, not {index}")
+    return to_model(images[index][None])
 
 
 def chosen_mask(args, shape: Sequence[int]) -> Tensor:
@@ -132,6 +148,7 @@ class Studio:
         self.config, self.frames = checkpoint["config"]["data"], []
         self.picture = chosen_image(args, self.config) if hasattr(args, "image") else None
         self.mask = chosen_mask(args, self.config["shape"]) if hasattr(args, "mask") else None
+        args.steps = args.steps or min(STEPS[args.command], self.diffusion.num_timesteps)
         self.times = uniform_timesteps(self.diffusion.num_timesteps, args.steps)
         count = getattr(args, "num_images", getattr(args, "frames", 1))
         self.labels = asked_labels(args, self.model.num_classes, self.config["class_names"], count)
@@ -147,9 +164,8 @@ class Studio:
         return guide(self.diffusion, self.model, self.labels.to(self.diffusion.device), self.args.guidance_scale,
                      clip=clip)
 
-    def noise(self, indices, seed: int | None = None):
-        return image_noise(indices, self.args.seed if seed is None else seed, self.config["shape"],
-                           self.diffusion.device)
+    def noise(self, indices, seed: int):
+        return image_noise(indices, seed, self.config["shape"], self.diffusion.device)
 
     def follow(self, trajectory, steps: int) -> Tensor:
         """The end of a trajectory; what it passes through becomes the film."""
@@ -168,7 +184,7 @@ class Studio:
 def do_inpaint(args, studio: Studio) -> Tensor:
     """Picture, mask, what was known, then the ways to fill it in."""
     picture, mask = studio.picture, studio.mask
-    randn = studio.noise(range(args.num_images))
+    randn = studio.noise(range(args.num_images), args.seed)
     device = studio.diffusion.device
     filled = studio.follow(inpaint(studio.denoise, randn(), studio.times, studio.diffusion, known=picture.to(device),
                                    mask=mask.to(device), resample=args.resample, randn=randn),
@@ -185,7 +201,7 @@ def do_vary(args, studio: Studio) -> Tensor:
         studio.frames = [(picture.expand_as(many), picture.expand_as(many))]
         return picture.expand(args.num_images + 1, -1, -1, -1)
     times = uniform_timesteps(way_back, min(args.steps, way_back))
-    x = studio.diffusion.q_sample(many, times[0], studio.noise(range(args.num_images))())
+    x = studio.diffusion.q_sample(many, times[0], studio.noise(range(args.num_images), args.seed)())
     varied = studio.follow(SAMPLERS["dpmpp_2m"](studio.denoise, x, times, studio.diffusion), len(times))
     return torch.cat([picture, varied])
 

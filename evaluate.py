@@ -60,6 +60,7 @@ from utils import (
     Parser,
     add_shared_flags,
     autocast,
+    check_useful,
     get_device,
     guidance,
     is_student,
@@ -71,6 +72,7 @@ from utils import (
     within_memory,
 )
 
+MAKING_FLAGS = ("num_images", "use_ema", "sampler", "spacing", "steps", "eta", "guidance_interval", "batch_size")
 SWEEP_STEPS = (5, 10, 20, 50)
 PAIRS = 16  # in nearest.png: so many of the closest, and so many others
 
@@ -83,56 +85,73 @@ def parse_args(argv: Sequence[str] | None):
     group.add_argument("--train_features", choices=tuple(CLASSIFIERS), metavar="DATASET",
                        help="train this data set's feature network anew: models/weights/DATASET.pt")
     group = parser.add_argument_group("how images are made from a checkpoint")
-    add_shared_flags(group, "num_images", "sampler", "spacing", "steps")
+    add_shared_flags(group, *MAKING_FLAGS)
     group.add_argument("--guidance_scale", **SHARED_FLAGS["guidance_scale"], nargs="+", metavar="SCALE")
-    add_shared_flags(group, "guidance_interval", "batch_size")
     group.add_argument("--sweep", type=number(int, 1), nargs="*", metavar="STEPS",
-                       help=f"instead: compare all samplers at these step counts ({' '.join(map(str, SWEEP_STEPS))}), "
-                            f"with each --guidance_scale")
+                       help=f"instead: compare all samplers, or --sampler alone, at these step counts "
+                            f"({' '.join(map(str, SWEEP_STEPS))}), with each --guidance_scale")
     group = parser.add_argument_group("how they are measured")
-    add_shared_flags(group, "dataset")
-    parser.set_defaults(dataset=None, num_images=5000, guidance_scale=[None], batch_size=250)
-    group.add_argument("--reference", choices=SPLITS, default="test",
-                       help="the real images: test for what is reported, validation for every choice")
+    group.add_argument("--dataset", choices=tuple(DATASETS),
+                       help="the data set of --images; a --checkpoint names its own")
+    parser.set_defaults(num_images=5000, guidance_scale=[None], batch_size=250)
+    group.add_argument("--reference", choices=SPLITS,
+                       help="the real images: test for what is reported, validation for every choice (default: test; "
+                            "with --sweep validation)")
     group.add_argument("--features", choices=("own", "inception"), default="own",
                        help="the data set's own feature network, or Inception v3 (needs torch-fidelity; slow)")
     group.add_argument("--cas", action="store_true",
                        help="also train a classifier on the images alone and test it on real ones")
-    add_shared_flags(parser.add_argument_group("run"), "data_dir", "output_dir", "device", "precision", "seed")
+    group = parser.add_argument_group("run")
+    add_shared_flags(group, "data_dir")
+    group.add_argument("--output_dir", help="where results are written (default: the folder of --checkpoint; of "
+                                            "--images: outputs)")
+    add_shared_flags(group, "device", "precision", "seed")
     args = parser.parse_args(argv)
+    check_together(args, parser)
+    args.reference = args.reference or ("test" if args.sweep is None else "validation")
+    args.output_dir = args.output_dir or (Path(args.checkpoint).parent if args.checkpoint else "outputs")
+    return args
+
+
+def check_together(args, parser: Parser) -> None:
+    """ValueError for flags that do not go together."""
     if args.images and not args.dataset:
         parser.error(f"--images needs --dataset, the real images to compare with: {', '.join(DATASETS)}")
-    args.sweep = SWEEP_STEPS if args.sweep == [] else args.sweep
-    if args.sweep and not args.checkpoint:
-        parser.error("--sweep needs --checkpoint")
-    if args.sweep and args.cas:
+    for name in (*MAKING_FLAGS, "guidance_scale", "sweep"):
+        if name in parser.typed and not args.checkpoint:
+            parser.error(f"--{name} needs --checkpoint: it says how images are made")
+    if args.sweep is not None and args.cas:
         parser.error("--cas and --sweep do not go together: run --cas with the sampler that you choose")
-    if len(args.guidance_scale) > 1 and not args.sweep:
+    if args.sweep is not None and args.steps:
+        parser.error("--steps and --sweep do not go together: name the step counts after --sweep")
+    if len(args.guidance_scale) > 1 and args.sweep is None:
         parser.error("several values of --guidance_scale need --sweep")
-    return args
 
 
 # ------------------------------------------------------------------------------------------------- images to measure
 
 
 class Source(NamedTuple):
-    """A checkpoint to make images with, and the labels (N,) they are asked for, or None."""
+    """A checkpoint to make images with, the labels (N,) they are asked for, or None, and the samplers to compare."""
 
     model: nn.Module
     diffusion: DiffusionProcess
     shape: Sequence[int]
     labels: Tensor | None
-    student: bool
+    samplers: Sequence[str]
 
 
 def open_checkpoint(args) -> Source:
     """Load --checkpoint and set --dataset by it. ValueError if the flags ask for what it cannot do."""
-    model, diffusion, checkpoint = load_model(args.checkpoint, get_device(args.device))
-    data = checkpoint["config"]["data"]
+    model, diffusion, checkpoint = load_model(args.checkpoint, get_device(args.device), args.use_ema)
+    data, student = checkpoint["config"]["data"], is_student(checkpoint)
     if args.dataset not in (None, data["dataset"]):
         raise ValueError(f"{args.checkpoint} was trained on {data['dataset']}, not {args.dataset}: leave out --dataset")
     args.dataset = data["dataset"]
-    args.sampler, args.steps = sampler_and_steps(args, checkpoint)
+    if args.sweep is None:
+        args.sampler, args.steps = sampler_and_steps(args, checkpoint)
+    elif not args.sweep:
+        args.sweep = sorted({min(steps, diffusion.num_timesteps) for steps in SWEEP_STEPS})
     for steps in args.sweep or [args.steps]:
         uniform_timesteps(diffusion.num_timesteps, steps)
     labels = None
@@ -141,8 +160,11 @@ def open_checkpoint(args) -> Source:
         labels = known[torch.arange(args.num_images) % len(known)]
     elif args.guidance_scale not in ([None], [1.0]):
         raise ValueError(f"{args.checkpoint} was trained without --conditional: leave out --guidance_scale")
-    args.guidance_scale = [guidance(scale, labels, is_student(checkpoint)) for scale in args.guidance_scale]
-    return Source(model, diffusion, data["shape"], labels, is_student(checkpoint))
+    args.guidance_scale = [guidance(scale, labels, student) for scale in args.guidance_scale]
+    samplers = [args.sampler] if args.sampler else [name for name in SAMPLERS if (name == STUDENT_SAMPLER) == student]
+    check_useful(args, samplers, guided=set(args.guidance_scale) != {1})
+    args.eta = args.eta or 0.0
+    return Source(model, diffusion, data["shape"], labels, samplers)
 
 
 def make_images(args, source: Source, sampler: str, steps: int, scale: float, count: int | None = None) -> Made:
@@ -150,7 +172,7 @@ def make_images(args, source: Source, sampler: str, steps: int, scale: float, co
     evaluations, count, device = [], count or args.num_images, source.diffusion.device
     mine = range(count)[parallel.share(count)]
     batches = partial(generate, source.model, source.diffusion, source.shape, mine, seed=args.seed, sampler=sampler,
-                      steps=steps, spacing=args.spacing, labels=source.labels, guidance_scale=scale,
+                      steps=steps, spacing=args.spacing, eta=args.eta, labels=source.labels, guidance_scale=scale,
                       guidance_interval=args.guidance_interval)
     counter = source.model.register_forward_hook(lambda _, inputs, __: evaluations.append(len(inputs[0])))
     start = time.perf_counter()
@@ -278,9 +300,9 @@ def circumstances(args, argv, yardstick: Yardstick, count: int) -> dict:
 
     made = dict(images=args.images)
     if args.checkpoint:
-        made = dict(checkpoint=args.checkpoint, seed=args.seed, sampler=args.sampler, steps=args.steps,
-                    spacing=args.spacing, guidance_scale=args.guidance_scale, guidance_interval=args.guidance_interval,
-                    batch_size=args.batch_size, processes=parallel.size(),
+        made = dict(checkpoint=args.checkpoint, use_ema=args.use_ema, seed=args.seed, sampler=args.sampler,
+                    steps=args.steps, spacing=args.spacing, eta=args.eta, guidance_scale=args.guidance_scale,
+                    guidance_interval=args.guidance_interval, batch_size=args.batch_size, processes=parallel.size(),
                     checkpoint_sha256=hashlib.sha256(Path(args.checkpoint).read_bytes()).hexdigest())
     device = get_device(args.device)
     return dict(command=["evaluate.py", *(sys.argv[1:] if argv is None else argv)], **made,
@@ -342,7 +364,7 @@ def evaluate(args, argv, yardstick: Yardstick, made: Made, output: Path) -> None
 
 
 def run_sweep(args, argv, yardstick: Yardstick | None, source: Source, output: Path) -> None:
-    """Measure all samplers at all step counts: table, sweep.json, sweep.png, sweep_images.png.
+    """Measure the samplers at all step counts: table, sweep.json, sweep.png, sweep_images.png.
 
     Without a yardstick: only make the images, which another process measures.
     """
@@ -350,9 +372,8 @@ def run_sweep(args, argv, yardstick: Yardstick | None, source: Source, output: P
         return measure(yardstick, look(made.images, yardstick.classifier, yardstick.inception), made.labels)
 
     make = partial(make_images, args, source)
-    make(args.sampler, 1, 1.0, min(args.batch_size, args.num_images))  # so that no row pays for the start
-    samplers = [name for name in SAMPLERS if (name == STUDENT_SAMPLER) == source.student]
-    run = partial(sweep, samplers, args.sweep, args.guidance_scale, make)
+    make(source.samplers[0], 1, 1.0, min(args.batch_size, args.num_images))  # so that no row pays for the start
+    run = partial(sweep, source.samplers, args.sweep, args.guidance_scale, make)
     if not yardstick:
         run(measure=lambda _: {}, show=lambda _: None)
         return
@@ -380,9 +401,9 @@ def main(argv=None):
         print(train_features(args.train_features, args.data_dir, device, args.seed, bf16, progress("training")))
         return
     torchmetrics_image()
-    output = Path(args.output_dir) if parallel.rank() else check_writable(args.output_dir)
     with parallel.first_alone():  # a download; and what is refused is refused by all
         source = open_checkpoint(args) if args.checkpoint else None
+        output = Path(args.output_dir) if parallel.rank() else check_writable(args.output_dir)
         data = load_dataset(args.dataset, args.reference, args.data_dir)
         shape, classes = data.images.shape[1:], len(data.class_names)
         made = None if source else Made(*read_images(Path(args.images), shape, classes), nfe=0, seconds=0)

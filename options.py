@@ -1,15 +1,17 @@
 """What a training run can be asked for: the recipes, the flags of train.py, and those of a run that goes on."""
 
+import shlex
 from argparse import BooleanOptionalAction
 from pathlib import Path
 
 import torch
 
+import parallel
 from diffusion import LOSS_WEIGHTS, PREDICTIONS, SCHEDULES, TIMESTEP_SAMPLING
 from models.layers import ACTIVATIONS
 from training import LR_SCHEDULES
 from tuning import LAYOUTS
-from utils import Parser, add_shared_flags, duration, number
+from utils import SHARED_FLAGS, Parser, add_shared_flags, duration, number
 
 # A recipe is nothing but defaults, which flags override. What they give, and why: README.md and benchmarks/RECORDS.md.
 RECIPES = {
@@ -48,7 +50,8 @@ def make_parser(description: str) -> Parser:
     group.add_argument("--epochs", type=number(int, 1),
                        help="passes over the training images (default: 20, or what --budget allows)")
     group.add_argument("--budget", type=duration, metavar="TIME",
-                       help="wall-clock time for everything, start-up and saving included: 90s, 10m, 1.5h")
+                       help="wall-clock time for everything, start-up, saving and (with --resume) earlier sittings "
+                            "included: 90s, 10m, 1.5h")
     group.add_argument("--train_images", type=number(int, 1), help="learn from the first N training images only")
     group.add_argument("--sample_interval", type=number(int, 0), default=1,
                        help="epochs between two grids of samples; 0: none")
@@ -57,9 +60,12 @@ def make_parser(description: str) -> Parser:
     group.add_argument("--checkpoint_minutes", type=number(float, 0), default=5.0,
                        help="minutes between two checkpoints within the epochs; 0: none")
     group.add_argument("--keep_checkpoints", type=number(int, 1), default=5,
-                       help="how many files checkpoints/ holds; the oldest go")
+                       help="how many files checkpoints/ holds; those of --checkpoint_minutes go first, then the "
+                            "oldest")
     group.add_argument("--resume", action="store_true",
-                       help="go on from the newest valid checkpoint in --output_dir, with the flags of its run")
+                       help="go on from the newest valid checkpoint in --output_dir, with the flags of its run but for "
+                            "--output_dir, --data_dir and --device; flags given anew override them, and --epochs and "
+                            "--budget count from the beginning of the run")
     group = parser.add_argument_group("diffusion process")
     group.add_argument("--timesteps", type=number(int, 1, 100_000), default=1000, help="T, the number of noising steps")
     group.add_argument("--schedule", choices=SCHEDULES, help="how the noise grows")
@@ -88,7 +94,7 @@ def make_parser(description: str) -> Parser:
                        help="channels at each resolution / base_channels (default: by patch_size)")
     group.add_argument("--depth", type=number(int, 1, 64), default=1, help="residual blocks in each stage")
     group.add_argument("--middle_depth", type=number(int, 1, 64),
-                       help="residual blocks in the middle, at the lowest resolution (default: as --depth)")
+                       help="residual blocks in the middle, at the lowest resolution")
     group.add_argument("--attention", type=number(int, 0, 64), nargs="+", metavar="N",
                        help="self-attention at 1/N of the image's size for each N; 0: none (default: at the lowest)")
     group.add_argument("--activation", choices=tuple(ACTIVATIONS), default="silu", help="between the layers")
@@ -136,6 +142,19 @@ def fill_in(args, device: torch.device) -> None:
 
 
 OWN_FLAGS = ("output_dir", "data_dir", "device", "resume")  # what a resumed run does not take from its checkpoint
+
+
+def resume_command(args) -> str:
+    """What to type to go on with the run in args.output_dir: it names the OWN_FLAGS that are not the defaults."""
+    start = "python" if parallel.size() == 1 else f"torchrun --nproc_per_node={parallel.size()}"
+    own = [f"--{name} {shlex.quote(str(getattr(args, name)))}" for name in OWN_FLAGS[:3]
+           if name == "output_dir" or getattr(args, name) != SHARED_FLAGS[name]["default"]]
+    return " ".join([start, "train.py --resume", *own])
+
+
+def more_epochs(epochs: int) -> int:
+    """A number of --epochs to go on to for a run that has had so many."""
+    return max(20, 2 * epochs)
 
 
 def saved_flags(parser: Parser, args, path: Path, saved: dict) -> list[str]:

@@ -1,6 +1,7 @@
 """The folder of a training run: one run at a time, nothing of an older one lost, the newest valid checkpoint found."""
 
 import contextlib
+import math
 import os
 import shutil
 import signal
@@ -20,35 +21,52 @@ WRITTEN = ("samples/epoch_*.png", "checkpoints/model_*.pt", "model_final.pt", "t
 
 @contextlib.contextmanager
 def claim(folder: str | Path):
-    """Hold `folder` for this process, or for rank 0 of several: a second live run there is a ValueError.
+    """Hold `folder` for this process, or for rank 0 of several: a second live run there is a ValueError, for all.
 
-    The lock dies with the process. What a killed run was in the middle of writing is removed.
+    The lock dies with the process. What a killed run was in the middle of writing is removed; so is, at the end, a
+    folder that was made here and that nothing was written to.
     """
-    if parallel.rank():
-        yield Path(folder)
-        return
-    folder = check_writable(folder)
-    lock = FileLock(folder / ".lock")
+    folder, lock, refusal = Path(folder), FileLock(Path(folder) / ".lock"), None
+    made = [path for path in (folder, *folder.parents) if parallel.rank() == 0 and not os.path.exists(path)]
+    if parallel.rank() == 0:
+        try:
+            hold(lock, folder)
+        except ValueError as error:
+            refusal = str(error)
+    refusal = parallel.from_first(refusal)
+    if refusal:
+        raise ValueError(refusal)
+    try:
+        yield folder
+    finally:
+        with contextlib.suppress(OSError):
+            if made and os.listdir(folder) == [".lock"]:
+                (folder / ".lock").unlink()
+        lock.release()
+        with contextlib.suppress(OSError):
+            for path in made:
+                path.rmdir()  # which fails where something is in it
+
+
+def hold(lock: FileLock, folder: Path) -> None:
+    """Make `folder`, lock it, and clear what a killed run left. ValueError if another run holds it."""
+    check_writable(folder)
     try:
         lock.acquire(timeout=0)
     except Timeout as error:
         raise ValueError(f"another run is writing to {folder}: wait for it, or choose another --output_dir") from error
     except NotImplementedError:
         print(f"Warning: {folder} is on a disk without locks: see that no second run writes there")
-    try:
-        for pattern in WRITTEN:
-            for path in temporaries(folder / pattern):
-                path.unlink(missing_ok=True)
-        yield folder
-    finally:
-        lock.release()
+    for pattern in WRITTEN:
+        for path in temporaries(folder / pattern):
+            path.unlink(missing_ok=True)
 
 
 @contextlib.contextmanager
 def stop_on_signals(run):
     """Let SIGTERM, Ctrl-C and a closed terminal set `run.signal`, at which the run ends after the present step.
 
-    A second signal ends the process at once.
+    A second signal ends the process at once, as a first does before this, when there is nothing to lose.
     """
     def handler(signum, _):
         run.signal = signum
@@ -59,7 +77,7 @@ def stop_on_signals(run):
     before = {each: signal.signal(each, handler) for each in stops
               if each != getattr(signal, "SIGHUP", None) or signal.getsignal(each) != signal.SIG_IGN}  # nohup
     try:
-        yield
+        yield run
     finally:
         for each, handler_before in before.items():
             signal.signal(each, handler_before)
@@ -113,6 +131,14 @@ def newest_valid(folder: Path) -> tuple[Path, dict] | None:
     return None
 
 
+def is_complete(folder: Path) -> bool:
+    """Whether the furthest that was saved is the end of a run: model_final.pt, and after it the plot."""
+    final, plot = folder / "model_final.pt", folder / "training_loss.png"
+    return (final.exists() and plot.exists() and plot.stat().st_mtime_ns >= final.stat().st_mtime_ns
+            and saved_step(final) == max((step for step in map(saved_step, checkpoints(folder)) if step < math.inf),
+                                         default=0))
+
+
 def is_valid(path: Path) -> bool:
     """Whether a checkpoint loads."""
     try:
@@ -123,13 +149,16 @@ def is_valid(path: Path) -> bool:
 
 
 def prune(folder: Path, keep: int) -> None:
-    """Delete the oldest files in checkpoints/ beyond `keep`, those that cannot be read first, never the last valid."""
+    """Delete files in checkpoints/ beyond `keep`: those that cannot be read, those within epochs, then the oldest.
+
+    The newest stays, and the newest valid one: from it --resume goes on.
+    """
     numbered = [path for path in checkpoints(folder) if path.parent != folder]
-    readable = [path for path in numbered if saved_step(path) < float("inf")]
-    kept, surplus = readable[:keep], readable[keep:]
+    readable = [path for path in numbered if saved_step(path) < math.inf]
+    epochs_first = readable[:1] + sorted(readable[1:], key=lambda path: path.name.startswith("model_step_"))
+    kept, surplus = epochs_first[:keep], epochs_first[keep:]
     broken = [path for path in numbered if path not in readable][max(0, keep - len(kept)):]
-    if surplus and not any(map(is_valid, kept)):
-        spared = next(filter(is_valid, surplus), None)
-        surplus = [path for path in surplus if path != spared]
+    spared = next(filter(is_valid, readable), None) if surplus else None
     for path in [*surplus, *broken]:
-        path.unlink(missing_ok=True)
+        if path != spared:
+            path.unlink(missing_ok=True)

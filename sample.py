@@ -25,15 +25,16 @@ from data import to_uint8
 from files import atomic_write, check_writable
 from samplers import generate, image_noise, uniform_timesteps
 from utils import (
+    GREY,
     SHARED_FLAGS,
     Parser,
     add_shared_flags,
     autocast,
+    check_useful,
     get_device,
     guidance,
     image_labels,
     is_student,
-    number,
     pick_precision,
     sampler_and_steps,
     save_gif,
@@ -42,6 +43,7 @@ from utils import (
     within_memory,
 )
 
+MOST_COLUMNS = 16  # of a grid with a row for each class
 FILM_FRAMES, FILM_IMAGES = 10, 8
 GIF_FRAMES, GIF_IMAGES = 40, 16
 
@@ -50,10 +52,7 @@ def parse_args(argv: Sequence[str] | None):
     parser = Parser(__doc__)
     group = parser.add_argument_group("what")
     group.add_argument("--checkpoint", required=True, help="a file that train.py wrote")
-    group.add_argument("--use_ema", action="store_true", default=True, help="the averaged weights, the better ones")
-    group.add_argument("--no-use_ema", "--no_use_ema", action="store_false", dest="use_ema",
-                       help="the weights as the last step left them")
-    add_shared_flags(group, "num_images", "label")
+    add_shared_flags(group, "use_ema", "num_images", "label")
     group.add_argument("--output", default="outputs/generated_samples.png", help="a .png or .npz file")
     group.add_argument("--show_intermediate", action="store_true",
                        help="also write intermediate/step_XXXX.png beside the output, and a film strip")
@@ -61,8 +60,7 @@ def parse_args(argv: Sequence[str] | None):
     group = parser.add_argument_group("how")
     add_shared_flags(group, "sampler", "spacing")
     group.add_argument("--steps", "--timesteps", **SHARED_FLAGS["steps"])
-    group.add_argument("--eta", type=number(float, 0, 1), default=0.0, help="fresh noise of ddim: 0 none, 1 as ddpm")
-    add_shared_flags(group, "guidance_scale", "guidance_interval", "batch_size", "seed", "device", "precision")
+    add_shared_flags(group, "eta", "guidance_scale", "guidance_interval", "batch_size", "seed", "device", "precision")
     args = parser.parse_args(argv)
     if Path(args.output).suffix not in (".png", ".npz"):
         parser.error(f"--output must end in .png or .npz, not {args.output!r}")
@@ -88,9 +86,14 @@ class Film:
         self.pairs.append(torch.stack([x[:GIF_IMAGES], x_0_hat[:GIF_IMAGES]], dim=1).flatten(0, 1).cpu())
 
     def save(self, output: Path) -> list[Path]:
-        """Write intermediate/step_XXXX.png, named by t, and film_strip.png, a row for each of the first images."""
+        """Write intermediate/step_XXXX.png, named by t, and film_strip.png, a row for each of the first images.
+
+        What an earlier trajectory left in intermediate/ goes.
+        """
         frames = {t: torch.cat(parts) for t, parts in sorted(self.frames.items(), reverse=True)}
         folder = output.parent / "intermediate"
+        for old in (*folder.glob("step_[0-9]*.png"), folder / "final.png"):
+            old.unlink(missing_ok=True)
         for t, images in frames.items():
             save_images(images, folder / ("final.png" if t < 0 else f"step_{t:04.0f}.png"))
         rows = torch.stack([images[:FILM_IMAGES] for images in frames.values()], dim=1).flatten(0, 1)
@@ -132,13 +135,29 @@ def make_images(args, diffusion, shape, batches: Iterator) -> tuple[torch.Tensor
     return parallel.gather(torch.cat(images)), film
 
 
-def save(images: torch.Tensor, labels: torch.Tensor | None, rows: int | None, output: Path) -> None:
-    """Write images (N, C, H, W) in [-1, 1] as a grid or, to .npz, as uint8 arr_0 (N, H, W, C), with their labels."""
-    if output.suffix == ".png":
-        return save_images(images, output, columns=-(-len(images) // rows) if rows else 8)
-    arrays = {} if labels is None else dict(labels=labels.numpy())
-    with atomic_write(output) as file:
-        np.savez_compressed(file, arr_0=to_uint8(images).permute(0, 2, 3, 1).numpy(), **arrays)
+def rows_by_class(images: torch.Tensor, labels: torch.Tensor, columns: int) -> torch.Tensor:
+    """uint8 images (N, C, H, W) whose labels (N,) come one after another, with grey ones that fill up the rows."""
+    rows = []
+    for part in images.split(labels.unique_consecutive(return_counts=True)[1].tolist()):
+        rows += [part, torch.full_like(part[:1], GREY).expand(-len(part) % columns, -1, -1, -1)]
+    return torch.cat(rows)
+
+
+def save(images: torch.Tensor, labels: torch.Tensor | None, by_class: bool, output: Path) -> None:
+    """Write images (N, C, H, W) in [-1, 1] as a grid or, to .npz, as uint8 arr_0 (N, H, W, C), with their labels.
+
+    by_class: each class begins a row of the grid of its own, or several where it has many images.
+    """
+    images = to_uint8(images)
+    if output.suffix == ".npz":
+        arrays = {} if labels is None else dict(labels=labels.numpy())
+        with atomic_write(output) as file:
+            np.savez_compressed(file, arr_0=images.permute(0, 2, 3, 1).numpy(), **arrays)
+    elif by_class and len(counts := labels.unique_consecutive(return_counts=True)[1]) > 1:
+        columns = min(int(counts.max()), MOST_COLUMNS)
+        save_images(rows_by_class(images, labels, columns), output, columns, quantise=False)
+    else:
+        save_images(images, output, quantise=False)
 
 
 @script
@@ -154,6 +173,8 @@ def main(argv=None):
     labels = image_labels(args, model.num_classes, config["class_names"])
     args.sampler, args.steps = sampler_and_steps(args, checkpoint)
     args.guidance_scale = guidance(args.guidance_scale, labels, is_student(checkpoint))
+    check_useful(args, [args.sampler], guided=args.guidance_scale != 1)
+    args.eta = args.eta or 0.0
     uniform_timesteps(diffusion.num_timesteps, args.steps)  # an impossible number is told before any work
     if parallel.rank() == 0:
         check_writable(output.parent)
@@ -166,7 +187,7 @@ def main(argv=None):
     print(f"{len(images)} images by {args.sampler} in {args.steps} steps: {time.perf_counter() - start:.2f} s")
     if parallel.rank():
         return parallel.finish()
-    save(images, labels, len(labels.unique()) if args.label else None, output)
+    save(images, labels, args.label is not None, output)
     written = [output, *(film.save(output) if args.show_intermediate else [])]
     if args.gif:
         save_gif(film.pairs, output.with_suffix(".gif"))

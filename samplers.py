@@ -221,6 +221,7 @@ STUDENT_SAMPLER, STUDENT_STEPS = "consistency", 2  # of checkpoints that distill
 
 SAMPLERS = {"ddpm": ddpm, "ddim": ddim, "dpmpp_2m": dpmpp_2m, "heun": heun, "ipndm": ipndm,
             "consistency": consistency}
+ETA_SAMPLERS = ("ddim", "heun")  # those that read eta
 
 
 def uniform_timesteps(num_timesteps: int, steps: int) -> list[int]:

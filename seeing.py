@@ -5,7 +5,8 @@ step of a trajectory, and what it made of it.
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -23,9 +24,12 @@ LOSS_IMAGES, LOSS_TIMES, GAUSSIAN_IMAGES = 512, 25, 10_000
 EMBEDDED_IMAGES, EMBEDDED_TIMES = 500, 200
 
 
-def captured(model, diffusion: DiffusionProcess, modules: dict[str, nn.Module], x_t: Tensor,
-             t: Tensor) -> dict[str, Tensor]:
-    """The outputs of some of the model's modules, by name, as it looks at x_t (B, C, H, W) at the times t (B,)."""
+def captured(model, diffusion: DiffusionProcess, modules: dict[str, nn.Module], x_t: Tensor, t: Tensor,
+             labels: Tensor | None = None) -> dict[str, Tensor]:
+    """The outputs of some of the model's modules, by name, as it looks at x_t (B, C, H, W) at the times t (B,).
+
+    labels (B,): what it is told that they show.
+    """
     outputs = {}
 
     def keep(name: str):
@@ -34,19 +38,26 @@ def captured(model, diffusion: DiffusionProcess, modules: dict[str, nn.Module], 
     hooks = [module.register_forward_hook(keep(name)) for name, module in modules.items()]
     try:
         with torch.no_grad():
-            diffusion.predict(model, x_t.to(diffusion.device), t.to(diffusion.device))
+            seen = (part if part is None else part.to(diffusion.device) for part in (x_t, t, labels))
+            diffusion.predict(model, *seen)
     finally:
         for hook in hooks:
             hook.remove()
     return outputs
 
 
-def stacked(frames: Sequence[Frame], image: int | None = None) -> tuple[Tensor, Tensor]:
-    """(x_t, t) of one image, or of all, in all frames as one batch, the first frame's images first."""
-    x_t = torch.stack([x for _, x, _ in frames])                                            # (frames, B, C, H, W)
-    x_t = x_t if image is None else x_t[:, image:image + 1]
+def stacked(frames: Sequence[Frame], labels: Tensor | None,
+            count: int | None = None) -> tuple[Tensor, Tensor, Tensor | None]:
+    """(x_t, t, labels) of the first `count` images, or of all, in all frames as one batch, the first frame's first."""
+    x_t = torch.stack([x[:count] for _, x, _ in frames])                                    # (frames, B, C, H, W)
     t = torch.tensor([t for t, _, _ in frames], dtype=torch.float32).repeat_interleave(x_t.shape[1])
-    return x_t.flatten(0, 1), t
+    return x_t.flatten(0, 1), t, labels if labels is None else labels[:count].repeat(len(frames))
+
+
+def batches(size: int, *parts: Tensor | None) -> Iterator[tuple[Tensor | None, ...]]:
+    """Tensors of one length, or None, cut into batches of `size`."""
+    return (tuple(part if part is None else part[start:start + size] for part in parts)
+            for start in range(0, len(parts[0]), size))
 
 
 # ------------------------------------------------------------------------------------------------------- attention
@@ -62,7 +73,8 @@ def attention_weights(qkv: Tensor, heads: int) -> Tensor:
     return (q @ k.transpose(-1, -2) / math.sqrt(q.shape[-1])).softmax(-1)
 
 
-def attention_maps(model, diffusion: DiffusionProcess, x_t: Tensor, t: Tensor) -> dict[str, Tensor]:
+def attention_maps(model, diffusion: DiffusionProcess, x_t: Tensor, t: Tensor,
+                   labels: Tensor | None = None) -> dict[str, Tensor]:
     """The mean over the heads, for each attention layer by name: (B, H, W, H, W), the query's position first.
 
     ValueError for a network without attention.
@@ -71,7 +83,7 @@ def attention_maps(model, diffusion: DiffusionProcess, x_t: Tensor, t: Tensor) -
     if not layers:
         raise ValueError("this network has no attention to look at: train one with python train.py --attention 4, "
                          "or see --what features")
-    outputs = captured(model, diffusion, {name: layer.qkv for name, layer in layers.items()}, x_t, t)
+    outputs = captured(model, diffusion, {name: layer.qkv for name, layer in layers.items()}, x_t, t, labels)
     return {name: attention_weights(outputs[name], layer.heads).mean(1).unflatten(2, outputs[name].shape[2:])
             .unflatten(1, outputs[name].shape[2:]) for name, layer in layers.items()}
 
@@ -89,12 +101,12 @@ def chosen_queries(image: Tensor, height: int, width: int, count: int) -> list[t
     return sorted(chosen[:count])
 
 
-def draw_attention(model, diffusion: DiffusionProcess, frames: Sequence[Frame], rows: int):
+def draw_attention(model, diffusion: DiffusionProcess, frames: Sequence[Frame], labels: Tensor | None, rows: int):
     """Where some positions of the first image look at the frames' times, over the x_0_hat of each.
 
     `rows` lines in all, shared between the layers, one at the least for each.
     """
-    maps = attention_maps(model, diffusion, *stacked(frames, image=0))
+    maps = attention_maps(model, diffusion, *stacked(frames, labels, 1))
     image, lines = frames[-1][2][0], []
     for name, weights in maps.items():
         height, width = weights.shape[1:3]
@@ -149,12 +161,12 @@ def levels(model) -> dict[str, nn.Module]:
     return {"stem": model.stem, **downs, "middle": model.middle, **ups}
 
 
-def draw_features(model, diffusion: DiffusionProcess, frames: Sequence[Frame]):
+def draw_features(model, diffusion: DiffusionProcess, frames: Sequence[Frame], labels: Tensor | None):
     """What each level holds at the frames' times: |activation|, the mean over the channels, of the first image.
 
     Below, the mean over the positions of all images, against t.
     """
-    outputs = captured(model, diffusion, levels(model), *stacked(frames))
+    outputs = captured(model, diffusion, levels(model), *stacked(frames, labels))
     maps = {name: output.abs().mean(1).unflatten(0, (len(frames), -1)) for name, output in outputs.items()}
     figure = pyplot().figure(figsize=(1.1 * len(frames) + 1.8, 1.1 * (len(maps) + 1) + 3.6), layout="constrained")
     top, bottom = figure.subfigures(2, 1, height_ratios=(1.1 * (len(maps) + 1) + 0.8, 3.0))
@@ -209,12 +221,13 @@ def project(points: Tensor, how: str = "tsne", seed: int = 0) -> Tensor:
         points.numpy()))
 
 
-def bottleneck(model, diffusion: DiffusionProcess, x_0: Tensor, t: Tensor, seed: int) -> Tensor:
+def bottleneck(model, diffusion: DiffusionProcess, x_0: Tensor, t: Tensor, seed: int,
+               labels: Tensor | None = None) -> Tensor:
     """What the middle of the U-Net holds of images x_0 (B, C, H, W) noised to t (B,): (B, C'), mean over positions."""
     noise = torch.randn(x_0.shape, generator=generator_for(seed))
     x_t = diffusion.q_sample(x_0, t, noise)
-    return torch.cat([captured(model, diffusion, {"middle": model.middle}, x, times)["middle"].mean((2, 3))
-                      for x, times in zip(x_t.split(100), t.split(100), strict=True)])
+    return torch.cat([captured(model, diffusion, {"middle": model.middle}, *batch)["middle"].mean((2, 3))
+                      for batch in batches(100, x_t, t, labels)])
 
 
 def draw_embedding(model, diffusion: DiffusionProcess, data: ImageData, how: str, seed: int):
@@ -226,13 +239,14 @@ def draw_embedding(model, diffusion: DiffusionProcess, data: ImageData, how: str
     if T < 5:
         raise ValueError(f"this checkpoint's process has T = {T}, too few times to lay out: train with more timesteps")
     x_0, labels = to_model(data.images[:count]), data.labels[:count]
+    middle = partial(bottleneck, model, diffusion, x_0, seed=seed, labels=labels if model.num_classes else None)
     times = torch.linspace(0, T - 1, min(T, EMBEDDED_TIMES)).round()
     with torch.no_grad():
         embedded = model.time_embedding(times.to(diffusion.device)).cpu()
     spread, early = torch.linspace(0, T - 1, count).round(), torch.full((count,), float(round(0.1 * (T - 1))))
     panels = [("time embeddings", embedded, times),
-              (f"bottleneck, {count} images at all t", bottleneck(model, diffusion, x_0, spread, seed), spread),
-              (f"bottleneck, the same at t = {early[0]:.0f}", bottleneck(model, diffusion, x_0, early, seed), None)]
+              (f"bottleneck, {count} images at all t", middle(spread), spread),
+              (f"bottleneck, the same at t = {early[0]:.0f}", middle(early), None)]
     figure, axes = pyplot().subplots(1, 3, figsize=(15, 4.6), layout="constrained")
     for axis, (title, points, colours) in zip(axes, panels, strict=True):
         _scatter(axis, project(points, how, seed), colours, labels, data.class_names)
@@ -256,20 +270,22 @@ def _scatter(axis, points: Tensor, times: Tensor | None, labels: Tensor, class_n
 # ------------------------------------------------------------------------------------------------------------ loss
 
 
-def x_0_errors(model, diffusion: DiffusionProcess, x_0: Tensor, times: Sequence[float], seed: int) -> Tensor:
+def x_0_errors(model, diffusion: DiffusionProcess, x_0: Tensor, times: Sequence[float], seed: int,
+               labels: Tensor | None = None) -> Tensor:
     """E |x_0_hat - x_0|² per pixel at each of the times (K,), with the same noise at all of them.
 
-    x_0 (N, C, H, W) in [-1, 1]; x_0_hat as samplers get it, clipped.
+    x_0 (N, C, H, W) in [-1, 1], labels (N,); x_0_hat as samplers get it, clipped, without guidance.
     """
-    x_0 = x_0.to(diffusion.device)
+    x_0, labels = x_0.to(diffusion.device), labels if labels is None else labels.to(diffusion.device)
     noise = torch.randn(x_0.shape, generator=generator_for(seed)).to(x_0)
-    denoise, errors = diffusion.denoiser(model), []
+
+    def error(t: float, x: Tensor, n: Tensor, known: Tensor | None) -> Tensor:
+        x_0_hat = diffusion.denoiser(model, known)(diffusion.q_sample(x, t, n), t)
+        return (x_0_hat - x).square().flatten(1).mean(1)                                    # (B,)
+
     with torch.no_grad():
-        for t in times:
-            parts = zip(x_0.split(64), noise.split(64), strict=True)
-            errors.append(torch.cat([(denoise(diffusion.q_sample(x, t, n), t) - x).square().flatten(1).mean(1)
-                                     for x, n in parts]).mean())
-    return torch.stack(errors).cpu()
+        return torch.stack([torch.cat([error(t, *batch) for batch in batches(64, x_0, noise, labels)]).mean()
+                            for t in times]).cpu()
 
 
 def draw_loss(model, diffusion: DiffusionProcess, images: ImageData, known: ImageData, seed: int):
@@ -279,7 +295,7 @@ def draw_loss(model, diffusion: DiffusionProcess, images: ImageData, known: Imag
     T = diffusion.num_timesteps
     times = sorted({round(t) for t in torch.linspace(0, T - 1, LOSS_TIMES).tolist()})
     x_0 = to_model(images.images[:LOSS_IMAGES])
-    network = x_0_errors(model, diffusion, x_0, times, seed)
+    network = x_0_errors(model, diffusion, x_0, times, seed, images.labels[:LOSS_IMAGES] if model.num_classes else None)
     bound = gaussian_bound(to_model(known.images[:GAUSSIAN_IMAGES]), diffusion, times)
     figure, (left, right) = pyplot().subplots(1, 2, figsize=(12, 4.2), layout="constrained")
     style = dict(marker="o", markersize=3)

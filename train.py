@@ -27,7 +27,7 @@ from checkpoint import save_checkpoint
 from data import ImageData, load_dataset, to_model
 from diffusion import DiffusionProcess
 from models import create_model
-from options import RECIPES, fill_in, make_parser, saved_flags
+from options import RECIPES, fill_in, make_parser, more_epochs, resume_command, saved_flags
 from samplers import DEFAULT_STEPS, final_image, generate
 from training import VALIDATION_IMAGES, Trainer
 from utils import (
@@ -36,6 +36,7 @@ from utils import (
     count_parameters,
     get_device,
     give_memory_back,
+    guidance,
     out_of_memory,
     plot_losses,
     save_images,
@@ -90,7 +91,6 @@ class Run:
     def __init__(self, args, saved: dict | None, startup: float):
         self.args, self.folder, self.clock = args, Path(args.output_dir), time.perf_counter() - startup
         device = get_device(parallel.local_device(args.device))
-        parallel.start(device)
         tuning.prepare(device)
         fill_in(args, device)
         with parallel.first_alone():
@@ -116,6 +116,7 @@ class Run:
         self.closing, self.measured = 3.0, False  # seconds that the end of the run will take
         self.reported = 0  # skipped steps that the user knows of
         self.progress, self.agreed_time, self.last_save = 0.0, 0.0, time.perf_counter()
+        self.complete = None  # a line about a run that has nothing left to do
         self.signal = self.stopped = None  # the signal that arrived, and the one that all processes stop for
         if saved:
             self.restore(saved)
@@ -148,12 +149,23 @@ class Run:
                 before = saved["config"][part].get(name, False)  # what the file does not know was off
                 if before != value:
                     raise ValueError(f"the checkpoint was trained with {name} {before}, the flags ask for {value}: "
-                                     f"go on as it was with python train.py --resume --output_dir "
-                                     f"{self.args.output_dir}, or start afresh without --resume")
+                                     f"go on as it was with {resume_command(self.args)}, or start afresh without "
+                                     f"--resume")
+        self.complete = self.said_if_complete(saved)
         self.trainer.restore(saved)
         self.earlier = saved["seconds"]
         self.records = saved["history"].get("records", [])
         self.losses = [torch.tensor(loss, device=self.trainer.device) for loss in saved["history"].get("losses", [])]
+
+    def said_if_complete(self, saved: dict) -> str | None:
+        """What to type to go on, if --resume finds a run that is complete and asks for no more than it had."""
+        args, seconds = self.args, saved["seconds"] + self.seconds
+        over = saved["epoch"] >= (args.epochs or math.inf) or seconds >= (args.budget or math.inf) - self.closing
+        if args.resume and parallel.from_first(over and runs.is_complete(self.folder)):
+            return (f"The run in {self.folder} is complete already, with {saved['epoch']:,} epochs in "
+                    f"{saved['seconds']:.0f} seconds: go on with {resume_command(args)} --epochs "
+                    f"{more_epochs(saved['epoch'])}, or with a --budget well beyond these seconds, which it includes")
+        return None
 
     # ------------------------------------------------------------------------------------------------- the time
 
@@ -183,7 +195,8 @@ class Run:
     def expect_closing(self, speed: float) -> None:
         """Until the first epoch has ended, guess `closing` from the speed of training, a third of that of looking."""
         if not self.measured:
-            self.closing = 1.5 + (VALIDATION_IMAGES + PREVIEW_IMAGES * DEFAULT_STEPS) / (3 * speed)
+            looks = 2 if self.trainer.conditional else 1  # guidance looks with the label and without
+            self.closing = 1.5 + (VALIDATION_IMAGES + PREVIEW_IMAGES * DEFAULT_STEPS * looks) / (3 * speed)
 
     def time_left(self, speed: float) -> float:
         """Seconds to the end at `speed` images a second, with the validation and the samples that are to come."""
@@ -226,20 +239,20 @@ class Run:
         return loss
 
     def save_preview(self, epoch: int) -> None:
-        """Write a grid of images from the same starting noise as in every other epoch."""
+        """Write the grid of images that sample.py would make, from the same starting noise in every epoch."""
         trainer, indices = self.trainer, range(PREVIEW_IMAGES)[parallel.share(PREVIEW_IMAGES)]
         labels = torch.arange(PREVIEW_IMAGES) % len(trainer.data.class_names) if trainer.conditional else None
         with autocast(trainer.device, trainer.precision):
             images = [final_image(trajectory) for _, trajectory in generate(
                 trainer.ema, trainer.diffusion, self.shape, indices, seed=trainer.seed, labels=labels,
-                steps=min(DEFAULT_STEPS, trainer.diffusion.num_timesteps))]
+                guidance_scale=guidance(None, labels), steps=min(DEFAULT_STEPS, trainer.diffusion.num_timesteps))]
         images = parallel.gather(torch.cat(images) if images else torch.empty(0, *self.shape))
         if parallel.rank() == 0:
             with going_on():
                 save_images(images, self.folder / f"samples/epoch_{epoch:03d}.png")
 
     def save(self, name: str) -> Path:
-        """Write a checkpoint and metrics.jsonl, and delete the oldest checkpoints that are too many."""
+        """Write a checkpoint and metrics.jsonl, and delete the checkpoints that are too many."""
         self.last_save = time.perf_counter()
         if not self.trainer.is_finite():
             raise RunFailed(f"the weights are not finite after step {self.trainer.step}; {self.remedy()}")
@@ -260,8 +273,8 @@ class Run:
     def remedy(self) -> str:
         """What to do about numbers that are none."""
         return (f"the likely cause is too high a learning rate. The last good checkpoint stays: go on from it with "
-                f"--resume and --lr {self.args.lr / 4:g} --muon_lr {self.args.muon_lr / 4:g}, --max_grad_norm 0.5 or "
-                f"--precision fp32")
+                f"{resume_command(self.args)} and --lr {self.args.lr / 4:g} --muon_lr {self.args.muon_lr / 4:g}, "
+                f"--max_grad_norm 0.5 or --precision fp32")
 
     def check_gradients(self) -> None:
         """Stop a run whose gradients are no numbers any more. RunFailed with what to try."""
@@ -299,7 +312,7 @@ def train(run: Run) -> None:
             run.losses.append(trainer.train_step(run.progress))
             in_epoch = trainer.step % trainer.steps_per_epoch
             if in_epoch % LOG_STEPS == 0:
-                speed = (trainer.step - first) * trainer.batch_size / (time.perf_counter() - since)
+                speed = (trainer.step - first) * trainer.batch_size / (tuning.now(trainer.device) - since)
                 run.expect_closing(speed)
                 loss = run.record(speed) if in_epoch else run.end_epoch(speed)
                 run.check_gradients()
@@ -311,7 +324,7 @@ def train(run: Run) -> None:
                 run.save_if_possible(f"checkpoints/model_step_{trainer.step:08d}.pt")
         bar.update(0 if run.stopped else 100 - bar.n)
     if run.losses and not run.stopped:  # the time was over within an epoch
-        run.end_epoch((trainer.step - first) * trainer.batch_size / (time.perf_counter() - since))
+        run.end_epoch((trainer.step - first) * trainer.batch_size / (tuning.now(trainer.device) - since))
         run.check_gradients()
 
 
@@ -324,7 +337,7 @@ def train_or_explain(run: Run) -> None:
         raise
     except (RuntimeError, MemoryError) as error:
         if parallel.lost(error):
-            raise RunFailed("another process of this run has ended: go on with --resume") from error
+            raise RunFailed(f"another process of this run has ended: go on with {resume_command(run.args)}") from error
         if not out_of_memory(error):
             raise
     size = run.trainer.batch_size  # measured out here, where what the error held is free again
@@ -336,14 +349,21 @@ def train_or_explain(run: Run) -> None:
 @script
 def main(argv=None):
     args, saved = parse_args(argv)
-    run = Run(args, saved, startup=time.process_time() if argv is None else 0.0)
-    with runs.claim(args.output_dir) as folder, runs.stop_on_signals(run):
+    parallel.start(get_device(parallel.local_device(args.device)))
+    startup = time.process_time() if argv is None else 0.0
+    with runs.claim(args.output_dir) as folder, runs.stop_on_signals(Run(args, saved, startup)) as run:
         trainer = run.trainer
+        if run.complete:
+            return print(run.complete)
         if parallel.rank() == 0:
             runs.check_space(folder, trainer.checkpoint_bytes)
         print(f"Using device: {trainer.device}")
         print(f"{trainer.data.name}: {len(trainer.data.images):,} images; network of "
               f"{count_parameters(trainer.model):,} parameters; {trainer.precision}", flush=True)
+        run.goes_on()
+        if run.progress == 1 and not trainer.step:
+            raise ValueError(f"the {args.budget:g} s of --budget were over before the first step: give it more, "
+                             f"such as --budget {math.ceil(run.seconds + run.closing + 10)}s")
         place = None if saved or parallel.rank() else runs.set_aside(folder)
         if place:
             print(f"Moved the results of an older run to {place}")
@@ -351,7 +371,8 @@ def main(argv=None):
         if run.stopped:
             path = run.save(f"checkpoints/model_step_{trainer.step:08d}.pt")
             parallel.from_first(None)  # all wait for the file: torchrun ends the others as soon as one has ended
-            print(f"Stopped by a signal after {trainer.step:,} steps; saved {path}: go on with --resume")
+            print(f"Stopped by a signal after {trainer.step:,} steps; saved {path}: go on with "
+                  f"{resume_command(args)}")
             return 128 + run.stopped
         path = run.save("model_final.pt")
         if parallel.rank() == 0:

@@ -3,6 +3,7 @@
 import argparse
 import contextlib
 import ctypes
+import difflib
 import functools
 import gc
 import json
@@ -25,6 +26,7 @@ from samplers import (
     DEFAULT_GUIDANCE,
     DEFAULT_SAMPLER,
     DEFAULT_STEPS,
+    ETA_SAMPLERS,
     SAMPLERS,
     SPACINGS,
     STUDENT_SAMPLER,
@@ -230,17 +232,35 @@ def write_json_lines(records: Sequence[dict], path: str | Path) -> None:
 
 
 class Parser(argparse.ArgumentParser):
-    """An argument parser that shows every default and puts an error on one line."""
+    """An argument parser that shows every default and puts an error on one line.
+
+    After parsing `typed` holds the names of the flags that the user gave.
+    """
 
     def __init__(self, description: str):
         class Formatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
             def _get_help_string(self, action):
                 plain = any(action.default is value for value in (None, False, argparse.SUPPRESS))
-                return action.help if plain else super()._get_help_string(action)
+                told = plain or "(default" in action.help
+                return action.help if told else super()._get_help_string(action)
 
         super().__init__(description=description, formatter_class=Formatter, allow_abbrev=False)
 
+    def parse_known_args(self, args=None, namespace=None):
+        """As argparse, but --no_x is --no-x too, and a flag that there is not is refused here, by its own parser."""
+        known, words = self._option_string_actions, list(sys.argv[1:] if args is None else args)
+        no_flags = {name.replace("--no-", "--no_"): name for name in known if name.startswith("--no-")}
+        words = [no_flags.get(word, word) for word in words]
+        self.typed = {known[name].dest for name in (word.split("=")[0] for word in words) if name in known}
+        namespace, rest = super().parse_known_args(words, namespace)
+        if rest:
+            near = [name for word in rest for name in difflib.get_close_matches(word.split("=")[0], known, 1)]
+            self.error(f"unrecognized arguments: {' '.join(rest)}{f'; did you mean {near[0]}?' if near else ''}")
+        return namespace, []
+
     def error(self, message: str):
+        if "required" in message and "--checkpoint" in message:
+            message += ", such as --checkpoint outputs/model_final.pt"
         raise ValueError(f"{message} (python {self.prog} --help lists the flags)")
 
 
@@ -289,14 +309,20 @@ SHARED_FLAGS = {
     "device": dict(default="auto", help="auto (CUDA, then MPS, then CPU), cuda, cuda:N, mps or cpu"),
     "seed": dict(type=number(int, 0, 2**63 - 1), default=0, help="of all that is random"),
     "precision": dict(choices=("auto", "fp32", "bf16"), default="auto",
-                      help="of the network's arithmetic; auto takes what is faster on this device"),
+                      help="of the network's arithmetic; auto is bf16 where the processor multiplies in it, and in "
+                           "training what is measured to be faster"),
     # of the scripts that make images with a checkpoint
+    "use_ema": dict(action=argparse.BooleanOptionalAction, default=True,
+                    help="the averaged weights, the better ones; --no-use_ema: as the last step left them"),
     "num_images": dict(type=number(int, 1, 10_000_000), default=64, help="how many"),
-    "sampler": dict(choices=tuple(SAMPLERS), 
+    "sampler": dict(choices=tuple(SAMPLERS),
                     help=f"the way from noise to image (default: {DEFAULT_SAMPLER}; of a student: {STUDENT_SAMPLER})"),
     "steps": dict(type=number(int, 1), help="of the sampler, at most the checkpoint's T "
                                             f"(default: {DEFAULT_STEPS}; of a student: {STUDENT_STEPS})"),
     "spacing": dict(choices=tuple(SPACINGS), help="how the times of the steps are spread (default: the sampler's own)"),
+    "eta": dict(type=number(float, 0, 1),
+                help="fresh noise in every step, of --sampler ddim (0 none, 1 as ddpm) and heun (by how large a share "
+                     "the noise rises) only (default: 0)"),
     "label": dict(help="of a model that was trained with --conditional: a class by its number or name, a range such as "
                        "0-9, or several with commas"),
     "guidance_scale": dict(type=number(float, 0, 100),
@@ -331,6 +357,15 @@ def image_labels(args, num_classes: int | None, class_names: Sequence[str]) -> T
     """The label of each of --num_images (N,): those of --label, or all in turn; None for a model without labels."""
     labels = asked_labels(args, num_classes, class_names, args.num_images)
     return torch.arange(args.num_images) % num_classes if labels is None and num_classes else labels
+
+
+def check_useful(args, samplers: Sequence[str], guided: bool) -> None:
+    """ValueError for an --eta that none of the samplers reads, and a --guidance_interval of images without guidance."""
+    if args.eta is not None and not {*samplers} <= {*ETA_SAMPLERS}:
+        raise ValueError(f"--eta is read by --sampler {' and '.join(ETA_SAMPLERS)} only: choose one, or leave it out")
+    if args.guidance_interval and not guided:
+        raise ValueError("--guidance_interval needs guidance: a checkpoint trained with --conditional, and another "
+                         "--guidance_scale than 1")
 
 
 def guidance(scale: float | None, labels: Tensor | None, student: bool = False) -> float:

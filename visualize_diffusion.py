@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from checkpoint import load_model
-from data import load_dataset, to_model, to_uint8
+from data import DATASETS, load_dataset, to_model, to_uint8
 from diffusion import SCHEDULES, DiffusionProcess
 from files import check_writable
 from samplers import generate, image_noise
@@ -56,7 +56,9 @@ def parse_args(argv: Sequence[str] | None):
     parser.add_argument("--schedule", choices=SCHEDULES, default="linear", help="of --what forward")
     parser.add_argument("--timesteps", type=number(int, 1, 100_000), default=1000,
                         help="T, of --what forward and schedules")
-    add_shared_flags(parser, "dataset", "data_dir", "seed", "device")
+    parser.add_argument("--dataset", choices=tuple(DATASETS),
+                        help="of --what forward; a --checkpoint names its own (default: mnist)")
+    add_shared_flags(parser, "data_dir", "seed", "device")
     group = parser.add_argument_group(f"--what {', '.join(WITH_MODEL)}")
     group.add_argument("--checkpoint", help="a file that train.py wrote; it names the data set")
     add_shared_flags(group, "sampler", "spacing", "steps", "label", "guidance_scale")
@@ -64,6 +66,9 @@ def parse_args(argv: Sequence[str] | None):
     args = parser.parse_args(argv)
     if args.what in WITH_MODEL and not args.checkpoint:
         parser.error(f"--what {args.what} needs a trained model: add --checkpoint outputs/model_final.pt")
+    if args.what in WITHOUT_MODEL and args.checkpoint:
+        parser.error(f"--what {args.what} shows no model: leave out --checkpoint, or choose --what "
+                     f"{', '.join(WITH_MODEL)}")
     name = "forward_diffusion" if args.what == "forward" else args.what
     args.save_path = Path(args.save_path or f"outputs/{name}.png")
     if args.save_path.suffix != ".png":
@@ -96,7 +101,7 @@ def show_images(rows: Sequence[Tensor], titles: Sequence[str], labels: Sequence[
 def draw_forward(args):
     """x_t of some images at growing t: one row an image."""
     diffusion = DiffusionProcess(args.timesteps, args.schedule)
-    data = load_dataset(args.dataset, "test", args.data_dir)
+    data = load_dataset(args.dataset or "mnist", "test", args.data_dir)
     chance = generator_for(args.seed)
     chosen = torch.randperm(len(data.images), generator=chance)[:args.num_images]
     x_0 = to_model(data.images[chosen])
@@ -126,8 +131,10 @@ def draw_schedules(args):
     return figure
 
 
-def followed(args, model, diffusion: DiffusionProcess, checkpoint: dict) -> list[Frame]:
-    """The trajectory from noise to the images that sample.py makes: (t, x_t, x_0_hat for it) of each step."""
+def followed(args, model, diffusion: DiffusionProcess, checkpoint: dict) -> tuple[list[Frame], Tensor | None]:
+    """The trajectory from noise to the images that sample.py makes, (t, x_t, x_0_hat for it) of each step, and their
+    labels (B,), None for a model without.
+    """
     indices, data = range(args.num_images), checkpoint["config"]["data"]
     labels = image_labels(args, model.num_classes, data["class_names"])
     args.sampler, args.steps = sampler_and_steps(args, checkpoint)
@@ -138,7 +145,7 @@ def followed(args, model, diffusion: DiffusionProcess, checkpoint: dict) -> list
     for s, x_s, x_0_hat in trajectory:
         frames.append((t, x, x_0_hat.cpu()))
         t, x = s, x_s.cpu()
-    return frames
+    return frames, labels
 
 
 def spaced(frames: Sequence[Frame]) -> list[Frame]:
@@ -148,7 +155,7 @@ def spaced(frames: Sequence[Frame]) -> list[Frame]:
 
 def draw_denoising(args, model, diffusion: DiffusionProcess, checkpoint: dict):
     """A trajectory from noise to image: for each image x_t above the model's x_0_hat."""
-    frames = followed(args, model, diffusion, checkpoint)
+    frames, _ = followed(args, model, diffusion, checkpoint)
     image = frames[-1][2]  # every sampler ends in its last x_0_hat
     shown = spaced([*frames, (-1, image, image)])
     rows = [torch.stack([frame[part][i] for frame in shown]) for i in range(args.num_images) for part in (1, 2)]
@@ -157,29 +164,38 @@ def draw_denoising(args, model, diffusion: DiffusionProcess, checkpoint: dict):
                        f"{args.sampler}, {args.steps} steps: x_t and, below, the clean image expected from it")
 
 
-def draw_inside(args):
-    """One of the pictures that need a trained model."""
+def open_checkpoint(args):
+    """(model, diffusion, checkpoint) of --checkpoint. ValueError if --dataset is not what it was trained on."""
     model, diffusion, checkpoint = load_model(args.checkpoint, get_device(args.device))
-    config = checkpoint["config"]["data"]
+    name = checkpoint["config"]["data"]["dataset"]
+    if args.dataset not in (None, name):
+        raise ValueError(f"{args.checkpoint} was trained on {name}, not {args.dataset}: leave out --dataset")
+    return model, diffusion, checkpoint
+
+
+def draw_inside(args, model, diffusion: DiffusionProcess, checkpoint: dict):
+    """One of the pictures that need a trained model."""
+    name = checkpoint["config"]["data"]["dataset"]
     if args.what == "denoising":
         return draw_denoising(args, model, diffusion, checkpoint)
-    if args.what == "attention":
-        return draw_attention(model, diffusion, spaced(followed(args, model, diffusion, checkpoint)), args.num_images)
-    if args.what == "features":
-        return draw_features(model, diffusion, spaced(followed(args, model, diffusion, checkpoint)))
-    validation = load_dataset(config["dataset"], "validation", args.data_dir)
+    if args.what in ("attention", "features"):
+        frames, labels = followed(args, model, diffusion, checkpoint)
+        if args.what == "attention":
+            return draw_attention(model, diffusion, spaced(frames), labels, args.num_images)
+        return draw_features(model, diffusion, spaced(frames), labels)
+    validation = load_dataset(name, "validation", args.data_dir)
     if args.what == "embedding":
         return draw_embedding(model, diffusion, validation, args.projection, args.seed)
-    return draw_loss(model, diffusion, validation, load_dataset(config["dataset"], "train", args.data_dir), args.seed)
+    return draw_loss(model, diffusion, validation, load_dataset(name, "train", args.data_dir), args.seed)
 
 
 @script
 def main(argv=None):
     args = parse_args(argv)
     draw = {"forward": draw_forward, "schedules": draw_schedules}.get(args.what, draw_inside)
-    figure = draw(args)
+    opened = open_checkpoint(args) if args.checkpoint else ()
     check_writable(args.save_path.parent)
-    save_figure(figure, args.save_path)
+    save_figure(draw(args, *opened), args.save_path)
     print(f"Saved {args.save_path}")
 
 

@@ -20,10 +20,21 @@ import runs
 import sample
 import train
 from checkpoint import load_checkpoint, load_model
-from data import load_dataset
+from data import load_dataset, to_uint8
 from diffusion import PREDICTIONS, SCHEDULES, DiffusionProcess
 from distill import Consistency
-from samplers import DEFAULT_GUIDANCE, SAMPLERS, final_image, guide, uniform_timesteps
+from samplers import (
+    DEFAULT_GUIDANCE,
+    DEFAULT_SAMPLER,
+    DEFAULT_STEPS,
+    SAMPLERS,
+    STUDENT_SAMPLER,
+    STUDENT_STEPS,
+    final_image,
+    guide,
+    image_noise,
+    uniform_timesteps,
+)
 from training import Trainer
 
 MEAN = torch.tensor([[-0.3, 0.0, 0.2], [0.3, -0.2, 0.1]]).view(1, 1, 2, 3)
@@ -250,12 +261,19 @@ def test_it_writes_what_it_promises(student):
     assert record["step"] == STEPS and record["loss"] > 0 and record["val_loss"] is None
 
 
-@pytest.mark.parametrize("sampler", ["consistency", "ddim"])
-def test_the_student_draws_in_one_step(student, tmp_path, sampler):
-    path = tmp_path / "images.npz"
-    assert sample.main(["--checkpoint", str(student / "model_final.pt"), "--sampler", sampler, "--steps", "1",
-                        "--num_images", "3", "--device", "cpu", "--output", str(path)]) == 0
-    assert path.exists()
+def test_the_student_draws_in_one_step_what_it_sees_in_the_noise(student, tmp_path):
+    path, drawn = tmp_path / "images.npz", {}
+    for sampler, steps in (("consistency", 1), ("consistency", 2), ("ddim", 2)):
+        assert sample.main(["--checkpoint", str(student / "model_final.pt"), "--sampler", sampler, "--steps",
+                            str(steps), "--num_images", "3", "--device", "cpu", "--precision", "fp32", "--output",
+                            str(path)]) == 0
+        drawn[sampler, steps] = torch.from_numpy(np.load(path)["arr_0"]).permute(0, 3, 1, 2).int()
+    model, process, _ = load_model(student / "model_final.pt")
+    noise, t = image_noise(range(3), 0, (1, 28, 28))(), torch.full((3,), float(process.num_timesteps - 1))
+    seen = process.denoiser(model, torch.arange(3))(noise, t)
+    assert bool(seen.isfinite().all()) and seen.std() > 0.1
+    assert (drawn["consistency", 1] - to_uint8(seen)).abs().max() <= 1
+    assert all((drawn["consistency", 2] - drawn[other]).abs().max() > 1 for other in (("consistency", 1), ("ddim", 2)))
 
 
 def test_without_flags_a_student_jumps_and_asks_for_no_further_guidance(student, tmp_path, capsys):
@@ -275,15 +293,23 @@ def test_a_student_is_not_edited_with(student, tmp_path, capsys):
     assert "teacher" in capsys.readouterr().err and not files(tmp_path)
 
 
-def test_the_doctor_does_not_measure_a_student_as_a_mean(student, teacher, data_dir, monkeypatch, capsys):
+def test_the_doctor_judges_a_students_jumps_and_does_not_measure_it_as_a_mean(student, teacher, data_dir, monkeypatch,
+                                                                             capsys):
     monkeypatch.setattr(doctor, "load_dataset", KNOWN)
-    for name, count in (("SAMPLES", 4), ("STEPS", 2), ("REAL", 8), ("BOUND_IMAGES", 16), ("ERROR_IMAGES", 8)):
+    monkeypatch.setattr(doctor, "check_samples", lambda *_: [])  # so that what comes after it is looked at too
+    for name, count in (("SAMPLES", 16), ("REAL", 8), ("BOUND_IMAGES", 16), ("ERROR_IMAGES", 8)):
         monkeypatch.setattr(doctor, name, count)
-    seen = {}
+    seen, asked, made = {}, {}, doctor.generate
     for who, path in (("student", student / "model_final.pt"), ("teacher", teacher)):
-        assert doctor.main(["--checkpoint", str(path), "--data_dir", str(data_dir), "--device", "cpu", "--json"]) < 2
+        asked[who] = []
+        monkeypatch.setattr(doctor, "generate", lambda *args, who=who, **how: asked[who].append(
+            (how["sampler"], how["steps"], how["guidance_scale"])) or made(*args, **how))
+        doctor.main(["--checkpoint", str(path), "--data_dir", str(data_dir), "--device", "cpu", "--json"])
         seen[who] = {finding["check"] for finding in json.loads(capsys.readouterr().out)}
-    assert "error against t" in seen["teacher"] - seen["student"] and "history of the loss" in seen["student"]
+    assert asked["student"] == [(STUDENT_SAMPLER, STUDENT_STEPS, 1.0)]
+    assert asked["teacher"] == [(DEFAULT_SAMPLER, steps * DEFAULT_STEPS, DEFAULT_GUIDANCE) for steps in (1, 2)]
+    assert seen["teacher"] - seen["student"] == {"error against t", "labels used", "steps"}
+    assert {"history of the loss", "copies", "recognisable"} <= seen["student"]
 
 
 def test_learning_makes_the_student_more_consistent(teacher, data_dir, tmp_path, monkeypatch):
@@ -370,6 +396,12 @@ def test_what_cannot_be_is_refused_in_one_line(teacher, data_dir, tmp_path, capf
     assert files(tmp_path) == {}
 
 
+def test_a_student_is_no_teacher(student, data_dir, tmp_path, capfd):
+    status = distill.main(flags(student / "model_final.pt", data_dir, tmp_path / "run"))
+    assert_refused(capfd, status, "is a student", "its teacher", "--checkpoint")
+    assert not (tmp_path / "run").exists()
+
+
 def test_guidance_without_labels_is_refused(data_dir, tmp_path, capfd):
     teacher = small_checkpoint(tmp_path / "teacher.pt")
     status = distill.main(flags(teacher, data_dir, tmp_path / "run", "--guidance_scale", 2))
@@ -388,7 +420,8 @@ def test_the_teachers_own_folder_is_refused(data_dir, tmp_path, capfd, monkeypat
 
 
 def test_a_second_run_in_the_folder_and_a_small_disk_are_refused(teacher, data_dir, tmp_path, capfd, monkeypatch):
-    with runs.claim(tmp_path):
+    with runs.claim(tmp_path), monkeypatch.context() as patch:
+        patch.setattr(distill, "load_model", lambda *_: pytest.fail("it begins before it is refused"))
         assert_refused(capfd, distill.main(flags(teacher, data_dir, tmp_path)), "another run", "--output_dir")
     monkeypatch.setattr(runs.shutil, "disk_usage", lambda _: SimpleNamespace(free=1000))
     assert_refused(capfd, distill.main(flags(teacher, data_dir, tmp_path)), "left", "--output_dir")

@@ -3,15 +3,17 @@
 import json
 import math
 
+import numpy as np
 import pytest
 import torch
 from torch.testing import assert_close
 
 import checks
 import doctor
-from checkpoint import FIELDS, save_checkpoint
+import sample
+from checkpoint import FIELDS, load_model, save_checkpoint
 from checks import check_history, check_samples, check_schedule, check_versions
-from data import ImageData, load_dataset, to_model
+from data import ImageData, load_dataset, to_model, to_uint8
 from diffusion import DiffusionProcess
 from gaussian import gaussian_bound
 from models import create_model
@@ -87,7 +89,7 @@ def wiener(train, process):
 
 def test_the_error_of_the_best_linear_denoiser_is_the_bound(blobs):
     process = DiffusionProcess(prediction="x0")
-    (finding,) = doctor.look_at_error(wiener(blobs[0], process), process, *blobs)
+    (finding,) = doctor.look_at_error(wiener(blobs[0], process), process, *blobs, "train.py")
     ratios = [float(part.split(" at ")[0]) for part in finding.message.split(": ")[1].split(", ")]
     assert finding.status == "OK" and len(ratios) == 5 and all(0.9 < ratio < 1.1 for ratio in ratios)
 
@@ -98,11 +100,11 @@ def test_a_network_that_has_learnt_nothing_is_worse_than_the_bound(blobs, predic
         return torch.zeros_like(x_t)
     model.num_classes = None
     process = DiffusionProcess(prediction=prediction, data_std=0.4)
-    assert_found(doctor.look_at_error(model, process, *blobs), "error against t")
+    assert_found(doctor.look_at_error(model, process, *blobs, "train.py"), "error against t")
 
 
 def test_an_error_that_is_no_number_is_a_failure():
-    assert checks.check_error(torch.tensor([math.nan, 1.0]), torch.ones(2), [0, 1]).status == "FAIL"
+    assert checks.check_error(torch.tensor([math.nan, 1.0]), torch.ones(2), [0, 1], "train.py").status == "FAIL"
 
 
 # ------------------------------------------------------------------------------------------------------ the machine
@@ -286,7 +288,8 @@ def test_a_record_without_a_finite_loss_is_a_failure():
     assert_found(doctor.look_at_checkpoint(checkpoint), "history of the loss")
 
 
-@pytest.mark.parametrize("training", [dict(), dict(ema_decay="slow"), dict(ema_decay=None), dict(ema_decay=-1)])
+@pytest.mark.parametrize("training", [dict(), dict(ema_decay="slow"), dict(ema_decay=None), dict(ema_decay=-1),
+                                      dict(ema_decay=math.inf), dict(ema_decay=10**400)])
 def test_flags_that_are_no_numbers_are_taken_for_the_default(training):
     checkpoint = make_checkpoint(history={})
     checkpoint["config"]["training"] = training
@@ -351,7 +354,10 @@ def test_too_few_steps(pictures):
 
 
 class Memory:
-    """The best denoiser of a finite set of images, as a network that predicts x_0: samples are images of the set."""
+    """The best denoiser of a finite set of images, as a network that predicts x_0: samples are images of the set.
+
+    heed: of those with the label that it is given, 10 for all.
+    """
 
     def __init__(self, data, process, num_classes=None, heed=True):
         self.images, self.labels = to_model(data.images), data.labels
@@ -362,7 +368,7 @@ class Memory:
         points = alpha.flatten() * self.images.flatten(1)
         nearness = -torch.cdist(x_t.flatten(1), points).square() / (2 * sigma.flatten() ** 2)     # (B, N)
         if labels is not None and self.heed:
-            nearness = nearness.masked_fill(labels[:, None] != self.labels, -math.inf)
+            nearness = nearness.masked_fill((labels[:, None] != self.labels) & (labels[:, None] < 10), -math.inf)
         return (nearness.softmax(1) @ self.images.flatten(1)).reshape(x_t.shape)
 
 
@@ -372,7 +378,10 @@ def process():
 
 
 def look_at_samples(memory, process, train, unseen, **settings):
-    return list(doctor.look_at_samples(Memory(memory, process, **settings), process, train, unseen))
+    return list(doctor.look_at_samples(Memory(memory, process, **settings), process, train, unseen, UNTOLD))
+
+
+UNTOLD = dict(config=dict(training={}, diffusion=dict(num_timesteps=1000)))  # what a checkpoint says of its kind
 
 
 def only(data, images, labels=None):
@@ -410,13 +419,28 @@ def test_labels_that_are_obeyed_ignored_or_wrong(glyphs, process):
     results = {}
     for name, settings in dict(heeds=dict(), ignores=dict(heed=False)).items():
         model = Memory(others, process, num_classes=10, **settings)
-        results[name] = {f.check: f for f in (*doctor.look_at_error(model, process, train, unseen),
-                                              *doctor.look_at_samples(model, process, train, unseen))}
+        results[name] = {f.check: f for f in (*doctor.look_at_error(model, process, train, unseen, "train.py"),
+                                              *doctor.look_at_samples(model, process, train, unseen, UNTOLD))}
     for check in ("labels used", "labels obeyed"):
         assert_healthy([results["heeds"][check]])
         assert_found([results["ignores"][check]], check)
     wrong = Memory(only(others, others.images, (others.labels + 1) % 10), process, num_classes=10)
-    assert_found(doctor.look_at_error(wrong, process, train, unseen), "labels used")
+    assert_found(doctor.look_at_error(wrong, process, train, unseen, "train.py"), "labels used")
+
+
+@pytest.mark.parametrize("student", [False, True])
+def test_it_judges_the_images_that_sample_makes(glyphs, monkeypatch, tmp_path, student):
+    checkpoint = make_checkpoint()
+    checkpoint["config"]["training"]["student"] = student
+    save_checkpoint(tmp_path / "model.pt", **checkpoint)
+    assert sample.main(["--checkpoint", str(tmp_path / "model.pt"), "--output", str(tmp_path / "x.npz"), "--device",
+                        "cpu", "--precision", "fp32", "--num_images", str(doctor.SAMPLES)]) == 0
+    seen = []
+    monkeypatch.setattr(doctor, "check_samples", lambda images, _: seen.append(images) or [])
+    found = doctor.look_at_samples(*load_model(tmp_path / "model.pt")[:2], *glyphs[:2], checkpoint)
+    assert ("steps" in statuses(found)) != student
+    made = torch.from_numpy(np.load(tmp_path / "x.npz")["arr_0"]).permute(0, 3, 1, 2)
+    assert (to_uint8(seen[0]).int() - made.int()).abs().max() <= 1 and made.float().std() > 10
 
 
 # ------------------------------------------------------------------------------------------------------- the script
@@ -450,10 +474,14 @@ def test_json_is_all_that_is_printed(run, monkeypatch):
 
 
 def test_a_checkpoint_that_draws_badly_ends_with_1(run, tmp_path):
-    save_checkpoint(tmp_path / "model.pt", **make_checkpoint())
-    status, findings = run("--checkpoint", tmp_path / "model.pt")
+    checkpoint = make_checkpoint(epoch=30)
+    checkpoint["config"]["training"]["epochs"] = 25
+    save_checkpoint(tmp_path / "checkpoints/model.pt", **checkpoint)
+    status, findings = run("--checkpoint", tmp_path / "checkpoints/model.pt")
     found = {f["check"]: f["status"] for f in findings}
     assert status == 1 and found["error against t"] == "FAIL"
+    [remedy] = [f["fix"] for f in findings if f["check"] == "error against t"]
+    assert f"python train.py --resume --output_dir {tmp_path} --data_dir" in remedy and "--epochs 60)" in remedy
     assert found["tensors of ema"] == found["terminal SNR"] == found["value range"] == "OK"
 
 
@@ -463,6 +491,7 @@ def test_a_checkpoint_with_nan_or_of_another_data_set_is_a_finding(run, tmp_path
     save_checkpoint(tmp_path / "model.pt", **broken)
     status, findings = run("--checkpoint", tmp_path / "model.pt")
     assert status == 1 and findings[-1]["check"] == "checkpoint" and "not finite" in findings[-1]["message"]
+    assert f"train.py --resume --output_dir {tmp_path}" in findings[-1]["fix"]
     other = make_checkpoint()
     other["config"]["data"]["shape"] = [1, 32, 32]
     save_checkpoint(tmp_path / "model.pt", **other)

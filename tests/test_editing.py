@@ -351,6 +351,10 @@ def test_pictures_that_do_not_fit_are_refused(call, tmp_path, capsys, flag, name
     ("interpolate", ["--frames", 1], ["--frames"]),
     ("interpolate", ["--seeds", 1], ["--seeds"]),
     ("interpolate", ["--index", 1], ["--index"]),
+    ("interpolate", ["--seed", 1], ["--seed", "did you mean --seeds?"]),
+    ("invert", ["--seed", 1], ["--seed"]),
+    ("invert", ["--image", "x.png", "--index", 0], ["--index", "not allowed", "--image"]),
+    ("vary", ["--strenght", 1], ["--strenght", "did you mean --strength?", "vary --help"]),
     ("invert", ["--output", "x.jpg"], [".png", "x.jpg"]),
     ("invert", ["--checkpoint", "missing.pt"], ["missing.pt", "train.py"]),
     ("sharpen", [], ["sharpen", "inpaint"])])
@@ -375,6 +379,16 @@ def assert_refused(status, capsys, words, output):
     error = capsys.readouterr().err
     assert status == 2 and len(error.splitlines()) == 1 and all(word in error for word in words), error
     assert not output.exists()
+
+
+@pytest.mark.parametrize("command, flags", [("inpaint", ["--resample", 1]), ("vary", []), ("invert", []),
+                                            ("interpolate", ["--frames", 2])])
+def test_without_steps_a_short_process_is_walked_as_far_as_it_goes(tmp_path, data_dir, command, flags):
+    path = small_checkpoint(tmp_path / "model.pt", num_timesteps=6)
+    where = [] if command == "interpolate" else ["--data_dir", data_dir]
+    assert edit.main(list(map(str, [command, "--checkpoint", path, "--output", tmp_path / "x.png", "--device", "cpu",
+                                    *where, *flags]))) == 0
+    assert (tmp_path / "x.png").exists()
 
 
 @pytest.mark.parametrize("argv", [[], ["inpaint"], ["vary"], ["interpolate"], ["invert"]], ids=str)

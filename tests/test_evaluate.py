@@ -1,9 +1,11 @@
 """evaluate.py from end to end on glyphs: what it reports of good, bad and copied images, and what it refuses."""
 
+import hashlib
 import json
 import re
 import sys
 from functools import partial
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -13,7 +15,7 @@ from torch.nn import functional as F
 import evaluate
 import features
 import sample
-from checkpoint import FIELDS, save_checkpoint
+from checkpoint import FIELDS, load_checkpoint, save_checkpoint
 from data import load_dataset
 from diffusion import DiffusionProcess
 from metrics import figures
@@ -184,6 +186,47 @@ def test_a_sweep_compares_samplers_step_counts_and_scales(small, checkpoint, tmp
     assert out.count("heun") == 4 and f"{COUNT}" in out
 
 
+def test_a_sweep_is_for_choosing(small, checkpoint, tmp_path):
+    """Without --reference it takes validation, without values as many steps as there are, of --sampler alone."""
+    assert small("--checkpoint", checkpoint(), "--num_images", COUNT, "--sweep", "--sampler", "ddim", "--eta", 0.5,
+                 "--output_dir", tmp_path) == 0
+    result = json.loads((tmp_path / "sweep.json").read_text())
+    assert result["reference"]["split"] == "validation" and result["floor"]["split"] == "test"
+    assert [(row["sampler"], row["steps"]) for row in result["rows"]] == [("ddim", 5), ("ddim", 10), ("ddim", 20)]
+    assert (result["sampler"], result["steps"], result["eta"]) == ("ddim", None, 0.5)
+
+
+def test_eta_and_the_last_weights_are_measured_as_sample_makes_them(small, checkpoint, tmp_path, monkeypatch):
+    path = checkpoint()
+    saved = load_checkpoint(path)
+    saved["ema"] = {name: value + 0.1 for name, value in saved["ema"].items()}
+    save_checkpoint(path, **{name: saved[name] for name in FIELDS})
+    digests = []
+    for flags in ([], ["--no-use_ema"], ["--sampler", "ddim"], ["--sampler", "ddim", "--eta", 1]):
+        how = ["--num_images", COUNT, "--steps", 3, *flags]
+        assert small("--checkpoint", path, *how, "--batch_size", 64) == 0
+        measured = report(tmp_path)  # beside the checkpoint
+        assert measured["use_ema"] is ("--no-use_ema" not in flags) and measured["eta"] == ("--eta" in flags)
+        assert sample.main(list(map(str, ["--checkpoint", path, "--device", "cpu", "--precision", "fp32", "--output",
+                                          tmp_path / "x.npz", *how]))) == 0
+        images = torch.from_numpy(np.load(tmp_path / "x.npz")["arr_0"]).permute(0, 3, 1, 2).contiguous()
+        assert measured["images_sha256"] == hashlib.sha256(images.numpy().tobytes()).hexdigest()
+        digests.append(measured["images_sha256"])
+    assert len(set(digests)) == 4
+
+
+def test_results_lie_beside_the_checkpoint(monkeypatch):
+    asked = ["--checkpoint", "outputs/student/model_final.pt"]
+    assert Path(evaluate.parse_args(asked).output_dir) == Path("outputs/student")
+    assert Path(evaluate.parse_args([*asked, "--output_dir", "x"]).output_dir) == Path("x")
+    assert Path(evaluate.parse_args(["--images", "x.npz", "--dataset", "glyphs"]).output_dir) == Path("outputs")
+
+
+def test_no_folder_is_made_for_a_checkpoint_that_is_missing(small, tmp_path, capsys):
+    assert "no checkpoint" in refused(small, capsys, "--checkpoint", tmp_path / "new/none.pt")
+    assert not any(tmp_path.iterdir())
+
+
 def test_folders_of_pngs_grey_or_grey_in_colour(tmp_path, data_dir):
     from PIL import Image
 
@@ -264,7 +307,7 @@ def test_files_that_are_missing_empty_or_damaged_are_refused(small, tmp_path, ca
 def test_flags_that_do_not_go_together_are_refused(small, tmp_path, checkpoint, data_dir, capsys):
     path = checkpoint()
     npz = write_npz(tmp_path / "x.npz", load_dataset("glyphs", "test", data_dir).images[:COUNT])
-    here = ("--output_dir", tmp_path)
+    here, ready = ("--output_dir", tmp_path), ("--images", npz, "--dataset", "glyphs")
     for flags, message in (
             (("--images", npz), "--dataset"), ((), "required"),
             (("--images", npz, "--checkpoint", path), "not allowed"),
@@ -273,6 +316,14 @@ def test_flags_that_do_not_go_together_are_refused(small, tmp_path, checkpoint, 
             (("--checkpoint", path, "--dataset", "mnist"), "glyphs"), (("--checkpoint", path, "--steps", 21), "1..20"),
             (("--checkpoint", path, "--sweep", 5, 21), "1..20"), (("--checkpoint", path, "--cas"), "labels"),
             (("--checkpoint", path, "--guidance_scale", 2), "--conditional"),
+            (("--checkpoint", path, "--guidance_interval", 2, 5), "--guidance_interval needs"),
+            (("--checkpoint", path, "--eta", 1), "--sampler ddim and heun"),
+            (("--checkpoint", path, "--eta", 1, "--sweep"), "--sampler ddim and heun"),
+            (("--checkpoint", path, "--sweep", 5, "--steps", 5), "after --sweep"),
+            *(((*ready, flag, 1), f"{flag} needs --checkpoint") for flag in ("--num_images", "--steps", "--batch_size",
+                                                                             "--eta", "--guidance_scale")),
+            ((*ready, "--sampler", "ddim"), "--sampler needs --checkpoint"),
+            ((*ready, "--no-use_ema"), "--use_ema needs --checkpoint"),
             (("--checkpoint", tmp_path / "none.pt"), "no checkpoint")):
         assert message in refused(small, capsys, *flags, *here)
 

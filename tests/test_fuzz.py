@@ -128,7 +128,7 @@ def small(data_dir):
         patch.setattr(evaluate, "check_count", lambda *_: None)
         patch.setattr(evaluate, "make_yardstick", lambda *_: None)  # images are made, and nothing is measured
         patch.setattr(evaluate, "train_features", lambda *_: "trained")
-        for name, count in (("SAMPLES", 4), ("STEPS", 2), ("REAL", 8), ("BOUND_IMAGES", 16), ("ERROR_IMAGES", 8)):
+        for name, count in (("SAMPLES", 4), ("REAL", 8), ("BOUND_IMAGES", 16), ("ERROR_IMAGES", 8)):
             patch.setattr(doctor, name, count)
         for part in benchmark.PARTS:
             patch.setattr(benchmark.Benchmark, f"measure_{part}", lambda _: {})
@@ -233,9 +233,10 @@ def test_edit_refuses_or_edits_with_any_flags(place, command, flags, whole):
 @quietly
 @given(flags=flags_of(choices(evaluate, "--checkpoint", "x")), made=st.booleans(), whole=st.booleans())
 def test_evaluate_refuses_or_makes_images_with_any_flags(place, flags, made, whole):
-    begin = ["--checkpoint", "model.pt"] if made else ["--images", "images.npz", "--dataset", "glyphs"]
-    end = ["--num_images", "2", "--output_dir", "outputs", "--steps", "2", "--device", "cpu", "--data_dir", "data"]
-    call(evaluate, [*begin, *flags, *(end if whole else end[:4])], place)
+    begin = (["--checkpoint", "model.pt", "--num_images", "2"] if made else
+             ["--images", "images.npz", "--dataset", "glyphs"])
+    end = ["--output_dir", "outputs", "--device", "cpu", "--data_dir", "data"]
+    call(evaluate, [*begin, *flags, *(end if whole else end[:2])], place)
 
 
 @settings(quietly, max_examples=max(10, CASES // 4))
@@ -268,7 +269,7 @@ def test_the_others_end_well_or_say_why_with_flags_that_make_sense(place, data, 
              visualize_diffusion: ["--dataset", "glyphs", "--data_dir", "data", "--num_images", "1", "--save_path",
                                    "outputs/x.png"],
              edit: [command, "--checkpoint", "model.pt", "--output", "outputs/x.png", "--steps", "2"],
-             evaluate: ["--checkpoint", "model.pt", "--num_images", "2", "--steps", "2", "--output_dir", "outputs"],
+             evaluate: ["--checkpoint", "model.pt", "--num_images", "2", "--output_dir", "outputs"],
              distill: DISTILLED, doctor: ["--checkpoint", "model.pt"],
              benchmark: ["train", "quality", "--output_dir", "outputs"]}[script]
     call(script, [*begin, *flags, "--device", "cpu"], place)

@@ -205,6 +205,30 @@ def test_a_grid_has_a_row_for_each_label(conditional, tmp_path):
     assert (width, height) == (3 * (3 * 29 + 1), 3 * (5 * 29 + 1))  # 3 columns, 5 rows of 28 pixels, enlarged
 
 
+@pytest.mark.parametrize("label, count", [("0-9", 64), ("7,1", 35), ("0-2", 8)])
+def test_no_row_of_a_grid_has_two_labels(conditional, tmp_path, label, count):
+    """Each class begins a row, in the order of the images, and what its rows have left over is grey."""
+    made = drawn(conditional, tmp_path / "x.npz", "--label", label, "--num_images", count)
+    assert call(conditional, tmp_path / "x.png", "--label", label, "--num_images", count) == 0
+    picture = np.asarray(Image.open(tmp_path / "x.png"))[::3, ::3, 0]
+    assert picture.shape[1] <= 16 * 29 + 1
+    cells = [[picture[r:r + 28, c:c + 28] for c in range(1, picture.shape[1], 29)]
+             for r in range(1, picture.shape[0], 29)]
+    images, shown = list(zip(made["arr_0"][..., 0], made["labels"], strict=True)), []
+    for row in cells:
+        filled = [cell for cell in row if (cell != utils.GREY).any()]
+        in_row = images[len(shown):len(shown) + len(filled)]
+        assert len({label for _, label in in_row}) == 1
+        assert all(np.array_equal(cell, image) for cell, (image, _) in zip(row, in_row, strict=False))
+        shown += in_row
+    assert len(shown) == count
+
+
+def test_one_label_makes_a_grid_as_without_labels(conditional, tmp_path):
+    assert call(conditional, tmp_path / "x.png", "--label", "7", "--num_images", 20) == 0
+    assert Image.open(tmp_path / "x.png").size == (3 * (8 * 29 + 1), 3 * (3 * 29 + 1))
+
+
 def test_labels_and_guidance_change_images(conditional, tmp_path):
     variants = [drawn(conditional, tmp_path / "x.npz", "--num_images", 2, *flags)["arr_0"].tobytes() for flags in (
         ["--label", "3"], ["--label", "4"], ["--label", "3", "--guidance_scale", 3],
@@ -218,6 +242,7 @@ def test_labels_and_guidance_change_images(conditional, tmp_path):
     (["--label", "0-9", "--num_images", "4"], ["--label", "10", "4"]),
     (["--guidance_scale", "-1"], ["--guidance_scale"]),
     (["--label", "1", "--guidance_scale", "2", "--guidance_interval", "30", "10"], ["--guidance_interval", "30", "10"]),
+    (["--guidance_scale", "1", "--guidance_interval", "10", "30"], ["--guidance_interval", "--guidance_scale than 1"]),
 ])
 def test_sample_refuses_labels_that_there_are_not(conditional, tmp_path, capsys, flags, words):
     assert_refused(call(conditional, tmp_path / "x.png", *flags), capsys, words, tmp_path)
@@ -227,6 +252,11 @@ def test_sample_refuses_labels_that_there_are_not(conditional, tmp_path, capsys,
 def test_a_checkpoint_without_labels_says_so(unconditional, tmp_path, capsys, flags):
     assert_refused(call(unconditional, tmp_path / "x.png", *flags), capsys, ["without labels", "--conditional"],
                    tmp_path)
+
+
+def test_an_interval_of_guidance_that_there_is_not_is_refused(unconditional, tmp_path, capsys):
+    assert_refused(call(unconditional, tmp_path / "x.png", "--guidance_interval", 10, 30), capsys,
+                   ["--guidance_interval", "--conditional"], tmp_path)
 
 
 def assert_refused(status, capsys, words, folder):

@@ -428,8 +428,17 @@ def test_a_damaged_data_set_is_refused_before_anything_is_written(tmp_path, monk
     assert files(tmp_path) == before and not (tmp_path / "executed").exists()
 
 
-def test_metrics_of_a_stranger_stay_plain(good, tmp_path):
+RECORD = dict(step=1, epoch=0, loss=0.5, seconds=1.0, val_loss=None)
+
+
+@pytest.mark.parametrize("change", [
+    dict(loss="<script>"), dict(val_loss=[1.0]), dict(lr={"a": 1}), dict(loss=True), dict(x=float("inf")),
+    dict(x=10**400), dict(step=1.5), dict(step=None), dict(seconds=1), dict(seconds=None), {7: 1.0},
+    dict(x=torch.zeros(()))], ids=str)
+def test_metrics_of_a_stranger_stay_plain(good, tmp_path, change):
     """What a checkpoint's history puts into metrics.jsonl when it is resumed is numbers and nothing else."""
-    record = dict(step=1, epoch=0, loss=0.5, seconds=1.0, val_loss=None)
-    path = altered(good, tmp_path / "model.pt", lambda content: content.update(history={"records": [record]}))
-    assert json.loads(json.dumps(load_checkpoint(path)["history"]["records"], allow_nan=False)) == [record]
+    path = altered(good, tmp_path / "model.pt", lambda content: content.update(history={"records": [RECORD]}))
+    assert json.loads(json.dumps(load_checkpoint(path)["history"]["records"], allow_nan=False)) == [RECORD]
+    records = [RECORD, RECORD | change]
+    with pytest.raises(ValueError, match=r"history|too large"):
+        load_checkpoint(altered(good, path, lambda content: content.update(history={"records": records})))

@@ -119,7 +119,7 @@ def test_a_signal_to_any_process_stops_all_of_them_at_the_same_step(data_dir, tm
     assert run_together(argv, log, OnRank(rank, StopAt(3, stop))) == [128 + stop] * 2
     assert runs.newest_valid(tmp_path / "run")[1]["step"] == AGREE_STEPS
     said, silent = (log.with_suffix(f".{rank}").read_text() for rank in (0, 1))
-    assert "go on with --resume" in said and silent == ""
+    assert "go on with torchrun --nproc_per_node=2 train.py --resume --output_dir" in said and silent == ""
 
 
 # --------------------------------------------------------------------------------------------------------- evaluate.py

@@ -5,6 +5,7 @@ import io
 import os
 import random
 import resource
+import shlex
 import shutil
 import signal
 import time
@@ -27,6 +28,7 @@ from harness import (
     metrics,
     needs_fork,
     run,
+    run_together,
     start,
     tiny,
     wait_until,
@@ -76,8 +78,8 @@ def test_a_signal_ends_the_step_saves_and_has_its_exit_status(whole, data_dir, t
     folder, log = tmp_path / "run", tmp_path / "log"
     assert run(tiny(data_dir, folder), log, StopAt(3, stop)) == 128 + stop
     assert runs.newest_valid(folder)[1]["step"] == 3
-    assert "go on with --resume" in log.read_text()
-    assert run(tiny(data_dir, folder, "--resume"), log) == 0
+    [told] = [line for line in log.read_text().splitlines() if "Stopped by a signal" in line]
+    assert run(shlex.split(told.split("go on with python train.py ")[1]), log) == 0  # as it is told
     assert "Resuming" in log.read_text()
     assert_same_run(whole, folder)
 
@@ -211,6 +213,40 @@ def test_a_checkpoint_whose_optimiser_does_not_fit_is_refused(half, data_dir, ca
     assert files(half) == before
 
 
+@pytest.mark.parametrize("more", [[], ["--epochs", "1"], ["--budget", "10m"], ["--budget", "602s"]], ids=str)
+def test_a_complete_run_that_is_asked_for_no_more_says_so(whole, data_dir, tmp_path, capfd, more):
+    folder = tmp_path / "run"
+    shutil.copytree(whole, folder)
+    saved = load_checkpoint(folder / "model_final.pt")
+    torch.save(saved | dict(seconds=600.0), folder / "model_final.pt")
+    (folder / "training_loss.png").touch()
+    before = files(folder)
+    argv = ["--resume", "--output_dir", str(folder), "--data_dir", str(data_dir), *more]
+    assert train.main(argv) == 0
+    said = capfd.readouterr().out.splitlines()[-1]
+    assert all(words in said for words in (
+        "complete already, with 2 epochs in 600 seconds", "--budget",
+        f"python train.py --resume --output_dir {folder} --data_dir {data_dir} --epochs 20"))
+    assert files(folder) == before
+
+
+def test_a_budget_too_short_for_a_step_is_refused_and_the_older_run_stays(whole, data_dir, tmp_path, capfd):
+    folder = tmp_path / "run"
+    shutil.copytree(whole, folder)
+    before = files(folder)
+    assert_refused(capfd, train.main(tiny(data_dir, folder, "--budget", "1e-3")), "before the first step", "--budget 1")
+    assert files(folder) == before
+
+
+@needs_fork
+def test_a_run_that_was_killed_before_its_plot_is_finished(whole, data_dir, tmp_path):
+    shutil.copytree(whole, tmp_path / "run")
+    (tmp_path / "run/training_loss.png").unlink()
+    assert run(tiny(data_dir, tmp_path / "run", "--resume"), tmp_path / "log") == 0
+    assert (tmp_path / "run/training_loss.png").exists()
+    assert_same_run(whole, tmp_path / "run")
+
+
 # ------------------------------------------------------------------------------------------------- one run in a folder
 
 
@@ -247,6 +283,30 @@ def test_a_second_live_process_is_refused_and_the_lock_dies_with_the_first(data_
         pass
 
 
+def test_a_second_run_is_refused_before_it_does_anything(data_dir, tmp_path, capfd, monkeypatch):
+    monkeypatch.setattr(train, "load_dataset", lambda *_: pytest.fail("it reads the data"))
+    with runs.claim(tmp_path / "run"):
+        assert_refused(capfd, train.main(tiny(data_dir, tmp_path / "run")), "another run", "--output_dir")
+
+
+@needs_fork
+def test_a_second_run_of_several_processes_is_refused_by_all_of_them(data_dir, tmp_path):
+    with runs.claim(tmp_path / "run"):
+        assert run_together(tiny(data_dir, tmp_path / "run"), tmp_path / "log") == [2, 2]
+    said = [(tmp_path / f"log.{rank}").read_text() for rank in (0, 1)]
+    assert len(said[0].splitlines()) == 1 and "another run" in said[0] and said[1] == ""
+
+
+def test_a_folder_that_nothing_was_written_to_goes_again(tmp_path):
+    (tmp_path / "old").mkdir()
+    for name in ("old", "new/run", "written"):
+        with runs.claim(tmp_path / name) as folder:
+            assert folder.is_dir()
+            if name == "written":
+                (folder / "samples").mkdir()
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["old", "written"]
+
+
 def fake(path: Path, step: int, valid: bool = True) -> Path:
     """A small checkpoint, or what a bad disk made of it."""
     path.parent.mkdir(exist_ok=True)
@@ -280,6 +340,20 @@ def test_pruning_keeps_so_many_and_never_deletes_the_last_valid_one(tmp_path_fac
     assert len(left) <= keep or not any(map(runs.is_valid, made[-keep:]))
 
 
+def test_files_within_epochs_go_before_those_of_epochs(tmp_path):
+    kinds = ["epoch_005", "step_2", "step_3", "epoch_010", "step_5", "step_6"]
+    for step, kind in enumerate(kinds, 1):
+        fake(tmp_path / f"checkpoints/model_{kind}.pt", step)
+        runs.prune(tmp_path, 3)
+        assert runs.newest_valid(tmp_path)[1]["step"] == step
+    assert {path.stem for path in runs.checkpoints(tmp_path)} == {"model_epoch_005", "model_epoch_010", "model_step_6"}
+    fake(tmp_path / "checkpoints/model_step_7.pt", 7, valid=False)
+    runs.prune(tmp_path, 3)
+    assert runs.newest_valid(tmp_path)[1]["step"] == 6
+    runs.prune(tmp_path, 1)
+    assert {path.stem for path in runs.checkpoints(tmp_path)} == {"model_step_7", "model_step_6"}
+
+
 # ---------------------------------------------------------------------------------------------------------- full disks
 
 
@@ -311,7 +385,7 @@ def test_a_run_goes_on_when_there_is_room_again(whole, data_dir, tmp_path):
 def test_a_disk_that_is_too_small_is_told_before_training(data_dir, tmp_path, capfd, monkeypatch):
     monkeypatch.setattr(runs.shutil, "disk_usage", lambda _: SimpleNamespace(free=1000))
     assert_refused(capfd, train.main(tiny(data_dir, tmp_path / "run")), "left", "checkpoints take", "--output_dir")
-    assert files(tmp_path) == {}
+    assert not (tmp_path / "run").exists()
 
 
 @needs_fork

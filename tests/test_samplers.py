@@ -19,6 +19,7 @@ from diffusion import SCHEDULES, DiffusionProcess
 from models import create_model
 from samplers import (
     DEFAULT_SPACING,
+    ETA_SAMPLERS,
     SAMPLERS,
     SPACINGS,
     ddim,
@@ -186,6 +187,17 @@ def test_samplers_share_one_signature(sampler):
     own = ["log_variance"] if sampler is ddpm else []
     assert list(parameters) == ["denoise", "x_T", "timesteps", "diffusion", "eta", "randn", *own]
     assert parameters["eta"].kind is parameters["randn"].kind is inspect.Parameter.KEYWORD_ONLY
+
+
+@pytest.mark.parametrize("name", SAMPLERS)
+def test_eta_changes_the_images_of_those_samplers_that_say_so(name):
+    process, images = DiffusionProcess(20), []
+    for eta in (0.0, 1.0):
+        generator = torch.Generator().manual_seed(0)
+        images.append(final_image(SAMPLERS[name](
+            perfect_denoiser(process), torch.ones(1, 1, 2, 3).double(), [19, 12, 5], process, eta=eta,
+            randn=lambda x, g=generator: torch.randn(x.shape, generator=g, dtype=x.dtype))))
+    assert torch.equal(*images) == (name not in ETA_SAMPLERS)
 
 
 decreasing = st.lists(st.integers(0, 49 * 4).map(lambda quarter: quarter / 4), min_size=1, unique=True).map(

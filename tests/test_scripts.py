@@ -1,6 +1,7 @@
 """The scripts, called as a user calls them: what they write, what they say, and how they end."""
 
 import ast
+import importlib
 import json
 import os
 import re
@@ -193,6 +194,18 @@ def test_sample_writes_a_picture_and_the_way_to_it(trained, tmp_path):
         assert_picture(tmp_path / name)
 
 
+def test_the_way_of_an_earlier_run_goes_and_other_files_stay(trained, tmp_path):
+    folder = tmp_path / "intermediate"
+    folder.mkdir()
+    for name in ("step_0123.png", "step_12345.png", "final.png", "mine.png", "step_by_step.png"):
+        (folder / name).write_text("old")
+    draw(trained / "model_final.pt", tmp_path / "x.png", "--num_images", 2, "--steps", 2, "--show_intermediate")
+    names = written(folder)
+    assert {"mine.png", "step_by_step.png", "final.png"} < set(names) and len(names) == 5  # two times, and the end
+    assert not {"step_0123.png", "step_12345.png"} & set(names)
+    assert_picture(folder / "final.png")
+
+
 def test_sample_writes_arrays(trained, conditional, tmp_path):
     for folder in (trained, conditional):
         images = draw(folder / "model_final.pt", tmp_path / "x.npz")
@@ -262,7 +275,8 @@ def flags():
 
 @pytest.mark.parametrize("name", SCRIPTS)
 def test_every_flag_is_read(name, flags, root):
-    read = set()
+    """In the script, or in a function of utils.py that it, or another of them, hands args to."""
+    read, handed = set(), set()
 
     class Reader(ast.NodeVisitor):
         def visit_Attribute(self, node):  # args.flag and self.args.flag
@@ -272,7 +286,9 @@ def test_every_flag_is_read(name, flags, root):
             self.generic_visit(node)
 
         def visit_Call(self, node):  # not where the flags are defined
-            if getattr(node.func, "attr", getattr(node.func, "id", None)) not in ("add_argument", "add_shared_flags"):
+            called = getattr(node.func, "attr", getattr(node.func, "id", None))
+            if called not in ("add_argument", "add_shared_flags"):
+                handed.update({called} if any(getattr(part, "id", None) == "args" for part in node.args) else ())
                 self.generic_visit(node)
 
         def visit_Assign(self, node):  # lists of names that getattr reads, but not those that it must not
@@ -283,6 +299,10 @@ def test_every_flag_is_read(name, flags, root):
             read.add(node.value)
 
     Reader().visit(ast.parse((root / f"{name}.py").read_text()))
+    shared = {part.name: part for part in ast.parse((root / "utils.py").read_text()).body if hasattr(part, "name")}
+    while found := handed & shared.keys():
+        for each in found:
+            Reader().visit(shared.pop(each))
     assert not flags[name] - read
 
 
@@ -292,6 +312,19 @@ def test_help_shows_every_flag_and_ends_with_0(name, flags, capsys):
     text = capsys.readouterr().out
     assert all(f"--{flag}" in text for flag in flags[name])
     assert f"python {name}.py" in text
+
+
+COMMANDS = ("train", "sample", "visualize_diffusion", "edit inpaint", "edit vary", "edit interpolate", "edit invert",
+            "edit", "evaluate", "doctor", "distill", "benchmark")
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_the_help_tells_each_default_once_and_as_a_user_would_type_it(command, capsys):
+    name, *argv = command.split()
+    assert importlib.import_module(name).main([*argv, "--help"]) == 0
+    for part in re.split(r"\n  (?=-)", capsys.readouterr().out)[1:]:
+        text = " ".join(part.split())
+        assert text.count("(default") <= 1 and "[None]" not in text, text
 
 
 # -------------------------------------------------------------------------------------------------------------- errors
@@ -343,6 +376,10 @@ def test_train_refuses_a_damaged_data_file(tmp_path, capsys):
     (["--steps", "0"], ["steps", "'0'"]),
     (["--num_images", "0"], ["--num_images", "'0'"]),
     (["--eta", "2"], ["--eta", "'2'"]),
+    (["--eta", "0.5"], ["--eta", "--sampler ddim and heun"]),
+    (["--eta", "0", "--sampler", "ddpm"], ["--eta", "--sampler ddim and heun"]),
+    (["--guidance_interval", "1", "2"], ["--guidance_interval", "--conditional"]),
+    (["--checkpiont", "x"], ["--checkpiont", "did you mean --checkpoint?"]),
     (["--seed", "-1"], ["--seed", "'-1'"]),
     (["--sampler", "euler"], ["euler", "ddim"]),
     (["--device", "cuda:99"], ["cuda:99", "--device auto"]),

@@ -3,13 +3,18 @@
 import functools
 import json
 import math
+from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 from harness import assert_identical, tiny
+from PIL import Image
 from torch.testing import assert_close
 
+import sample
 import train
+import training
 import tuning
 from checkpoint import load_checkpoint
 from data import ImageData, load_dataset
@@ -17,7 +22,7 @@ from diffusion import DiffusionProcess
 from models import create_model
 from muon import Muon, orthogonalise
 from training import Trainer, ema_decay_at, learning_rate
-from utils import RunFailed, out_of_memory
+from utils import RunFailed, out_of_memory, tile
 
 KNOWN = functools.cache(load_dataset)
 TOTAL = 7  # steps; three and a half epochs
@@ -143,7 +148,8 @@ def test_muon_takes_weights_in_any_layout_alike():
             weight.grad = gradient.to(memory_format=layout)
             optimizer.step()
         moved.append(weight.detach())
-    assert_close(*moved) and moved[0].any()
+    assert_close(*moved)
+    assert moved[0].any()
 
 
 def test_the_average_forgets_its_beginning_by_the_decay():
@@ -157,6 +163,67 @@ def test_the_average_forgets_its_beginning_by_the_decay():
         weights.append(decay)
     assert weights == sorted(weights) and weights[0] < weights[-1] == 0.4
     assert_close(dict(trainer.ema.named_parameters()), average)
+
+
+# ------------------------------------------------------------------------------------------- the time and the previews
+
+
+@pytest.fixture
+def clock(monkeypatch):
+    """A clock that goes on by one second in each step, and by two in each look at the validation images."""
+    now = [0.0]
+
+    def lasting(seconds, function):
+        def lasts(*args):
+            now[0] += seconds
+            return function(*args)
+        return lasts
+    monkeypatch.setattr(train, "time", SimpleNamespace(perf_counter=lambda: now[0], process_time=lambda: 0.0))
+    monkeypatch.setattr(Trainer, "train_step", lasting(1, Trainer.train_step))
+    monkeypatch.setattr(Trainer, "validation_loss", lasting(2, Trainer.validation_loss))
+    monkeypatch.setattr(training, "VALIDATION_IMAGES", 64)
+
+
+def sitting(data_dir, folder, budget, *more):
+    """A run of four steps an epoch that ends by its budget only."""
+    args, saved = train.parse_args(tiny(data_dir, folder, "--budget", budget, "--sample_interval", 0,
+                                        "--save_interval", 0, *more))
+    args.epochs = None
+    run = train.Run(args, saved, 0.0)
+    train.train(run)
+    return run
+
+
+@pytest.mark.parametrize("budget, steps, whole", [(39, 24, True), (40, 25, False), (41, 26, False), (42, 27, False)])
+def test_a_run_keeps_its_budget_and_ends_with_a_rate_near_0_and_a_validation(clock, data_dir, tmp_path, budget, steps,
+                                                                            whole):
+    run = sitting(data_dir, tmp_path, budget)
+    last = run.records[-1]
+    assert run.closing == 3.5 and run.progress == 1 and 0 <= budget - run.seconds <= run.closing
+    assert (run.trainer.step, last["step"], run.trainer.step % 4 == 0) == (steps, steps, whole)
+    assert all(record["val_loss"] > 0 for record in run.records) and len(run.records) == math.ceil(steps / 4)
+    assert run.trainer.lr < 0.05 * run.args.lr < 0.5 * max(record["lr"] for record in run.records)
+
+
+def test_the_budget_counts_the_earlier_sittings(clock, data_dir, tmp_path):
+    first = sitting(data_dir, tmp_path, 20)
+    first.save("checkpoints/model_step_00000012.pt")
+    second = sitting(data_dir, tmp_path, 41, "--resume")
+    assert (first.trainer.step, second.earlier) == (12, 18)
+    assert (second.trainer.step, second.seconds) == (26, 40)  # as of one that was not interrupted
+
+
+@pytest.mark.parametrize("flags", [[], ["--no-conditional"]], ids=str)
+def test_a_preview_shows_the_images_that_sample_makes(data_dir, tmp_path, flags):
+    assert train.main(tiny(data_dir, tmp_path, "--epochs", 1, "--sample_interval", 1, "--lr", 0.02, *flags)) == 0
+
+    def drawn(*more):
+        assert sample.main(["--checkpoint", str(tmp_path / "model_final.pt"), "--num_images", str(train.PREVIEW_IMAGES),
+                            "--device", "cpu", "--precision", "fp32", "--output", str(tmp_path / "x.npz"), *more]) == 0
+        return tile(torch.from_numpy(np.load(tmp_path / "x.npz")["arr_0"]).permute(0, 3, 1, 2), columns=8, scale=3)
+    preview = np.asarray(Image.open(tmp_path / "samples/epoch_001.png"))
+    assert np.array_equal(preview, drawn())
+    assert flags or not np.array_equal(preview, drawn("--guidance_scale", "1"))
 
 
 # ------------------------------------------------------------------------------------------------ numbers that go wrong
@@ -195,7 +262,8 @@ def test_several_bad_steps_in_a_row_stop_the_run_and_say_what_to_try(monkeypatch
     spoil(monkeypatch, lambda i: i >= 4)
     assert train.main(tiny(data_dir, tmp_path, "--epochs", 9)) == 1
     last = capfd.readouterr().err.splitlines()[-1]
-    assert all(word in last for word in ("not finite in 4 steps in a row", "step 8", "--lr", "--precision fp32"))
+    assert all(word in last for word in ("not finite in 4 steps in a row", "step 8", "--lr", "--precision fp32",
+                                         f"python train.py --resume --output_dir {tmp_path} "))
     assert load_checkpoint(tmp_path / "checkpoints/model_epoch_001.pt")["step"] == 4
     assert not (tmp_path / "model_final.pt").exists()
 

@@ -1,5 +1,6 @@
 """What the scripts share: devices, chance, pictures, and how a flag and an error look."""
 
+import argparse
 import json
 import math
 
@@ -128,6 +129,7 @@ def parser():
     parser.add_argument("--count", type=utils.number(int, 1, 9), default=3, help="how many")
     parser.add_argument("--rate", type=utils.number(float, 0), default=0.5, help="how fast")
     parser.add_argument("--steps", type=utils.number(int, 1), default=1, help="how far")
+    parser.add_argument("--fast", action=argparse.BooleanOptionalAction, default=True, help="in a hurry")
     utils.add_shared_flags(parser, "seed", "device")
     return parser
 
@@ -167,6 +169,47 @@ def test_good_flags_become_numbers():
 def test_help_shows_every_default():
     text = " ".join(parser().format_help().split())
     assert all(f"(default: {value})" in text for value in (3, 0.5, 0, "auto"))
+
+
+def test_help_tells_a_default_once():
+    known = utils.Parser("What it does.")
+    known.add_argument("--width", type=int, default=3, help="how wide (default: by the height)")
+    assert known.format_help().count("(default") == 1
+
+
+@pytest.mark.parametrize("argv, near", [
+    (["--cout", "3"], "--count"), (["--rat=2"], "--rate"), (["--sed", "1", "--count", "3"], "--seed"),
+    (["--no-fats"], "--no-fast"), (["steps", "3"], "--steps")])
+def test_a_mistyped_flag_is_told_the_one_that_is_like_it(argv, near):
+    with pytest.raises(ValueError, match=f"unrecognized arguments: {argv[0]}.*; did you mean {near}\\? ") as caught:
+        parser().parse_args(argv)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_flag_that_is_like_none_is_only_named():
+    with pytest.raises(ValueError, match="unrecognized") as caught:
+        parser().parse_args(["--zzzzz"])
+    assert "did you mean" not in str(caught.value)
+
+
+@pytest.mark.parametrize("argv, fast", [([], True), (["--no-fast"], False), (["--no_fast"], False), (["--fast"], True),
+                                        (["--no_fast", "--fast"], True)])
+def test_a_switch_is_turned_off_by_both_spellings(argv, fast):
+    known = parser()
+    assert known.parse_args(argv).fast is fast and known.typed == ({"fast"} if argv else set())
+
+
+def test_a_parser_knows_what_was_typed():
+    known = parser()
+    known.parse_args(["--count=3", "--rate", "1"])
+    assert known.typed == {"count", "rate"}
+
+
+def test_a_missing_checkpoint_is_told_with_an_example():
+    known = utils.Parser("What it does.")
+    known.add_argument("--checkpoint", required=True)
+    with pytest.raises(ValueError, match=r"--checkpoint.*such as --checkpoint outputs/model_final\.pt"):
+        known.parse_args([])
 
 
 # -------------------------------------------------------------------------------------------------------- exit status

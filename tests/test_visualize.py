@@ -99,6 +99,18 @@ def test_the_error_of_a_perfect_guess_is_the_variance(process):
     assert_close(errors, x_0.square().mean().expand(3))
 
 
+def test_the_network_is_seen_with_its_labels(process, noisy):
+    """captured, bottleneck and x_0_errors look at what the network makes of images whose labels it is told."""
+    model, labels = small_model(num_classes=5), torch.tensor([4, 0, 2])
+    seen = captured(model, process, {"all": model}, *noisy, labels)["all"]
+    assert_close(seen, process.predict(model, *noisy, labels))
+    assert not torch.equal(seen, captured(model, process, {"all": model}, *noisy)["all"])
+    x_0, t = noisy[0].clamp(-1, 1), noisy[1]
+    for look in (lambda known: bottleneck(model, process, x_0, t, 0, known),
+                 lambda known: x_0_errors(model, process, x_0, [20], 0, known)):
+        assert not torch.equal(look(labels), look(None)) and not torch.equal(look(labels), look(labels.flip(0)))
+
+
 # -------------------------------------------------------------------------------------------------------- projection
 
 
@@ -173,11 +185,34 @@ def test_what_is_followed_are_the_images_that_sample_makes(checkpoints, flags, l
                                            "--num_images", "3", "--steps", "4", *flags])
     model, diffusion, checkpoint = load_model(args.checkpoint)
     with torch.no_grad():
-        frames = visualize_diffusion.followed(args, model, diffusion, checkpoint)
+        frames, known = visualize_diffusion.followed(args, model, diffusion, checkpoint)
         [(_, trajectory)] = generate(model, diffusion, (1, 28, 28), range(3), steps=4, labels=torch.tensor(labels),
                                      guidance_scale=scale)
         expected = final_image(trajectory)
-    assert len(frames) == 4 and torch.equal(frames[-1][2], expected)
+    assert len(frames) == 4 and torch.equal(frames[-1][2], expected) and known.tolist() == labels
+
+
+@pytest.mark.parametrize("what", INSIDE)
+def test_a_model_with_labels_is_never_asked_without(few, checkpoints, data_dir, tmp_path, monkeypatch, what):
+    predict, told = DiffusionProcess.predict, []
+
+    def watched(self, model, x_t, t, labels=None):
+        told.append(labels)
+        return predict(self, model, x_t, t, labels)
+    monkeypatch.setattr(DiffusionProcess, "predict", watched)
+    flags = ["--what", what, "--projection", "pca", *([] if what in ("embedding", "loss") else ["--steps", 2])]
+    assert call(checkpoints["labels"], data_dir, tmp_path / "x.png", *flags) == 0
+    assert told and all(labels is not None for labels in told)
+
+
+def test_the_folder_is_tried_before_any_work(checkpoints, data_dir, tmp_path, monkeypatch, capsys):
+    (tmp_path / "file").write_text("")
+    monkeypatch.setattr(visualize_diffusion, "generate", None)
+    monkeypatch.setattr(visualize_diffusion, "load_dataset", None)
+    for flags in (["--what", "denoising", "--checkpoint", checkpoints["plain"]], []):
+        assert visualize_diffusion.main(list(map(str, [*flags, "--device", "cpu", "--data_dir", data_dir, "--save_path",
+                                                       tmp_path / "file/x.png"]))) == 2
+        assert "cannot write" in capsys.readouterr().err
 
 
 def test_the_embedding_is_drawn_by_tsne(few, checkpoints, data_dir, tmp_path):
@@ -190,6 +225,8 @@ def test_the_embedding_is_drawn_by_tsne(few, checkpoints, data_dir, tmp_path):
     ("attention", "no attention", ["--steps", 2], ["no attention", "--attention 4"]),
     ("attention", "plain", ["--steps", 41], ["1..40", "41"]),
     ("embedding", "one step", [], ["T = 1"]),
+    ("denoising", "plain", ["--dataset", "mnist"], ["trained on glyphs", "leave out --dataset"]),
+    ("forward", "plain", [], ["--checkpoint", "--what denoising"]),
     ("embedding", "plain", ["--projection", "umap"], ["umap", "tsne", "pca"])])
 def test_what_cannot_be_seen_is_told_in_one_line(checkpoints, data_dir, tmp_path, capsys, what, which, flags, words):
     assert call(checkpoints[which], data_dir, tmp_path / "x.png", "--what", what, *flags) == 2

@@ -251,7 +251,8 @@ def test_thousands_of_changed_bytes_never_load_as_something_else(tmp_path):
 
 
 BAD = ["", "-1", "0", "nan", "inf", "1e400", "x", "é", "9" * 400, "--", "/dev/null", "auto", "cuda:99", "a\nb"]
-SCRIPTS = ("train.py", "sample.py", "visualize_diffusion.py", "edit.py", "evaluate.py", "doctor.py", "benchmark.py")
+SCRIPTS = ("train.py", "sample.py", "visualize_diffusion.py", "edit.py", "evaluate.py", "doctor.py", "benchmark.py",
+           "distill.py")
 
 
 def random_argv(chance, name, data_dir):
@@ -264,7 +265,9 @@ def random_argv(chance, name, data_dir):
                          str(data_dir)],
              "evaluate.py": ["--checkpoint", chance.choice(["broken.pt", "none.pt"])],
              "doctor.py": ["--checkpoint", chance.choice(["broken.pt", "none.pt"])],
-             "benchmark.py": ["--budgets", chance.choice(BAD)]}[name]
+             "benchmark.py": ["--budgets", chance.choice(BAD)],
+             "distill.py": ["--checkpoint", chance.choice(["model.pt", "broken.pt"]), "--budget", "10s", "--data_dir",
+                            str(data_dir), "--teacher_steps", "2", "--batch_size", "4"]}[name]
     for _ in range(chance.randrange(4)):
         flag = chance.choice([*sorted(test_fuzz.VALID), "checkpoint", "steps", "device", "num_images", "nonsense"])
         values = test_fuzz.VALID.get(flag, BAD)

@@ -1,0 +1,73 @@
+"""What a training run can be asked for: recipes that flags override, defaults by data set and budget, what to type."""
+
+import shlex
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+import options
+import train
+from data import DATASETS
+from options import RECIPES, fill_in, good_width, resume_command
+
+CPU = torch.device("cpu")
+
+
+def parsed(*argv):
+    return train.parse_args(list(argv))[0]
+
+
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_a_recipe_gives_its_values_and_flags_override_them(recipe):
+    args = parsed("--recipe", recipe)
+    assert {name: getattr(args, name) for name in RECIPES[recipe]} == RECIPES[recipe]
+    given = dict(schedule="linear", prediction="v", lr=0.5, batch_size=7, conditional=not args.conditional)
+    flags = [f"--{name}={value}" for name, value in given.items() if name != "conditional"]
+    args = parsed(*flags, "--conditional" if given["conditional"] else "--no-conditional", "--recipe", recipe)
+    assert {name: getattr(args, name) for name in RECIPES[recipe]} == RECIPES[recipe] | given
+
+
+def test_the_recipes_differ_and_the_fast_one_is_the_default():
+    assert parsed() == parsed("--recipe", "fast")
+    assert vars(parsed()).items() >= RECIPES["fast"].items() and RECIPES["fast"].keys() == RECIPES["ddpm"].keys()
+    assert (parsed("--recipe", "ddpm").optimizer, parsed("--recipe", "ddpm").precision) == ("adamw", "fp32")
+
+
+@pytest.mark.parametrize("budget, width", [(None, 24), (1, 32), (89.9, 32), (90, 48), (600, 48), (1199, 48),
+                                           (1200, 64), (36_000, 64)])
+def test_the_width_of_a_network_grows_with_the_budget_of_a_cpu(budget, width):
+    assert good_width(budget, CPU) == width and good_width(budget, torch.device("cuda")) == 64
+
+
+@pytest.mark.parametrize("dataset, mean, std", [("mnist", 0.7, 0.9), ("glyphs", 0.7, 0.9),
+                                                ("fashion_mnist", 0.0, 1.2), ("cifar10", -0.5, 1.2)])
+def test_what_is_left_open_is_filled_in_by_the_data_set(dataset, mean, std):
+    args = parsed("--dataset", dataset, "--budget", "2m")
+    fill_in(args, CPU)
+    assert (args.noise_mean, args.noise_std, args.base_channels) == (mean, std, 48)
+    args = parsed("--dataset", dataset, "--noise_mean", "0", "--noise_std", "3", "--base_channels", "8")
+    fill_in(args, CPU)
+    assert (args.noise_mean, args.noise_std, args.base_channels) == (0, 3, 8)
+
+
+def test_every_data_set_has_its_noise_levels():
+    assert options.NOISE_LEVELS.keys() == DATASETS.keys()
+
+
+@pytest.mark.parametrize("own", [dict(), dict(data_dir="my data"), dict(output_dir="a b/run", device="cpu")], ids=str)
+def test_the_command_that_goes_on_names_what_a_checkpoint_does_not_know(own, monkeypatch):
+    given = dict(output_dir="outputs/fashion", data_dir="data", device="auto") | own
+    start, script, *argv = shlex.split(resume_command(SimpleNamespace(**given)))
+    assert (start, script, argv[:3]) == ("python", "train.py", ["--resume", "--output_dir", given["output_dir"]])
+    args = options.make_parser("").parse_args(argv)
+    assert args.resume and {name: getattr(args, name) for name in given} == given
+    assert len(argv) == 3 + 2 * len(own.keys() - {"output_dir"})
+    monkeypatch.setattr(options.parallel, "size", lambda: 2)
+    assert resume_command(SimpleNamespace(**given)).startswith("torchrun --nproc_per_node=2 train.py --resume ")
+
+
+def test_the_help_of_resume_names_what_is_not_taken_from_the_checkpoint():
+    said = {action.dest: action.help for action in options.make_parser("")._actions}
+    assert all(f"--{name}" in said["resume"] for name in options.OWN_FLAGS if name != "resume")
+    assert "earlier sittings" in said["budget"]
