@@ -1,6 +1,7 @@
 """Ways to change a picture with a model that only knows how to denoise: fill in, invert, walk between two."""
 
 from collections.abc import Callable, Sequence
+from itertools import pairwise
 
 import torch
 from torch import Tensor
@@ -22,7 +23,8 @@ def inpaint(denoise: Denoise, x_T: Tensor, timesteps: Sequence[float], diffusion
     """Fill in `known` (1 or B, C, H, W) where mask (the same, or broadcast to it) is 1, by ddpm steps.
 
     Each step is taken `resample` times, with fresh noise back to its beginning in between, so that the new part comes
-    to fit the known one (Lugmayr et al. 2022, algorithm 1). `resample` evaluations for each yielded step.
+    to fit the known one (Lugmayr et al. 2022, algorithm 1). `resample` evaluations for each yielded step, one for the
+    last.
     """
     denoise, x = keep_known(denoise, known, mask), x_T
     for t, s in walk(timesteps):
@@ -40,9 +42,10 @@ def ddim_inversion(denoise: Denoise, x_0: Tensor, timesteps: Sequence[float],
 
     The image counts as x at the lowest of the times, which is what limits how exactly ddim comes back.
     """
-    times = [s for s, _ in reversed(walk([*timesteps]))]
+    times = [t for t, _ in reversed(walk([*timesteps]))]
     x = diffusion.alpha(times[0]) * x_0
-    for s, t in zip([times[0], *times], times, strict=False):
+    yield times[0], x, x_0
+    for s, t in pairwise(times):
         x_0_hat = denoise(x, full_time(s, x))
         x = ddim_step(x, x_0_hat, s, t, diffusion)
         yield t, x, x_0_hat

@@ -372,7 +372,8 @@ def run_sweep(args, argv, yardstick: Yardstick | None, source: Source, output: P
         return measure(yardstick, look(made.images, yardstick.classifier, yardstick.inception), made.labels)
 
     make = partial(make_images, args, source)
-    make(source.samplers[0], 1, 1.0, min(args.batch_size, args.num_images))  # so that no row pays for the start
+    # So that no row pays for the start:
+    make(source.samplers[0], 1, args.guidance_scale[0], min(args.batch_size, args.num_images))
     run = partial(sweep, source.samplers, args.sweep, args.guidance_scale, make)
     if not yardstick:
         run(measure=lambda _: {}, show=lambda _: None)

@@ -116,9 +116,12 @@ def renoise(x: Tensor, s: float, t: float, diffusion: DiffusionProcess, randn) -
 
 
 def _churn(x: Tensor, t: float, gamma: float, diffusion: DiffusionProcess, randn) -> tuple[float, Tensor]:
-    """The time at which sigma/alpha is 1 + gamma times that at t, or the last, and x with fresh noise up to it."""
+    """The time at which sigma/alpha is 1 + gamma times that at t, or the last, and x with fresh noise up to it.
+
+    Where t is the last already, as it is.
+    """
     later = diffusion.time_of(diffusion.log_snr(t).item() - 2 * math.log1p(gamma))
-    return later, renoise(x, t, later, diffusion, randn)
+    return (later, renoise(x, t, later, diffusion, randn)) if later > t else (t, x)
 
 
 # Weights of the newest noise_hat and of those before it, by how many there are (Bashforth and Adams 1883).

@@ -29,7 +29,7 @@ from diffusion import DiffusionProcess
 from models import create_model
 from options import RECIPES, fill_in, make_parser, more_epochs, resume_command, saved_flags
 from samplers import DEFAULT_STEPS, final_image, generate
-from training import VALIDATION_IMAGES, Trainer
+from training import LOSS_IMAGES, Trainer
 from utils import (
     RunFailed,
     autocast,
@@ -196,7 +196,7 @@ class Run:
         """Until the first epoch has ended, guess `closing` from the speed of training, a third of that of looking."""
         if not self.measured:
             looks = 2 if self.trainer.conditional else 1  # guidance looks with the label and without
-            self.closing = 1.5 + (VALIDATION_IMAGES + PREVIEW_IMAGES * DEFAULT_STEPS * looks) / (3 * speed)
+            self.closing = 1.5 + (LOSS_IMAGES + PREVIEW_IMAGES * DEFAULT_STEPS * looks) / (3 * speed)
 
     def time_left(self, speed: float) -> float:
         """Seconds to the end at `speed` images a second, with the validation and the samples that are to come."""

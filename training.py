@@ -21,8 +21,7 @@ from muon import Muon, hidden_matrices
 from utils import RunFailed, autocast, fits_in_memory, generator_for
 
 ORDER, LABELS, NOISE = range(3)  # what a random generator is for, as part of its key
-VALIDATION_IMAGES = 2048
-
+LOSS_IMAGES = 2048  # of the validation split, that validation_loss takes
 
 LR_SCHEDULES = ("cosine", "constant")
 
@@ -163,7 +162,7 @@ class Trainer:
 
         It leaves out what learned variances add, so that it compares with that of networks without them.
         """
-        count = min(VALIDATION_IMAGES, len(validation.images))
+        count = min(LOSS_IMAGES, len(validation.images))
         chance = generator_for(0)
         t = ((torch.arange(count) + torch.rand(count, generator=chance)) / count * self.diffusion.num_timesteps).long()
         noise = torch.randn((count, *validation.images.shape[1:]), generator=chance)

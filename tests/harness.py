@@ -42,7 +42,7 @@ def _run(argv: list[str], log: str, patch, script: str) -> None:
     import training
 
     torch.set_num_threads(1)
-    training.VALIDATION_IMAGES, train.PREVIEW_IMAGES = 64, 4  # what takes long and proves no more
+    training.LOSS_IMAGES, train.PREVIEW_IMAGES = 64, 4  # what takes long and proves no more
     if patch:
         patch()
     os._exit(importlib.import_module(script).main(argv))

@@ -130,6 +130,12 @@ def test_inversion_of_the_data_gives_standard_normal_noise(process):
     assert_close(torch.cov(noise.T), torch.eye(PIXELS).double(), rtol=0, atol=0.08)
 
 
+def test_inversion_asks_the_network_at_each_time_but_the_last(process):
+    asked = []
+    way = ddim_inversion(lambda x, t: asked.append(t[0].item()) or x, torch.zeros(1, *SHAPE), [900, 400, 10], process)
+    assert len([*way]) == 3 and asked == [10, 400]
+
+
 def test_inversion_visits_the_samplers_times_upwards(process):
     visited = [t for t, _, _ in ddim_inversion(lambda x, t: x, torch.zeros(1, *SHAPE), [900, 400, 10], process)]
     assert visited == [10, 400, 900]

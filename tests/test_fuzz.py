@@ -133,7 +133,7 @@ def small(data_dir):
         for part in benchmark.PARTS:
             patch.setattr(benchmark.Benchmark, f"measure_{part}", lambda _: {})
         patch.setattr(train, "PREVIEW_IMAGES", 2)
-        patch.setattr(training, "VALIDATION_IMAGES", 2)
+        patch.setattr(training, "LOSS_IMAGES", 2)
         yield
 
 

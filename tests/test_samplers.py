@@ -281,6 +281,14 @@ def test_times_fall_strictly_within_the_process_by_every_spacing(spacing, schedu
                 assert all(t > s for t, s in pairwise(times))
 
 
+@pytest.mark.parametrize("spacing", SPACINGS)
+def test_churning_where_nothing_of_the_image_is_left_stays_finite(spacing):
+    process = DiffusionProcess(50, "cosine", prediction="v", zero_terminal_snr=True)
+    model = lambda x, t: torch.zeros_like(x)  # noqa: E731
+    [(_, trajectory)] = generate(model, process, (1, 4, 4), range(3), sampler="heun", steps=5, eta=1.0, spacing=spacing)
+    assert final_image(trajectory).isfinite().all()
+
+
 def evenness(values):
     """The largest difference between two neighbouring gaps, as a share of the mean gap."""
     gaps = np.diff(np.asarray(values))

@@ -181,7 +181,7 @@ def clock(monkeypatch):
     monkeypatch.setattr(train, "time", SimpleNamespace(perf_counter=lambda: now[0], process_time=lambda: 0.0))
     monkeypatch.setattr(Trainer, "train_step", lasting(1, Trainer.train_step))
     monkeypatch.setattr(Trainer, "validation_loss", lasting(2, Trainer.validation_loss))
-    monkeypatch.setattr(training, "VALIDATION_IMAGES", 64)
+    monkeypatch.setattr(training, "LOSS_IMAGES", 64)
 
 
 def sitting(data_dir, folder, budget, *more):
