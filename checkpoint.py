@@ -17,7 +17,7 @@ import torch
 from torch import nn
 
 from diffusion import DiffusionProcess
-from files import atomic_write, check_archive, verified_archive
+from files import atomic_write, check_archive, one_line, verified_archive
 from models import create_model
 
 FORMAT = "tiny-diffusion-1"
@@ -236,4 +236,4 @@ def _shown(value) -> str:
 
 
 def _first_sentence(error: Exception) -> str:
-    return " ".join(str(error).split()).split(". ")[0][:200]
+    return one_line(error, 1000).split(". ")[0][:200]

@@ -28,7 +28,7 @@ from checkpoint import load_model, save_checkpoint
 from data import load_dataset
 from diffusion import Denoise, DiffusionProcess
 from samplers import DEFAULT_GUIDANCE, STUDENT_SAMPLER, ddim_step, final_image, generate, guide, spaced_timesteps
-from training import Trainer
+from training import LOG_STEPS, MAX_BAD_STEPS, Trainer
 from utils import (
     SHARED_FLAGS,
     Parser,
@@ -47,8 +47,6 @@ from utils import (
 )
 
 HUBER = 0.03  # root mean square errors above it count by their size, below it by their square
-LOG_STEPS = 50  # between two lines of metrics.jsonl
-MAX_BAD_STEPS = 20  # in a row, after which a run stops
 CLOSING = 1.5  # seconds that the end of a run takes, its sampling apart
 SAMPLE_STEPS, SAMPLE_IMAGES, SAMPLE_COLUMNS = (1, 2, 4), 20, 10
 

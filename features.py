@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.backends import cudnn
 
 from data import SPLITS, load_dataset, to_model
-from files import atomic_write, check_writable
+from files import atomic_write, check_writable, one_line
 from models.classifier import (
     CLASSIFIERS,
     RECIPES,
@@ -65,9 +65,9 @@ def load_inception() -> nn.Module:
     try:
         return torchmetrics_image().fid.FrechetInceptionDistance(feature=INCEPTION_FEATURES).inception
     except (ImportError, OSError, RuntimeError) as error:
-        reason = " ".join(str(error).split())[:100]
-        raise ValueError(f"--features inception is not available here ({reason}): it needs pip install torch-fidelity "
-                         f"and a network to download its weights; --features own needs neither") from error
+        raise ValueError(f"--features inception is not available here ({one_line(error)}): it needs pip install "
+                         f"torch-fidelity and a network to download its weights; --features own needs neither"
+                         ) from error
 
 
 class Seen(NamedTuple):

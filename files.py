@@ -9,6 +9,11 @@ from collections.abc import Iterator
 from pathlib import Path
 
 
+def one_line(error: Exception, most: int = 120) -> str:
+    """What an error says, for a message of one line: at most so many characters of it."""
+    return " ".join(str(error).split())[:most]
+
+
 @contextlib.contextmanager
 def atomic_write(path: str | Path, mode: str = "wb") -> Iterator:
     """Open a temporary file beside `path`; when the block ends well, sync it and rename it to `path`.

@@ -29,7 +29,7 @@ from diffusion import DiffusionProcess
 from models import create_model
 from options import RECIPES, fill_in, make_parser, more_epochs, resume_command, saved_flags
 from samplers import DEFAULT_STEPS, final_image, generate
-from training import LOSS_IMAGES, Trainer
+from training import LOG_STEPS, LOSS_IMAGES, MAX_BAD_STEPS, Trainer
 from utils import (
     RunFailed,
     autocast,
@@ -45,9 +45,7 @@ from utils import (
     write_json_lines,
 )
 
-LOG_STEPS = 50  # between two lines of metrics.jsonl within an epoch
 AGREE_STEPS = 10
-MAX_BAD_STEPS = 20  # in a row, after which a run stops
 PREVIEW_IMAGES = 64
 MODEL_FLAGS = ("base_channels", "time_emb_dim", "channel_mults", "depth", "middle_depth", "attention", "activation",
                "patch_size", "checkpointing", "learn_variance")

@@ -21,6 +21,8 @@ from muon import Muon, hidden_matrices
 from utils import RunFailed, autocast, fits_in_memory, generator_for
 
 ORDER, LABELS, NOISE = range(3)  # what a random generator is for, as part of its key
+LOG_STEPS = 50  # between two lines of metrics.jsonl
+MAX_BAD_STEPS = 20  # without a finite gradient, in a row, after which a run stops
 LOSS_IMAGES = 2048  # of the validation split, that validation_loss takes
 
 LR_SCHEDULES = ("cosine", "constant")

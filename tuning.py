@@ -14,6 +14,7 @@ from torch import Tensor, nn
 import parallel
 from data import ImageData, to_model
 from diffusion import DiffusionProcess
+from files import one_line
 from utils import autocast, out_of_memory, pick_precision
 
 LAYOUTS = {"nchw": torch.contiguous_format, "channels_last": torch.channels_last}
@@ -141,10 +142,6 @@ def compiled(network: nn.Module, attempt: Callable[[nn.Module], None], insist: b
         print(f"Not compiled: {problem}", flush=True)
         return network
     return made
-
-
-def one_line(error: Exception) -> str:
-    return " ".join(str(error).split())[:150]
 
 
 class Recorded:
