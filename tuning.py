@@ -4,6 +4,7 @@ Nothing here changes what is learned, but for rounding.
 """
 
 import copy
+import logging
 import time
 import warnings
 from collections.abc import Callable
@@ -130,6 +131,7 @@ def compiled(network: nn.Module, attempt: Callable[[nn.Module], None], insist: b
 
     Where this machine cannot, ValueError or, unless we insist, a line that says so and the network as it is.
     """
+    logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)  # it warns of CUDA missing on a CPU
     made = torch.compile(network)
     try:
         attempt(made)
