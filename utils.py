@@ -49,6 +49,8 @@ def get_device(name: str = "auto") -> torch.device:
         return torch.device(available[0])
     if name not in available:
         raise ValueError(f"device {name!r} is not available: choose --device auto or one of {', '.join(available)}")
+    if name.startswith("cuda:"):
+        torch.cuda.set_device(name)  # streams and graphs are those of the current device
     return torch.device(name)
 
 

@@ -254,3 +254,12 @@ def test_check_writable_names_a_folder_that_cannot_be(tmp_path):
 @pytest.mark.parametrize("text, seconds", [("90", 90), ("90s", 90), ("10m", 600), ("1.5h", 5400)])
 def test_durations_have_units(text, seconds):
     assert utils.duration(text) == seconds
+
+
+def test_a_gpu_by_its_number_becomes_the_current_one(monkeypatch):
+    made = []
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(torch.cuda, "set_device", made.append)
+    assert utils.get_device("cuda:1") == torch.device("cuda:1") and made == ["cuda:1"]
+    assert utils.get_device("cuda") == torch.device("cuda") and made == ["cuda:1"]
