@@ -26,6 +26,7 @@ import tuning
 from checkpoint import save_checkpoint
 from data import ImageData, load_dataset, to_model
 from diffusion import DiffusionProcess
+from memory import give_memory_back, out_of_memory
 from models import create_model
 from options import RECIPES, fill_in, make_parser, more_epochs, resume_command, saved_flags
 from samplers import DEFAULT_STEPS, final_image, generate
@@ -35,9 +36,7 @@ from utils import (
     autocast,
     count_parameters,
     get_device,
-    give_memory_back,
     guidance,
-    out_of_memory,
     plot_losses,
     save_images,
     script,

@@ -17,8 +17,9 @@ import tuning
 from checkpoint import is_like
 from data import ImageData, to_model
 from diffusion import DiffusionProcess
+from memory import and_some, fits_in_memory
 from muon import Muon, hidden_matrices
-from utils import RunFailed, autocast, fits_in_memory, generator_for
+from utils import RunFailed, autocast, generator_for
 
 ORDER, LABELS, NOISE = range(3)  # what a random generator is for, as part of its key
 LOG_STEPS = 50  # between two lines of metrics.jsonl
@@ -205,7 +206,7 @@ class Trainer:
         """
         while count >= parallel.size():
             count -= count % parallel.size()
-            fits = fits_in_memory(partial(self.rehearse, count // parallel.size()), self.device)
+            fits = fits_in_memory(partial(self.rehearse, and_some(count // parallel.size())), self.device)
             if parallel.smallest(fits) if agree else fits:
                 return count
             count //= 2

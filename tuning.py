@@ -16,7 +16,8 @@ import parallel
 from data import ImageData, to_model
 from diffusion import DiffusionProcess
 from files import one_line
-from utils import autocast, out_of_memory, pick_precision
+from memory import out_of_memory
+from utils import autocast, pick_precision
 
 LAYOUTS = {"nchw": torch.contiguous_format, "channels_last": torch.channels_last}
 # The rounds that candidates are measured in: the share of the batch (not all of it, which in fp32 would take more

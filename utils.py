@@ -2,10 +2,8 @@
 
 import argparse
 import contextlib
-import ctypes
 import difflib
 import functools
-import gc
 import json
 import math
 import os
@@ -22,6 +20,7 @@ from torch import Tensor, nn
 import parallel
 from data import DATASETS, to_uint8
 from files import atomic_write
+from memory import and_some, fits_in_memory, give_memory_back, out_of_memory
 from samplers import (
     DEFAULT_GUIDANCE,
     DEFAULT_SAMPLER,
@@ -79,34 +78,6 @@ def autocast(device: torch.device, precision: str) -> torch.autocast:
     return torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16")
 
 
-def out_of_memory(error: BaseException) -> bool:
-    """Whether this is what a device, or the host, raises when its memory is too small."""
-    words = ("out of memory", "not enough memory", "can't allocate memory", "bad_alloc", "failed to allocate",
-             "could not create a primitive", "could not create a memory", "could not execute a primitive")  # oneDNN
-    return isinstance(error, torch.OutOfMemoryError | MemoryError) or (
-        isinstance(error, RuntimeError) and any(word in str(error).lower() for word in words))
-
-
-def fits_in_memory(work: Callable[[], object], device: torch.device) -> bool:
-    """Do `work` with as much memory as can be freed: whether that sufficed."""
-    gc.collect()
-    if device.type == "cuda":
-        torch.cuda.empty_cache()
-    try:
-        work()
-    except (RuntimeError, MemoryError) as error:
-        if not out_of_memory(error):
-            raise
-        return False
-    return True
-
-
-def give_memory_back() -> None:
-    """Let the system have what was freed: glibc keeps it, in pieces that what comes next may not fit into."""
-    with contextlib.suppress(OSError, AttributeError, TypeError):  # where there is no glibc
-        ctypes.CDLL(None).malloc_trim(0)
-
-
 def within_memory(make: Callable, batches: Callable[[int], Iterator], batch_size: int, device: torch.device):
     """make(batches(batch_size)); where the memory is too small RunFailed with the batch size that fits, measured.
 
@@ -123,7 +94,7 @@ def within_memory(make: Callable, batches: Callable[[int], Iterator], batch_size
         list(islice(trajectory, 2))
 
     fits = batch_size  # measured out here, where what the error held is free again
-    while fits and not fits_in_memory(functools.partial(rehearse, fits), device):
+    while fits and not fits_in_memory(functools.partial(rehearse, and_some(fits)), device):
         fits //= 2
     advice = {0: ", and even for one: close other programs, or choose another --device",
               batch_size: ", which fit by themselves (measured): ask for fewer images in all"}

@@ -1,0 +1,87 @@
+"""Memory that is too small: knowing it by what is raised, measuring what fits, and giving back what was freed."""
+
+import contextlib
+import ctypes
+import faulthandler
+import gc
+import os
+import sys
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+
+
+def out_of_memory(error: BaseException) -> bool:
+    """Whether this is what a device, or the host, raises when its memory is too small."""
+    words = ("out of memory", "not enough memory", "can't allocate memory", "bad_alloc", "failed to allocate",
+             "could not create a primitive", "could not create a memory", "could not execute a primitive")  # oneDNN
+    return isinstance(error, torch.OutOfMemoryError | MemoryError) or (
+        isinstance(error, RuntimeError) and any(word in str(error).lower() for word in words))
+
+
+def and_some(count: int) -> int:
+    """So many images are measured where `count` are meant: no two steps lay their memory out alike."""
+    return count + count // 8
+
+
+def fits_in_memory(work: Callable[[], object], device: torch.device) -> bool:
+    """Do `work`, which changes nothing that is needed, with as much memory as can be freed: whether that sufficed."""
+    gc.collect()
+    give_memory_back()
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+    if device.type == "cpu" and sys.platform == "linux":
+        ended = _status_of_a_copy(work)
+        if ended != OTHER:
+            return ended == DONE
+    try:
+        work()
+    except (RuntimeError, MemoryError) as error:
+        if not out_of_memory(error):
+            raise
+        return False
+    return True
+
+
+DONE, TOO_SMALL, OTHER = 0, 1, 2
+
+
+def _status_of_a_copy(work: Callable[[], object]) -> int:
+    """The exit status of a copy of this process that does `work`: DONE, TOO_SMALL, OTHER; less than 0: by a signal.
+
+    Where a host's memory ends, the system kills (so do containers' limits), and oneDNN does not expect a null pointer
+    everywhere: this process shall outlive it. The copy has one thread, since OpenMP's do not survive a fork.
+    """
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)  # Python 3.12 warns of locks that other threads hold
+        try:
+            child = os.fork()
+        except OSError:
+            return OTHER
+    if child:
+        return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+    status = OTHER
+    try:
+        import resource
+        faulthandler.disable()
+        silence = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(silence, 1)
+        os.dup2(silence, 2)
+        resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+        with contextlib.suppress(OSError):
+            Path("/proc/self/oom_score_adj").write_text("1000")  # the first that the system kills
+        torch.set_num_threads(1)
+        work()
+        status = DONE
+    except (RuntimeError, MemoryError) as error:
+        status = TOO_SMALL if out_of_memory(error) else OTHER
+    finally:
+        os._exit(status)
+
+
+def give_memory_back() -> None:
+    """Let the system have what was freed: glibc keeps it, in pieces that what comes next may not fit into."""
+    with contextlib.suppress(OSError, AttributeError, TypeError):  # where there is no glibc
+        ctypes.CDLL(None).malloc_trim(0)
