@@ -39,10 +39,11 @@ import numpy as np
 from benchmarks.peers import PEERS, installed
 from benchmarks.pictures import PLOTS
 from checkpoint import load_checkpoint
+from cli import Parser, add_shared_flags, duration, number, script
 from data import load_dataset
 from files import atomic_write, check_writable
 from samplers import DEFAULT_STEPS
-from utils import Parser, RunFailed, add_shared_flags, duration, get_device, number, script
+from utils import RunFailed, get_device
 
 ROOT = Path(__file__).resolve().parent
 PARTS = ("train", "sample", "memory", "scaling", "peak", "quality", "gpu")

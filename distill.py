@@ -25,26 +25,12 @@ from tqdm import tqdm
 import runs
 import tuning
 from checkpoint import load_model, save_checkpoint
+from cli import SHARED_FLAGS, Parser, add_shared_flags, duration, guidance, is_student, number, script
 from data import load_dataset
 from diffusion import Denoise, DiffusionProcess
 from samplers import DEFAULT_GUIDANCE, STUDENT_SAMPLER, ddim_step, final_image, generate, guide, spaced_timesteps
 from training import LOG_STEPS, MAX_BAD_STEPS, Trainer
-from utils import (
-    SHARED_FLAGS,
-    Parser,
-    RunFailed,
-    add_shared_flags,
-    autocast,
-    count_parameters,
-    duration,
-    get_device,
-    guidance,
-    is_student,
-    number,
-    save_images,
-    script,
-    write_json_lines,
-)
+from utils import RunFailed, autocast, count_parameters, get_device, save_images, write_json_lines
 
 HUBER = 0.03  # root mean square errors above it count by their size, below it by their square
 CLOSING = 1.5  # seconds that the end of a run takes, its sampling apart

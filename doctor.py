@@ -44,6 +44,7 @@ from checks import (
     check_versions,
     judge,
 )
+from cli import Parser, add_shared_flags, guidance, is_student, sampler_and_steps, script
 from data import ImageData, load_dataset, to_model, to_uint8
 from diffusion import DiffusionProcess
 from features import load_feature_network, look
@@ -52,17 +53,7 @@ from metrics import closeness, nearest
 from models import create_model
 from options import more_epochs, resume_command
 from samplers import final_image, generate
-from utils import (
-    Parser,
-    add_shared_flags,
-    generator_for,
-    get_device,
-    guidance,
-    is_student,
-    pick_precision,
-    sampler_and_steps,
-    script,
-)
+from utils import generator_for, get_device, pick_precision
 
 SAMPLES = 64  # images that a checkpoint is asked for
 REAL, BOUND_IMAGES, ERROR_IMAGES = 500, 5000, 256  # real images beside them; for the Gaussian bound; for the error

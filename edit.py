@@ -19,6 +19,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from checkpoint import load_model
+from cli import SHARED_FLAGS, Parser, add_shared_flags, asked_labels, guidance, is_student, number, script
 from data import load_dataset, to_model, to_uint8
 from editing import ddim_inversion, inpaint, slerp
 from files import check_writable
@@ -32,21 +33,7 @@ from samplers import (
     spaced_timesteps,
     uniform_timesteps,
 )
-from utils import (
-    SHARED_FLAGS,
-    Parser,
-    add_shared_flags,
-    asked_labels,
-    autocast,
-    get_device,
-    guidance,
-    is_student,
-    number,
-    pick_precision,
-    save_gif,
-    save_images,
-    script,
-)
+from utils import autocast, get_device, pick_precision, save_gif, save_images
 
 FILM_FRAMES, FILM_IMAGES = 40, 8
 STEPS = {"inpaint": 50, "vary": 20, "interpolate": 20, "invert": 100}  # by default, of checkpoints with as many

@@ -27,6 +27,17 @@ from tqdm import tqdm
 
 import parallel
 from checkpoint import load_model
+from cli import (
+    SHARED_FLAGS,
+    Parser,
+    add_shared_flags,
+    check_useful,
+    guidance,
+    is_student,
+    number,
+    sampler_and_steps,
+    script,
+)
 from data import DATASETS, SPLITS, ImageData, load_dataset, to_uint8
 from diffusion import DiffusionProcess
 from features import (
@@ -41,6 +52,7 @@ from features import (
     weights_digest,
 )
 from files import atomic_write, check_writable
+from memory import within_memory
 from metrics import (
     check_count,
     class_shares,
@@ -55,22 +67,7 @@ from models.classifier import CLASSIFIERS, Classifier
 from pictures import read_images
 from samplers import SAMPLERS, STUDENT_SAMPLER, final_image, generate, uniform_timesteps
 from sweep import Made, plot_cells, plot_sweep, print_row, print_title, sweep
-from utils import (
-    SHARED_FLAGS,
-    Parser,
-    add_shared_flags,
-    autocast,
-    check_useful,
-    get_device,
-    guidance,
-    is_student,
-    number,
-    pick_precision,
-    sampler_and_steps,
-    save_images,
-    script,
-    within_memory,
-)
+from utils import autocast, get_device, pick_precision, save_images
 
 MAKING_FLAGS = ("num_images", "use_ema", "sampler", "spacing", "steps", "eta", "guidance_interval", "batch_size")
 SWEEP_STEPS = (5, 10, 20, 50)

@@ -7,10 +7,14 @@ import gc
 import os
 import sys
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from functools import partial
+from itertools import islice
 from pathlib import Path
 
 import torch
+
+from utils import RunFailed
 
 
 def out_of_memory(error: BaseException) -> bool:
@@ -85,3 +89,27 @@ def give_memory_back() -> None:
     """Let the system have what was freed: glibc keeps it, in pieces that what comes next may not fit into."""
     with contextlib.suppress(OSError, AttributeError, TypeError):  # where there is no glibc
         ctypes.CDLL(None).malloc_trim(0)
+
+
+def within_memory(make: Callable, batches: Callable[[int], Iterator], batch_size: int, device: torch.device):
+    """make(batches(batch_size)); where the memory is too small RunFailed with the batch size that fits, measured.
+
+    batches(n): samplers.generate with n images at a time.
+    """
+    try:
+        return make(batches(batch_size))
+    except (RuntimeError, MemoryError) as error:
+        if not out_of_memory(error):
+            raise
+
+    def rehearse(count: int) -> None:
+        _, trajectory = next(batches(count))
+        list(islice(trajectory, 2))
+
+    fits = batch_size  # measured out here, where what the error held is free again
+    while fits and not fits_in_memory(partial(rehearse, and_some(fits)), device):
+        fits //= 2
+    advice = {0: ", and even for one: close other programs, or choose another --device",
+              batch_size: ", which fit by themselves (measured): ask for fewer images in all"}
+    raise RunFailed(f"out of memory for {batch_size} images at a time"
+                    + advice.get(fits, f": {fits} fit (measured): give --batch_size {fits}"))

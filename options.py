@@ -7,11 +7,11 @@ from pathlib import Path
 import torch
 
 import parallel
+from cli import SHARED_FLAGS, Parser, add_shared_flags, duration, number
 from diffusion import LOSS_WEIGHTS, PREDICTIONS, SCHEDULES, TIMESTEP_SAMPLING
 from models.layers import ACTIVATIONS
 from training import LR_SCHEDULES
 from tuning import LAYOUTS
-from utils import SHARED_FLAGS, Parser, add_shared_flags, duration, number
 
 # A recipe is nothing but defaults, which flags override. What they give, and why: README.md and benchmarks/RECORDS.md.
 RECIPES = {

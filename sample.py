@@ -21,27 +21,22 @@ from tqdm import tqdm
 
 import parallel
 from checkpoint import load_model
-from data import to_uint8
-from files import atomic_write, check_writable
-from samplers import generate, image_noise, uniform_timesteps
-from utils import (
-    GREY,
+from cli import (
     SHARED_FLAGS,
     Parser,
     add_shared_flags,
-    autocast,
     check_useful,
-    get_device,
     guidance,
     image_labels,
     is_student,
-    pick_precision,
     sampler_and_steps,
-    save_gif,
-    save_images,
     script,
-    within_memory,
 )
+from data import to_uint8
+from files import atomic_write, check_writable
+from memory import within_memory
+from samplers import generate, image_noise, uniform_timesteps
+from utils import GREY, autocast, get_device, pick_precision, save_gif, save_images
 
 MOST_COLUMNS = 16  # of a grid with a row for each class
 FILM_FRAMES, FILM_IMAGES = 10, 8

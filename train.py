@@ -24,6 +24,7 @@ import parallel
 import runs
 import tuning
 from checkpoint import save_checkpoint
+from cli import guidance, script
 from data import ImageData, load_dataset, to_model
 from diffusion import DiffusionProcess
 from memory import give_memory_back, out_of_memory
@@ -36,10 +37,8 @@ from utils import (
     autocast,
     count_parameters,
     get_device,
-    guidance,
     plot_losses,
     save_images,
-    script,
     set_seed,
     write_json_lines,
 )

@@ -19,25 +19,13 @@ import torch
 from torch import Tensor
 
 from checkpoint import load_model
+from cli import Parser, add_shared_flags, guidance, image_labels, is_student, number, sampler_and_steps, script
 from data import DATASETS, load_dataset, to_model, to_uint8
 from diffusion import SCHEDULES, DiffusionProcess
 from files import check_writable
 from samplers import generate, image_noise
 from seeing import Frame, draw_attention, draw_embedding, draw_features, draw_loss
-from utils import (
-    Parser,
-    add_shared_flags,
-    generator_for,
-    get_device,
-    guidance,
-    image_labels,
-    is_student,
-    number,
-    pyplot,
-    sampler_and_steps,
-    save_figure,
-    script,
-)
+from utils import generator_for, get_device, pyplot, save_figure
 
 COLUMNS = (0, 50, 100, 200, 400, 600, 800, 999)  # of 1,000 timesteps
 DENOISING_COLUMNS = 10

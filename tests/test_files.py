@@ -1,11 +1,11 @@
-"""atomic_write: a reader meets the whole new file or the old one, whatever happens."""
+"""Files whole or not at all: a reader meets the whole new file or the old one, whatever happens."""
 
 import os
 import stat
 
 import pytest
 
-from files import atomic_write
+from files import atomic_write, check_writable
 
 
 def test_what_is_written_is_there_when_the_block_ends(tmp_path):
@@ -57,3 +57,16 @@ def test_the_file_has_the_permissions_of_an_ordinary_one(tmp_path, mask):
     finally:
         os.umask(before)
     assert stat.S_IMODE((tmp_path / "file").stat().st_mode) == 0o666 & ~mask
+
+
+def test_check_writable_makes_the_folder_and_leaves_nothing_in_it(tmp_path):
+    check_writable(tmp_path / "a" / "b")
+    assert (tmp_path / "a" / "b").is_dir() and not any((tmp_path / "a" / "b").iterdir())
+
+
+def test_check_writable_names_a_folder_that_cannot_be(tmp_path):
+    (tmp_path / "file").write_text("")
+    for folder in (tmp_path / "file", tmp_path / "file" / "below"):
+        with pytest.raises(ValueError, match="cannot write to") as caught:
+            check_writable(folder)
+        assert str(folder) in str(caught.value)
