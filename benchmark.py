@@ -429,7 +429,6 @@ class Benchmark:
         for budget in sorted(self.args.budgets):
             run = self.train(name, "--budget", budget)
             path = self.quality_folder(name, budget) / "model_final.pt"
-            path.parent.mkdir(parents=True, exist_ok=True)
             with atomic_write(path) as file:
                 file.write((run["folder"] / "model_final.pt").read_bytes())
             yield self.judge(name, budget, run["process_seconds"], load_checkpoint(path)["images_seen"],

@@ -16,6 +16,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
+from data import ImageData
 from diffusion import DiffusionProcess
 from files import atomic_write, check_archive, one_line, verified_archive
 from models import create_model
@@ -222,6 +223,15 @@ def _wrong_weights(checkpoint: dict, expected: dict) -> str | None:
     return None
 
 
+def misfit(config: dict, data: ImageData) -> str | None:
+    """How the images or the classes of a checkpoint's config are not those of the data set that it names, or None."""
+    shape, classes = list(data.images.shape[1:]), config["model"].get("num_classes")
+    if config["data"]["shape"] == shape and classes in (None, len(data.class_names)):
+        return None
+    return (f"the checkpoint is of images {config['data']['shape']} and {classes} classes, {data.name} has {shape} and "
+            f"{len(data.class_names)}")
+
+
 def is_like(tensor, expected: torch.Tensor) -> bool:
     """Whether this is an ordinary tensor of the same shape and type, with memory of its own for every number."""
     return (type(tensor) is torch.Tensor and tensor.layout == torch.strided and tensor.device.type == "cpu"
@@ -236,4 +246,4 @@ def _shown(value) -> str:
 
 
 def _first_sentence(error: Exception) -> str:
-    return one_line(error, 1000).split(". ")[0][:200]
+    return one_line(error).split(". ")[0][:200]

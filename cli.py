@@ -15,6 +15,7 @@ from torch import Tensor
 
 import parallel
 from data import DATASETS
+from files import one_line
 from memory import give_memory_back, out_of_memory
 from samplers import (
     DEFAULT_GUIDANCE,
@@ -176,6 +177,14 @@ def is_student(checkpoint: dict) -> bool:
     return checkpoint["config"]["training"].get("student") is True
 
 
+def trained_on(args, checkpoint: dict) -> str:
+    """The data set that --checkpoint has learned. ValueError if --dataset names another."""
+    name = checkpoint["config"]["data"]["dataset"]
+    if args.dataset not in (None, name):
+        raise ValueError(f"{args.checkpoint} was trained on {name}, not {args.dataset}: leave out --dataset")
+    return name
+
+
 def sampler_and_steps(args, checkpoint: dict) -> tuple[str, int]:
     """What --sampler and --steps ask for, or what measured best for checkpoints of this kind."""
     best = (STUDENT_SAMPLER, STUDENT_STEPS) if is_student(checkpoint) else (DEFAULT_SAMPLER, DEFAULT_STEPS)
@@ -223,7 +232,7 @@ def script(main: Callable[[Sequence[str] | None], None]) -> Callable[..., int]:
                 return _complain("another process of this run has ended", 1)
             if not out_of_memory(error):
                 raise
-            return _complain(f"out of memory ({str(error)[:100]}): try a smaller --batch_size", 1)
+            return _complain(f"out of memory ({one_line(error, 100)}): try a smaller --batch_size", 1)
         finally:
             give_memory_back()  # torch takes some more to leave
     return run
@@ -234,5 +243,5 @@ def _complain(message, status: int) -> int:
     if status == 2 and os.environ.get("RANK", "0") != "0":
         return status  # every process of torchrun's finds the same: one says it
     with contextlib.suppress(OSError):
-        print(f"{name}: {' '.join(str(message).split())}", file=sys.stderr, flush=True)
+        print(f"{name}: {one_line(message)}", file=sys.stderr, flush=True)
     return status

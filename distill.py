@@ -24,7 +24,7 @@ from tqdm import tqdm
 
 import runs
 import tuning
-from checkpoint import load_model, save_checkpoint
+from checkpoint import load_model, misfit, save_checkpoint
 from cli import SHARED_FLAGS, Parser, add_shared_flags, duration, guidance, is_student, number, script
 from data import load_dataset
 from diffusion import Denoise, DiffusionProcess
@@ -149,13 +149,12 @@ class Run:
         self.check(teacher, process, checkpoint)
         args.guidance_scale = guidance(args.guidance_scale, teacher.num_classes)
         data = load_dataset(checkpoint["config"]["data"]["dataset"], "train", args.data_dir)
-        self.shape, names = tuple(data.images.shape[1:]), list(data.class_names)
-        if list(self.shape) != checkpoint["config"]["data"]["shape"] or teacher.num_classes not in (None, len(names)):
-            raise ValueError(f"the images of {data.name} in {args.data_dir} are not such as {args.checkpoint} has "
-                             f"learned: give the --data_dir that it was trained on")
+        self.shape = tuple(data.images.shape[1:])
+        if wrong := misfit(checkpoint["config"], data):
+            raise ValueError(f"{wrong}: give the --data_dir that it was trained on")
         self.trainer = self.make_trainer(teacher, process, data.to(device))
         self.config = dict(model=teacher.config, diffusion=process.config,
-                           data=dict(dataset=data.name, shape=list(self.shape), class_names=names),
+                           data=checkpoint["config"]["data"],
                            training=dict(vars(args), student=True, teacher_images_seen=checkpoint["images_seen"]))
         self.records, self.losses, self.signal = [], [], None
         self.closing = CLOSING
@@ -203,17 +202,14 @@ class Run:
     def record(self) -> str:
         """Add a line to the records for the steps since the last, and say how it goes. RunFailed if it goes wrong."""
         trainer, (step, since), self.last = self.trainer, self.last, (self.trainer.step, time.perf_counter())
-        losses, self.losses = torch.stack(self.losses), []
-        finite = losses[losses.isfinite()].tolist()  # the device is waited for only here
-        loss = sum(finite) / len(finite) if finite else None
+        losses, self.losses = self.losses, []
         speed = (trainer.step - step) * trainer.batch_size / (time.perf_counter() - since)
         self.closing = CLOSING + SAMPLE_IMAGES * sum(SAMPLE_STEPS) / speed
-        self.records.append(dict(step=trainer.step, epoch=trainer.epoch, images_seen=trainer.images_seen, loss=loss,
-                                 val_loss=None, lr=trainer.lr, images_per_second=round(speed, 1),
-                                 seconds=round(self.seconds, 3)))
+        self.records.append(trainer.record(losses, speed, self.seconds))
         if trainer.skipped[1] >= MAX_BAD_STEPS:
             raise RunFailed(f"the loss or its gradient was not finite in {trainer.skipped[1]:.0f} steps in a row: try "
                             f"--lr {self.args.lr / 4:g} --muon_lr {self.args.muon_lr / 4:g}, or --precision fp32")
+        loss = self.records[-1]["loss"]
         return f"loss {math.nan if loss is None else loss:.4f}, {speed:.0f} images/s"
 
     def save(self, name: str) -> Path:

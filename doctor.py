@@ -25,7 +25,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from checkpoint import MAX_COUNT, load_model
+from checkpoint import MAX_COUNT, load_model, misfit
 from checks import (
     Finding,
     check_copies,
@@ -44,7 +44,7 @@ from checks import (
     check_versions,
     judge,
 )
-from cli import Parser, add_shared_flags, guidance, is_student, sampler_and_steps, script
+from cli import Parser, add_shared_flags, guidance, is_student, sampler_and_steps, script, trained_on
 from data import ImageData, load_dataset, to_model, to_uint8
 from diffusion import DiffusionProcess
 from features import load_feature_network, look
@@ -286,15 +286,6 @@ def open_data(args, name: str) -> tuple[ImageData, ImageData] | Finding:
         return Finding("data set", "FAIL", str(error), "as it says; --dataset glyphs is drawn here, without a download")
 
 
-def misfit(config: dict, data: ImageData) -> Finding | None:
-    """A checkpoint whose images or classes are not those of the data set that it names, or None."""
-    shape, classes = list(data.images.shape[1:]), config["model"].get("num_classes")
-    if config["data"]["shape"] == shape and classes in (None, len(data.class_names)):
-        return None
-    return Finding("data set", "FAIL", f"the checkpoint is of images {config['data']['shape']} and {classes} classes, "
-                   f"{data.name} has {shape} and {len(data.class_names)}", "give the --data_dir that it was trained on")
-
-
 def examine(args) -> Iterator[Finding]:
     """All findings, in the order in which one thing depends on another."""
     yield from look_at_machine(args)
@@ -305,9 +296,7 @@ def examine(args) -> Iterator[Finding]:
         except ValueError as error:
             yield Finding("checkpoint", "FAIL", str(error), f"{go_on(args)}: from the newest valid one")
             return
-        name = str(checkpoint["config"]["data"].get("dataset"))
-        if args.dataset not in (None, name):
-            raise ValueError(f"{args.checkpoint} was trained on {name}, not {args.dataset}: leave out --dataset")
+        name = trained_on(args, checkpoint)
         yield from check_schedule(diffusion)
         yield from look_at_checkpoint(checkpoint)
     if name:
@@ -325,9 +314,8 @@ def look_at_data(args, name: str, model, diffusion: DiffusionProcess, checkpoint
     yield from findings
     if not model or any(finding.status == "FAIL" for finding in findings):
         return
-    wrong = misfit(checkpoint["config"], train)
-    if wrong:
-        yield wrong
+    if wrong := misfit(checkpoint["config"], train):
+        yield Finding("data set", "FAIL", wrong, "give the --data_dir that it was trained on")
         return
     if not is_student(checkpoint):  # whose x_0_hat is an image, not the mean near to all
         epochs = max(checkpoint["epoch"], int(flag(checkpoint, "epochs", 0)))

@@ -37,6 +37,7 @@ from cli import (
     number,
     sampler_and_steps,
     script,
+    trained_on,
 )
 from data import DATASETS, SPLITS, ImageData, load_dataset, to_uint8
 from diffusion import DiffusionProcess
@@ -142,9 +143,7 @@ def open_checkpoint(args) -> Source:
     """Load --checkpoint and set --dataset by it. ValueError if the flags ask for what it cannot do."""
     model, diffusion, checkpoint = load_model(args.checkpoint, get_device(args.device), args.use_ema)
     data, student = checkpoint["config"]["data"], is_student(checkpoint)
-    if args.dataset not in (None, data["dataset"]):
-        raise ValueError(f"{args.checkpoint} was trained on {data['dataset']}, not {args.dataset}: leave out --dataset")
-    args.dataset = data["dataset"]
+    args.dataset = trained_on(args, checkpoint)
     if args.sweep is None:
         args.sampler, args.steps = sampler_and_steps(args, checkpoint)
     elif not args.sweep:

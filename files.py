@@ -9,9 +9,9 @@ from collections.abc import Iterator
 from pathlib import Path
 
 
-def one_line(error: Exception, most: int = 120) -> str:
-    """What an error says, for a message of one line: at most so many characters of it."""
-    return " ".join(str(error).split())[:most]
+def one_line(said: object, most: int | None = None) -> str:
+    """What an error says, on one line: at most so many characters of it."""
+    return " ".join(str(said).split())[:most]
 
 
 @contextlib.contextmanager

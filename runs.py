@@ -12,7 +12,7 @@ from filelock import FileLock, Timeout
 
 import parallel
 from checkpoint import load_checkpoint, saved_step
-from files import check_writable, temporaries
+from files import check_writable, one_line, temporaries
 
 # What a run writes into its folder. Everything else there is the user's and is left alone.
 WRITTEN = ("samples/epoch_*.png", "checkpoints/model_*.pt", "model_final.pt", "training_loss.png", "metrics.jsonl",
@@ -127,7 +127,7 @@ def newest_valid(folder: Path) -> tuple[Path, dict] | None:
         try:
             return path, load_checkpoint(path)
         except ValueError as error:
-            print(f"Passing over {' '.join(str(error).split())}")
+            print(f"Passing over {one_line(error)}")
     return None
 
 

@@ -130,10 +130,10 @@ def make_images(args, diffusion, shape, batches: Iterator) -> tuple[torch.Tensor
     return parallel.gather(torch.cat(images)), film
 
 
-def rows_by_class(images: torch.Tensor, labels: torch.Tensor, columns: int) -> torch.Tensor:
-    """uint8 images (N, C, H, W) whose labels (N,) come one after another, with grey ones that fill up the rows."""
+def rows_by_class(images: torch.Tensor, counts: Sequence[int], columns: int) -> torch.Tensor:
+    """uint8 images (N, C, H, W), so many of each class one after another, with grey ones that fill up the rows."""
     rows = []
-    for part in images.split(labels.unique_consecutive(return_counts=True)[1].tolist()):
+    for part in images.split(counts):
         rows += [part, torch.full_like(part[:1], GREY).expand(-len(part) % columns, -1, -1, -1)]
     return torch.cat(rows)
 
@@ -148,9 +148,9 @@ def save(images: torch.Tensor, labels: torch.Tensor | None, by_class: bool, outp
         arrays = {} if labels is None else dict(labels=labels.numpy())
         with atomic_write(output) as file:
             np.savez_compressed(file, arr_0=images.permute(0, 2, 3, 1).numpy(), **arrays)
-    elif by_class and len(counts := labels.unique_consecutive(return_counts=True)[1]) > 1:
-        columns = min(int(counts.max()), MOST_COLUMNS)
-        save_images(rows_by_class(images, labels, columns), output, columns, quantise=False)
+    elif by_class and len(counts := labels.unique_consecutive(return_counts=True)[1].tolist()) > 1:
+        columns = min(max(counts), MOST_COLUMNS)
+        save_images(rows_by_class(images, counts, columns), output, columns, quantise=False)
     else:
         save_images(images, output, quantise=False)
 

@@ -20,7 +20,7 @@ from utils import generator_for, pyplot
 
 Frame = tuple[float, Tensor, Tensor]
 
-LOSS_IMAGES, LOSS_TIMES, GAUSSIAN_IMAGES = 512, 25, 10_000
+ERROR_IMAGES, ERROR_TIMES, GAUSSIAN_IMAGES = 512, 25, 10_000
 EMBEDDED_IMAGES, EMBEDDED_TIMES = 500, 200
 
 
@@ -293,9 +293,10 @@ def draw_loss(model, diffusion: DiffusionProcess, images: ImageData, known: Imag
     with the mean and covariance of the training images `known` leaves.
     """
     T = diffusion.num_timesteps
-    times = sorted({round(t) for t in torch.linspace(0, T - 1, LOSS_TIMES).tolist()})
-    x_0 = to_model(images.images[:LOSS_IMAGES])
-    network = x_0_errors(model, diffusion, x_0, times, seed, images.labels[:LOSS_IMAGES] if model.num_classes else None)
+    times = sorted({round(t) for t in torch.linspace(0, T - 1, ERROR_TIMES).tolist()})
+    x_0 = to_model(images.images[:ERROR_IMAGES])
+    labels = images.labels[:ERROR_IMAGES] if model.num_classes else None
+    network = x_0_errors(model, diffusion, x_0, times, seed, labels)
     bound = gaussian_bound(to_model(known.images[:GAUSSIAN_IMAGES]), diffusion, times)
     figure, (left, right) = pyplot().subplots(1, 2, figsize=(12, 4.2), layout="constrained")
     style = dict(marker="o", markersize=3)

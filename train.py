@@ -202,22 +202,17 @@ class Run:
 
     # -------------------------------------------------------------------------------------------- what it writes
 
-    def record(self, speed: float, val_loss: float | None = None) -> float:
-        """Add a line to metrics.jsonl for the steps since the last; returns their mean loss."""
-        losses = torch.stack(self.losses)
-        loss = losses[losses.isfinite()].mean().item()  # the device is waited for only here
-        trainer, self.losses = self.trainer, []
-        self.records.append(dict(step=trainer.step, epoch=trainer.epoch, images_seen=trainer.images_seen,
-                                 loss=finite(loss), val_loss=finite(val_loss),
-                                 lr=trainer.lr, images_per_second=round(speed, 1), seconds=round(self.seconds, 3)))
-        return loss
+    def record(self, speed: float, val_loss: float | None = None) -> None:
+        """Add a line to metrics.jsonl for the steps since the last."""
+        self.records.append(self.trainer.record(self.losses, speed, self.seconds, val_loss))
+        self.losses = []
 
-    def end_epoch(self, speed: float) -> float:
-        """Validate, log, and write what the number of the epoch that ended here calls for; returns the loss."""
+    def end_epoch(self, speed: float) -> None:
+        """Validate, log, and write what the number of the epoch that ended here calls for."""
         start, trainer = time.perf_counter(), self.trainer
         give_memory_back()
         val_loss = trainer.validation_loss(self.validation)
-        loss = self.record(speed, val_loss)
+        self.record(speed, val_loss)
         epoch = -(-trainer.step // trainer.steps_per_epoch)  # one that a budget cut short counts
         own = [r for r in self.records if r["step"] > (epoch - 1) * trainer.steps_per_epoch]
         before = self.records[-len(own) - 1]["seconds"] if len(own) < len(self.records) else 0.0
@@ -232,7 +227,6 @@ class Run:
             with going_on():
                 write_json_lines(self.records, self.folder / "metrics.jsonl")
         self.closing, self.measured = time.perf_counter() - start + 1.5, True  # with the last checkpoint and the plot
-        return loss
 
     def save_preview(self, epoch: int) -> None:
         """Write the grid of images that sample.py would make, from the same starting noise in every epoch."""
@@ -284,11 +278,6 @@ class Run:
             tqdm.write(f"Warning: {skipped:.0f} steps so far had no finite gradient and were skipped", file=sys.stderr)
 
 
-def finite(value: float | None) -> float | None:
-    """The number, or None, which JSON can write, for what is none."""
-    return value if value is not None and math.isfinite(value) else None
-
-
 @contextlib.contextmanager
 def going_on():
     """Let a run go on where a file cannot be written: there may be room for the next."""
@@ -310,12 +299,13 @@ def train(run: Run) -> None:
             if in_epoch % LOG_STEPS == 0:
                 speed = (trainer.step - first) * trainer.batch_size / (tuning.now(trainer.device) - since)
                 run.expect_closing(speed)
-                loss = run.record(speed) if in_epoch else run.end_epoch(speed)
+                run.record(speed) if in_epoch else run.end_epoch(speed)
                 run.check_gradients()
                 since, first = time.perf_counter(), trainer.step
                 bar.update(round(100 * run.progress) - bar.n)
                 left = tqdm.format_interval(run.time_left(speed))
-                bar.set_postfix_str(f"loss {loss:.4f}, {speed:.0f} images/s, {left} left")
+                loss = run.records[-1]["loss"]
+                bar.set_postfix_str(f"loss {math.nan if loss is None else loss:.4f}, {speed:.0f} images/s, {left} left")
             if run.args.checkpoint_minutes and time.perf_counter() - run.last_save > 60 * run.args.checkpoint_minutes:
                 run.save_if_possible(f"checkpoints/model_step_{trainer.step:08d}.pt")
         bar.update(0 if run.stopped else 100 - bar.n)

@@ -212,6 +212,14 @@ class Trainer:
             count //= 2
         raise RunFailed("out of memory even for one image: choose a smaller --base_channels, or --patch_size 4")
 
+    def record(self, losses: list[Tensor], speed: float, seconds: float, val_loss: float | None = None) -> dict:
+        """A line of metrics.jsonl for the steps that gave `losses` (scalars); null (None) for what is no number."""
+        finite = [loss for loss in torch.stack(losses).tolist() if math.isfinite(loss)]  # waits for the device
+        return dict(step=self.step, epoch=self.epoch, images_seen=self.images_seen,
+                    loss=sum(finite) / len(finite) if finite else None,
+                    val_loss=val_loss if val_loss is not None and math.isfinite(val_loss) else None,
+                    lr=self.lr, images_per_second=round(speed, 1), seconds=round(seconds, 3))
+
     @property
     def checkpoint_bytes(self) -> int:
         """About as much as a checkpoint takes: weights, their average, and the optimisers' two of each at most."""

@@ -19,7 +19,17 @@ import torch
 from torch import Tensor
 
 from checkpoint import load_model
-from cli import Parser, add_shared_flags, guidance, image_labels, is_student, number, sampler_and_steps, script
+from cli import (
+    Parser,
+    add_shared_flags,
+    guidance,
+    image_labels,
+    is_student,
+    number,
+    sampler_and_steps,
+    script,
+    trained_on,
+)
 from data import DATASETS, load_dataset, to_model, to_uint8
 from diffusion import SCHEDULES, DiffusionProcess
 from files import check_writable
@@ -152,18 +162,9 @@ def draw_denoising(args, model, diffusion: DiffusionProcess, checkpoint: dict):
                        f"{args.sampler}, {args.steps} steps: x_t and, below, the clean image expected from it")
 
 
-def open_checkpoint(args):
-    """(model, diffusion, checkpoint) of --checkpoint. ValueError if --dataset is not what it was trained on."""
-    model, diffusion, checkpoint = load_model(args.checkpoint, get_device(args.device))
-    name = checkpoint["config"]["data"]["dataset"]
-    if args.dataset not in (None, name):
-        raise ValueError(f"{args.checkpoint} was trained on {name}, not {args.dataset}: leave out --dataset")
-    return model, diffusion, checkpoint
-
-
 def draw_inside(args, model, diffusion: DiffusionProcess, checkpoint: dict):
     """One of the pictures that need a trained model."""
-    name = checkpoint["config"]["data"]["dataset"]
+    name = args.dataset
     if args.what == "denoising":
         return draw_denoising(args, model, diffusion, checkpoint)
     if args.what in ("attention", "features"):
@@ -181,7 +182,10 @@ def draw_inside(args, model, diffusion: DiffusionProcess, checkpoint: dict):
 def main(argv=None):
     args = parse_args(argv)
     draw = {"forward": draw_forward, "schedules": draw_schedules}.get(args.what, draw_inside)
-    opened = open_checkpoint(args) if args.checkpoint else ()
+    opened = ()
+    if args.checkpoint:
+        opened = load_model(args.checkpoint, get_device(args.device))
+        args.dataset = trained_on(args, opened[2])
     check_writable(args.save_path.parent)
     save_figure(draw(args, *opened), args.save_path)
     print(f"Saved {args.save_path}")

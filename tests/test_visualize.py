@@ -160,7 +160,7 @@ def call(checkpoint, data_dir, path, *flags):
 @pytest.fixture
 def few(monkeypatch):
     """Less to compute: what is tested is that the pictures are drawn."""
-    for name, value in dict(LOSS_IMAGES=8, LOSS_TIMES=4, GAUSSIAN_IMAGES=100, EMBEDDED_IMAGES=30,
+    for name, value in dict(ERROR_IMAGES=8, ERROR_TIMES=4, GAUSSIAN_IMAGES=100, EMBEDDED_IMAGES=30,
                             EMBEDDED_TIMES=20).items():
         monkeypatch.setattr(f"seeing.{name}", value)
 
