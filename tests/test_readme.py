@@ -12,7 +12,8 @@ COMMAND = re.compile(r"(?:python|torchrun [^`\n]*?) (\w+)\.py([^`\n#]*)")
 
 def commands(root):
     """(script, arguments) of every command in the README, in code blocks and in backticks."""
-    found = COMMAND.findall((root / "README.md").read_text())
+    text = re.sub(r"(?<!`)`[^`]+`(?!`)", lambda quoted: quoted[0].replace("\n", " "), (root / "README.md").read_text())
+    found = COMMAND.findall(text)
     return sorted({(name, arguments.strip()) for name, arguments in found})
 
 
