@@ -16,6 +16,8 @@ import torch
 
 from utils import RunFailed
 
+DONE, TOO_SMALL, OTHER = 0, 1, 2  # how a copy of the process ends
+
 
 def out_of_memory(error: BaseException) -> bool:
     """Whether this is what a device, or the host, raises when its memory is too small."""
@@ -47,9 +49,6 @@ def fits_in_memory(work: Callable[[], object], device: torch.device) -> bool:
             raise
         return False
     return True
-
-
-DONE, TOO_SMALL, OTHER = 0, 1, 2
 
 
 def _status_of_a_copy(work: Callable[[], object]) -> int:
