@@ -246,4 +246,4 @@ def _shown(value) -> str:
 
 
 def _first_sentence(error: Exception) -> str:
-    return one_line(error).split(". ")[0][:200]
+    return one_line(error, None).split(". ")[0][:200]

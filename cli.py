@@ -243,5 +243,5 @@ def _complain(message, status: int) -> int:
     if status == 2 and os.environ.get("RANK", "0") != "0":
         return status  # every process of torchrun's finds the same: one says it
     with contextlib.suppress(OSError):
-        print(f"{name}: {one_line(message)}", file=sys.stderr, flush=True)
+        print(f"{name}: {one_line(message, None)}", file=sys.stderr, flush=True)
     return status

@@ -127,7 +127,7 @@ def _download(kind: str, data_dir: Path, train: bool) -> None:
     try:
         getattr(datasets, kind)(data_dir, train=train, download=True)
     except (RuntimeError, OSError, HTTPException) as error:
-        raise ValueError(f"could not download {kind} into {data_dir} ({one_line(error, 120)}): check the network, "
+        raise ValueError(f"could not download {kind} into {data_dir} ({one_line(error)}): check the network, "
                          f"give the folder that holds it with --data_dir, or use --dataset glyphs") from error
 
 
@@ -154,7 +154,7 @@ def _glyphs(data_dir: Path, train: bool) -> tuple[Tensor, Tensor]:
         if images.shape != (count, 28, 28) or images.dtype != np.uint8 or labels.shape != (count,):
             raise ValueError(f"it holds {images.dtype} {images.shape}")
     except Exception as error:  # zipfile, zlib and numpy each have their own for a damaged file
-        raise ValueError(f"{path} is damaged ({one_line(error, 120)}): delete it and run again, "
+        raise ValueError(f"{path} is damaged ({one_line(error)}): delete it and run again, "
                          f"and it is drawn anew") from error
     return torch.from_numpy(images)[:, None], torch.from_numpy(labels).long()
 

@@ -29,7 +29,7 @@ from cli import SHARED_FLAGS, Parser, add_shared_flags, duration, guidance, is_s
 from data import load_dataset
 from diffusion import Denoise, DiffusionProcess
 from samplers import DEFAULT_GUIDANCE, STUDENT_SAMPLER, ddim_step, final_image, generate, guide, spaced_timesteps
-from training import LOG_STEPS, MAX_BAD_STEPS, Trainer
+from training import LOG_STEPS, MAX_BAD_STEPS, Trainer, shown
 from utils import RunFailed, autocast, count_parameters, get_device, save_images, write_json_lines
 
 HUBER = 0.03  # root mean square errors above it count by their size, below it by their square
@@ -202,15 +202,14 @@ class Run:
     def record(self) -> str:
         """Add a line to the records for the steps since the last, and say how it goes. RunFailed if it goes wrong."""
         trainer, (step, since), self.last = self.trainer, self.last, (self.trainer.step, time.perf_counter())
-        losses, self.losses = self.losses, []
         speed = (trainer.step - step) * trainer.batch_size / (time.perf_counter() - since)
         self.closing = CLOSING + SAMPLE_IMAGES * sum(SAMPLE_STEPS) / speed
-        self.records.append(trainer.record(losses, speed, self.seconds))
+        self.records.append(trainer.record(self.losses, speed, self.seconds))
+        self.losses = []
         if trainer.skipped[1] >= MAX_BAD_STEPS:
             raise RunFailed(f"the loss or its gradient was not finite in {trainer.skipped[1]:.0f} steps in a row: try "
                             f"--lr {self.args.lr / 4:g} --muon_lr {self.args.muon_lr / 4:g}, or --precision fp32")
-        loss = self.records[-1]["loss"]
-        return f"loss {math.nan if loss is None else loss:.4f}, {speed:.0f} images/s"
+        return shown(self.records[-1])
 
     def save(self, name: str) -> Path:
         """Write a checkpoint and metrics.jsonl."""

@@ -65,7 +65,7 @@ def load_inception() -> nn.Module:
     try:
         return torchmetrics_image().fid.FrechetInceptionDistance(feature=INCEPTION_FEATURES).inception
     except (ImportError, OSError, RuntimeError) as error:
-        raise ValueError(f"--features inception is not available here ({one_line(error, 120)}): it needs pip install "
+        raise ValueError(f"--features inception is not available here ({one_line(error)}): it needs pip install "
                          f"torch-fidelity and a network to download its weights; --features own needs neither"
                          ) from error
 

@@ -9,8 +9,8 @@ from collections.abc import Iterator
 from pathlib import Path
 
 
-def one_line(said: object, most: int | None = None) -> str:
-    """What an error says, on one line: at most so many characters of it."""
+def one_line(said: object, most: int | None = 120) -> str:
+    """What an error says, on one line: at most so many characters of it, or all (None)."""
     return " ".join(str(said).split())[:most]
 
 

@@ -27,13 +27,12 @@ def out_of_memory(error: BaseException) -> bool:
         isinstance(error, RuntimeError) and any(word in str(error).lower() for word in words))
 
 
-def and_some(count: int) -> int:
-    """So many images are measured where `count` are meant: no two steps lay their memory out alike."""
-    return count + count // 8
+def fits_in_memory(rehearse: Callable[[int], object], count: int, device: torch.device) -> bool:
+    """Whether the memory, with all freed that can be, suffices for rehearse(count), which changes nothing.
 
-
-def fits_in_memory(work: Callable[[], object], device: torch.device) -> bool:
-    """Do `work`, which changes nothing that is needed, with as much memory as can be freed: whether that sufficed."""
+    What is rehearsed is an eighth more, for no two steps lay their memory out alike.
+    """
+    work = partial(rehearse, count + count // 8)
     gc.collect()
     give_memory_back()
     if device.type == "cuda":
@@ -106,7 +105,7 @@ def within_memory(make: Callable, batches: Callable[[int], Iterator], batch_size
         list(islice(trajectory, 2))
 
     fits = batch_size  # measured out here, where what the error held is free again
-    while fits and not fits_in_memory(partial(rehearse, and_some(fits)), device):
+    while fits and not fits_in_memory(rehearse, fits, device):
         fits //= 2
     advice = {0: ", and even for one: close other programs, or choose another --device",
               batch_size: ", which fit by themselves (measured): ask for fewer images in all"}

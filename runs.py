@@ -127,7 +127,7 @@ def newest_valid(folder: Path) -> tuple[Path, dict] | None:
         try:
             return path, load_checkpoint(path)
         except ValueError as error:
-            print(f"Passing over {one_line(error)}")
+            print(f"Passing over {one_line(error, None)}")
     return None
 
 

@@ -31,7 +31,7 @@ from memory import give_memory_back, out_of_memory
 from models import create_model
 from options import RECIPES, fill_in, make_parser, more_epochs, resume_command, saved_flags
 from samplers import DEFAULT_STEPS, final_image, generate
-from training import LOG_STEPS, LOSS_IMAGES, MAX_BAD_STEPS, Trainer
+from training import LOG_STEPS, LOSS_IMAGES, MAX_BAD_STEPS, Trainer, shown
 from utils import (
     RunFailed,
     autocast,
@@ -299,13 +299,15 @@ def train(run: Run) -> None:
             if in_epoch % LOG_STEPS == 0:
                 speed = (trainer.step - first) * trainer.batch_size / (tuning.now(trainer.device) - since)
                 run.expect_closing(speed)
-                run.record(speed) if in_epoch else run.end_epoch(speed)
+                if in_epoch:
+                    run.record(speed)
+                else:
+                    run.end_epoch(speed)
                 run.check_gradients()
                 since, first = time.perf_counter(), trainer.step
                 bar.update(round(100 * run.progress) - bar.n)
                 left = tqdm.format_interval(run.time_left(speed))
-                loss = run.records[-1]["loss"]
-                bar.set_postfix_str(f"loss {math.nan if loss is None else loss:.4f}, {speed:.0f} images/s, {left} left")
+                bar.set_postfix_str(f"{shown(run.records[-1])}, {left} left")
             if run.args.checkpoint_minutes and time.perf_counter() - run.last_save > 60 * run.args.checkpoint_minutes:
                 run.save_if_possible(f"checkpoints/model_step_{trainer.step:08d}.pt")
         bar.update(0 if run.stopped else 100 - bar.n)

@@ -6,7 +6,6 @@ any number of processes draws the same batches.
 
 import copy
 import math
-from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -17,7 +16,7 @@ import tuning
 from checkpoint import is_like
 from data import ImageData, to_model
 from diffusion import DiffusionProcess
-from memory import and_some, fits_in_memory
+from memory import fits_in_memory
 from muon import Muon, hidden_matrices
 from utils import RunFailed, autocast, generator_for
 
@@ -53,6 +52,12 @@ def make_optimizers(model: nn.Module, name: str, lr: float, muon_lr: float, weig
         for group in optimizer.param_groups:
             group["initial_lr"] = group["lr"]
     return optimizers
+
+
+def shown(record: dict) -> str:
+    """What a progress bar says of a line of metrics.jsonl."""
+    loss = math.nan if record["loss"] is None else record["loss"]
+    return f"loss {loss:.4f}, {record['images_per_second']:.0f} images/s"
 
 
 def ema_decay_at(step: int, decay: float) -> float:
@@ -206,7 +211,7 @@ class Trainer:
         """
         while count >= parallel.size():
             count -= count % parallel.size()
-            fits = fits_in_memory(partial(self.rehearse, and_some(count // parallel.size())), self.device)
+            fits = fits_in_memory(self.rehearse, count // parallel.size(), self.device)
             if parallel.smallest(fits) if agree else fits:
                 return count
             count //= 2

@@ -139,7 +139,7 @@ def compiled(network: nn.Module, attempt: Callable[[nn.Module], None], insist: b
     except Exception as error:  # those of the compilers have no class in common
         if out_of_memory(error):
             raise
-        problem = f"this machine cannot compile the network ({one_line(error, 120)})"
+        problem = f"this machine cannot compile the network ({one_line(error)})"
         if insist:
             raise ValueError(f"{problem}: install a C++ compiler such as g++, or leave out --compile") from error
         print(f"Not compiled: {problem}", flush=True)
@@ -191,4 +191,4 @@ class Recorded:
                 self.output = self.function(*self.inputs)
             self.graph = graph
         except RuntimeError as error:
-            print(f"Not recorded as a CUDA graph: {one_line(error, 120)}", flush=True)
+            print(f"Not recorded as a CUDA graph: {one_line(error)}", flush=True)
