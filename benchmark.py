@@ -37,11 +37,11 @@ from pathlib import Path
 import numpy as np
 
 from benchmarks.peers import PEERS, installed
-from benchmarks.pictures import PLOTS
+from benchmarks.plots import PLOTS
 from checkpoint import load_checkpoint
-from cli import Parser, add_shared_flags, duration, number, script
 from data import load_dataset
-from files import atomic_write, check_writable
+from runtime.cli import Parser, add_shared_flags, duration, number, script
+from runtime.files import atomic_write, check_writable
 from samplers import DEFAULT_STEPS
 from utils import RunFailed, get_device
 

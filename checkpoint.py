@@ -18,8 +18,8 @@ from torch import nn
 
 from data import ImageData
 from diffusion import DiffusionProcess
-from files import atomic_write, check_archive, one_line, verified_archive
 from models import create_model
+from runtime.files import atomic_write, check_archive, one_line, verified_archive
 
 FORMAT = "tiny-diffusion-1"
 FIELDS = {"config": dict, "model": dict, "ema": dict, "optimizer": dict, "step": int, "epoch": int,

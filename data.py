@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from files import atomic_write, one_line
+from runtime.files import atomic_write, one_line
 
 VALIDATION_IMAGES = 5000
 SPLITS = ("train", "validation", "test")
@@ -160,7 +160,7 @@ def _glyphs(data_dir: Path, train: bool) -> tuple[Tensor, Tensor]:
 
 
 def _draw_glyphs(path: Path, count: int, seed: int) -> None:
-    from glyphs import draw_glyphs
+    from data_sources.glyphs import draw_glyphs
 
     print(f"Drawing {count:,} glyphs into {path} (once) ...", flush=True)
     threads = torch.get_num_threads()

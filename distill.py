@@ -22,14 +22,13 @@ from torch import Tensor
 from torch.nn import functional as F
 from tqdm import tqdm
 
-import runs
-import tuning
 from checkpoint import load_model, misfit, save_checkpoint
-from cli import SHARED_FLAGS, Parser, add_shared_flags, duration, guidance, is_student, number, script
 from data import load_dataset
 from diffusion import Denoise, DiffusionProcess
+from runtime.cli import SHARED_FLAGS, Parser, add_shared_flags, duration, guidance, is_student, number, script
 from samplers import DEFAULT_GUIDANCE, STUDENT_SAMPLER, ddim_step, final_image, generate, guide, spaced_timesteps
-from training import LOG_STEPS, MAX_BAD_STEPS, Trainer, shown
+from training import autotune, run_folder
+from training.trainer import LOG_STEPS, MAX_BAD_STEPS, Trainer, shown
 from utils import RunFailed, autocast, count_parameters, get_device, save_images, write_json_lines
 
 HUBER = 0.03  # root mean square errors above it count by their size, below it by their square
@@ -144,7 +143,7 @@ class Run:
     def __init__(self, args, startup: float):
         self.args, self.folder, self.clock = args, Path(args.output_dir), time.perf_counter() - startup
         device = get_device(args.device)
-        tuning.prepare(device)
+        autotune.prepare(device)
         teacher, process, checkpoint = load_model(args.checkpoint, device)
         self.check(teacher, process, checkpoint)
         args.guidance_scale = guidance(args.guidance_scale, teacher.num_classes)
@@ -172,7 +171,7 @@ class Run:
         if args.guidance_scale not in (None, 1) and not teacher.num_classes:
             raise ValueError("this checkpoint was trained without labels: leave --guidance_scale out, or train one "
                              "with python train.py --conditional")
-        if Path(args.checkpoint).resolve() in (path.resolve() for path in runs.results(self.folder)):
+        if Path(args.checkpoint).resolve() in (path.resolve() for path in run_folder.results(self.folder)):
             raise ValueError(f"{args.output_dir} holds the teacher, which a new run there would move away: choose "
                              f"another --output_dir")
 
@@ -181,10 +180,10 @@ class Run:
         args, student = self.args, copy.deepcopy(teacher).requires_grad_(True)
         consistency = Consistency(process, teacher, args.teacher_steps, args.guidance_scale, args.teacher_order)
         conditional, count = bool(teacher.num_classes), min(args.batch_size, len(data.images))
-        args.precision, layout = tuning.choose(args.precision, None, student, consistency, data, conditional, count,
-                                               tuning.seconds_for_trials(math.inf, args.budget))
+        args.precision, layout = autotune.choose(args.precision, None, student, consistency, data, conditional, count,
+                                               autotune.seconds_for_trials(math.inf, args.budget))
         for network in (teacher, student):
-            network.to(memory_format=tuning.LAYOUTS[layout])
+            network.to(memory_format=autotune.LAYOUTS[layout])
         return Trainer(data, student, consistency, batch_size=count, lr=args.lr, muon_lr=args.muon_lr,
                        conditional=conditional, label_dropout=0.0, precision=args.precision, seed=args.seed,
                        recorded=data.images.device.type == "cuda")
@@ -253,13 +252,13 @@ def distill(run: Run) -> None:
 @script
 def main(argv=None):
     args, startup = parse_args(argv), time.process_time() if argv is None else 0.0
-    with runs.claim(args.output_dir) as folder, runs.stop_on_signals(Run(args, startup)) as run:
+    with run_folder.claim(args.output_dir) as folder, run_folder.stop_on_signals(Run(args, startup)) as run:
         trainer = run.trainer
-        runs.check_space(folder, trainer.checkpoint_bytes)
+        run_folder.check_space(folder, trainer.checkpoint_bytes)
         print(f"Using device: {trainer.device}")
         print(f"{trainer.data.name}: {len(trainer.data.images):,} images; a student of "
               f"{count_parameters(trainer.model):,} parameters; {trainer.precision}", flush=True)
-        place = runs.set_aside(folder)
+        place = run_folder.set_aside(folder)
         if place:
             print(f"Moved the results of an older run to {place}")
         partial = "checkpoints/model_step_{:08d}.pt"

@@ -26,7 +26,11 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from checkpoint import MAX_COUNT, load_model, misfit
-from checks import (
+from data import ImageData, load_dataset, to_model, to_uint8
+from diffusion import DiffusionProcess
+from evaluation.features import load_feature_network, look
+from evaluation.gaussian import gaussian_bound
+from evaluation.health_checks import (
     Finding,
     check_copies,
     check_data,
@@ -44,15 +48,11 @@ from checks import (
     check_versions,
     judge,
 )
-from cli import Parser, add_shared_flags, guidance, is_student, sampler_and_steps, script, trained_on
-from data import ImageData, load_dataset, to_model, to_uint8
-from diffusion import DiffusionProcess
-from features import load_feature_network, look
-from gaussian import gaussian_bound
-from metrics import closeness, nearest
+from evaluation.metrics import closeness, nearest
 from models import create_model
-from options import more_epochs, resume_command
+from runtime.cli import Parser, add_shared_flags, guidance, is_student, sampler_and_steps, script, trained_on
 from samplers import final_image, generate
+from training.flags import more_epochs, resume_command
 from utils import generator_for, get_device, pick_precision
 
 SAMPLES = 64  # images that a checkpoint is asked for

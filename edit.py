@@ -19,11 +19,11 @@ from torch import Tensor
 from tqdm import tqdm
 
 from checkpoint import load_model
-from cli import SHARED_FLAGS, Parser, add_shared_flags, asked_labels, guidance, is_student, number, script
 from data import load_dataset, to_model, to_uint8
+from data_sources.pictures import read_mask, read_picture
 from editing import ddim_inversion, inpaint, slerp
-from files import check_writable
-from pictures import read_mask, read_picture
+from runtime.cli import SHARED_FLAGS, Parser, add_shared_flags, asked_labels, guidance, is_student, number, script
+from runtime.files import check_writable
 from samplers import (
     DEFAULT_GUIDANCE,
     DEFAULT_SPACING,

@@ -25,9 +25,35 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-import parallel
 from checkpoint import load_model
-from cli import (
+from data import DATASETS, SPLITS, ImageData, load_dataset, to_uint8
+from data_sources.pictures import read_images
+from diffusion import DiffusionProcess
+from evaluation.classifier import CLASSIFIERS, Classifier
+from evaluation.features import (
+    INCEPTION_FEATURES,
+    Seen,
+    load_feature_network,
+    load_inception,
+    look,
+    new_classifier,
+    torchmetrics_image,
+    train_features,
+    weights_digest,
+)
+from evaluation.metrics import (
+    check_count,
+    class_shares,
+    closeness,
+    estimate,
+    figures,
+    mean_without,
+    nearest,
+    random_groups,
+)
+from evaluation.sweep import Made, plot_cells, plot_sweep, print_row, print_title, sweep
+from runtime import distributed
+from runtime.cli import (
     SHARED_FLAGS,
     Parser,
     add_shared_flags,
@@ -39,35 +65,9 @@ from cli import (
     script,
     trained_on,
 )
-from data import DATASETS, SPLITS, ImageData, load_dataset, to_uint8
-from diffusion import DiffusionProcess
-from features import (
-    INCEPTION_FEATURES,
-    Seen,
-    load_feature_network,
-    load_inception,
-    look,
-    new_classifier,
-    torchmetrics_image,
-    train_features,
-    weights_digest,
-)
-from files import atomic_write, check_writable
-from memory import within_memory
-from metrics import (
-    check_count,
-    class_shares,
-    closeness,
-    estimate,
-    figures,
-    mean_without,
-    nearest,
-    random_groups,
-)
-from models.classifier import CLASSIFIERS, Classifier
-from pictures import read_images
+from runtime.files import atomic_write, check_writable
+from runtime.memory import within_memory
 from samplers import SAMPLERS, STUDENT_SAMPLER, final_image, generate, uniform_timesteps
-from sweep import Made, plot_cells, plot_sweep, print_row, print_title, sweep
 from utils import autocast, get_device, pick_precision, save_images
 
 MAKING_FLAGS = ("num_images", "use_ema", "sampler", "spacing", "steps", "eta", "guidance_interval", "batch_size")
@@ -166,21 +166,21 @@ def open_checkpoint(args) -> Source:
 def make_images(args, source: Source, sampler: str, steps: int, scale: float, count: int | None = None) -> Made:
     """Images by the checkpoint's network; each process makes its share of them. ValueError if they are not finite."""
     evaluations, count, device = [], count or args.num_images, source.diffusion.device
-    mine = range(count)[parallel.share(count)]
+    mine = range(count)[distributed.share(count)]
     batches = partial(generate, source.model, source.diffusion, source.shape, mine, seed=args.seed, sampler=sampler,
                       steps=steps, spacing=args.spacing, eta=args.eta, labels=source.labels, guidance_scale=scale,
                       guidance_interval=args.guidance_interval)
     counter = source.model.register_forward_hook(lambda _, inputs, __: evaluations.append(len(inputs[0])))
     start = time.perf_counter()
     with (tqdm(total=len(mine), unit="image", desc=f"{sampler}, {steps} steps", leave=False,
-               disable=parallel.rank() > 0) as bar,
+               disable=distributed.rank() > 0) as bar,
           autocast(device, pick_precision(args.precision, device))):
         images = within_memory(partial(quantised, bar), lambda n: batches(batch_size=n), args.batch_size, device)
     counter.remove()
-    if not parallel.gather(torch.tensor([images is not None])).all():
+    if not distributed.gather(torch.tensor([images is not None])).all():
         raise ValueError(f"{args.checkpoint} makes images that are not finite numbers: train it again")
-    images = parallel.gather(torch.cat([torch.empty(0, *source.shape, dtype=torch.uint8), *images]))
-    evaluated = parallel.gather(torch.tensor([sum(evaluations)])).sum().item()
+    images = distributed.gather(torch.cat([torch.empty(0, *source.shape, dtype=torch.uint8), *images]))
+    evaluated = distributed.gather(torch.tensor([sum(evaluations)])).sum().item()
     return Made(images, source.labels, evaluated / count, time.perf_counter() - start)
 
 
@@ -298,7 +298,7 @@ def circumstances(args, argv, yardstick: Yardstick, count: int) -> dict:
     if args.checkpoint:
         made = dict(checkpoint=args.checkpoint, use_ema=args.use_ema, seed=args.seed, sampler=args.sampler,
                     steps=args.steps, spacing=args.spacing, eta=args.eta, guidance_scale=args.guidance_scale,
-                    guidance_interval=args.guidance_interval, batch_size=args.batch_size, processes=parallel.size(),
+                    guidance_interval=args.guidance_interval, batch_size=args.batch_size, processes=distributed.size(),
                     checkpoint_sha256=hashlib.sha256(Path(args.checkpoint).read_bytes()).hexdigest())
     device = get_device(args.device)
     return dict(command=["evaluate.py", *(sys.argv[1:] if argv is None else argv)], **made,
@@ -388,19 +388,19 @@ def run_sweep(args, argv, yardstick: Yardstick | None, source: Source, output: P
 @script
 def main(argv=None):
     args = parse_args(argv)
-    args.device = parallel.local_device(args.device)
+    args.device = distributed.local_device(args.device)
     device = get_device(args.device)
-    parallel.start(device)
-    if parallel.size() > 1 and not args.checkpoint:
+    distributed.start(device)
+    if distributed.size() > 1 and not args.checkpoint:
         raise ValueError("several processes share the making of images: without --checkpoint leave torchrun out")
     if args.train_features:
         bf16 = pick_precision(args.precision, device) == "bf16"
         print(train_features(args.train_features, args.data_dir, device, args.seed, bf16, progress("training")))
         return
     torchmetrics_image()
-    with parallel.first_alone():  # a download; and what is refused is refused by all
+    with distributed.first_alone():  # a download; and what is refused is refused by all
         source = open_checkpoint(args) if args.checkpoint else None
-        output = Path(args.output_dir) if parallel.rank() else check_writable(args.output_dir)
+        output = Path(args.output_dir) if distributed.rank() else check_writable(args.output_dir)
         data = load_dataset(args.dataset, args.reference, args.data_dir)
         shape, classes = data.images.shape[1:], len(data.class_names)
         made = None if source else Made(*read_images(Path(args.images), shape, classes), nfe=0, seconds=0)
@@ -408,14 +408,14 @@ def main(argv=None):
             raise ValueError("--cas needs labels: a checkpoint trained with --conditional, or `labels` in the .npz")
         count = args.num_images if source else len(made.images)
         networks = open_networks(args, data.name, count)
-    yardstick = None if parallel.rank() else make_yardstick(args, data, count, *networks)
+    yardstick = None if distributed.rank() else make_yardstick(args, data, count, *networks)
     if args.sweep:
         run_sweep(args, argv, yardstick, source, output)
     else:
         made = made or make_images(args, source, args.sampler, args.steps, *args.guidance_scale)
         if yardstick:
             evaluate(args, argv, yardstick, made, output)
-    parallel.finish()
+    distributed.finish()
 
 
 if __name__ == "__main__":

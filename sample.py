@@ -19,9 +19,10 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-import parallel
 from checkpoint import load_model
-from cli import (
+from data import to_uint8
+from runtime import distributed
+from runtime.cli import (
     SHARED_FLAGS,
     Parser,
     add_shared_flags,
@@ -32,9 +33,8 @@ from cli import (
     sampler_and_steps,
     script,
 )
-from data import to_uint8
-from files import atomic_write, check_writable
-from memory import within_memory
+from runtime.files import atomic_write, check_writable
+from runtime.memory import within_memory
 from samplers import generate, image_noise, uniform_timesteps
 from utils import GREY, autocast, get_device, pick_precision, save_gif, save_images
 
@@ -99,7 +99,7 @@ class Film:
 
 def my_share(args) -> range:
     """The numbers of the images that this process makes."""
-    return range(args.num_images)[parallel.share(args.num_images)]
+    return range(args.num_images)[distributed.share(args.num_images)]
 
 
 def image_batches(args, model, diffusion, shape, labels, batch_size: int) -> Iterator:
@@ -114,7 +114,7 @@ def make_images(args, diffusion, shape, batches: Iterator) -> tuple[torch.Tensor
     film = Film() if args.show_intermediate or args.gif else None
     keep, pairs, images = shown_steps(args.steps, FILM_FRAMES), shown_steps(args.steps, GIF_FRAMES), []
     total = -(-len(my_share(args)) // args.batch_size) * args.steps
-    with tqdm(total=total, unit="step", desc="sampling", disable=parallel.rank() > 0) as bar:
+    with tqdm(total=total, unit="step", desc="sampling", disable=distributed.rank() > 0) as bar:
         for batch, trajectory in batches:
             if film:
                 film.add(diffusion.num_timesteps - 1, image_noise(batch, args.seed, shape)())
@@ -126,8 +126,8 @@ def make_images(args, diffusion, shape, batches: Iterator) -> tuple[torch.Tensor
                     film.add_pair(x, x_0_hat)
             images.append(x.cpu())
     if film:
-        film.frames = {t: [parallel.gather(torch.cat(parts))] for t, parts in film.frames.items()}
-    return parallel.gather(torch.cat(images)), film
+        film.frames = {t: [distributed.gather(torch.cat(parts))] for t, parts in film.frames.items()}
+    return distributed.gather(torch.cat(images)), film
 
 
 def rows_by_class(images: torch.Tensor, counts: Sequence[int], columns: int) -> torch.Tensor:
@@ -159,10 +159,10 @@ def save(images: torch.Tensor, labels: torch.Tensor | None, by_class: bool, outp
 def main(argv=None):
     args = parse_args(argv)
     output = Path(args.output)
-    device = get_device(parallel.local_device(args.device))
-    parallel.start(device)
-    if args.num_images < parallel.size():
-        raise ValueError(f"{args.num_images} images do not divide among {parallel.size()} processes: choose more")
+    device = get_device(distributed.local_device(args.device))
+    distributed.start(device)
+    if args.num_images < distributed.size():
+        raise ValueError(f"{args.num_images} images do not divide among {distributed.size()} processes: choose more")
     model, diffusion, checkpoint = load_model(args.checkpoint, device, args.use_ema)
     config = checkpoint["config"]["data"]
     labels = image_labels(args, model.num_classes, config["class_names"])
@@ -171,7 +171,7 @@ def main(argv=None):
     check_useful(args, [args.sampler], guided=args.guidance_scale != 1)
     args.eta = args.eta or 0.0
     uniform_timesteps(diffusion.num_timesteps, args.steps)  # an impossible number is told before any work
-    if parallel.rank() == 0:
+    if distributed.rank() == 0:
         check_writable(output.parent)
     print(f"Using device: {diffusion.device}")
     start = time.perf_counter()
@@ -180,8 +180,8 @@ def main(argv=None):
                                      partial(image_batches, args, model, diffusion, config["shape"], labels),
                                      args.batch_size, device)
     print(f"{len(images)} images by {args.sampler} in {args.steps} steps: {time.perf_counter() - start:.2f} s")
-    if parallel.rank():
-        return parallel.finish()
+    if distributed.rank():
+        return distributed.finish()
     save(images, labels, args.label is not None, output)
     written = [output, *(film.save(output) if args.show_intermediate else [])]
     if args.gif:
@@ -189,7 +189,7 @@ def main(argv=None):
         written.append(output.with_suffix(".gif"))
     for path in written:
         print(f"Saved {path}")
-    parallel.finish()
+    distributed.finish()
 
 
 if __name__ == "__main__":

@@ -20,18 +20,17 @@ import torch
 from torch import nn
 from tqdm import tqdm
 
-import parallel
-import runs
-import tuning
 from checkpoint import save_checkpoint
-from cli import guidance, script
 from data import ImageData, load_dataset, to_model
 from diffusion import DiffusionProcess
-from memory import give_memory_back, out_of_memory
 from models import create_model
-from options import RECIPES, fill_in, make_parser, more_epochs, resume_command, saved_flags
+from runtime import distributed
+from runtime.cli import guidance, script
+from runtime.memory import give_memory_back, out_of_memory
 from samplers import DEFAULT_STEPS, final_image, generate
-from training import LOG_STEPS, LOSS_IMAGES, MAX_BAD_STEPS, Trainer, shown
+from training import autotune, run_folder
+from training.flags import RECIPES, fill_in, make_parser, more_epochs, resume_command, saved_flags
+from training.trainer import LOG_STEPS, LOSS_IMAGES, MAX_BAD_STEPS, Trainer, shown
 from utils import (
     RunFailed,
     autocast,
@@ -63,9 +62,9 @@ def parse_args(argv: Sequence[str] | None):
     if args.recipe != "fast":
         parser.set_defaults(**RECIPES[args.recipe])
         args = parser.parse_args(argv)
-    if args.resume or parallel.restarts():
-        parallel.start(get_device(parallel.local_device(args.device)))
-        found = parallel.from_first(None if parallel.rank() else runs.newest_valid(Path(args.output_dir)))
+    if args.resume or distributed.restarts():
+        distributed.start(get_device(distributed.local_device(args.device)))
+        found = distributed.from_first(None if distributed.rank() else run_folder.newest_valid(Path(args.output_dir)))
         if found:
             path, saved = found
             if saved["config"]["training"].get("student"):
@@ -86,10 +85,10 @@ class Run:
 
     def __init__(self, args, saved: dict | None, startup: float):
         self.args, self.folder, self.clock = args, Path(args.output_dir), time.perf_counter() - startup
-        device = get_device(parallel.local_device(args.device))
-        tuning.prepare(device)
+        device = get_device(distributed.local_device(args.device))
+        autotune.prepare(device)
         fill_in(args, device)
-        with parallel.first_alone():
+        with distributed.first_alone():
             data = load_dataset(args.dataset, "train", args.data_dir).first(args.train_images or sys.maxsize)
         self.validation = load_dataset(args.dataset, "validation", args.data_dir)
         self.shape = tuple(data.images.shape[1:])
@@ -123,17 +122,17 @@ class Run:
         args, device, measure = self.args, data.images.device, self.args.batch_size == "auto"
         args.batch_size = RECIPES[args.recipe]["batch_size"] if measure else args.batch_size
         size = min(args.batch_size, len(data.images))
-        seconds = tuning.seconds_for_trials(args.epochs * len(data.images) // size if args.epochs else math.inf,
+        seconds = autotune.seconds_for_trials(args.epochs * len(data.images) // size if args.epochs else math.inf,
                                             args.budget)
-        args.precision, args.layout = tuning.choose(args.precision, args.layout, model, diffusion, data,
-                                                    args.conditional, -(-size // parallel.size()), seconds)
-        recorded = device.type == "cuda" and parallel.size() == 1 and args.compile is not False
-        trainer = Trainer(data, model.to(memory_format=tuning.LAYOUTS[args.layout]), diffusion, recorded=recorded,
+        args.precision, args.layout = autotune.choose(args.precision, args.layout, model, diffusion, data,
+                                                    args.conditional, -(-size // distributed.size()), seconds)
+        recorded = device.type == "cuda" and distributed.size() == 1 and args.compile is not False
+        trainer = Trainer(data, model.to(memory_format=autotune.LAYOUTS[args.layout]), diffusion, recorded=recorded,
                           **{name: getattr(args, name) for name in TRAINER_FLAGS})
         if measure:
             trainer.batch_size = args.batch_size = trainer.fitting_batch(trainer.batch_size)
             print(f"A batch of {args.batch_size} images fits in memory")
-        if args.compile or (args.compile is None and tuning.worth_compiling(args.budget, device)):
+        if args.compile or (args.compile is None and autotune.worth_compiling(args.budget, device)):
             trainer.compile(insist=bool(args.compile))
         return trainer
 
@@ -157,7 +156,7 @@ class Run:
         """What to type to go on, if --resume finds a run that is complete and asks for no more than it had."""
         args, seconds = self.args, saved["seconds"] + self.seconds
         over = saved["epoch"] >= (args.epochs or math.inf) or seconds >= (args.budget or math.inf) - self.closing
-        if args.resume and parallel.from_first(over and runs.is_complete(self.folder)):
+        if args.resume and distributed.from_first(over and run_folder.is_complete(self.folder)):
             return (f"The run in {self.folder} is complete already, with {saved['epoch']:,} epochs in "
                     f"{saved['seconds']:.0f} seconds: go on with {resume_command(args)} --epochs "
                     f"{more_epochs(saved['epoch'])}, or with a --budget well beyond these seconds, which it includes")
@@ -178,13 +177,13 @@ class Run:
         """
         in_time = self.seconds / max(1e-9, self.args.budget - self.closing) if self.args.budget else 0.0
         self.progress = min(1.0, max(self.trainer.step / self.total_steps, in_time))
-        if parallel.size() == 1:
+        if distributed.size() == 1:
             self.stopped = self.signal
         elif self.trainer.step % AGREE_STEPS == 0:
             mine = torch.tensor([in_time, self.signal or 0], device=self.trainer.device)
-            self.agreed_time, stop = parallel.largest(mine).tolist()
+            self.agreed_time, stop = distributed.largest(mine).tolist()
             self.stopped = int(stop)
-        if parallel.size() > 1:
+        if distributed.size() > 1:
             self.progress = min(1.0, max(self.trainer.step / self.total_steps, self.agreed_time))
         return self.progress < 1 and not self.stopped
 
@@ -223,21 +222,21 @@ class Run:
             self.save_preview(epoch)
         if self.args.save_interval and epoch % self.args.save_interval == 0:
             self.save_if_possible(f"checkpoints/model_epoch_{epoch:03d}.pt")
-        elif parallel.rank() == 0:
+        elif distributed.rank() == 0:
             with going_on():
                 write_json_lines(self.records, self.folder / "metrics.jsonl")
         self.closing, self.measured = time.perf_counter() - start + 1.5, True  # with the last checkpoint and the plot
 
     def save_preview(self, epoch: int) -> None:
         """Write the grid of images that sample.py would make, from the same starting noise in every epoch."""
-        trainer, indices = self.trainer, range(PREVIEW_IMAGES)[parallel.share(PREVIEW_IMAGES)]
+        trainer, indices = self.trainer, range(PREVIEW_IMAGES)[distributed.share(PREVIEW_IMAGES)]
         labels = torch.arange(PREVIEW_IMAGES) % len(trainer.data.class_names) if trainer.conditional else None
         with autocast(trainer.device, trainer.precision):
             images = [final_image(trajectory) for _, trajectory in generate(
                 trainer.ema, trainer.diffusion, self.shape, indices, seed=trainer.seed, labels=labels,
                 guidance_scale=guidance(None, labels), steps=min(DEFAULT_STEPS, trainer.diffusion.num_timesteps))]
-        images = parallel.gather(torch.cat(images) if images else torch.empty(0, *self.shape))
-        if parallel.rank() == 0:
+        images = distributed.gather(torch.cat(images) if images else torch.empty(0, *self.shape))
+        if distributed.rank() == 0:
             with going_on():
                 save_images(images, self.folder / f"samples/epoch_{epoch:03d}.png")
 
@@ -246,12 +245,12 @@ class Run:
         self.last_save = time.perf_counter()
         if not self.trainer.is_finite():
             raise RunFailed(f"the weights are not finite after step {self.trainer.step}; {self.remedy()}")
-        if parallel.rank() == 0:
+        if distributed.rank() == 0:
             history = dict(records=self.records, losses=[loss.item() for loss in self.losses],
                            skipped=self.trainer.skipped.tolist())
             save_checkpoint(self.folder / name, config=self.config, seconds=self.seconds, history=history,
                             **self.trainer.state())
-            runs.prune(self.folder, self.args.keep_checkpoints)
+            run_folder.prune(self.folder, self.args.keep_checkpoints)
             write_json_lines(self.records, self.folder / "metrics.jsonl")
         return self.folder / name
 
@@ -291,13 +290,13 @@ def going_on():
 def train(run: Run) -> None:
     """The loop: steps, a line in the log every LOG_STEPS, and after each epoch validation, samples, checkpoints."""
     trainer, since, first = run.trainer, time.perf_counter(), run.trainer.step
-    with tqdm(total=100, unit="%", dynamic_ncols=True, disable=parallel.rank() > 0,
+    with tqdm(total=100, unit="%", dynamic_ncols=True, disable=distributed.rank() > 0,
               bar_format="{percentage:3.0f}%|{bar}| [{elapsed}{postfix}]") as bar:
         while run.goes_on():
             run.losses.append(trainer.train_step(run.progress))
             in_epoch = trainer.step % trainer.steps_per_epoch
             if in_epoch % LOG_STEPS == 0:
-                speed = (trainer.step - first) * trainer.batch_size / (tuning.now(trainer.device) - since)
+                speed = (trainer.step - first) * trainer.batch_size / (autotune.now(trainer.device) - since)
                 run.expect_closing(speed)
                 if in_epoch:
                     run.record(speed)
@@ -312,7 +311,7 @@ def train(run: Run) -> None:
                 run.save_if_possible(f"checkpoints/model_step_{trainer.step:08d}.pt")
         bar.update(0 if run.stopped else 100 - bar.n)
     if run.losses and not run.stopped:  # the time was over within an epoch
-        run.end_epoch((trainer.step - first) * trainer.batch_size / (tuning.now(trainer.device) - since))
+        run.end_epoch((trainer.step - first) * trainer.batch_size / (autotune.now(trainer.device) - since))
         run.check_gradients()
 
 
@@ -324,7 +323,7 @@ def train_or_explain(run: Run) -> None:
         run.save_if_possible(f"checkpoints/model_step_{run.trainer.step:08d}.pt")
         raise
     except (RuntimeError, MemoryError) as error:
-        if parallel.lost(error):
+        if distributed.lost(error):
             raise RunFailed(f"another process of this run has ended: go on with {resume_command(run.args)}") from error
         if not out_of_memory(error):
             raise
@@ -337,14 +336,14 @@ def train_or_explain(run: Run) -> None:
 @script
 def main(argv=None):
     args, saved = parse_args(argv)
-    parallel.start(get_device(parallel.local_device(args.device)))
+    distributed.start(get_device(distributed.local_device(args.device)))
     startup = time.process_time() if argv is None else 0.0
-    with runs.claim(args.output_dir) as folder, runs.stop_on_signals(Run(args, saved, startup)) as run:
+    with run_folder.claim(args.output_dir) as folder, run_folder.stop_on_signals(Run(args, saved, startup)) as run:
         trainer = run.trainer
         if run.complete:
             return print(run.complete)
-        if parallel.rank() == 0:
-            runs.check_space(folder, trainer.checkpoint_bytes)
+        if distributed.rank() == 0:
+            run_folder.check_space(folder, trainer.checkpoint_bytes)
         print(f"Using device: {trainer.device}")
         print(f"{trainer.data.name}: {len(trainer.data.images):,} images; network of "
               f"{count_parameters(trainer.model):,} parameters; {trainer.precision}", flush=True)
@@ -352,21 +351,21 @@ def main(argv=None):
         if run.progress == 1 and not trainer.step:
             raise ValueError(f"the {args.budget:g} s of --budget were over before the first step: give it more, "
                              f"such as --budget {math.ceil(run.seconds + run.closing + 10)}s")
-        place = None if saved or parallel.rank() else runs.set_aside(folder)
+        place = None if saved or distributed.rank() else run_folder.set_aside(folder)
         if place:
             print(f"Moved the results of an older run to {place}")
         train_or_explain(run)
         if run.stopped:
             path = run.save(f"checkpoints/model_step_{trainer.step:08d}.pt")
-            parallel.from_first(None)  # all wait for the file: torchrun ends the others as soon as one has ended
+            distributed.from_first(None)  # all wait for the file: torchrun ends the others as soon as one has ended
             print(f"Stopped by a signal after {trainer.step:,} steps; saved {path}: go on with "
                   f"{resume_command(args)}")
             return 128 + run.stopped
         path = run.save("model_final.pt")
-        if parallel.rank() == 0:
+        if distributed.rank() == 0:
             plot_losses(run.records, folder / "training_loss.png")
         print(f"Saved {path}: python sample.py --checkpoint {path}")
-    parallel.finish()
+    distributed.finish()
 
 
 if __name__ == "__main__":

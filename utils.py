@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from data import to_uint8
-from files import atomic_write
+from runtime.files import atomic_write
 
 GREY = 64  # the level of the lines between the pictures of a grid
 

@@ -19,7 +19,10 @@ import torch
 from torch import Tensor
 
 from checkpoint import load_model
-from cli import (
+from data import DATASETS, load_dataset, to_model, to_uint8
+from diffusion import SCHEDULES, DiffusionProcess
+from evaluation.network_plots import Frame, draw_attention, draw_embedding, draw_features, draw_loss
+from runtime.cli import (
     Parser,
     add_shared_flags,
     guidance,
@@ -30,11 +33,8 @@ from cli import (
     script,
     trained_on,
 )
-from data import DATASETS, load_dataset, to_model, to_uint8
-from diffusion import SCHEDULES, DiffusionProcess
-from files import check_writable
+from runtime.files import check_writable
 from samplers import generate, image_noise
-from seeing import Frame, draw_attention, draw_embedding, draw_features, draw_loss
 from utils import generator_for, get_device, pyplot, save_figure
 
 COLUMNS = (0, 50, 100, 200, 400, 600, 800, 999)  # of 1,000 timesteps

@@ -22,11 +22,11 @@ from benchmarks.peers import BATCH, make_peer
 from checkpoint import load_model
 from data import ImageData, load_dataset
 from diffusion import DiffusionProcess
-from files import atomic_write
 from models import create_model
+from runtime.files import atomic_write
 from samplers import final_image, generate
-from training import Trainer
-from tuning import LAYOUTS, Recorded, now, prepare
+from training.autotune import LAYOUTS, Recorded, now, prepare
+from training.trainer import Trainer
 from utils import autocast, count_parameters, get_device
 
 ROOT = Path(__file__).resolve().parent.parent

@@ -24,7 +24,7 @@ def data_dir(request, tmp_path_factory):
     if all((ROOT / "data/glyphs" / name).exists() for name in ("train.npz", "test.npz")):
         return ROOT / "data"
     cache = getattr(request.config, "cache", None)
-    drawn_by = hashlib.sha256((ROOT / "glyphs.py").read_bytes()).hexdigest()[:12]
+    drawn_by = hashlib.sha256((ROOT / "data_sources/glyphs.py").read_bytes()).hexdigest()[:12]
     folder = Path(cache.mkdir(f"data-{drawn_by}")) if cache else tmp_path_factory.mktemp("data")
     for split in ("train", "test"):
         load_dataset("glyphs", split, folder)

@@ -39,10 +39,10 @@ def _run(argv: list[str], log: str, patch, script: str) -> None:
     os.dup2(descriptor, 2)
     sys.stdout, sys.stderr = (os.fdopen(number, "w", buffering=1, closefd=False) for number in (1, 2))
     import train
-    import training
+    from training import trainer
 
     torch.set_num_threads(1)
-    training.LOSS_IMAGES, train.PREVIEW_IMAGES = 64, 4  # what takes long and proves no more
+    trainer.LOSS_IMAGES, train.PREVIEW_IMAGES = 64, 4  # what takes long and proves no more
     if patch:
         patch()
     os._exit(importlib.import_module(script).main(argv))
@@ -70,7 +70,7 @@ class StopAt:
         self.step, self.number = step, number
 
     def __call__(self):
-        from training import Trainer
+        from training.trainer import Trainer
         batch = Trainer.batch
 
         def stopped(trainer):

@@ -14,8 +14,8 @@ from torch import nn
 from torch.testing import assert_close
 
 import benchmark
-import options
 from benchmarks import jobs, peers
+from training import flags
 
 
 def call(*argv):
@@ -197,10 +197,10 @@ def test_memory_is_that_of_this_process_alone():
 
 
 def test_the_named_configurations_are_flags_of_train():
-    parser = options.make_parser("")
+    parser = flags.make_parser("")
     assert benchmark.CONFIGS["first_try"]
-    for flags in benchmark.CONFIGS.values():
-        parser.parse_args(flags)
+    for config in benchmark.CONFIGS.values():
+        parser.parse_args(config)
     args = parser.parse_args(benchmark.CONFIGS["first_try"])
     assert (args.base_channels, args.depth, args.patch_size, args.optimizer, args.lr) == (32, 2, 2, "adamw", 2e-3)
     assert (args.middle_depth, args.noise_mean, args.noise_std, args.conditional) == (2, -0.5, 1.2, False)

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 from harness import assert_identical
-from test_training import make_trainer
+from test_trainer import make_trainer
 from torch.testing import assert_close
 
 import checkpoint

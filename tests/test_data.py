@@ -11,7 +11,7 @@ import torchvision
 from torch.testing import assert_close
 
 from data import DATASETS, FASHION_FILES, MNIST_FILES, SPLITS, load_dataset, to_model, to_uint8
-from glyphs import BLOCK, draw_glyphs
+from data_sources.glyphs import BLOCK, draw_glyphs
 
 
 @pytest.fixture(scope="module")

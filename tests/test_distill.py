@@ -16,7 +16,6 @@ from torch.testing import assert_close
 import distill
 import doctor
 import edit
-import runs
 import sample
 import train
 from checkpoint import load_checkpoint, load_model
@@ -35,7 +34,8 @@ from samplers import (
     image_noise,
     uniform_timesteps,
 )
-from training import Trainer
+from training import run_folder
+from training.trainer import Trainer
 
 MEAN = torch.tensor([[-0.3, 0.0, 0.2], [0.3, -0.2, 0.1]]).view(1, 1, 2, 3)
 STD = torch.tensor([[0.05, 0.1, 0.15], [0.08, 0.12, 0.1]]).view(1, 1, 2, 3)  # no x_0_hat is clipped
@@ -420,10 +420,10 @@ def test_the_teachers_own_folder_is_refused(data_dir, tmp_path, capfd, monkeypat
 
 
 def test_a_second_run_in_the_folder_and_a_small_disk_are_refused(teacher, data_dir, tmp_path, capfd, monkeypatch):
-    with runs.claim(tmp_path), monkeypatch.context() as patch:
+    with run_folder.claim(tmp_path), monkeypatch.context() as patch:
         patch.setattr(distill, "load_model", lambda *_: pytest.fail("it begins before it is refused"))
         assert_refused(capfd, distill.main(flags(teacher, data_dir, tmp_path)), "another run", "--output_dir")
-    monkeypatch.setattr(runs.shutil, "disk_usage", lambda _: SimpleNamespace(free=1000))
+    monkeypatch.setattr(run_folder.shutil, "disk_usage", lambda _: SimpleNamespace(free=1000))
     assert_refused(capfd, distill.main(flags(teacher, data_dir, tmp_path)), "left", "--output_dir")
     assert files(tmp_path) == {}
 

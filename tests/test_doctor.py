@@ -8,14 +8,14 @@ import pytest
 import torch
 from torch.testing import assert_close
 
-import checks
 import doctor
 import sample
 from checkpoint import FIELDS, load_model, save_checkpoint
-from checks import check_history, check_samples, check_schedule, check_versions
 from data import ImageData, load_dataset, to_model, to_uint8
 from diffusion import DiffusionProcess
-from gaussian import gaussian_bound
+from evaluation import health_checks
+from evaluation.gaussian import gaussian_bound
+from evaluation.health_checks import check_history, check_samples, check_schedule, check_versions
 from models import create_model
 
 
@@ -104,7 +104,7 @@ def test_a_network_that_has_learnt_nothing_is_worse_than_the_bound(blobs, predic
 
 
 def test_an_error_that_is_no_number_is_a_failure():
-    assert checks.check_error(torch.tensor([math.nan, 1.0]), torch.ones(2), [0, 1], "train.py").status == "FAIL"
+    assert health_checks.check_error(torch.tensor([math.nan, 1.0]), torch.ones(2), [0, 1], "train.py").status == "FAIL"
 
 
 # ------------------------------------------------------------------------------------------------------ the machine
@@ -157,7 +157,7 @@ def glyphs(data_dir):
 
 
 def examine_data(images, labels):
-    return checks.check_data(images, labels, tuple("0123456789"))
+    return health_checks.check_data(images, labels, tuple("0123456789"))
 
 
 def test_healthy_data(glyphs):
@@ -349,8 +349,8 @@ def test_one_striped_image_is_no_pattern(pictures):
 
 def test_too_few_steps(pictures):
     x = pictures[0]
-    assert_healthy([checks.check_steps(x, x + 0.01 * normal(*x.shape), 20)])
-    assert_found([checks.check_steps(x, x + 0.5 * normal(*x.shape), 20)], "steps", "WARN")
+    assert_healthy([health_checks.check_steps(x, x + 0.01 * normal(*x.shape), 20)])
+    assert_found([health_checks.check_steps(x, x + 0.5 * normal(*x.shape), 20)], "steps", "WARN")
 
 
 class Memory:
@@ -517,6 +517,6 @@ def test_flags_that_cannot_be_are_refused(run, tmp_path):
 
 def test_the_lines_that_a_person_reads(run, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(doctor, "examine", lambda args: iter([
-        checks.Finding("a", "OK", "fine"), checks.Finding("b", "FAIL", "broken", "python mend.py")]))
+        health_checks.Finding("a", "OK", "fine"), health_checks.Finding("b", "FAIL", "broken", "python mend.py")]))
     assert doctor.main([]) == 1
     assert capsys.readouterr().out == "OK    a: fine\nFAIL  b: broken\n      -> python mend.py\n"

@@ -13,12 +13,12 @@ import torch
 from torch.nn import functional as F
 
 import evaluate
-import features
 import sample
 from checkpoint import FIELDS, load_checkpoint, save_checkpoint
 from data import load_dataset
 from diffusion import DiffusionProcess
-from metrics import figures
+from evaluation import features
+from evaluation.metrics import figures
 from models import create_model
 
 pytest.importorskip("torchmetrics", reason="torchmetrics is missing: pip install -r requirements-eval.txt")
@@ -375,7 +375,7 @@ def test_where_fewer_at_a_time_would_not_help_that_is_said(checkpoint, tmp_path,
     def fail(_):
         raise MemoryError
     with monkeypatch.context() as patch:
-        patch.setattr(sample.parallel, "gather", fail)
+        patch.setattr(sample.distributed, "gather", fail)
         assert draw(checkpoint(), tmp_path) == 1
     assert "ask for fewer images in all" in capsys.readouterr().err.splitlines()[-1]
     limit_memory(monkeypatch, 0)

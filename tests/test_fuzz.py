@@ -113,7 +113,6 @@ SHORT = ["--dataset", "glyphs", "--data_dir", "data", "--train_images", "4", "--
 @pytest.fixture(scope="module", autouse=True)
 def small(data_dir):
     """Little data, and few images to look at: what is tested here is what is done with flags."""
-    import training
     from data import load_dataset
     loaded = {split: load_dataset("glyphs", split, data_dir).first(64) for split in ("train", "validation", "test")}
 
@@ -133,7 +132,7 @@ def small(data_dir):
         for part in benchmark.PARTS:
             patch.setattr(benchmark.Benchmark, f"measure_{part}", lambda _: {})
         patch.setattr(train, "PREVIEW_IMAGES", 2)
-        patch.setattr(training, "LOSS_IMAGES", 2)
+        patch.setattr("training.trainer.LOSS_IMAGES", 2)
         yield
 
 

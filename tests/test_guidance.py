@@ -7,13 +7,13 @@ from PIL import Image
 from small import small_checkpoint, small_model
 from torch.testing import assert_close
 
-import cli
 import sample
 import utils
 from data import FASHION, ImageData
 from diffusion import DiffusionProcess
+from runtime import cli
 from samplers import SAMPLERS, final_image, generate, guide
-from training import Trainer
+from training.trainer import Trainer
 
 CLASSES = 10
 LABELS = torch.tensor([7, 0, 3])

@@ -23,13 +23,13 @@ from small import small_checkpoint
 
 import edit
 import evaluate
-import pictures
 import sample
 import train
 import visualize_diffusion
 from checkpoint import FORMAT, load_checkpoint, load_model, saved_step
-from pictures import read_folder, read_mask, read_npz, read_picture
-from runs import newest_valid
+from data_sources import pictures
+from data_sources.pictures import read_folder, read_mask, read_npz, read_picture
+from training.run_folder import newest_valid
 
 SECONDS = 10  # of the processor's time that a refusal may take
 

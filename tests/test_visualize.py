@@ -11,9 +11,18 @@ from torch.testing import assert_close
 import visualize_diffusion
 from checkpoint import load_model
 from diffusion import DiffusionProcess
+from evaluation.network_plots import (
+    attention_maps,
+    attention_weights,
+    bottleneck,
+    captured,
+    chosen_queries,
+    levels,
+    project,
+    x_0_errors,
+)
 from models.layers import Attention
 from samplers import final_image, generate
-from seeing import attention_maps, attention_weights, bottleneck, captured, chosen_queries, levels, project, x_0_errors
 
 INSIDE = ("attention", "features", "embedding", "loss")
 
@@ -162,7 +171,7 @@ def few(monkeypatch):
     """Less to compute: what is tested is that the pictures are drawn."""
     for name, value in dict(ERROR_IMAGES=8, ERROR_TIMES=4, GAUSSIAN_IMAGES=100, EMBEDDED_IMAGES=30,
                             EMBEDDED_TIMES=20).items():
-        monkeypatch.setattr(f"seeing.{name}", value)
+        monkeypatch.setattr(f"evaluation.network_plots.{name}", value)
 
 
 @pytest.mark.parametrize("what, which, flags", [

@@ -6,12 +6,12 @@ from pathlib import Path
 
 import torch
 
-import parallel
-from cli import SHARED_FLAGS, Parser, add_shared_flags, duration, number
 from diffusion import LOSS_WEIGHTS, PREDICTIONS, SCHEDULES, TIMESTEP_SAMPLING
 from models.layers import ACTIVATIONS
-from training import LR_SCHEDULES
-from tuning import LAYOUTS
+from runtime import distributed
+from runtime.cli import SHARED_FLAGS, Parser, add_shared_flags, duration, number
+from training.autotune import LAYOUTS
+from training.trainer import LR_SCHEDULES
 
 # A recipe is nothing but defaults, which flags override. What they give, and why: README.md and benchmarks/RECORDS.md.
 RECIPES = {
@@ -74,7 +74,7 @@ def make_parser(description: str) -> Parser:
                        help="which t are trained on")
     group.add_argument("--noise_mean", type=number(float, -10, 10),
                        help="mean of log(sigma / alpha / std of the data) under --timestep_sampling lognormal "
-                            "(default: the data set's own, in options.py)")
+                            "(default: the data set's own, in training/flags.py)")
     group.add_argument("--noise_std", type=number(float, 0.01, 10),
                        help="and its standard deviation (default: the data set's own)")
     group.add_argument("--loss_weight", choices=LOSS_WEIGHTS, default="target",
@@ -146,7 +146,7 @@ OWN_FLAGS = ("output_dir", "data_dir", "device", "resume")  # what a resumed run
 
 def resume_command(args) -> str:
     """What to type to go on with the run in args.output_dir: it names the OWN_FLAGS that are not the defaults."""
-    start = "python" if parallel.size() == 1 else f"torchrun --nproc_per_node={parallel.size()}"
+    start = "python" if distributed.size() == 1 else f"torchrun --nproc_per_node={distributed.size()}"
     own = [f"--{name} {shlex.quote(str(getattr(args, name)))}" for name in OWN_FLAGS[:3]
            if name == "output_dir" or getattr(args, name) != SHARED_FLAGS[name]["default"]]
     return " ".join([start, "train.py --resume", *own])

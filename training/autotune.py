@@ -12,11 +12,11 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
-import parallel
 from data import ImageData, to_model
 from diffusion import DiffusionProcess
-from files import one_line
-from memory import out_of_memory
+from runtime import distributed
+from runtime.files import one_line
+from runtime.memory import out_of_memory
 from utils import autocast, pick_precision
 
 LAYOUTS = {"nchw": torch.contiguous_format, "channels_last": torch.channels_last}
@@ -105,11 +105,11 @@ def choose(precision: str, layout: str | None, model: nn.Module, diffusion: Diff
 
     options = candidates(precision, layout, device)
     taken = options[0]
-    if len(options) > 1 and seconds and parallel.rank() == 0:
+    if len(options) > 1 and seconds and distributed.rank() == 0:
         taken, rates = race(options, trial, count, seconds)
         found = ", ".join(f"{' '.join(option)} {rate:,.0f}" for option, rate in rates.items())
         print(f"Measured, images a second: {found}; taking {' '.join(taken)}", flush=True)
-    return parallel.from_first(taken)
+    return distributed.from_first(taken)
 
 
 # --------------------------------------------------------------------------------------------- compiled and recorded

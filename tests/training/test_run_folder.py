@@ -37,10 +37,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_checkpoint import fields
 
-import runs
 import train
 from checkpoint import FORMAT, load_checkpoint
-from files import atomic_write
+from runtime.files import atomic_write
+from training import run_folder
 
 EVERY_STEP = ("--checkpoint_minutes", "0.000001")
 
@@ -77,7 +77,7 @@ def test_a_run_killed_at_random_moments_ends_as_one_that_was_not(whole, data_dir
 def test_a_signal_ends_the_step_saves_and_has_its_exit_status(whole, data_dir, tmp_path, stop):
     folder, log = tmp_path / "run", tmp_path / "log"
     assert run(tiny(data_dir, folder), log, StopAt(3, stop)) == 128 + stop
-    assert runs.newest_valid(folder)[1]["step"] == 3
+    assert run_folder.newest_valid(folder)[1]["step"] == 3
     [told] = [line for line in log.read_text().splitlines() if "Stopped by a signal" in line]
     assert run(shlex.split(told.split("go on with python train.py ")[1]), log) == 0  # as it is told
     assert "Resuming" in log.read_text()
@@ -105,7 +105,7 @@ def test_a_second_signal_leaves_at_once(data_dir, tmp_path):
 def test_a_broken_newest_checkpoint_is_named_and_passed_over(whole, half, capsys, damage):
     newest = half / "checkpoints/model_step_00000006.pt"
     newest.write_bytes(damage((whole / "checkpoints/model_epoch_002.pt").read_bytes()))
-    path, saved = runs.newest_valid(half)
+    path, saved = run_folder.newest_valid(half)
     assert path == half / "checkpoints/model_epoch_001.pt" and saved["step"] == STEPS
     assert f"Passing over {newest}" in capsys.readouterr().out
 
@@ -124,7 +124,7 @@ def test_the_furthest_checkpoint_is_the_newest_whatever_the_dates_say(whole, tmp
     for age, path in enumerate(sorted((tmp_path / "run/checkpoints").iterdir(), reverse=True)):
         os.utime(path, (2e9 + age, 2e9 + age))  # the first epoch's is the last to be copied
     (tmp_path / "run/model_final.pt").unlink()
-    assert runs.newest_valid(tmp_path / "run")[1]["step"] == 2 * STEPS
+    assert run_folder.newest_valid(tmp_path / "run")[1]["step"] == 2 * STEPS
 
 
 @needs_fork
@@ -279,19 +279,19 @@ def test_a_second_live_process_is_refused_and_the_lock_dies_with_the_first(data_
     assert not (folder / "previous").exists() and first.is_alive()
     os.kill(first.pid, signal.SIGKILL)
     first.join()
-    with runs.claim(folder):
+    with run_folder.claim(folder):
         pass
 
 
 def test_a_second_run_is_refused_before_it_does_anything(data_dir, tmp_path, capfd, monkeypatch):
     monkeypatch.setattr(train, "load_dataset", lambda *_: pytest.fail("it reads the data"))
-    with runs.claim(tmp_path / "run"):
+    with run_folder.claim(tmp_path / "run"):
         assert_refused(capfd, train.main(tiny(data_dir, tmp_path / "run")), "another run", "--output_dir")
 
 
 @needs_fork
 def test_a_second_run_of_several_processes_is_refused_by_all_of_them(data_dir, tmp_path):
-    with runs.claim(tmp_path / "run"):
+    with run_folder.claim(tmp_path / "run"):
         assert run_together(tiny(data_dir, tmp_path / "run"), tmp_path / "log") == [2, 2]
     said = [(tmp_path / f"log.{rank}").read_text() for rank in (0, 1)]
     assert len(said[0].splitlines()) == 1 and "another run" in said[0] and said[1] == ""
@@ -300,7 +300,7 @@ def test_a_second_run_of_several_processes_is_refused_by_all_of_them(data_dir, t
 def test_a_folder_that_nothing_was_written_to_goes_again(tmp_path):
     (tmp_path / "old").mkdir()
     for name in ("old", "new/run", "written"):
-        with runs.claim(tmp_path / name) as folder:
+        with run_folder.claim(tmp_path / name) as folder:
             assert folder.is_dir()
             if name == "written":
                 (folder / "samples").mkdir()
@@ -333,25 +333,27 @@ def test_pruning_keeps_so_many_and_never_deletes_the_last_valid_one(tmp_path_fac
     for path in made:
         date = data.draw(st.integers(10**9, 2 * 10**9))
         os.utime(path, (date, date))
-    runs.prune(folder, keep)
+    run_folder.prune(folder, keep)
     left = [path for path in made if path.exists()]
     assert set(made[-keep:]) <= set(left) and len(left) <= keep + 1
-    assert any(map(runs.is_valid, left)) == any(valid)
-    assert len(left) <= keep or not any(map(runs.is_valid, made[-keep:]))
+    assert any(map(run_folder.is_valid, left)) == any(valid)
+    assert len(left) <= keep or not any(map(run_folder.is_valid, made[-keep:]))
 
 
 def test_files_within_epochs_go_before_those_of_epochs(tmp_path):
     kinds = ["epoch_005", "step_2", "step_3", "epoch_010", "step_5", "step_6"]
     for step, kind in enumerate(kinds, 1):
         fake(tmp_path / f"checkpoints/model_{kind}.pt", step)
-        runs.prune(tmp_path, 3)
-        assert runs.newest_valid(tmp_path)[1]["step"] == step
-    assert {path.stem for path in runs.checkpoints(tmp_path)} == {"model_epoch_005", "model_epoch_010", "model_step_6"}
+        run_folder.prune(tmp_path, 3)
+        assert run_folder.newest_valid(tmp_path)[1]["step"] == step
+    names = {path.stem for path in run_folder.checkpoints(tmp_path)}
+    assert names == {"model_epoch_005", "model_epoch_010", "model_step_6"}
     fake(tmp_path / "checkpoints/model_step_7.pt", 7, valid=False)
-    runs.prune(tmp_path, 3)
-    assert runs.newest_valid(tmp_path)[1]["step"] == 6
-    runs.prune(tmp_path, 1)
-    assert {path.stem for path in runs.checkpoints(tmp_path)} == {"model_step_7", "model_step_6"}
+    run_folder.prune(tmp_path, 3)
+    assert run_folder.newest_valid(tmp_path)[1]["step"] == 6
+    run_folder.prune(tmp_path, 1)
+    names = {path.stem for path in run_folder.checkpoints(tmp_path)}
+    assert names == {"model_step_7", "model_step_6"}
 
 
 # ---------------------------------------------------------------------------------------------------------- full disks
@@ -368,7 +370,7 @@ def test_on_a_full_disk_the_last_good_checkpoint_stays_and_the_run_ends_with_one
         load_checkpoint(path)
     if (folder / "metrics.jsonl").exists():
         assert_steps_once(folder)
-    before = runs.newest_valid(folder)
+    before = run_folder.newest_valid(folder)
     assert run(tiny(data_dir, folder, "--resume"), log) == 0
     assert not before or "Resuming" in log.read_text()
 
@@ -383,7 +385,7 @@ def test_a_run_goes_on_when_there_is_room_again(whole, data_dir, tmp_path):
 
 
 def test_a_disk_that_is_too_small_is_told_before_training(data_dir, tmp_path, capfd, monkeypatch):
-    monkeypatch.setattr(runs.shutil, "disk_usage", lambda _: SimpleNamespace(free=1000))
+    monkeypatch.setattr(run_folder.shutil, "disk_usage", lambda _: SimpleNamespace(free=1000))
     assert_refused(capfd, train.main(tiny(data_dir, tmp_path / "run")), "left", "checkpoints take", "--output_dir")
     assert not (tmp_path / "run").exists()
 

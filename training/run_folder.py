@@ -10,9 +10,9 @@ from pathlib import Path
 
 from filelock import FileLock, Timeout
 
-import parallel
 from checkpoint import load_checkpoint, saved_step
-from files import check_writable, one_line, temporaries
+from runtime import distributed
+from runtime.files import check_writable, one_line, temporaries
 
 # What a run writes into its folder. Everything else there is the user's and is left alone.
 WRITTEN = ("samples/epoch_*.png", "checkpoints/model_*.pt", "model_final.pt", "training_loss.png", "metrics.jsonl",
@@ -27,13 +27,13 @@ def claim(folder: str | Path):
     folder that was made here and that nothing was written to.
     """
     folder, lock, refusal = Path(folder), FileLock(Path(folder) / ".lock"), None
-    made = [path for path in (folder, *folder.parents) if parallel.rank() == 0 and not os.path.exists(path)]
-    if parallel.rank() == 0:
+    made = [path for path in (folder, *folder.parents) if distributed.rank() == 0 and not os.path.exists(path)]
+    if distributed.rank() == 0:
         try:
             hold(lock, folder)
         except ValueError as error:
             refusal = str(error)
-    refusal = parallel.from_first(refusal)
+    refusal = distributed.from_first(refusal)
     if refusal:
         raise ValueError(refusal)
     try:

@@ -8,8 +8,8 @@ import pytest
 import torch
 from harness import needs_fork
 
-import memory
-from memory import fits_in_memory
+from runtime import memory
+from runtime.memory import fits_in_memory
 
 CPU = torch.device("cpu")
 only_linux = pytest.mark.skipif(sys.platform != "linux", reason="a copy is made on Linux only")

@@ -14,7 +14,7 @@ from torch.nn import functional as F
 
 from data import ImageData, to_model, to_uint8
 from diffusion import DiffusionProcess
-from gaussian import gaussian_bound
+from evaluation.gaussian import gaussian_bound
 from models.layers import Attention
 from utils import generator_for, pyplot
 

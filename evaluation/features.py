@@ -10,8 +10,7 @@ from torch import Tensor, nn
 from torch.backends import cudnn
 
 from data import SPLITS, load_dataset, to_model
-from files import atomic_write, check_writable, one_line
-from models.classifier import (
+from evaluation.classifier import (
     CLASSIFIERS,
     RECIPES,
     Classifier,
@@ -20,8 +19,9 @@ from models.classifier import (
     save_classifier,
     train_classifier,
 )
+from runtime.files import atomic_write, check_writable, one_line
 
-WEIGHTS = Path(__file__).parent / "models" / "weights"
+WEIGHTS = Path(__file__).parent / "weights"
 INCEPTION_FEATURES = 2048
 BATCH = 250  # images at a time
 Progress = Callable  # wraps what is looped over, as tqdm does

@@ -25,12 +25,12 @@ from small import small_checkpoint
 from torch.testing import assert_close
 
 import evaluate
-import parallel
-import runs
 import sample
 from checkpoint import load_checkpoint
 from data import load_dataset
+from runtime import distributed
 from train import AGREE_STEPS
+from training import run_folder
 
 pytestmark = needs_fork
 ADAMW = ("--optimizer", "adamw")  # muon rounds to bfloat16 on its way, and makes more of a difference in rounding
@@ -117,7 +117,7 @@ def test_two_processes_make_the_images_of_one(tmp_path):
 def test_a_signal_to_any_process_stops_all_of_them_at_the_same_step(data_dir, tmp_path, rank, stop):
     argv, log = argv_of(data_dir, tmp_path / "run", "--epochs", 6, "--sample_interval", 0), tmp_path / "log"
     assert run_together(argv, log, OnRank(rank, StopAt(3, stop))) == [128 + stop] * 2
-    assert runs.newest_valid(tmp_path / "run")[1]["step"] == AGREE_STEPS
+    assert run_folder.newest_valid(tmp_path / "run")[1]["step"] == AGREE_STEPS
     said, silent = (log.with_suffix(f".{rank}").read_text() for rank in (0, 1))
     assert "go on with torchrun --nproc_per_node=2 train.py --resume --output_dir" in said and silent == ""
 
@@ -191,23 +191,23 @@ def test_several_processes_without_a_checkpoint_are_refused(tmp_path):
 @given(count=st.integers(0, 200), size=st.integers(1, 30))
 def test_shares_are_a_partition_in_order_and_as_even_as_can_be(count, size):
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(parallel, "size", lambda: size)
+        patch.setattr(distributed, "size", lambda: size)
         shares = []
         for rank in range(size):
-            patch.setattr(parallel, "rank", lambda rank=rank: rank)
-            shares.append(range(count)[parallel.share(count)])
+            patch.setattr(distributed, "rank", lambda rank=rank: rank)
+            shares.append(range(count)[distributed.share(count)])
     assert [i for share in shares for i in share] == list(range(count))
     assert max(map(len, shares)) - min(map(len, shares)) <= 1
 
 
 def test_one_process_alone_does_nothing():
     value = torch.tensor([1.0, 2.0])
-    assert (parallel.rank(), parallel.size()) == (0, 1)
-    assert parallel.total(value) is value and parallel.mean(value) is value
-    assert torch.equal(parallel.gather(value), value) and parallel.from_first("x") == "x"
-    assert parallel.smallest(3) == 3 and parallel.largest(value) is value
-    assert not parallel.restarts() and not parallel.lost(RuntimeError("Connection lost"))
-    with parallel.first_alone():
+    assert (distributed.rank(), distributed.size()) == (0, 1)
+    assert distributed.total(value) is value and distributed.mean(value) is value
+    assert torch.equal(distributed.gather(value), value) and distributed.from_first("x") == "x"
+    assert distributed.smallest(3) == 3 and distributed.largest(value) is value
+    assert not distributed.restarts() and not distributed.lost(RuntimeError("Connection lost"))
+    with distributed.first_alone():
         pass
 
 
@@ -221,10 +221,10 @@ def test_each_process_has_a_device_through_which_it_can_talk(monkeypatch, launch
     monkeypatch.delenv("LOCAL_RANK", raising=False)
     if launched:
         monkeypatch.setenv("LOCAL_RANK", "3")
-    assert parallel.local_device(name) == expected
+    assert distributed.local_device(name) == expected
 
 
 def test_several_processes_cannot_use_mps(monkeypatch):
     monkeypatch.setenv("LOCAL_RANK", "0")
     with pytest.raises(ValueError, match="--device cpu"):
-        parallel.local_device("mps")
+        distributed.local_device("mps")

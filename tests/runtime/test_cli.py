@@ -4,7 +4,7 @@ import argparse
 
 import pytest
 
-import cli
+from runtime import cli
 
 
 def parser():

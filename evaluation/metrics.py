@@ -21,7 +21,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from features import Progress, Seen, torchmetrics_image
+from evaluation.features import Progress, Seen, torchmetrics_image
 
 GROUPS, T_QUANTILE = 20, 2.093  # 97.5 % of Student's t lie below T_QUANTILE for GROUPS - 1 degrees of freedom
 PRECISION_K, DENSITY_K = 3, 5  # neighbours: Kynkäänniemi et al. 2019, section 3; Naeem et al. 2020, section 4

@@ -11,13 +11,13 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-import parallel
-import tuning
 from checkpoint import is_like
 from data import ImageData, to_model
 from diffusion import DiffusionProcess
-from memory import fits_in_memory
-from muon import Muon, hidden_matrices
+from runtime import distributed
+from runtime.memory import fits_in_memory
+from training import autotune
+from training.muon import Muon, hidden_matrices
 from utils import RunFailed, autocast, generator_for
 
 ORDER, LABELS, NOISE = range(3)  # what a random generator is for, as part of its key
@@ -79,17 +79,17 @@ class Trainer:
                  precision: str = "fp32", seed: int = 0, recorded: bool = False):
         self.data, self.model, self.diffusion, self.device = data, model, diffusion, data.images.device
         self.batch_size = min(batch_size, len(data.images))
-        if self.batch_size % parallel.size():
-            raise ValueError(f"a batch of {self.batch_size} does not divide among {parallel.size()} processes: "
+        if self.batch_size % distributed.size():
+            raise ValueError(f"a batch of {self.batch_size} does not divide among {distributed.size()} processes: "
                              f"choose a --batch_size that does")
         self.warmup, self.lr_schedule = warmup, lr_schedule
         self.max_grad_norm, self.ema_decay = max_grad_norm, ema_decay
         self.conditional, self.label_dropout = conditional, label_dropout
         self.precision, self.seed, self.step = precision, seed, 0
-        self.network = DistributedDataParallel(model) if parallel.size() > 1 else model
+        self.network = DistributedDataParallel(model) if distributed.size() > 1 else model
         self.ema = copy.deepcopy(model).requires_grad_(False)
         self.optimizers = make_optimizers(model, optimizer, lr, muon_lr, weight_decay, recorded)
-        self.recorded, self.learn = recorded, tuning.Recorded(self._learn) if recorded else self._learn
+        self.recorded, self.learn = recorded, autotune.Recorded(self._learn) if recorded else self._learn
         self.skipped = torch.zeros(2, device=self.device)  # steps without a finite gradient: in all, and in a row
         self._order = (None, None)  # an epoch and its permutation of the images
 
@@ -135,7 +135,7 @@ class Trainer:
         chance = generator_for(self.seed, NOISE, self.step, device=self.device)
         t = self.diffusion.sample_timesteps(len(x_0), chance)
         noise = torch.randn(x_0.shape, generator=chance, device=self.device)
-        mine = parallel.share(len(x_0))
+        mine = distributed.share(len(x_0))
         loss = self.learn(x_0[mine], t[mine], noise[mine], None if labels is None else labels[mine])
         self.step += 1
         torch._foreach_lerp_(list(self.ema.parameters()), [weight.detach() for weight in self.model.parameters()],
@@ -155,7 +155,7 @@ class Trainer:
         with autocast(self.device, self.precision):
             loss = self.diffusion.loss(self.network, x_0, t, noise, labels)
         loss.backward()
-        loss = parallel.mean(loss.detach())
+        loss = distributed.mean(loss.detach())
         norm = nn.utils.clip_grad_norm_(self.model.parameters(), self.max_grad_norm)
         bad = (~(torch.isfinite(norm) & torch.isfinite(loss))).float()
         self.skipped.copy_(torch.stack([self.skipped[0] + bad, (self.skipped[1] + bad) * bad]))
@@ -174,7 +174,7 @@ class Trainer:
         chance = generator_for(0)
         t = ((torch.arange(count) + torch.rand(count, generator=chance)) / count * self.diffusion.num_timesteps).long()
         noise = torch.randn((count, *validation.images.shape[1:]), generator=chance)
-        mine, losses = parallel.share(count), torch.zeros(1, device=self.device)
+        mine, losses = distributed.share(count), torch.zeros(1, device=self.device)
         batch_size = 128 if self.device.type == "cpu" else 512  # 128: with no more memory than a training step
         for rows in torch.arange(count)[mine].split(batch_size):
             parts = (to_model(validation.images[rows]), t[rows], noise[rows], validation.labels[rows])
@@ -182,7 +182,7 @@ class Trainer:
             with autocast(self.device, self.precision):
                 losses += self.diffusion.loss(self.ema, x_0, times, noises, labels if self.conditional else None,
                                               reduction="none", hybrid=False).sum()
-        return (parallel.total(losses) / count).item()
+        return (distributed.total(losses) / count).item()
 
     def is_finite(self) -> bool:
         """Whether all weights and their averages are finite numbers."""
@@ -192,15 +192,15 @@ class Trainer:
     def compile(self, insist: bool) -> None:
         """Train a compiled network. Without a compiler that works: ValueError if we insist, else a line about it."""
         def attempt(network: nn.Module) -> None:
-            tuning.rehearse(network, self.diffusion, self.data, self.conditional, self.precision,
-                            self.batch_size // parallel.size())
-        self.network = tuning.compiled(self.network, attempt, insist)
+            autotune.rehearse(network, self.diffusion, self.data, self.conditional, self.precision,
+                            self.batch_size // distributed.size())
+        self.network = autotune.compiled(self.network, attempt, insist)
 
     def rehearse(self, count: int) -> None:
         """Take the memory of a step with `count` images in this process, and change nothing."""
         spare = [torch.empty_like(weight) for weight in self.model.parameters() for _ in range(2)]  # of the optimisers
         try:
-            tuning.rehearse(self.model, self.diffusion, self.data, self.conditional, self.precision, count)
+            autotune.rehearse(self.model, self.diffusion, self.data, self.conditional, self.precision, count)
         finally:
             del spare
 
@@ -209,10 +209,10 @@ class Trainer:
 
         agree: in that of all processes, which all ask, and not of this one alone.
         """
-        while count >= parallel.size():
-            count -= count % parallel.size()
-            fits = fits_in_memory(self.rehearse, count // parallel.size(), self.device)
-            if parallel.smallest(fits) if agree else fits:
+        while count >= distributed.size():
+            count -= count % distributed.size()
+            fits = fits_in_memory(self.rehearse, count // distributed.size(), self.device)
+            if distributed.smallest(fits) if agree else fits:
                 return count
             count //= 2
         raise RunFailed("out of memory even for one image: choose a smaller --base_channels, or --patch_size 4")

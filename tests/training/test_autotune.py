@@ -8,20 +8,19 @@ import sys
 import pytest
 import torch
 from harness import assert_identical, tiny
-from test_training import TOTAL, as_read, known_data, make_trainer, steps  # noqa: F401 (a fixture)
+from test_trainer import TOTAL, as_read, known_data, make_trainer, steps  # noqa: F401 (a fixture)
 from torch.testing import assert_close
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import train
-import training
-import tuning
 from diffusion import DiffusionProcess
 from models import create_model
-from training import Trainer
+from training import autotune
+from training.trainer import Trainer
 
 
 def tried(monkeypatch, rates, seconds=100.0, count=64, **flags):
-    """What tuning.choose takes, and the images that each candidate had to go through, where these are their speeds."""
+    """What choose takes, and the images that each candidate had to go through, where these are their speeds."""
     clock, seen = [0.0], {}
 
     def rehearse(network, diffusion, data, conditional, precision, count):
@@ -31,16 +30,16 @@ def tried(monkeypatch, rates, seconds=100.0, count=64, **flags):
             raise RuntimeError("no such thing here")
         seen[option] = seen.get(option, 0) + count
         clock[0] += count / rates[option]
-    monkeypatch.setattr(tuning, "rehearse", rehearse)
-    monkeypatch.setattr(tuning.time, "perf_counter", lambda: clock[0])
-    monkeypatch.setattr(tuning, "pick_precision", lambda precision, _: "bf16" if precision == "auto" else precision)
+    monkeypatch.setattr(autotune, "rehearse", rehearse)
+    monkeypatch.setattr(autotune.time, "perf_counter", lambda: clock[0])
+    monkeypatch.setattr(autotune, "pick_precision", lambda precision, _: "bf16" if precision == "auto" else precision)
     torch.manual_seed(0)
     model = create_model(base_channels=8, time_emb_dim=8, patch_size=2)
     before, chance = copy.deepcopy(model.state_dict()), torch.get_rng_state()
     data = make_trainer().data
     flags = {"precision": "auto", "layout": None, **flags}
     torch.set_rng_state(chance)
-    taken = tuning.choose(**flags, model=model, diffusion=DiffusionProcess(10), data=data, conditional=False,
+    taken = autotune.choose(**flags, model=model, diffusion=DiffusionProcess(10), data=data, conditional=False,
                           count=count, seconds=seconds)
     assert_identical(dict(model.state_dict()), dict(before))
     assert all(weight.is_contiguous() and weight.grad is None for weight in model.parameters())
@@ -85,8 +84,8 @@ def test_a_machine_too_busy_to_measure_is_only_believed_in_the_extreme(monkeypat
     collapsed = dict.fromkeys(OPTIONS, 1.0) | {OPTIONS[1]: 100.0}  # two are tried, however long they take
     assert tried(monkeypatch, collapsed, seconds=0.1) == (OPTIONS[1], dict.fromkeys(OPTIONS[:2], 8))
     assert tried(monkeypatch, rates, seconds=0.0) == (OPTIONS[0], {})
-    assert tuning.seconds_for_trials(99, None) == 0 and tuning.seconds_for_trials(math.inf, 600) == tuning.SECONDS
-    assert tuning.seconds_for_trials(1e4, 10) == 0.5
+    assert autotune.seconds_for_trials(99, None) == 0 and autotune.seconds_for_trials(math.inf, 600) == autotune.SECONDS
+    assert autotune.seconds_for_trials(1e4, 10) == 0.5
 
 
 def test_a_difference_within_the_noise_changes_nothing(monkeypatch):
@@ -113,15 +112,15 @@ def test_a_run_goes_on_in_another_layout(data_dir, tmp_path):
 
 
 def test_precision_and_layout_are_noted_and_a_resumed_run_has_them(monkeypatch, data_dir, tmp_path):
-    monkeypatch.setattr(tuning, "choose", lambda *_, **__: ("fp32", "channels_last"))
+    monkeypatch.setattr(autotune, "choose", lambda *_, **__: ("fp32", "channels_last"))
     assert train.main(tiny(data_dir, tmp_path, "--precision", "auto")) == 0
     monkeypatch.undo()
     args, saved = train.parse_args(["--resume", "--output_dir", str(tmp_path), "--epochs", "3"])
     assert (saved["precision"], args.precision, args.layout, args.compile) == ("fp32", "fp32", "channels_last", None)
     del saved["config"]["training"]["layout"]  # as in files from before there was a choice
-    monkeypatch.setattr(train.runs, "newest_valid", lambda _: (tmp_path / "model_final.pt", saved))
+    monkeypatch.setattr(train.run_folder, "newest_valid", lambda _: (tmp_path / "model_final.pt", saved))
     args, _ = train.parse_args(["--resume", "--output_dir", str(tmp_path)])
-    assert tuning.candidates(args.precision, args.layout, torch.device("cpu")) == [("fp32", "nchw")]
+    assert autotune.candidates(args.precision, args.layout, torch.device("cpu")) == [("fp32", "nchw")]
 
 
 # ---------------------------------------------------------------------------------------------- compiled and recorded
@@ -145,7 +144,7 @@ def test_without_a_compiler_asking_for_it_is_one_line(monkeypatch, data_dir, tmp
 
 def test_without_a_compiler_a_run_that_did_not_ask_goes_on(monkeypatch, data_dir, tmp_path, capfd):
     monkeypatch.setattr(torch, "compile", no_compiler)
-    monkeypatch.setattr(tuning, "worth_compiling", lambda *_: True)
+    monkeypatch.setattr(autotune, "worth_compiling", lambda *_: True)
     assert train.main(tiny(data_dir, tmp_path / "a", "--epochs", 1)) == 0
     assert "Not compiled" in capfd.readouterr().out
     assert train.main(tiny(data_dir, tmp_path / "b", "--epochs", 1, "--no-compile")) == 0
@@ -154,8 +153,8 @@ def test_without_a_compiler_a_run_that_did_not_ask_goes_on(monkeypatch, data_dir
 
 def test_compiling_is_for_long_runs_on_a_gpu():
     cpu, cuda = torch.device("cpu"), torch.device("cuda")
-    assert tuning.worth_compiling(600, cuda)
-    assert not any(tuning.worth_compiling(*each) for each in ((None, cuda), (60, cuda), (None, cpu), (1e6, cpu)))
+    assert autotune.worth_compiling(600, cuda)
+    assert not any(autotune.worth_compiling(*each) for each in ((None, cuda), (60, cuda), (None, cpu), (1e6, cpu)))
 
 
 class FakeCuda:
@@ -165,7 +164,7 @@ class FakeCuda:
         self.trainer, self.fails, self.replays = trainer, fails, 0
         monkeypatch.setattr(torch.cuda, "CUDAGraph", lambda: self)
         monkeypatch.setattr(torch.cuda, "graph", self.graph)
-        monkeypatch.setattr(tuning.Recorded, "_aside", lambda recorded, inputs: recorded.function(*inputs))
+        monkeypatch.setattr(autotune.Recorded, "_aside", lambda recorded, inputs: recorded.function(*inputs))
 
     @contextlib.contextmanager
     def graph(self, _):
@@ -193,7 +192,7 @@ def test_a_recorded_step_learns_what_an_ordinary_one_does(monkeypatch, capsys, o
     plain, recorded = make_trainer(optimizer=optimizer), make_trainer(optimizer=optimizer, recorded=True)
     cuda = FakeCuda(monkeypatch, recorded, fails)
     assert_close(steps(recorded, TOTAL), steps(plain, TOTAL))  # the rates change from step to step
-    assert cuda.replays == (0 if fails else TOTAL - tuning.Recorded.WARM_UP)
+    assert cuda.replays == (0 if fails else TOTAL - autotune.Recorded.WARM_UP)
     assert ("Not recorded" in capsys.readouterr().out) == fails
     assert_close(recorded.model.state_dict(), plain.model.state_dict(), rtol=0, atol=1e-3)
     again = make_trainer(optimizer=optimizer)
@@ -224,9 +223,9 @@ class Watch(TorchDispatchMode):
 
 def waits_of_a_step(monkeypatch, **flags):
     """What a training step on a GPU would wait for: done on tensors of a device that has no numbers, only shapes."""
-    monkeypatch.setattr(training, "generator_for", lambda *_, **__: None)
-    monkeypatch.setattr(training, "autocast", lambda *_: contextlib.nullcontext())
-    monkeypatch.setattr(tuning.Recorded, "_aside", lambda recorded, inputs: recorded.function(*inputs))
+    monkeypatch.setattr("training.trainer.generator_for", lambda *_, **__: None)
+    monkeypatch.setattr("training.trainer.autocast", lambda *_: contextlib.nullcontext())
+    monkeypatch.setattr(autotune.Recorded, "_aside", lambda recorded, inputs: recorded.function(*inputs))
     monkeypatch.setattr(sys.modules["torch.optim.adam"], "_device_dtype_check_for_fused", lambda *_, **__: None)
     monkeypatch.setattr(torch, "_fused_adamw_", lambda *_, **__: None)  # one kernel, which this device does not have
     process = DiffusionProcess(10, "cosine", prediction="edm", timestep_sampling="lognormal")

@@ -12,7 +12,6 @@ from torch.testing import assert_close
 
 import sample
 import train
-import training
 from checkpoint import FIELDS, load_checkpoint, load_model, save_checkpoint
 from diffusion import DiffusionProcess
 from models import create_model
@@ -294,7 +293,7 @@ def test_it_can_learn_that_constant_images_leave_nothing_uncertain(prediction):
 @pytest.fixture
 def little(monkeypatch):
     """Validation and samples of a run prove no more with many images."""
-    monkeypatch.setattr(training, "LOSS_IMAGES", 64)
+    monkeypatch.setattr("training.trainer.LOSS_IMAGES", 64)
 
 
 def call(script, *argv):

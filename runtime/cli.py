@@ -13,10 +13,10 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-import parallel
 from data import DATASETS
-from files import one_line
-from memory import give_memory_back, out_of_memory
+from runtime import distributed
+from runtime.files import one_line
+from runtime.memory import give_memory_back, out_of_memory
 from samplers import (
     DEFAULT_GUIDANCE,
     DEFAULT_SAMPLER,
@@ -228,7 +228,7 @@ def script(main: Callable[[Sequence[str] | None], None]) -> Callable[..., int]:
         except (RunFailed, OSError) as error:
             return _complain(error, 1)
         except (RuntimeError, MemoryError) as error:
-            if parallel.lost(error):
+            if distributed.lost(error):
                 return _complain("another process of this run has ended", 1)
             if not out_of_memory(error):
                 raise

@@ -6,10 +6,10 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-import options
 import train
 from data import DATASETS
-from options import RECIPES, fill_in, good_width, resume_command
+from training import flags
+from training.flags import RECIPES, fill_in, good_width, resume_command
 
 CPU = torch.device("cpu")
 
@@ -52,7 +52,7 @@ def test_what_is_left_open_is_filled_in_by_the_data_set(dataset, mean, std):
 
 
 def test_every_data_set_has_its_noise_levels():
-    assert options.NOISE_LEVELS.keys() == DATASETS.keys()
+    assert flags.NOISE_LEVELS.keys() == DATASETS.keys()
 
 
 @pytest.mark.parametrize("own", [dict(), dict(data_dir="my data"), dict(output_dir="a b/run", device="cpu")], ids=str)
@@ -60,14 +60,14 @@ def test_the_command_that_goes_on_names_what_a_checkpoint_does_not_know(own, mon
     given = dict(output_dir="outputs/fashion", data_dir="data", device="auto") | own
     start, script, *argv = shlex.split(resume_command(SimpleNamespace(**given)))
     assert (start, script, argv[:3]) == ("python", "train.py", ["--resume", "--output_dir", given["output_dir"]])
-    args = options.make_parser("").parse_args(argv)
+    args = flags.make_parser("").parse_args(argv)
     assert args.resume and {name: getattr(args, name) for name in given} == given
     assert len(argv) == 3 + 2 * len(own.keys() - {"output_dir"})
-    monkeypatch.setattr(options.parallel, "size", lambda: 2)
+    monkeypatch.setattr(flags.distributed, "size", lambda: 2)
     assert resume_command(SimpleNamespace(**given)).startswith("torchrun --nproc_per_node=2 train.py --resume ")
 
 
 def test_the_help_of_resume_names_what_is_not_taken_from_the_checkpoint():
-    said = {action.dest: action.help for action in options.make_parser("")._actions}
-    assert all(f"--{name}" in said["resume"] for name in options.OWN_FLAGS if name != "resume")
+    said = {action.dest: action.help for action in flags.make_parser("")._actions}
+    assert all(f"--{name}" in said["resume"] for name in flags.OWN_FLAGS if name != "resume")
     assert "earlier sittings" in said["budget"]

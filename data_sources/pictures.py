@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from files import check_archive
+from runtime.files import check_archive
 
 MAX_PIXELS = 2**24  # of a picture
 MIN_BYTES, MAX_RATIO = 2**30, 100  # what may unpack to more than the first is at most so many times its file

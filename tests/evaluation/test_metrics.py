@@ -5,9 +5,9 @@ import math
 import pytest
 import torch
 
-import metrics
-from features import Seen
-from metrics import (
+from evaluation import metrics
+from evaluation.features import Seen
+from evaluation.metrics import (
     GROUPS,
     class_distance,
     closeness,

@@ -14,15 +14,14 @@ from torch.testing import assert_close
 
 import sample
 import train
-import training
-import tuning
 from checkpoint import load_checkpoint
 from data import ImageData, load_dataset
 from diffusion import DiffusionProcess
-from memory import out_of_memory
 from models import create_model
-from muon import Muon, orthogonalise
-from training import Trainer, ema_decay_at, learning_rate
+from runtime.memory import out_of_memory
+from training import autotune
+from training.muon import Muon, orthogonalise
+from training.trainer import Trainer, ema_decay_at, learning_rate
 from utils import RunFailed, tile
 
 KNOWN = functools.cache(load_dataset)
@@ -44,7 +43,7 @@ def make_trainer(layout="nchw", device="cpu", process=None, **more):
     with torch.device(device):
         model = create_model(base_channels=8, time_emb_dim=8, channel_mults=[1], num_classes=2)
     if layout != "nchw":
-        model.to(memory_format=tuning.LAYOUTS[layout])
+        model.to(memory_format=autotune.LAYOUTS[layout])
     return Trainer(data, model, (process or DiffusionProcess(10, "cosine", prediction="v")).to(device),
                    **{"batch_size": 8, "conditional": True, "label_dropout": 0.5, **more})
 
@@ -142,7 +141,7 @@ def test_muon_makes_singular_values_about_one_and_keeps_the_directions(shape):
 def test_muon_takes_weights_in_any_layout_alike():
     gradient = torch.randn(8, 4, 3, 3, generator=torch.Generator().manual_seed(0))
     moved = []
-    for layout in tuning.LAYOUTS.values():
+    for layout in autotune.LAYOUTS.values():
         weight = torch.zeros(8, 4, 3, 3).to(memory_format=layout).requires_grad_()
         optimizer = Muon([weight])
         for _ in range(2):
@@ -182,7 +181,7 @@ def clock(monkeypatch):
     monkeypatch.setattr(train, "time", SimpleNamespace(perf_counter=lambda: now[0], process_time=lambda: 0.0))
     monkeypatch.setattr(Trainer, "train_step", lasting(1, Trainer.train_step))
     monkeypatch.setattr(Trainer, "validation_loss", lasting(2, Trainer.validation_loss))
-    monkeypatch.setattr(training, "LOSS_IMAGES", 64)
+    monkeypatch.setattr("training.trainer.LOSS_IMAGES", 64)
 
 
 def sitting(data_dir, folder, budget, *more):

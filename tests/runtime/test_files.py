@@ -5,7 +5,7 @@ import stat
 
 import pytest
 
-from files import atomic_write, check_writable
+from runtime.files import atomic_write, check_writable
 
 
 def test_what_is_written_is_there_when_the_block_ends(tmp_path):

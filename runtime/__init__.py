@@ -1,0 +1,1 @@
+"""What every script stands on: flags, errors, files, memory, several processes."""

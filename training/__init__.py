@@ -1,0 +1,1 @@
+"""How a network is trained: one step, one run, flags and recipes, optimisers, what is fastest here."""
