@@ -41,9 +41,10 @@ from benchmarks.plots import PLOTS
 from checkpoint import load_checkpoint
 from data import load_dataset
 from runtime.cli import Parser, add_shared_flags, duration, number, script
+from runtime.errors import RunFailed, UserError
 from runtime.files import atomic_write, check_writable
 from samplers import DEFAULT_STEPS
-from utils import RunFailed, get_device
+from utils import get_device
 
 ROOT = Path(__file__).resolve().parent
 PARTS = ("train", "sample", "memory", "scaling", "peak", "quality", "gpu")
@@ -501,15 +502,15 @@ def power(xs: Sequence[float], ys: Sequence[float]) -> float:
 
 
 def check(args) -> None:
-    """ValueError for what cannot be measured, before anything is."""
+    """UserError for what cannot be measured, before anything is."""
     check_writable(args.output_dir)
     load_dataset(args.dataset, "train", args.data_dir)
     missing = [name for name in args.contestants if name in PEERS and not installed(name)]
     if set(missing) == set(args.contestants):
-        raise ValueError("no contestant is left: pip install -r requirements-bench.txt, or name one of ours: "
+        raise UserError("no contestant is left: pip install -r requirements-bench.txt, or name one of ours: "
                          f"--contestants {' '.join(OURS)}")
     if {"scaling", "peak", "gpu"} & set(args.what) and not set(args.contestants) & set(OURS):
-        raise ValueError(f"scaling, peak and gpu measure ours: add one of {', '.join(OURS)} to --contestants")
+        raise UserError(f"scaling, peak and gpu measure ours: add one of {', '.join(OURS)} to --contestants")
     if missing:
         print(f"Left out {' and '.join(missing)}: pip install -r requirements-bench.txt", file=sys.stderr)
 

@@ -19,6 +19,7 @@ from torch import nn
 from data import ImageData
 from diffusion import DiffusionProcess
 from models import create_model
+from runtime.errors import UserError
 from runtime.files import atomic_write, check_archive, one_line, verified_archive
 
 FORMAT = "tiny-diffusion-1"
@@ -58,12 +59,12 @@ def save_checkpoint(path: str | Path, **fields) -> None:
 def load_checkpoint(path: str | Path) -> dict:
     """Read a checkpoint and check all of it; its tensors lie on the CPU.
 
-    Nothing in the file is executed (weights_only), and nothing is allocated that is not in it. ValueError, with the
+    Nothing in the file is executed (weights_only), and nothing is allocated that is not in it. UserError, with the
     reason, for whatever is not a checkpoint, has changed since it was written, or does not fit its own config.
     """
     path = Path(path)
     if not path.is_file():
-        raise ValueError(f"there is no checkpoint {path}: train one with python train.py, "
+        raise UserError(f"there is no checkpoint {path}: train one with python train.py, "
                          f"which writes outputs/model_final.pt")
     try:
         verified = verified_archive(path)  # torch compares no CRC, and believes headers that a flipped bit can change
@@ -71,20 +72,20 @@ def load_checkpoint(path: str | Path) -> dict:
             warnings.simplefilter("ignore")  # what is wrong is said below, in one line
             checkpoint = torch.load(verified, map_location="cpu", weights_only=True)
     except Exception as error:  # torch, zipfile and pickle each raise their own for a damaged or foreign file
-        raise ValueError(f"{path} is damaged or no checkpoint: {_first_sentence(error)}") from error
+        raise UserError(f"{path} is damaged or no checkpoint: {_first_sentence(error)}") from error
     try:
         problem = _problem(checkpoint, path.stat().st_size)
     except Exception as error:  # a stranger's objects can make any comparison fail
         problem = _first_sentence(error)
     if problem:
-        raise ValueError(f"{path} is no checkpoint of this project: {problem}")
+        raise UserError(f"{path} is no checkpoint of this project: {problem}")
     return checkpoint
 
 
 def load_model(path: str | Path, device="cpu", use_ema: bool = True) -> tuple[nn.Module, DiffusionProcess, dict]:
     """(model, diffusion, checkpoint): network and process rebuilt from the file's own config, in eval mode on `device`.
 
-    use_ema: the moving average of the weights, which makes the better images. ValueError: as load_checkpoint.
+    use_ema: the moving average of the weights, which makes the better images. UserError: as load_checkpoint.
     """
     checkpoint = load_checkpoint(path)
     model = create_model(**checkpoint["config"]["model"])

@@ -16,6 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from runtime.errors import UserError
 from runtime.files import atomic_write, one_line
 
 VALIDATION_IMAGES = 5000
@@ -57,12 +58,12 @@ def to_uint8(images: Tensor) -> Tensor:
 def load_dataset(name: str, split: str = "train", data_dir: str | Path = "data") -> ImageData:
     """Load a split of `name` from `data_dir`, downloading (or, for glyphs, drawing) it first where it is missing.
 
-    ValueError for an unknown name or split, a damaged file (which is named) and a download that fails.
+    UserError for an unknown name or split, a damaged file (which is named) and a download that fails.
     """
     if name not in DATASETS:
-        raise ValueError(f"unknown dataset {name!r}: choose one of {', '.join(DATASETS)}")
+        raise UserError(f"unknown dataset {name!r}: choose one of {', '.join(DATASETS)}")
     if split not in SPLITS:
-        raise ValueError(f"unknown split {split!r}: choose one of {', '.join(SPLITS)}")
+        raise UserError(f"unknown split {split!r}: choose one of {', '.join(SPLITS)}")
     images, labels = _read(name, Path(data_dir).absolute(), split != "test")
     if split != "test":
         part = slice(-VALIDATION_IMAGES, None) if split == "validation" else slice(None, -VALIDATION_IMAGES)
@@ -121,21 +122,21 @@ def _cifar10(data_dir: Path, train: bool) -> tuple[Tensor, Tensor]:
 
 
 def _download(kind: str, data_dir: Path, train: bool) -> None:
-    """Have torchvision fetch its data set `kind`. ValueError with what to do where it cannot."""
+    """Have torchvision fetch its data set `kind`. UserError with what to do where it cannot."""
     from torchvision import datasets
 
     try:
         getattr(datasets, kind)(data_dir, train=train, download=True)
     except (RuntimeError, OSError, HTTPException) as error:
-        raise ValueError(f"could not download {kind} into {data_dir} ({one_line(error)}): check the network, "
+        raise UserError(f"could not download {kind} into {data_dir} ({one_line(error)}): check the network, "
                          f"give the folder that holds it with --data_dir, or use --dataset glyphs") from error
 
 
 def _checked(path: Path, digest: str, algorithm: str = "sha256") -> np.ndarray:
-    """The bytes of a file (N,) uint8. ValueError if they are not the original's."""
+    """The bytes of a file (N,) uint8. UserError if they are not the original's."""
     content = np.fromfile(path, np.uint8)
     if hashlib.new(algorithm, content).hexdigest() != digest:
-        raise ValueError(f"{path} is damaged (its checksum is not the original's): delete it and run again")
+        raise UserError(f"{path} is damaged (its checksum is not the original's): delete it and run again")
     return content
 
 
@@ -152,9 +153,9 @@ def _glyphs(data_dir: Path, train: bool) -> tuple[Tensor, Tensor]:
         with np.load(path, allow_pickle=False) as file:
             images, labels = file["images"], file["labels"]
         if images.shape != (count, 28, 28) or images.dtype != np.uint8 or labels.shape != (count,):
-            raise ValueError(f"it holds {images.dtype} {images.shape}")
+            raise UserError(f"it holds {images.dtype} {images.shape}")
     except Exception as error:  # zipfile, zlib and numpy each have their own for a damaged file
-        raise ValueError(f"{path} is damaged ({one_line(error)}): delete it and run again, "
+        raise UserError(f"{path} is damaged ({one_line(error)}): delete it and run again, "
                          f"and it is drawn anew") from error
     return torch.from_numpy(images)[:, None], torch.from_numpy(labels).long()
 

@@ -26,10 +26,11 @@ from checkpoint import load_model, misfit, save_checkpoint
 from data import load_dataset
 from diffusion import Denoise, DiffusionProcess
 from runtime.cli import SHARED_FLAGS, Parser, add_shared_flags, duration, guidance, is_student, number, script
+from runtime.errors import RunFailed, UserError
 from samplers import DEFAULT_GUIDANCE, STUDENT_SAMPLER, ddim_step, final_image, generate, guide, spaced_timesteps
 from training import autotune, run_folder
 from training.trainer import LOG_STEPS, MAX_BAD_STEPS, Trainer, shown
-from utils import RunFailed, autocast, count_parameters, get_device, save_images, write_json_lines
+from utils import autocast, count_parameters, get_device, save_images, write_json_lines
 
 HUBER = 0.03  # root mean square errors above it count by their size, below it by their square
 CLOSING = 1.5  # seconds that the end of a run takes, its sampling apart
@@ -150,7 +151,7 @@ class Run:
         data = load_dataset(checkpoint["config"]["data"]["dataset"], "train", args.data_dir)
         self.shape = tuple(data.images.shape[1:])
         if wrong := misfit(checkpoint["config"], data):
-            raise ValueError(f"{wrong}: give the --data_dir that it was trained on")
+            raise UserError(f"{wrong}: give the --data_dir that it was trained on")
         self.trainer = self.make_trainer(teacher, process, data.to(device))
         self.config = dict(model=teacher.config, diffusion=process.config,
                            data=checkpoint["config"]["data"],
@@ -160,19 +161,19 @@ class Run:
         self.last = 0, time.perf_counter()  # the step and the moment of the last record
 
     def check(self, teacher, process: DiffusionProcess, checkpoint: dict) -> None:
-        """ValueError, with what to do, where the flags do not go with the teacher."""
+        """UserError, with what to do, where the flags do not go with the teacher."""
         args = self.args
         if is_student(checkpoint):
-            raise ValueError(f"{args.checkpoint} is a student, whose x_0_hat is no mean to learn from: give its "
+            raise UserError(f"{args.checkpoint} is a student, whose x_0_hat is no mean to learn from: give its "
                              f"teacher with --checkpoint")
         if args.teacher_steps > process.num_timesteps:
-            raise ValueError(f"--teacher_steps must lie in 2..{process.num_timesteps} (the checkpoint's number of "
+            raise UserError(f"--teacher_steps must lie in 2..{process.num_timesteps} (the checkpoint's number of "
                              f"timesteps), not {args.teacher_steps}")
         if args.guidance_scale not in (None, 1) and not teacher.num_classes:
-            raise ValueError("this checkpoint was trained without labels: leave --guidance_scale out, or train one "
+            raise UserError("this checkpoint was trained without labels: leave --guidance_scale out, or train one "
                              "with python train.py --conditional")
         if Path(args.checkpoint).resolve() in (path.resolve() for path in run_folder.results(self.folder)):
-            raise ValueError(f"{args.output_dir} holds the teacher, which a new run there would move away: choose "
+            raise UserError(f"{args.output_dir} holds the teacher, which a new run there would move away: choose "
                              f"another --output_dir")
 
     def make_trainer(self, teacher, process: DiffusionProcess, data) -> Trainer:

@@ -51,6 +51,7 @@ from evaluation.health_checks import (
 from evaluation.metrics import closeness, nearest
 from models import create_model
 from runtime.cli import Parser, add_shared_flags, guidance, is_student, sampler_and_steps, script, trained_on
+from runtime.errors import UserError
 from samplers import final_image, generate
 from training.flags import more_epochs, resume_command
 from utils import generator_for, get_device, pick_precision
@@ -267,7 +268,7 @@ def look_as_classifier(images: Tensor, real: Tensor, labels: Tensor | None, data
     """What the data set's classifier sees in images, in real ones, and in the mirror images of both; all uint8."""
     try:
         classifier = load_feature_network(dataset, device)
-    except ValueError as error:
+    except UserError as error:
         yield Finding("classifier", "WARN", str(error), "git checkout models/weights")
         return
     sees = [look(x, classifier).probabilities for x in (images, images.flip(-1), real, real.flip(-1))]
@@ -282,7 +283,7 @@ def open_data(args, name: str) -> tuple[ImageData, ImageData] | Finding:
     """The training and validation images of a data set, or what is wrong with its files."""
     try:
         return tuple(load_dataset(name, split, args.data_dir) for split in ("train", "validation"))
-    except ValueError as error:
+    except UserError as error:
         return Finding("data set", "FAIL", str(error), "as it says; --dataset glyphs is drawn here, without a download")
 
 
@@ -293,7 +294,7 @@ def examine(args) -> Iterator[Finding]:
     if args.checkpoint:
         try:
             model, diffusion, checkpoint = load_model(args.checkpoint, get_device(args.device))
-        except ValueError as error:
+        except UserError as error:
             yield Finding("checkpoint", "FAIL", str(error), f"{go_on(args)}: from the newest valid one")
             return
         name = trained_on(args, checkpoint)

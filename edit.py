@@ -23,6 +23,7 @@ from data import load_dataset, to_model, to_uint8
 from data_sources.pictures import read_mask, read_picture
 from editing import ddim_inversion, inpaint, slerp
 from runtime.cli import SHARED_FLAGS, Parser, add_shared_flags, asked_labels, guidance, is_student, number, script
+from runtime.errors import UserError
 from runtime.files import check_writable
 from samplers import (
     DEFAULT_GUIDANCE,
@@ -100,7 +101,7 @@ def chosen_image(args, config: dict) -> Tensor:
         return to_model(read_picture(Path(args.image), config["shape"])[None])
     images, index = load_dataset(config["dataset"], "test", args.data_dir).images, args.index or 0
     if index >= len(images):
-        raise ValueError(f"--index must be less than {len(images)}, the size of the test split, not {index}")
+        raise UserError(f"--index must be less than {len(images)}, the size of the test split, not {index}")
     return to_model(images[index][None])
 
 
@@ -109,7 +110,7 @@ def chosen_mask(args, shape: Sequence[int]) -> Tensor:
     height, width = shape[1:]
     if args.mask not in SIDES:
         if not Path(args.mask).is_file():
-            raise ValueError(f"--mask must be one of {', '.join(SIDES)}, or a picture; there is no file {args.mask}")
+            raise UserError(f"--mask must be one of {', '.join(SIDES)}, or a picture; there is no file {args.mask}")
         return read_mask(Path(args.mask), height, width)
     rows, columns = slice(None), slice(None)
     if args.mask in ("left", "right"):
@@ -130,7 +131,7 @@ class Studio:
         self.args, device = args, get_device(args.device)
         self.model, self.diffusion, checkpoint = load_model(args.checkpoint, device)
         if is_student(checkpoint):
-            raise ValueError(f"{args.checkpoint} is a student, which only jumps from noise to images: edit with its "
+            raise UserError(f"{args.checkpoint} is a student, which only jumps from noise to images: edit with its "
                              f"teacher")
         self.config, self.frames = checkpoint["config"]["data"], []
         self.picture = chosen_image(args, self.config) if hasattr(args, "image") else None
@@ -140,7 +141,7 @@ class Studio:
         count = getattr(args, "num_images", getattr(args, "frames", 1))
         self.labels = asked_labels(args, self.model.num_classes, self.config["class_names"], count)
         if self.labels is None and args.guidance_scale not in (None, 1):
-            raise ValueError("--guidance_scale needs --label, the class to ask for")
+            raise UserError("--guidance_scale needs --label, the class to ask for")
         args.guidance_scale = guidance(args.guidance_scale, self.labels)
         self.denoise = self.denoiser()
 

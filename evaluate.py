@@ -65,6 +65,7 @@ from runtime.cli import (
     script,
     trained_on,
 )
+from runtime.errors import UserError
 from runtime.files import atomic_write, check_writable
 from runtime.memory import within_memory
 from samplers import SAMPLERS, STUDENT_SAMPLER, final_image, generate, uniform_timesteps
@@ -112,7 +113,7 @@ def parse_args(argv: Sequence[str] | None):
 
 
 def check_together(args, parser: Parser) -> None:
-    """ValueError for flags that do not go together."""
+    """UserError for flags that do not go together."""
     if args.images and not args.dataset:
         parser.error(f"--images needs --dataset, the real images to compare with: {', '.join(DATASETS)}")
     for name in (*MAKING_FLAGS, "guidance_scale", "sweep"):
@@ -140,7 +141,7 @@ class Source(NamedTuple):
 
 
 def open_checkpoint(args) -> Source:
-    """Load --checkpoint and set --dataset by it. ValueError if the flags ask for what it cannot do."""
+    """Load --checkpoint and set --dataset by it. UserError if the flags ask for what it cannot do."""
     model, diffusion, checkpoint = load_model(args.checkpoint, get_device(args.device), args.use_ema)
     data, student = checkpoint["config"]["data"], is_student(checkpoint)
     args.dataset = trained_on(args, checkpoint)
@@ -155,7 +156,7 @@ def open_checkpoint(args) -> Source:
         known = load_dataset(args.dataset, "train", args.data_dir).labels
         labels = known[torch.arange(args.num_images) % len(known)]
     elif args.guidance_scale not in ([None], [1.0]):
-        raise ValueError(f"{args.checkpoint} was trained without --conditional: leave out --guidance_scale")
+        raise UserError(f"{args.checkpoint} was trained without --conditional: leave out --guidance_scale")
     args.guidance_scale = [guidance(scale, labels, student) for scale in args.guidance_scale]
     samplers = [args.sampler] if args.sampler else [name for name in SAMPLERS if (name == STUDENT_SAMPLER) == student]
     check_useful(args, samplers, guided=set(args.guidance_scale) != {1})
@@ -164,7 +165,7 @@ def open_checkpoint(args) -> Source:
 
 
 def make_images(args, source: Source, sampler: str, steps: int, scale: float, count: int | None = None) -> Made:
-    """Images by the checkpoint's network; each process makes its share of them. ValueError if they are not finite."""
+    """Images by the checkpoint's network; each process makes its share of them. UserError if they are not finite."""
     evaluations, count, device = [], count or args.num_images, source.diffusion.device
     mine = range(count)[distributed.share(count)]
     batches = partial(generate, source.model, source.diffusion, source.shape, mine, seed=args.seed, sampler=sampler,
@@ -178,7 +179,7 @@ def make_images(args, source: Source, sampler: str, steps: int, scale: float, co
         images = within_memory(partial(quantised, bar), lambda n: batches(batch_size=n), args.batch_size, device)
     counter.remove()
     if not distributed.gather(torch.tensor([images is not None])).all():
-        raise ValueError(f"{args.checkpoint} makes images that are not finite numbers: train it again")
+        raise UserError(f"{args.checkpoint} makes images that are not finite numbers: train it again")
     images = distributed.gather(torch.cat([torch.empty(0, *source.shape, dtype=torch.uint8), *images]))
     evaluated = distributed.gather(torch.tensor([sum(evaluations)])).sum().item()
     return Made(images, source.labels, evaluated / count, time.perf_counter() - start)
@@ -222,7 +223,7 @@ def progress(title: str):
 
 
 def open_networks(args, dataset: str, count: int) -> tuple[Classifier, nn.Module | None]:
-    """The classifier and Inception, if it is asked for, to look at `count` images. ValueError if these are too few."""
+    """The classifier and Inception, if it is asked for, to look at `count` images. UserError if these are too few."""
     device = get_device(args.device)
     classifier = load_feature_network(dataset, device)
     inception = load_inception().to(device) if args.features == "inception" else None
@@ -392,7 +393,7 @@ def main(argv=None):
     device = get_device(args.device)
     distributed.start(device)
     if distributed.size() > 1 and not args.checkpoint:
-        raise ValueError("several processes share the making of images: without --checkpoint leave torchrun out")
+        raise UserError("several processes share the making of images: without --checkpoint leave torchrun out")
     if args.train_features:
         bf16 = pick_precision(args.precision, device) == "bf16"
         print(train_features(args.train_features, args.data_dir, device, args.seed, bf16, progress("training")))
@@ -405,7 +406,7 @@ def main(argv=None):
         shape, classes = data.images.shape[1:], len(data.class_names)
         made = None if source else Made(*read_images(Path(args.images), shape, classes), nfe=0, seconds=0)
         if args.cas and (source or made).labels is None:
-            raise ValueError("--cas needs labels: a checkpoint trained with --conditional, or `labels` in the .npz")
+            raise UserError("--cas needs labels: a checkpoint trained with --conditional, or `labels` in the .npz")
         count = args.num_images if source else len(made.images)
         networks = open_networks(args, data.name, count)
     yardstick = None if distributed.rank() else make_yardstick(args, data, count, *networks)

@@ -33,6 +33,7 @@ from runtime.cli import (
     sampler_and_steps,
     script,
 )
+from runtime.errors import UserError
 from runtime.files import atomic_write, check_writable
 from runtime.memory import within_memory
 from samplers import generate, image_noise, uniform_timesteps
@@ -162,7 +163,7 @@ def main(argv=None):
     device = get_device(distributed.local_device(args.device))
     distributed.start(device)
     if args.num_images < distributed.size():
-        raise ValueError(f"{args.num_images} images do not divide among {distributed.size()} processes: choose more")
+        raise UserError(f"{args.num_images} images do not divide among {distributed.size()} processes: choose more")
     model, diffusion, checkpoint = load_model(args.checkpoint, device, args.use_ema)
     config = checkpoint["config"]["data"]
     labels = image_labels(args, model.num_classes, config["class_names"])

@@ -26,21 +26,13 @@ from diffusion import DiffusionProcess
 from models import create_model
 from runtime import distributed
 from runtime.cli import guidance, script
+from runtime.errors import RunFailed, UserError
 from runtime.memory import give_memory_back, out_of_memory
 from samplers import DEFAULT_STEPS, final_image, generate
 from training import autotune, run_folder
 from training.flags import RECIPES, fill_in, make_parser, more_epochs, resume_command, saved_flags
 from training.trainer import LOG_STEPS, LOSS_IMAGES, MAX_BAD_STEPS, Trainer, shown
-from utils import (
-    RunFailed,
-    autocast,
-    count_parameters,
-    get_device,
-    plot_losses,
-    save_images,
-    set_seed,
-    write_json_lines,
-)
+from utils import autocast, count_parameters, get_device, plot_losses, save_images, set_seed, write_json_lines
 
 AGREE_STEPS = 10
 PREVIEW_IMAGES = 64
@@ -68,7 +60,7 @@ def parse_args(argv: Sequence[str] | None):
         if found:
             path, saved = found
             if saved["config"]["training"].get("student"):
-                raise ValueError(f"{path} is a student of distill.py, which cannot be resumed: choose another "
+                raise UserError(f"{path} is a student of distill.py, which cannot be resumed: choose another "
                                  f"--output_dir")
             asked = sys.argv[1:] if argv is None else argv
             args = parser.parse_args([*saved_flags(parser, args, path, saved), *asked])
@@ -137,13 +129,13 @@ class Run:
         return trainer
 
     def restore(self, saved: dict) -> None:
-        """Take up a checkpoint. ValueError if it is of another network, process or data set than the flags ask for."""
+        """Take up a checkpoint. UserError if it is of another network, process or data set than the flags ask for."""
         asked = self.config | dict(training={name: getattr(self.args, name) for name in FIXED_FLAGS})
         for part, values in asked.items():
             for name, value in sorted(values.items(), key=lambda item: item[0] in ("channel_mults", "attention")):
                 before = saved["config"][part].get(name, False)  # what the file does not know was off
                 if before != value:
-                    raise ValueError(f"the checkpoint was trained with {name} {before}, the flags ask for {value}: "
+                    raise UserError(f"the checkpoint was trained with {name} {before}, the flags ask for {value}: "
                                      f"go on as it was with {resume_command(self.args)}, or start afresh without "
                                      f"--resume")
         self.complete = self.said_if_complete(saved)
@@ -349,7 +341,7 @@ def main(argv=None):
               f"{count_parameters(trainer.model):,} parameters; {trainer.precision}", flush=True)
         run.goes_on()
         if run.progress == 1 and not trainer.step:
-            raise ValueError(f"the {args.budget:g} s of --budget were over before the first step: give it more, "
+            raise UserError(f"the {args.budget:g} s of --budget were over before the first step: give it more, "
                              f"such as --budget {math.ceil(run.seconds + run.closing + 10)}s")
         place = None if saved or distributed.rank() else run_folder.set_aside(folder)
         if place:

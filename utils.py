@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from data import to_uint8
+from runtime.errors import UserError
 from runtime.files import atomic_write
 
 GREY = 64  # the level of the lines between the pictures of a grid
@@ -19,7 +20,7 @@ GREY = 64  # the level of the lines between the pictures of a grid
 
 
 def get_device(name: str = "auto") -> torch.device:
-    """The device by its name; "auto" is CUDA where there is one, then MPS, then the CPU. ValueError if missing."""
+    """The device by its name; "auto" is CUDA where there is one, then MPS, then the CPU. UserError if missing."""
     available = ["cpu"]
     if torch.backends.mps.is_available():
         available.insert(0, "mps")
@@ -28,7 +29,7 @@ def get_device(name: str = "auto") -> torch.device:
     if name == "auto":
         return torch.device(available[0])
     if name not in available:
-        raise ValueError(f"device {name!r} is not available: choose --device auto or one of {', '.join(available)}")
+        raise UserError(f"device {name!r} is not available: choose --device auto or one of {', '.join(available)}")
     if name.startswith("cuda:"):
         torch.cuda.set_device(name)  # streams and graphs are those of the current device
     return torch.device(name)
@@ -62,10 +63,6 @@ def autocast(device: torch.device, precision: str) -> torch.autocast:
 def count_parameters(model: nn.Module) -> int:
     """How many numbers the model learns."""
     return sum(p.numel() for p in model.parameters() if p.requires_grad)
-
-
-class RunFailed(Exception):
-    """The run cannot go on, through no fault of what the user asked for: exit status 1."""
 
 
 # ------------------------------------------------------------------------------------------------------- pictures

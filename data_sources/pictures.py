@@ -9,6 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from runtime.errors import UserError
 from runtime.files import check_archive
 
 MAX_PIXELS = 2**24  # of a picture
@@ -16,20 +17,20 @@ MIN_BYTES, MAX_RATIO = 2**30, 100  # what may unpack to more than the first is a
 
 
 def read_images(path: Path, shape: Sequence[int], classes: int) -> tuple[Tensor, Tensor | None]:
-    """(images (N, C, H, W) uint8, labels (N,) or None) from a .npz or a folder of PNGs. ValueError if they do not fit.
+    """(images (N, C, H, W) uint8, labels (N,) or None) from a .npz or a folder of PNGs. UserError if they do not fit.
 
     shape (C, H, W): of the data set.
     """
     images, labels = read_folder(path, shape[0]) if path.is_dir() else read_npz(path)
     if images.dtype != np.uint8:
-        raise ValueError(f"the images in {path} are {images.dtype}, not uint8: save round((x + 1) * 127.5) of images x "
+        raise UserError(f"the images in {path} are {images.dtype}, not uint8: save round((x + 1) * 127.5) of images x "
                          f"in [-1, 1]")
     if images.ndim != 4 or images.shape[1:] != (shape[1], shape[2], shape[0]):
-        raise ValueError(f"the images in {path} have the shape {images.shape}, not (N, {shape[1]}, {shape[2]}, "
+        raise UserError(f"the images in {path} have the shape {images.shape}, not (N, {shape[1]}, {shape[2]}, "
                          f"{shape[0]}), that of the data set: (N, H, W, C)")
     if labels is not None and (labels.shape != (len(images),) or labels.dtype.kind not in "iu"
                                or (len(labels) and not 0 <= labels.min() <= labels.max() < classes)):
-        raise ValueError(f"the labels in {path} must be {len(images)} whole numbers in 0..{classes - 1}, "
+        raise UserError(f"the labels in {path} must be {len(images)} whole numbers in 0..{classes - 1}, "
                          f"not {labels.dtype} {labels.shape}")
     images = torch.from_numpy(np.ascontiguousarray(images.transpose(0, 3, 1, 2)))
     return images, None if labels is None else torch.from_numpy(labels.astype(np.int64))
@@ -38,37 +39,37 @@ def read_images(path: Path, shape: Sequence[int], classes: int) -> tuple[Tensor,
 def read_npz(path: Path) -> tuple[np.ndarray, np.ndarray | None]:
     """(arr_0, labels or None) of a .npz file; nothing in it is executed."""
     if not path.is_file():
-        raise ValueError(f"there is no file or folder {path}")
+        raise UserError(f"there is no file or folder {path}")
     try:
         if zipfile.is_zipfile(path):
             check_archive(path, largest=max(MIN_BYTES, MAX_RATIO * path.stat().st_size))
         with path.open("rb") as opened, np.load(opened, allow_pickle=False) as file:
             return file["arr_0"], file.get("labels")
     except Exception as error:  # zipfile, zlib and numpy each have their own for a damaged or foreign file
-        raise ValueError(f"{path} is damaged or no .npz with an array arr_0: {str(error)[:120]}") from error
+        raise UserError(f"{path} is damaged or no .npz with an array arr_0: {str(error)[:120]}") from error
 
 
 def read_picture(path: Path, shape: Sequence[int]) -> Tensor:
-    """A picture (C, H, W) uint8 of exactly this shape; colours become grey for C = 1. ValueError if it does not fit."""
+    """A picture (C, H, W) uint8 of exactly this shape; colours become grey for C = 1. UserError if it does not fit."""
     pixels = _open(path, "L" if shape[0] == 1 else "RGB")
     if pixels.shape[:2] != (shape[1], shape[2]):
-        raise ValueError(f"{path} has {pixels.shape[1]}×{pixels.shape[0]} pixels, the model makes "
+        raise UserError(f"{path} has {pixels.shape[1]}×{pixels.shape[0]} pixels, the model makes "
                          f"{shape[2]}×{shape[1]}: scale it to that size")
     return torch.from_numpy(pixels.reshape(shape[1], shape[2], shape[0])).permute(2, 0, 1)
 
 
 def read_mask(path: Path, height: int, width: int) -> Tensor:
-    """A mask (1, 1, H, W) of 0 and 1 from a picture: 1 where it is white. ValueError if it does not fit."""
+    """A mask (1, 1, H, W) of 0 and 1 from a picture: 1 where it is white. UserError if it does not fit."""
     mask = read_picture(path, (1, height, width))
     if not bool(((mask == 0) | (mask == 255)).all()):
-        raise ValueError(f"{path} is no mask: its pixels must be black (keep) or white (fill in), nothing in between")
+        raise UserError(f"{path} is no mask: its pixels must be black (keep) or white (fill in), nothing in between")
     if not bool(mask.any()):
-        raise ValueError(f"{path} is all black: it asks for nothing to be filled in")
+        raise UserError(f"{path} is all black: it asks for nothing to be filled in")
     return (mask[None] > 0).float()
 
 
 def _opened(path: Path):
-    """PIL's image of a file, not yet unpacked. ValueError if that would be more than MAX_PIXELS."""
+    """PIL's image of a file, not yet unpacked. UserError if that would be more than MAX_PIXELS."""
     from PIL import Image
 
     with warnings.catch_warnings():
@@ -76,23 +77,23 @@ def _opened(path: Path):
         image = Image.open(path)
     if image.width * image.height > MAX_PIXELS:
         image.close()
-        raise ValueError(f"it has {image.width}×{image.height} pixels")
+        raise UserError(f"it has {image.width}×{image.height} pixels")
     return image
 
 
 def _open(path: Path, mode: str) -> np.ndarray:
     """The pixels of a picture file, uint8, converted to a mode of PIL's."""
     if not path.is_file():
-        raise ValueError(f"there is no picture {path}")
+        raise UserError(f"there is no picture {path}")
     try:
         with _opened(path) as image:
             image.load()
     except Exception as error:  # PIL has many for damaged and for giant files
-        raise ValueError(f"{path} is damaged or no picture: {str(error)[:120]}") from error
+        raise UserError(f"{path} is damaged or no picture: {str(error)[:120]}") from error
     if image.mode[0] in "IF":
-        raise ValueError(f"{path} has more than 8 bits for each pixel's colour: save it with 8")
+        raise UserError(f"{path} has more than 8 bits for each pixel's colour: save it with 8")
     if image.has_transparency_data and image.convert("RGBA").getchannel("A").getextrema()[0] < 255:
-        raise ValueError(f"{path} has transparent pixels: save it without transparency")
+        raise UserError(f"{path} has transparent pixels: save it without transparency")
     return np.array(image.convert(mode))
 
 
@@ -104,16 +105,16 @@ def read_folder(folder: Path, channels: int) -> tuple[np.ndarray, None]:
             with _opened(path) as image:
                 pixels = np.array(image)
         except Exception as error:
-            raise ValueError(f"{path} is damaged or no PNG: {str(error)[:120]}") from error
+            raise UserError(f"{path} is damaged or no PNG: {str(error)[:120]}") from error
         pixels = pixels[..., None] if pixels.ndim == 2 else pixels                          # (H, W, C)
         if channels == 1 and pixels.shape[2] == 3 and (pixels == pixels[..., :1]).all():
             pixels = pixels[..., :1]
         if images and (pixels.shape, pixels.dtype) != (images[0].shape, images[0].dtype):
-            raise ValueError(f"{path} is {pixels.dtype} {pixels.shape}, but the images before it are "
+            raise UserError(f"{path} is {pixels.dtype} {pixels.shape}, but the images before it are "
                              f"{images[0].dtype} {images[0].shape}")
         images.append(pixels)
     if not images:
-        raise ValueError(f"there are no .png files in {folder}")
+        raise UserError(f"there are no .png files in {folder}")
     return np.stack(images), None
 
 

@@ -19,6 +19,7 @@ from evaluation.classifier import (
     save_classifier,
     train_classifier,
 )
+from runtime.errors import UserError
 from runtime.files import atomic_write, check_writable, one_line
 
 WEIGHTS = Path(__file__).parent / "weights"
@@ -28,10 +29,10 @@ Progress = Callable  # wraps what is looped over, as tqdm does
 
 
 def weights_digest(dataset: str) -> str:
-    """The sha256 of a data set's feature network, as listed in SHA256SUMS beside it. ValueError if not listed."""
+    """The sha256 of a data set's feature network, as listed in SHA256SUMS beside it. UserError if not listed."""
     digests = {name: digest for digest, name in map(str.split, _sums())}
     if f"{dataset}.pt" not in digests:
-        raise ValueError(f"there is no feature network for {dataset} in {WEIGHTS}: train one with "
+        raise UserError(f"there is no feature network for {dataset} in {WEIGHTS}: train one with "
                          f"python evaluate.py --train_features {dataset}")
     return digests[f"{dataset}.pt"]
 
@@ -42,30 +43,30 @@ def _sums() -> list[str]:
 
 
 def load_feature_network(dataset: str, device="cpu") -> Classifier:
-    """The data set's classifier, in eval mode. ValueError if its file is missing or is not the one in SHA256SUMS."""
+    """The data set's classifier, in eval mode. UserError if its file is missing or is not the one in SHA256SUMS."""
     digest, path = weights_digest(dataset), WEIGHTS / f"{dataset}.pt"
     if not path.is_file() or hashlib.sha256(path.read_bytes()).hexdigest() != digest:
-        raise ValueError(f"{path} is missing or damaged (its sha256 is not the one in SHA256SUMS): restore it with "
+        raise UserError(f"{path} is missing or damaged (its sha256 is not the one in SHA256SUMS): restore it with "
                          f"git checkout, or train it with python evaluate.py --train_features {dataset}")
     return load_classifier(path, device).to(memory_format=torch.channels_last).requires_grad_(False)
 
 
 def torchmetrics_image():
-    """torchmetrics.image with its fid and kid. ValueError if torchmetrics is not installed."""
+    """torchmetrics.image with its fid and kid. UserError if torchmetrics is not installed."""
     try:
         import torchmetrics.image.fid
         import torchmetrics.image.kid
     except ImportError as error:
-        raise ValueError("evaluate.py needs torchmetrics: pip install -r requirements-eval.txt") from error
+        raise UserError("evaluate.py needs torchmetrics: pip install -r requirements-eval.txt") from error
     return torchmetrics.image
 
 
 def load_inception() -> nn.Module:
-    """torchmetrics' Inception v3, uint8 (N, 3, H, W) -> (N, 2048). ValueError where it cannot be had."""
+    """torchmetrics' Inception v3, uint8 (N, 3, H, W) -> (N, 2048). UserError where it cannot be had."""
     try:
         return torchmetrics_image().fid.FrechetInceptionDistance(feature=INCEPTION_FEATURES).inception
     except (ImportError, OSError, RuntimeError) as error:
-        raise ValueError(f"--features inception is not available here ({one_line(error)}): it needs pip install "
+        raise UserError(f"--features inception is not available here ({one_line(error)}): it needs pip install "
                          f"torch-fidelity and a network to download its weights; --features own needs neither"
                          ) from error
 

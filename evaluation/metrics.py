@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from evaluation.features import Progress, Seen, torchmetrics_image
+from runtime.errors import UserError
 
 GROUPS, T_QUANTILE = 20, 2.093  # 97.5 % of Student's t lie below T_QUANTILE for GROUPS - 1 degrees of freedom
 PRECISION_K, DENSITY_K = 3, 5  # neighbours: Kynkäänniemi et al. 2019, section 3; Naeem et al. 2020, section 4
@@ -197,17 +198,17 @@ def class_distance(probabilities: Tensor, reference: Tensor, groups: Tensor) -> 
 
 
 def check_count(count: int, num_features: int) -> None:
-    """ValueError unless there are enough images for a covariance of so many features, without any one group too."""
+    """UserError unless there are enough images for a covariance of so many features, without any one group too."""
     needed = 2 * max(num_features, GROUPS * PRECISION_K)
     if count < needed:
-        raise ValueError(f"the figures need at least {needed} images (twice the number of features), not {count}: "
+        raise UserError(f"the figures need at least {needed} images (twice the number of features), not {count}: "
                          f"give more, with --num_images where a checkpoint makes them")
 
 
 def figures(generated: Seen, reference: Seen, labels: Tensor | None = None) -> dict[str, dict]:
     """Every figure by its name: {"value", "low", "high", "n"}. asked_class only with labels (N,), what was asked for.
 
-    ValueError if there are too few images (`check_count`).
+    UserError if there are too few images (`check_count`).
     """
     count = len(generated.features)
     check_count(count, generated.features.shape[1])

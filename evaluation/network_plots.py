@@ -16,6 +16,7 @@ from data import ImageData, to_model, to_uint8
 from diffusion import DiffusionProcess
 from evaluation.gaussian import gaussian_bound
 from models.layers import Attention
+from runtime.errors import UserError
 from utils import generator_for, pyplot
 
 Frame = tuple[float, Tensor, Tensor]
@@ -77,11 +78,11 @@ def attention_maps(model, diffusion: DiffusionProcess, x_t: Tensor, t: Tensor,
                    labels: Tensor | None = None) -> dict[str, Tensor]:
     """The mean over the heads, for each attention layer by name: (B, H, W, H, W), the query's position first.
 
-    ValueError for a network without attention.
+    UserError for a network without attention.
     """
     layers = {name: module for name, module in model.named_modules() if isinstance(module, Attention)}
     if not layers:
-        raise ValueError("this network has no attention to look at: train one with python train.py --attention 4, "
+        raise UserError("this network has no attention to look at: train one with python train.py --attention 4, "
                          "or see --what features")
     outputs = captured(model, diffusion, {name: layer.qkv for name, layer in layers.items()}, x_t, t, labels)
     return {name: attention_weights(outputs[name], layer.heads).mean(1).unflatten(2, outputs[name].shape[2:])
@@ -206,7 +207,7 @@ def _feature_maps(figure, frames: Sequence[Frame], maps: dict[str, Tensor]) -> N
 
 def project(points: Tensor, how: str = "tsne", seed: int = 0) -> Tensor:
     """Points (N, D) in two dimensions (N, 2): "tsne" (van der Maaten and Hinton 2008) keeps neighbours together, "pca"
-    shows them from the side where they spread most. ValueError where scikit-learn, which t-SNE needs, is missing.
+    shows them from the side where they spread most. UserError where scikit-learn, which t-SNE needs, is missing.
     """
     if how == "pca":
         centred = points.double() - points.double().mean(0)
@@ -214,7 +215,7 @@ def project(points: Tensor, how: str = "tsne", seed: int = 0) -> Tensor:
     try:
         from sklearn.manifold import TSNE
     except ImportError as error:
-        raise ValueError("t-SNE needs scikit-learn: pip install -r requirements-see.txt, or ask for "
+        raise UserError("t-SNE needs scikit-learn: pip install -r requirements-see.txt, or ask for "
                          "--projection pca") from error
     perplexity = min(30.0, (len(points) - 1) / 3)
     return torch.from_numpy(TSNE(perplexity=perplexity, init="pca", random_state=seed % 2**32).fit_transform(
@@ -233,11 +234,11 @@ def bottleneck(model, diffusion: DiffusionProcess, x_0: Tensor, t: Tensor, seed:
 def draw_embedding(model, diffusion: DiffusionProcess, data: ImageData, how: str, seed: int):
     """The time embeddings, and the bottleneck's features of images at all times and of little noised ones, in 2-D.
 
-    ValueError for a process of fewer than 5 timesteps.
+    UserError for a process of fewer than 5 timesteps.
     """
     T, count = diffusion.num_timesteps, min(EMBEDDED_IMAGES, len(data.images))
     if T < 5:
-        raise ValueError(f"this checkpoint's process has T = {T}, too few times to lay out: train with more timesteps")
+        raise UserError(f"this checkpoint's process has T = {T}, too few times to lay out: train with more timesteps")
     x_0, labels = to_model(data.images[:count]), data.labels[:count]
     middle = partial(bottleneck, model, diffusion, x_0, seed=seed, labels=labels if model.num_classes else None)
     times = torch.linspace(0, T - 1, min(T, EMBEDDED_TIMES)).round()

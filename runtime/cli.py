@@ -15,6 +15,7 @@ from torch import Tensor
 
 from data import DATASETS
 from runtime import distributed
+from runtime.errors import RunFailed, UserError
 from runtime.files import one_line
 from runtime.memory import give_memory_back, out_of_memory
 from samplers import (
@@ -27,7 +28,6 @@ from samplers import (
     STUDENT_SAMPLER,
     STUDENT_STEPS,
 )
-from utils import RunFailed
 
 
 class Parser(argparse.ArgumentParser):
@@ -60,7 +60,7 @@ class Parser(argparse.ArgumentParser):
     def error(self, message: str):
         if "required" in message and "--checkpoint" in message:
             message += ", such as --checkpoint outputs/model_final.pt"
-        raise ValueError(f"{message} (python {self.prog} --help lists the flags)")
+        raise UserError(f"{message} (python {self.prog} --help lists the flags)")
 
 
 def number(kind: type, low: float = -math.inf, high: float = math.inf) -> Callable[[str], float]:
@@ -142,13 +142,13 @@ def add_shared_flags(parser, *names: str) -> None:
 def asked_labels(args, num_classes: int | None, class_names: Sequence[str], count: int) -> Tensor | None:
     """The label of each of `count` images (count,) by --label, as many in a row for each class; None without --label.
 
-    ValueError if --label or --guidance_scale asks a model for labels that it does not know.
+    UserError if --label or --guidance_scale asks a model for labels that it does not know.
     """
     if args.label is None and (num_classes or args.guidance_scale in (None, 1)):
         return None
     classes = torch.tensor(chosen_classes(str(args.label), class_names if num_classes else ()))
     if len(classes) > count:
-        raise ValueError(f"--label names {len(classes)} classes, more than the {count} to be made: name fewer")
+        raise UserError(f"--label names {len(classes)} classes, more than the {count} to be made: name fewer")
     return classes[torch.arange(count) * len(classes) // count]
 
 
@@ -159,11 +159,11 @@ def image_labels(args, num_classes: int | None, class_names: Sequence[str]) -> T
 
 
 def check_useful(args, samplers: Sequence[str], guided: bool) -> None:
-    """ValueError for an --eta that none of the samplers reads, and a --guidance_interval of images without guidance."""
+    """UserError for an --eta that none of the samplers reads, and a --guidance_interval of images without guidance."""
     if args.eta is not None and not {*samplers} <= {*ETA_SAMPLERS}:
-        raise ValueError(f"--eta is read by --sampler {' and '.join(ETA_SAMPLERS)} only: choose one, or leave it out")
+        raise UserError(f"--eta is read by --sampler {' and '.join(ETA_SAMPLERS)} only: choose one, or leave it out")
     if args.guidance_interval and not guided:
-        raise ValueError("--guidance_interval needs guidance: a checkpoint trained with --conditional, and another "
+        raise UserError("--guidance_interval needs guidance: a checkpoint trained with --conditional, and another "
                          "--guidance_scale than 1")
 
 
@@ -178,10 +178,10 @@ def is_student(checkpoint: dict) -> bool:
 
 
 def trained_on(args, checkpoint: dict) -> str:
-    """The data set that --checkpoint has learned. ValueError if --dataset names another."""
+    """The data set that --checkpoint has learned. UserError if --dataset names another."""
     name = checkpoint["config"]["data"]["dataset"]
     if args.dataset not in (None, name):
-        raise ValueError(f"{args.checkpoint} was trained on {name}, not {args.dataset}: leave out --dataset")
+        raise UserError(f"{args.checkpoint} was trained on {name}, not {args.dataset}: leave out --dataset")
     return name
 
 
@@ -192,9 +192,9 @@ def sampler_and_steps(args, checkpoint: dict) -> tuple[str, int]:
 
 
 def chosen_classes(text: str, class_names: Sequence[str]) -> list[int]:
-    """The classes that --label names. ValueError that lists what there is."""
+    """The classes that --label names. UserError that lists what there is."""
     if not class_names:
-        raise ValueError("this checkpoint was trained without labels: leave --label and --guidance_scale out, or train "
+        raise UserError("this checkpoint was trained without labels: leave --label and --guidance_scale out, or train "
                          "one with python train.py --conditional")
     known = {name.lower(): i for i, name in enumerate(class_names)} | {str(i): i for i in range(len(class_names))}
     classes = []
@@ -204,7 +204,7 @@ def chosen_classes(text: str, class_names: Sequence[str]) -> list[int]:
         ends = [(known[a.strip()], known[b.strip()]) for a, b in pairs if a.strip() in known and b.strip() in known]
         if not ends or ends[0][0] > ends[0][1]:
             listed = ", ".join(f"{i} {name}" if name != str(i) else name for i, name in enumerate(class_names))
-            raise ValueError(f"unknown label {part!r}: choose from {listed}, or a range such as "
+            raise UserError(f"unknown label {part!r}: choose from {listed}, or a range such as "
                              f"0-{len(class_names) - 1}")
         classes += range(ends[0][0], ends[0][1] + 1)
     return classes

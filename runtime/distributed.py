@@ -13,6 +13,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from runtime.errors import UserError
+
 
 def start(device: torch.device) -> None:
     """Join the other processes, if torchrun started this one; NCCL between GPUs, gloo between CPUs. Rank 0 speaks."""
@@ -58,12 +60,12 @@ def size() -> int:
 def local_device(name: str) -> str:
     """The device of this process: with --device auto, cuda:i for process i of its machine, or else the CPU.
 
-    ValueError for mps, through which processes cannot talk.
+    UserError for mps, through which processes cannot talk.
     """
     if "LOCAL_RANK" not in os.environ:
         return name
     if name == "mps":
-        raise ValueError("several processes cannot use mps: give --device cpu, or start the script without torchrun")
+        raise UserError("several processes cannot use mps: give --device cpu, or start the script without torchrun")
     if name in ("auto", "cuda") and torch.cuda.is_available():
         return f"cuda:{int(os.environ['LOCAL_RANK']) % torch.cuda.device_count()}"
     return "cpu" if name == "auto" else name

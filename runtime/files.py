@@ -8,6 +8,8 @@ import zipfile
 from collections.abc import Iterator
 from pathlib import Path
 
+from runtime.errors import UserError
+
 
 def one_line(said: object, most: int | None = 120) -> str:
     """What an error says, on one line: at most so many characters of it, or all (None)."""
@@ -59,7 +61,7 @@ def _umask() -> int:
 
 
 def check_writable(folder: str | Path) -> Path:
-    """Make `folder` and see that files can be made in it, before any work is done. ValueError if not."""
+    """Make `folder` and see that files can be made in it, before any work is done. UserError if not."""
     folder = Path(folder)
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -67,16 +69,16 @@ def check_writable(folder: str | Path) -> Path:
             file.write(b"probe")
         (folder / f".probe-{os.getpid()}").unlink()
     except OSError as error:
-        raise ValueError(f"cannot write to {folder} ({error.strerror}): choose another folder") from error
+        raise UserError(f"cannot write to {folder} ({error.strerror}): choose another folder") from error
     return folder
 
 
 def check_archive(path: str | Path, largest: int) -> None:
-    """ValueError if a zip archive says that it unpacks to more than `largest` bytes; nothing of it is unpacked."""
+    """UserError if a zip archive says that it unpacks to more than `largest` bytes; nothing of it is unpacked."""
     with zipfile.ZipFile(path) as archive:
         unpacked = sum(part.file_size for part in archive.infolist())
     if unpacked > largest:
-        raise ValueError(f"it would unpack to {unpacked:,} bytes")
+        raise UserError(f"it would unpack to {unpacked:,} bytes")
 
 
 def verified_archive(path: str | Path) -> io.BytesIO:

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import torch
 
-from utils import RunFailed
+from runtime.errors import RunFailed
 
 DONE, TOO_SMALL, OTHER = 0, 1, 2  # how a copy of the process ends
 

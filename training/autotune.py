@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from data import ImageData, to_model
 from diffusion import DiffusionProcess
 from runtime import distributed
+from runtime.errors import UserError
 from runtime.files import one_line
 from runtime.memory import out_of_memory
 from utils import autocast, pick_precision
@@ -130,7 +131,7 @@ def worth_compiling(budget: float | None, device: torch.device) -> bool:
 def compiled(network: nn.Module, attempt: Callable[[nn.Module], None], insist: bool) -> nn.Module:
     """torch.compile(network), compiled here and now by attempt(network).
 
-    Where this machine cannot, ValueError or, unless we insist, a line that says so and the network as it is.
+    Where this machine cannot, UserError or, unless we insist, a line that says so and the network as it is.
     """
     logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)  # it warns of CUDA missing on a CPU
     made = torch.compile(network)
@@ -141,7 +142,7 @@ def compiled(network: nn.Module, attempt: Callable[[nn.Module], None], insist: b
             raise
         problem = f"this machine cannot compile the network ({one_line(error)})"
         if insist:
-            raise ValueError(f"{problem}: install a C++ compiler such as g++, or leave out --compile") from error
+            raise UserError(f"{problem}: install a C++ compiler such as g++, or leave out --compile") from error
         print(f"Not compiled: {problem}", flush=True)
         return network
     return made

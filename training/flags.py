@@ -10,6 +10,7 @@ from diffusion import LOSS_WEIGHTS, PREDICTIONS, SCHEDULES, TIMESTEP_SAMPLING
 from models.layers import ACTIVATIONS
 from runtime import distributed
 from runtime.cli import SHARED_FLAGS, Parser, add_shared_flags, duration, number
+from runtime.errors import UserError
 from training.autotune import LAYOUTS
 from training.trainer import LR_SCHEDULES
 
@@ -160,7 +161,7 @@ def more_epochs(epochs: int) -> int:
 def saved_flags(parser: Parser, args, path: Path, saved: dict) -> list[str]:
     """The flags of a checkpoint's run as a user would type them, who may give --epochs and --budget anew in `args`.
 
-    ValueError if they are not such that a run can have had.
+    UserError if they are not such that a run can have had.
     """
     argv, new = [], {*OWN_FLAGS, *(("epochs", "budget") if args.epochs or args.budget else ())}
     kept = {name: saved["config"]["training"].get(name) for name in vars(args) if name not in new}
@@ -173,8 +174,8 @@ def saved_flags(parser: Parser, args, path: Path, saved: dict) -> list[str]:
             elif type(value) is bool:
                 argv.append(f"--{name}" if value else f"--no-{name}")
             elif value is not None:
-                raise ValueError(f"--{name} is of type {type(value).__name__}")
+                raise UserError(f"--{name} is of type {type(value).__name__}")
         parser.parse_args(argv)
-    except ValueError as error:
-        raise ValueError(f"{path} holds flags that no run can have had: {error}") from error
+    except UserError as error:
+        raise UserError(f"{path} holds flags that no run can have had: {error}") from error
     return argv

@@ -12,6 +12,7 @@ from filelock import FileLock, Timeout
 
 from checkpoint import load_checkpoint, saved_step
 from runtime import distributed
+from runtime.errors import UserError
 from runtime.files import check_writable, one_line, temporaries
 
 # What a run writes into its folder. Everything else there is the user's and is left alone.
@@ -21,7 +22,7 @@ WRITTEN = ("samples/epoch_*.png", "checkpoints/model_*.pt", "model_final.pt", "t
 
 @contextlib.contextmanager
 def claim(folder: str | Path):
-    """Hold `folder` for this process, or for rank 0 of several: a second live run there is a ValueError, for all.
+    """Hold `folder` for this process, or for rank 0 of several: a second live run there is a UserError, for all.
 
     The lock dies with the process. What a killed run was in the middle of writing is removed; so is, at the end, a
     folder that was made here and that nothing was written to.
@@ -31,11 +32,11 @@ def claim(folder: str | Path):
     if distributed.rank() == 0:
         try:
             hold(lock, folder)
-        except ValueError as error:
+        except UserError as error:
             refusal = str(error)
     refusal = distributed.from_first(refusal)
     if refusal:
-        raise ValueError(refusal)
+        raise UserError(refusal)
     try:
         yield folder
     finally:
@@ -49,12 +50,12 @@ def claim(folder: str | Path):
 
 
 def hold(lock: FileLock, folder: Path) -> None:
-    """Make `folder`, lock it, and clear what a killed run left. ValueError if another run holds it."""
+    """Make `folder`, lock it, and clear what a killed run left. UserError if another run holds it."""
     check_writable(folder)
     try:
         lock.acquire(timeout=0)
     except Timeout as error:
-        raise ValueError(f"another run is writing to {folder}: wait for it, or choose another --output_dir") from error
+        raise UserError(f"another run is writing to {folder}: wait for it, or choose another --output_dir") from error
     except NotImplementedError:
         print(f"Warning: {folder} is on a disk without locks: see that no second run writes there")
     for pattern in WRITTEN:
@@ -84,10 +85,10 @@ def stop_on_signals(run):
 
 
 def check_space(folder: Path, checkpoint_bytes: int) -> None:
-    """See that `folder` has room for a checkpoint and the one that replaces it. ValueError if not."""
+    """See that `folder` has room for a checkpoint and the one that replaces it. UserError if not."""
     free = shutil.disk_usage(folder).free
     if free < 2 * checkpoint_bytes:
-        raise ValueError(f"the disk of {folder} has {free / 1e6:,.1f} MB left, and two checkpoints take "
+        raise UserError(f"the disk of {folder} has {free / 1e6:,.1f} MB left, and two checkpoints take "
                          f"{2 * checkpoint_bytes / 1e6:,.1f} MB: free some, or choose another --output_dir")
 
 
@@ -126,7 +127,7 @@ def newest_valid(folder: Path) -> tuple[Path, dict] | None:
     for path in checkpoints(folder):
         try:
             return path, load_checkpoint(path)
-        except ValueError as error:
+        except UserError as error:
             print(f"Passing over {one_line(error, None)}")
     return None
 
@@ -143,7 +144,7 @@ def is_valid(path: Path) -> bool:
     """Whether a checkpoint loads."""
     try:
         load_checkpoint(path)
-    except ValueError:
+    except UserError:
         return False
     return True
 

@@ -15,10 +15,11 @@ from checkpoint import is_like
 from data import ImageData, to_model
 from diffusion import DiffusionProcess
 from runtime import distributed
+from runtime.errors import RunFailed, UserError
 from runtime.memory import fits_in_memory
 from training import autotune
 from training.muon import Muon, hidden_matrices
-from utils import RunFailed, autocast, generator_for
+from utils import autocast, generator_for
 
 ORDER, LABELS, NOISE = range(3)  # what a random generator is for, as part of its key
 LOG_STEPS = 50  # between two lines of metrics.jsonl
@@ -80,7 +81,7 @@ class Trainer:
         self.data, self.model, self.diffusion, self.device = data, model, diffusion, data.images.device
         self.batch_size = min(batch_size, len(data.images))
         if self.batch_size % distributed.size():
-            raise ValueError(f"a batch of {self.batch_size} does not divide among {distributed.size()} processes: "
+            raise UserError(f"a batch of {self.batch_size} does not divide among {distributed.size()} processes: "
                              f"choose a --batch_size that does")
         self.warmup, self.lr_schedule = warmup, lr_schedule
         self.max_grad_norm, self.ema_decay = max_grad_norm, ema_decay
@@ -190,7 +191,7 @@ class Trainer:
         return bool(torch.stack([weight.isfinite().all() for weight in weights]).all())
 
     def compile(self, insist: bool) -> None:
-        """Train a compiled network. Without a compiler that works: ValueError if we insist, else a line about it."""
+        """Train a compiled network. Without a compiler that works: UserError if we insist, else a line about it."""
         def attempt(network: nn.Module) -> None:
             autotune.rehearse(network, self.diffusion, self.data, self.conditional, self.precision,
                             self.batch_size // distributed.size())
@@ -240,12 +241,12 @@ class Trainer:
                     images_seen=self.images_seen, precision=self.precision, seed=self.seed)
 
     def restore(self, checkpoint: dict) -> None:
-        """Go back to where a checkpoint was written. ValueError if its tensors do not fit this network."""
+        """Go back to where a checkpoint was written. UserError if its tensors do not fit this network."""
         try:
             self.model.load_state_dict(checkpoint["model"])
             self.ema.load_state_dict(checkpoint["ema"])
         except RuntimeError as error:
-            raise ValueError(f"the checkpoint does not fit this network: {error}") from error
+            raise UserError(f"the checkpoint does not fit this network: {error}") from error
         for name, optimizer in self.optimizers.items():
             saved, groups = checkpoint["optimizer"].get(name), optimizer.state_dict()["param_groups"]
             state = self._checked_state(optimizer, saved, checkpoint["step"])
@@ -258,21 +259,21 @@ class Trainer:
 
     @staticmethod
     def _checked_state(optimizer: torch.optim.Optimizer, saved: dict | None, step: int) -> dict:
-        """The state in an optimiser's saved state_dict; its settings are the run's own. ValueError if it is not its."""
+        """The state in an optimiser's saved state_dict; its settings are the run's own. UserError if it is not its."""
         state, groups = (saved.get(part) if isinstance(saved, dict) else None for part in ("state", "param_groups"))
         if type(groups) is not list or len(groups) != len(optimizer.param_groups) or any(
                 type(group) is not dict or type(group.get("lr")) is not float or not 0 <= group["lr"] < math.inf
                 for group in groups):
-            raise ValueError("the checkpoint does not hold the settings of this run's optimisers")
+            raise UserError("the checkpoint does not hold the settings of this run's optimisers")
         weights = [weight for group in optimizer.param_groups for weight in group["params"]]
         parts = ("momentum",) if isinstance(optimizer, Muon) else ("step", "exp_avg", "exp_avg_sq")
         for i, weight in enumerate(weights if step else ()):
             of_weight = state.get(i) if isinstance(state, dict) else None
             if not isinstance(of_weight, dict) or of_weight.keys() != set(parts) or len(state) != len(weights):
-                raise ValueError("the checkpoint does not hold the state of this run's optimisers")
+                raise UserError("the checkpoint does not hold the state of this run's optimisers")
             for name, value in of_weight.items():
                 if not is_like(value, torch.zeros(()) if name == "step" else weight) or not value.isfinite().all():
-                    raise ValueError(f"the checkpoint's {name} of the optimiser does not fit this network")
+                    raise UserError(f"the checkpoint's {name} of the optimiser does not fit this network")
                 if name != "step":  # in the order in memory that the weight has: fused optimisers rely on it
                     of_weight[name] = torch.empty_like(weight).copy_(value)
         return state if step else {}

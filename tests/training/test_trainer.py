@@ -18,11 +18,12 @@ from checkpoint import load_checkpoint
 from data import ImageData, load_dataset
 from diffusion import DiffusionProcess
 from models import create_model
+from runtime.errors import RunFailed
 from runtime.memory import out_of_memory
 from training import autotune
 from training.muon import Muon, orthogonalise
 from training.trainer import Trainer, ema_decay_at, learning_rate
-from utils import RunFailed, tile
+from utils import tile
 
 KNOWN = functools.cache(load_dataset)
 TOTAL = 7  # steps; three and a half epochs
