@@ -21,6 +21,7 @@ from diffusion import DiffusionProcess
 from models import create_model
 from runtime.errors import UserError
 from runtime.files import atomic_write, check_archive, one_line, verified_archive
+from utils import is_tensor_like
 
 FORMAT = "tiny-diffusion-1"
 FIELDS = {"config": dict, "model": dict, "ema": dict, "optimizer": dict, "step": int, "epoch": int,
@@ -216,7 +217,7 @@ def _wrong_weights(checkpoint: dict, expected: dict) -> str | None:
         for name in weights.keys() - expected.keys():
             return f"the tensor {_shown(name)} of {part} is unknown"
         for name, weight in weights.items():
-            if not is_like(weight, expected[name]):
+            if not is_tensor_like(weight, expected[name]):
                 return (f"the tensor {name!r} of {part} does not fit its config: it should be of the shape "
                         f"{tuple(expected[name].shape)}")
             if not bool(weight.isfinite().all()):
@@ -224,20 +225,13 @@ def _wrong_weights(checkpoint: dict, expected: dict) -> str | None:
     return None
 
 
-def misfit(config: dict, data: ImageData) -> str | None:
+def data_mismatch(config: dict, data: ImageData) -> str | None:
     """How the images or the classes of a checkpoint's config are not those of the data set that it names, or None."""
     shape, classes = list(data.images.shape[1:]), config["model"].get("num_classes")
     if config["data"]["shape"] == shape and classes in (None, len(data.class_names)):
         return None
     return (f"the checkpoint is of images {config['data']['shape']} and {classes} classes, {data.name} has {shape} and "
             f"{len(data.class_names)}")
-
-
-def is_like(tensor, expected: torch.Tensor) -> bool:
-    """Whether this is an ordinary tensor of the same shape and type, with memory of its own for every number."""
-    return (type(tensor) is torch.Tensor and tensor.layout == torch.strided and tensor.device.type == "cpu"
-            and tensor.shape == expected.shape and tensor.dtype == expected.dtype
-            and tensor.untyped_storage().nbytes() >= tensor.numel() * tensor.element_size())
 
 
 def _shown(value) -> str:

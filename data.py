@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from functools import lru_cache, partial
 from http.client import HTTPException
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -68,12 +69,12 @@ def load_dataset(name: str, split: str = "train", data_dir: str | Path = "data")
     if split != "test":
         part = slice(-VALIDATION_IMAGES, None) if split == "validation" else slice(None, -VALIDATION_IMAGES)
         images, labels = images[part], labels[part]
-    return ImageData(name, split, images, labels, DATASETS[name][1])
+    return ImageData(name, split, images, labels, DATASETS[name].class_names)
 
 
 @lru_cache(maxsize=1)  # train and validation are parts of the same files: what the one has read and checked serves both
 def _read(name: str, data_dir: Path, train: bool) -> tuple[Tensor, Tensor]:
-    return DATASETS[name][0](data_dir, train)
+    return DATASETS[name].read(data_dir, train)
 
 
 # ------------------------------------------------------------------------------------------------ from torchvision
@@ -174,9 +175,23 @@ def _draw_glyphs(path: Path, count: int, seed: int) -> None:
         np.savez(file, images=images, labels=labels)
 
 
-DATASETS: dict[str, tuple[Callable[[Path, bool], tuple[Tensor, Tensor]], tuple[str, ...]]] = {
-    "mnist": (partial(_mnist, "MNIST", MNIST_FILES), DIGITS),
-    "fashion_mnist": (partial(_mnist, "FashionMNIST", FASHION_FILES), FASHION),
-    "cifar10": (_cifar10, CIFAR),
-    "glyphs": (_glyphs, DIGITS),
+class DataSet(NamedTuple):
+    """How to read a data set and what is known of it: a row of DATASETS.
+
+    read          read(data_dir, train) -> images (N, C, H, W) uint8 and labels (N,) int64
+    class_names   one for each label
+    noise_level   mean and standard deviation of log(sigma / alpha / data_std) in training
+    """
+
+    read: Callable[[Path, bool], tuple[Tensor, Tensor]]
+    class_names: tuple[str, ...]
+    noise_level: tuple[float, float] = (-0.5, 1.2)
+
+
+# To add a data set, add a row. Noise levels: measured (benchmarks/RECORDS.md); that of cifar10: Karras et al. 2022.
+DATASETS = {
+    "mnist": DataSet(partial(_mnist, "MNIST", MNIST_FILES), DIGITS, noise_level=(0.7, 0.9)),
+    "fashion_mnist": DataSet(partial(_mnist, "FashionMNIST", FASHION_FILES), FASHION, noise_level=(0.0, 1.2)),
+    "cifar10": DataSet(_cifar10, CIFAR),
+    "glyphs": DataSet(_glyphs, DIGITS, noise_level=(0.7, 0.9)),
 }

@@ -1,61 +1,66 @@
-"""Teach a student to make in one to four evaluations the images that its teacher, a checkpoint, makes in ten or more.
+"""Train a student that makes images in one to four network evaluations; its teacher, a checkpoint, needs ten or more.
 
     python distill.py --checkpoint outputs/model_final.pt
     python distill.py --checkpoint outputs/model_final.pt --budget 10m --guidance_scale 2 --output_dir outputs/guided
 
-Consistency distillation (Song et al. 2023): where the teacher walks down its path to an image, the student learns to
-jump. It is a checkpoint like any other. Writes to --output_dir: model_final.pt, metrics.jsonl, and samples.png, two
-rows for each of 1, 2 and 4 evaluations. An older run's results there move to previous/. Ctrl-C and SIGTERM save what
-there is to checkpoints/; a run cannot be resumed. A teacher that predicts eps says nothing about the image where there
-is nothing but noise, and nor does its student: for so few evaluations it should have learned edm, v or x0.
+Consistency distillation (Song et al. 2023): the teacher goes to an image in many small steps, the student learns to
+jump there. The student is a checkpoint like any other. Writes to --output_dir: model_final.pt, metrics.jsonl, and
+samples.png, two rows for each of 1, 2 and 4 evaluations. Results of an older run there are moved to previous/. Ctrl-C
+and SIGTERM save a checkpoint to checkpoints/; a distillation cannot be resumed. The teacher should predict edm, v or
+x0: one that predicts eps knows nothing about the image at the noisiest time, where the student begins.
 """
 
 import copy
 import math
+import shlex
 import sys
 import time
+from argparse import Namespace
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
-from tqdm import tqdm
 
-from checkpoint import load_model, misfit, save_checkpoint
-from data import load_dataset
+from checkpoint import data_mismatch, load_model
+from data import ImageData, load_dataset
 from diffusion import Denoise, DiffusionProcess
-from runtime.cli import SHARED_FLAGS, Parser, add_shared_flags, duration, guidance, is_student, number, script
-from runtime.errors import RunFailed, UserError
-from samplers import DEFAULT_GUIDANCE, STUDENT_SAMPLER, ddim_step, final_image, generate, guide, spaced_timesteps
+from runtime.errors import UserError
+from runtime.parser import SHARED_FLAGS, Parser, add_shared_flags, duration, number
+from runtime.sampling import is_student, sampling_options
+from runtime.script import script
+from samplers import DEFAULT_GUIDANCE, ddim_step, final_image, generate, guide, spaced_timesteps
 from training import autotune, run_folder
-from training.trainer import LOG_STEPS, MAX_BAD_STEPS, Trainer, shown
-from utils import autocast, count_parameters, get_device, save_images, write_json_lines
+from training.budget import Budget
+from training.run import CLOSING_SECONDS, LOG_STEPS, Run, progress_bar
+from training.trainer import Trainer, fitting_batch
+from utils import autocast, count_parameters, get_device, save_images
 
-HUBER = 0.03  # root mean square errors above it count by their size, below it by their square
-CLOSING = 1.5  # seconds that the end of a run takes, its sampling apart
+HUBER = 0.03  # the Huber constant c: errors above it count by their size, those below it by their square
 SAMPLE_STEPS, SAMPLE_IMAGES, SAMPLE_COLUMNS = (1, 2, 4), 20, 10
 
 
 def parse_args(argv: Sequence[str] | None):
     parser = Parser(__doc__)
     group = parser.add_argument_group("run")
-    group.add_argument("--checkpoint", required=True, help="the teacher: a file that train.py wrote")
+    group.add_argument("--checkpoint", required=True, help="the teacher: a checkpoint of train.py")
     group.add_argument("--budget", type=duration, default="5m", metavar="TIME",
-                       help="wall-clock time for everything, start-up and saving included: 90s, 10m, 1.5h")
+                       help="wall-clock time for everything, including start-up and saving: 90s, 10m, 1.5h")
     add_shared_flags(group, "data_dir", "output_dir", "device", "precision", "seed")
     group = parser.add_argument_group("what the student learns")
     group.add_argument("--teacher_steps", type=number(int, 2), default=20, metavar="N",
                        help="steps of the teacher's path, at most the checkpoint's T")
     group.add_argument("--teacher_order", type=int, choices=(1, 2), default=2,
-                       help="of its steps: 1 is ddim, 2 looks twice and goes nearer to the true path")
+                       help="order of the teacher's steps: 1 is ddim; 2 evaluates it twice and is more exact")
     group.add_argument("--guidance_scale", **SHARED_FLAGS["guidance_scale"] | dict(
-        help="of the teacher: the student makes guided images in one evaluation, with --guidance_scale 1 for itself "
+        help="guidance of the teacher; the student then makes guided images with one evaluation a step "
              f"(default: {DEFAULT_GUIDANCE} where there are labels)"))
     group = parser.add_argument_group("optimiser")
     group.add_argument("--batch_size", type=number(int, 1), default=128, help="images in a step")
-    group.add_argument("--lr", type=number(float, 0), default=5e-4, help="peak learning rate of adamw")
-    group.add_argument("--muon_lr", type=number(float, 0), default=0.005, help="peak learning rate of muon")
+    group.add_argument("--lr", type=number(float, 0), default=5e-4, help="peak learning rate of AdamW")
+    group.add_argument("--muon_lr", type=number(float, 0), default=0.005, help="peak learning rate of Muon")
     parser.set_defaults(output_dir="outputs/student")
     return parser.parse_args(argv)
 
@@ -138,143 +143,114 @@ class Consistency(DiffusionProcess):
 # --------------------------------------------------------------------------------------------------------- the run
 
 
-class Run:
-    """A distillation: a trainer, the time that it has, and the folder that it writes to."""
-
-    def __init__(self, args, startup: float):
-        self.args, self.folder, self.clock = args, Path(args.output_dir), time.perf_counter() - startup
-        device = get_device(args.device)
-        autotune.prepare(device)
-        teacher, process, checkpoint = load_model(args.checkpoint, device)
-        self.check(teacher, process, checkpoint)
-        args.guidance_scale = guidance(args.guidance_scale, teacher.num_classes)
-        data = load_dataset(checkpoint["config"]["data"]["dataset"], "train", args.data_dir)
-        self.shape = tuple(data.images.shape[1:])
-        if wrong := misfit(checkpoint["config"], data):
-            raise UserError(f"{wrong}: give the --data_dir that it was trained on")
-        self.trainer = self.make_trainer(teacher, process, data.to(device))
-        self.config = dict(model=teacher.config, diffusion=process.config,
-                           data=checkpoint["config"]["data"],
-                           training=dict(vars(args), student=True, teacher_images_seen=checkpoint["images_seen"]))
-        self.records, self.losses, self.signal = [], [], None
-        self.closing = CLOSING
-        self.last = 0, time.perf_counter()  # the step and the moment of the last record
-
-    def check(self, teacher, process: DiffusionProcess, checkpoint: dict) -> None:
-        """UserError, with what to do, where the flags do not go with the teacher."""
-        args = self.args
-        if is_student(checkpoint):
-            raise UserError(f"{args.checkpoint} is a student, whose x_0_hat is no mean to learn from: give its "
-                             f"teacher with --checkpoint")
-        if args.teacher_steps > process.num_timesteps:
-            raise UserError(f"--teacher_steps must lie in 2..{process.num_timesteps} (the checkpoint's number of "
-                             f"timesteps), not {args.teacher_steps}")
-        if args.guidance_scale not in (None, 1) and not teacher.num_classes:
-            raise UserError("this checkpoint was trained without labels: leave --guidance_scale out, or train one "
-                             "with python train.py --conditional")
-        if Path(args.checkpoint).resolve() in (path.resolve() for path in run_folder.results(self.folder)):
-            raise UserError(f"{args.output_dir} holds the teacher, which a new run there would move away: choose "
-                             f"another --output_dir")
-
-    def make_trainer(self, teacher, process: DiffusionProcess, data) -> Trainer:
-        """The trainer of a student that is still a copy of the teacher; an open precision is measured."""
-        args, student = self.args, copy.deepcopy(teacher).requires_grad_(True)
-        consistency = Consistency(process, teacher, args.teacher_steps, args.guidance_scale, args.teacher_order)
-        conditional, count = bool(teacher.num_classes), min(args.batch_size, len(data.images))
-        args.precision, layout = autotune.choose(args.precision, None, student, consistency, data, conditional, count,
-                                               autotune.seconds_for_trials(math.inf, args.budget))
-        for network in (teacher, student):
-            network.to(memory_format=autotune.LAYOUTS[layout])
-        return Trainer(data, student, consistency, batch_size=count, lr=args.lr, muon_lr=args.muon_lr,
-                       conditional=conditional, label_dropout=0.0, precision=args.precision, seed=args.seed,
-                       recorded=data.images.device.type == "cuda")
-
-    @property
-    def seconds(self) -> float:
-        """Since the start of the run."""
-        return time.perf_counter() - self.clock
-
-    @property
-    def progress(self) -> float:
-        """How much is done (0..1) of the time for learning."""
-        return min(1.0, self.seconds / max(1e-9, self.args.budget - self.closing))
-
-    def record(self) -> str:
-        """Add a line to the records for the steps since the last, and say how it goes. RunFailed if it goes wrong."""
-        trainer, (step, since), self.last = self.trainer, self.last, (self.trainer.step, time.perf_counter())
-        speed = (trainer.step - step) * trainer.batch_size / (time.perf_counter() - since)
-        self.closing = CLOSING + SAMPLE_IMAGES * sum(SAMPLE_STEPS) / speed
-        self.records.append(trainer.record(self.losses, speed, self.seconds))
-        self.losses = []
-        if trainer.skipped[1] >= MAX_BAD_STEPS:
-            raise RunFailed(f"the loss or its gradient was not finite in {trainer.skipped[1]:.0f} steps in a row: try "
-                            f"--lr {self.args.lr / 4:g} --muon_lr {self.args.muon_lr / 4:g}, or --precision fp32")
-        return shown(self.records[-1])
-
-    def save(self, name: str) -> Path:
-        """Write a checkpoint and metrics.jsonl."""
-        if self.losses:
-            self.record()
-        if not self.trainer.is_finite():
-            raise RunFailed(f"the weights are not finite after step {self.trainer.step}: try --lr "
-                            f"{self.args.lr / 4:g} --muon_lr {self.args.muon_lr / 4:g}")
-        history = dict(records=self.records, losses=[], skipped=self.trainer.skipped.tolist())
-        save_checkpoint(self.folder / name, config=self.config, seconds=self.seconds, history=history,
-                        **self.trainer.state())
-        write_json_lines(self.records, self.folder / "metrics.jsonl")
-        return self.folder / name
-
-    def save_samples(self) -> None:
-        """Write samples.png: the same starting noise in 1, 2 and 4 steps, each class in a column of its own."""
-        trainer, blocks = self.trainer, []
-        labels = torch.arange(SAMPLE_IMAGES) % len(trainer.data.class_names) if trainer.conditional else None
-        for steps in SAMPLE_STEPS:
-            with autocast(trainer.device, trainer.precision):
-                blocks += [final_image(trajectory).cpu() for _, trajectory in generate(
-                    trainer.ema, trainer.diffusion, self.shape, range(SAMPLE_IMAGES), seed=trainer.seed,
-                    sampler=STUDENT_SAMPLER, steps=min(steps, trainer.diffusion.num_timesteps), labels=labels)]
-        save_images(torch.cat(blocks), self.folder / "samples.png", columns=SAMPLE_COLUMNS)
-
-
 def distill(run: Run) -> None:
-    """The loop: steps until the time is over or a signal arrives, and a record every LOG_STEPS."""
-    with tqdm(total=100, unit="%", dynamic_ncols=True,
-              bar_format="{percentage:3.0f}%|{bar}| [{elapsed}{postfix}]") as bar:
-        while (progress := run.progress) < 1 and not run.signal:
-            run.losses.append(run.trainer.train_step(progress))
-            if run.trainer.step % LOG_STEPS == 0:
-                bar.set_postfix_str(run.record())
-                bar.update(round(100 * progress) - bar.n)
-        bar.update(0 if run.signal else 100 - bar.n)
-    if not run.trainer.step and not run.signal:
-        raise RunFailed(f"the {run.args.budget:g} s of --budget were over before the first step: give it more")
+    """Train the student until the time or a signal ends the run."""
+    trainer = run.trainer
+    with progress_bar() as bar:
+        while run.progress < 1 and not run.stopped:
+            x_0, labels = trainer.batch()                                                   # (B, C, H, W), (B,)
+            loss = trainer.train_step(x_0, labels, run.progress)                            # ()
+            run.losses.append(loss)
+            if trainer.step % LOG_STEPS == 0:
+                run.record(run.speed())
+                run.show(bar)
+            run.update()
+        bar.update(0 if run.stopped else 100 - bar.n)
+    if run.losses:
+        run.record(run.speed())
+
+
+def save_samples(run: Run) -> None:
+    """Write samples.png: images from the same starting noise in 1, 2 and 4 steps, one column for each class."""
+    trainer, blocks = run.trainer, []
+    for steps in SAMPLE_STEPS:
+        steps = min(steps, trainer.diffusion.num_timesteps)
+        options = sampling_options(run.config, Namespace(seed=trainer.seed, steps=steps), SAMPLE_IMAGES)
+        with autocast(trainer.device, trainer.precision):
+            blocks += [final_image(trajectory).cpu() for _, trajectory in generate(
+                trainer.ema, trainer.diffusion, run.config["data"]["shape"], range(SAMPLE_IMAGES), **options)]
+    save_images(torch.cat(blocks), run.folder / "samples.png", columns=SAMPLE_COLUMNS)
+
+
+def make_run(args: Namespace, start: float) -> Run:
+    """The run that the flags ask for. start: time.perf_counter() when it began."""
+    device = get_device(args.device)
+    autotune.set_up_cuda(device)
+    teacher, process, checkpoint = load_model(args.checkpoint, device)
+    check_teacher(args, process, checkpoint)
+    guidance_scale = sampling_options(checkpoint["config"], Namespace(guidance_scale=args.guidance_scale),
+                                      1)["guidance_scale"]
+    data = load_dataset(checkpoint["config"]["data"]["dataset"], "train", args.data_dir)
+    if problem := data_mismatch(checkpoint["config"], data):
+        raise UserError(f"{problem}: give the --data_dir that it was trained on")
+    settings = Namespace(**vars(args) | dict(guidance_scale=guidance_scale))
+    trainer, settings = make_trainer(settings, teacher, process, data.to(device))
+    config = dict(model=teacher.config, diffusion=process.config, data=checkpoint["config"]["data"],
+                  training=dict(vars(settings), student=True, teacher_images_seen=checkpoint["images_seen"]))
+    budget = Budget(math.inf, args.budget, start, reserve=CLOSING_SECONDS)
+    advice = f"try --lr {args.lr / 4:g} --muon_lr {args.muon_lr / 4:g}, or --precision fp32"
+    return Run(Path(args.output_dir), trainer, budget, config, advice, SAMPLE_IMAGES * sum(SAMPLE_STEPS))
+
+
+def check_teacher(args: Namespace, process: DiffusionProcess, checkpoint: dict) -> None:
+    """UserError, with what to do, where the flags do not fit the teacher."""
+    if is_student(checkpoint["config"]):
+        raise UserError(f"{args.checkpoint} is a student, which cannot teach: give its teacher with --checkpoint")
+    if args.teacher_steps > process.num_timesteps:
+        raise UserError(f"--teacher_steps must lie in 2..{process.num_timesteps} (the checkpoint's number of "
+                        f"timesteps), not {args.teacher_steps}")
+    if Path(args.checkpoint).resolve() in (path.resolve() for path in run_folder.results(Path(args.output_dir))):
+        raise UserError(f"{args.output_dir} holds the teacher, which a new run there would move away: choose "
+                        f"another --output_dir")
+
+
+def make_trainer(settings: Namespace, teacher, process: DiffusionProcess,
+                 data: ImageData) -> tuple[Trainer, Namespace]:
+    """The trainer of a student that is still a copy of the teacher, and the settings with the measured precision."""
+    student = copy.deepcopy(teacher).requires_grad_(True)
+    consistency = Consistency(process, teacher, settings.teacher_steps, settings.guidance_scale,
+                              settings.teacher_order)
+    conditional, count = bool(teacher.num_classes), min(settings.batch_size, len(data.images))
+    precision, layout = autotune.fastest_arithmetic(settings.precision, None, student, consistency, data, conditional,
+                                                    count, autotune.seconds_for_race(math.inf, settings.budget))
+    for network in (teacher, student):
+        network.to(memory_format=autotune.LAYOUTS[layout])
+    trainer = Trainer(data, student, consistency, batch_size=count, lr=settings.lr, muon_lr=settings.muon_lr,
+                      conditional=conditional, label_dropout=0.0, precision=precision, seed=settings.seed,
+                      cuda_graph=data.images.device.type == "cuda")
+    return trainer, Namespace(**vars(settings) | dict(precision=precision))
+
+
+def memory_advice(trainer: Trainer) -> str:
+    """Advice after a step that ran out of memory; measures the batch size that fits."""
+    return (f"out of memory in a step of {trainer.batch_size} images: give --batch_size "
+            f"{fitting_batch(trainer, trainer.batch_size // 2)}, which fits (measured)")
 
 
 @script
 def main(argv=None):
-    args, startup = parse_args(argv), time.process_time() if argv is None else 0.0
-    with run_folder.claim(args.output_dir) as folder, run_folder.stop_on_signals(Run(args, startup)) as run:
-        trainer = run.trainer
-        run_folder.check_space(folder, trainer.checkpoint_bytes)
-        print(f"Using device: {trainer.device}")
-        print(f"{trainer.data.name}: {len(trainer.data.images):,} images; a student of "
-              f"{count_parameters(trainer.model):,} parameters; {trainer.precision}", flush=True)
-        place = run_folder.set_aside(folder)
-        if place:
-            print(f"Moved the results of an older run to {place}")
-        partial = "checkpoints/model_step_{:08d}.pt"
-        try:
-            distill(run)
-        except OSError:  # the terminal, or what reads the output, is gone
-            run.save(partial.format(trainer.step))
-            raise
-        if run.signal:
-            path = run.save(partial.format(trainer.step))
-            print(f"Stopped by a signal after {trainer.step:,} steps; saved {path}")
-            return 128 + run.signal
-        path = run.save("model_final.pt")
-        run.save_samples()
-        print(f"Saved {path}: python sample.py --checkpoint {path}")
+    args = parse_args(argv)
+    start = time.perf_counter() - (time.process_time() if argv is None else 0.0)  # with the time of the imports
+    with run_folder.claim(args.output_dir) as folder:
+        run = make_run(args, start)
+        with run_folder.stop_on_signals(run):
+            trainer = run.trainer
+            run_folder.check_space(folder, trainer.checkpoint_bytes)
+            print(f"Using device: {trainer.device}")
+            print(f"{trainer.data.name}: {len(trainer.data.images):,} images; a student of "
+                  f"{count_parameters(trainer.model):,} parameters; {trainer.precision}", flush=True)
+            run.update()
+            if run.progress == 1:
+                raise UserError(f"the {args.budget:g} s of --budget were over before the first step: give it more")
+            if place := run_folder.set_aside(folder):
+                print(f"Moved the results of an older run to {place}")
+            run.carry_out(partial(distill, run), partial(memory_advice, trainer))
+            if run.stopped:
+                print(f"Stopped by a signal after {trainer.step:,} steps; saved {run.save_step()}")
+                return 128 + run.stopped
+            path = run.save("model_final.pt")
+            save_samples(run)
+            print(f"Saved {path}: python sample.py --checkpoint {shlex.quote(str(path))}")
 
 
 if __name__ == "__main__":

@@ -25,7 +25,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from checkpoint import MAX_COUNT, load_model, misfit
+from checkpoint import MAX_COUNT, data_mismatch, load_model
 from data import ImageData, load_dataset, to_model, to_uint8
 from diffusion import DiffusionProcess
 from evaluation.features import load_feature_network, look
@@ -315,7 +315,7 @@ def look_at_data(args, name: str, model, diffusion: DiffusionProcess, checkpoint
     yield from findings
     if not model or any(finding.status == "FAIL" for finding in findings):
         return
-    if wrong := misfit(checkpoint["config"], train):
+    if wrong := data_mismatch(checkpoint["config"], train):
         yield Finding("data set", "FAIL", wrong, "give the --data_dir that it was trained on")
         return
     if not is_student(checkpoint):  # whose x_0_hat is an image, not the mean near to all

@@ -4,13 +4,14 @@
     python sample.py --checkpoint outputs/model_final.pt --sampler ddpm --timesteps 1000 --seed 7
     python sample.py --checkpoint outputs/model_final.pt --label 0-9 --guidance_scale 2
 
-The checkpoint knows what the training was: no flag has to be repeated. An --output that ends in .npz gets the images as
-arr_0, uint8 (N, H, W, C), and, where there are labels, labels (N,), instead of a picture. Without --label a conditional
+No flag of the training has to be repeated: the checkpoint holds them. If --output ends in .npz, it gets the images as
+arr_0, uint8 (N, H, W, C), and labels (N,) where there are any, instead of a picture. Without --label, a conditional
 model makes all classes in turn.
 """
 
 import sys
 import time
+from argparse import Namespace
 from collections.abc import Iterator, Sequence
 from functools import partial
 from pathlib import Path
@@ -22,24 +23,16 @@ from tqdm import tqdm
 from checkpoint import load_model
 from data import to_uint8
 from runtime import distributed
-from runtime.cli import (
-    SHARED_FLAGS,
-    Parser,
-    add_shared_flags,
-    check_useful,
-    guidance,
-    image_labels,
-    is_student,
-    sampler_and_steps,
-    script,
-)
 from runtime.errors import UserError
-from runtime.files import atomic_write, check_writable
+from runtime.files import atomic_write, check_output
 from runtime.memory import within_memory
-from samplers import generate, image_noise, uniform_timesteps
+from runtime.parser import SHARED_FLAGS, Parser, add_shared_flags
+from runtime.sampling import sampling_options
+from runtime.script import script
+from samplers import generate, image_noise
 from utils import GREY, autocast, get_device, pick_precision, save_gif, save_images
 
-MOST_COLUMNS = 16  # of a grid with a row for each class
+MAX_COLUMNS = 16  # of a grid with a row for each class
 FILM_FRAMES, FILM_IMAGES = 10, 8
 GIF_FRAMES, GIF_IMAGES = 40, 16
 
@@ -47,12 +40,12 @@ GIF_FRAMES, GIF_IMAGES = 40, 16
 def parse_args(argv: Sequence[str] | None):
     parser = Parser(__doc__)
     group = parser.add_argument_group("what")
-    group.add_argument("--checkpoint", required=True, help="a file that train.py wrote")
+    group.add_argument("--checkpoint", required=True, help="a checkpoint of train.py or distill.py")
     add_shared_flags(group, "use_ema", "num_images", "label")
     group.add_argument("--output", default="outputs/generated_samples.png", help="a .png or .npz file")
     group.add_argument("--show_intermediate", action="store_true",
                        help="also write intermediate/step_XXXX.png beside the output, and a film strip")
-    group.add_argument("--gif", action="store_true", help="also write the way there as a film: x_t beside x_0_hat")
+    group.add_argument("--gif", action="store_true", help="also write an animation of the steps: x_t beside x_0_hat")
     group = parser.add_argument_group("how")
     add_shared_flags(group, "sampler", "spacing")
     group.add_argument("--steps", "--timesteps", **SHARED_FLAGS["steps"])
@@ -64,15 +57,15 @@ def parse_args(argv: Sequence[str] | None):
 
 
 def shown_steps(steps: int, frames: int) -> set[int]:
-    """Which steps, counted from 1, a film shows: about `frames`, evenly spaced, the last among them."""
+    """The steps, counted from 1, that a film shows: about `frames` of them, evenly spaced, the last one included."""
     return {round(steps * (i + 1) / frames) for i in range(frames)}
 
 
 class Film:
-    """What --show_intermediate and --gif keep of the batches: the images at some times of their trajectories."""
+    """What --show_intermediate and --gif keep: the images at some times of their trajectories."""
 
     def __init__(self):
-        self.frames: dict[float, list[torch.Tensor]] = {}
+        self.frames: dict[float, list[torch.Tensor]] = {}  # by time t, x_t of each batch
         self.pairs: list[torch.Tensor] = []  # x_t beside x_0_hat of the first images
 
     def add(self, t: float, x: torch.Tensor) -> None:
@@ -84,7 +77,7 @@ class Film:
     def save(self, output: Path) -> list[Path]:
         """Write intermediate/step_XXXX.png, named by t, and film_strip.png, a row for each of the first images.
 
-        What an earlier trajectory left in intermediate/ goes.
+        Files of an earlier trajectory in intermediate/ are deleted.
         """
         frames = {t: torch.cat(parts) for t, parts in sorted(self.frames.items(), reverse=True)}
         folder = output.parent / "intermediate"
@@ -98,41 +91,29 @@ class Film:
         return [folder, strip]
 
 
-def my_share(args) -> range:
-    """The numbers of the images that this process makes."""
-    return range(args.num_images)[distributed.share(args.num_images)]
-
-
-def image_batches(args, model, diffusion, shape, labels, batch_size: int) -> Iterator:
-    """samplers.generate as the flags ask for it, `batch_size` images at a time."""
-    return generate(model, diffusion, shape, my_share(args), seed=args.seed, sampler=args.sampler, steps=args.steps,
-                    spacing=args.spacing, eta=args.eta, batch_size=batch_size, labels=labels,
-                    guidance_scale=args.guidance_scale, guidance_interval=args.guidance_interval)
-
-
-def make_images(args, diffusion, shape, batches: Iterator) -> tuple[torch.Tensor, Film | None]:
-    """The images (N, C, H, W) in [-1, 1], and the film if one is asked for."""
-    film = Film() if args.show_intermediate or args.gif else None
-    keep, pairs, images = shown_steps(args.steps, FILM_FRAMES), shown_steps(args.steps, GIF_FRAMES), []
-    total = -(-len(my_share(args)) // args.batch_size) * args.steps
+def make_images(args: Namespace, steps: int, film: Film | None, shape: Sequence[int], num_timesteps: int, count: int,
+                batches: Iterator) -> torch.Tensor:
+    """The images (N, C, H, W) in [-1, 1] of all processes; `count` are this process's. The film gets its frames."""
+    frames, pairs, images = shown_steps(steps, FILM_FRAMES), shown_steps(steps, GIF_FRAMES), []
+    total = -(-count // args.batch_size) * steps
     with tqdm(total=total, unit="step", desc="sampling", disable=distributed.rank() > 0) as bar:
         for batch, trajectory in batches:
             if film:
-                film.add(diffusion.num_timesteps - 1, image_noise(batch, args.seed, shape)())
+                film.add(num_timesteps - 1, image_noise(batch, args.seed, shape)())
             for step, (t, x, x_0_hat) in enumerate(trajectory, start=1):
                 bar.update()
-                if film and step in keep:
+                if film and step in frames:
                     film.add(t, x)
                 if film and step in pairs and batch[0] == 0:
                     film.add_pair(x, x_0_hat)
             images.append(x.cpu())
     if film:
         film.frames = {t: [distributed.gather(torch.cat(parts))] for t, parts in film.frames.items()}
-    return distributed.gather(torch.cat(images)), film
+    return distributed.gather(torch.cat(images))
 
 
 def rows_by_class(images: torch.Tensor, counts: Sequence[int], columns: int) -> torch.Tensor:
-    """uint8 images (N, C, H, W), so many of each class one after another, with grey ones that fill up the rows."""
+    """uint8 images (N, C, H, W), counts[i] of class i, with grey ones that fill up the rows of each class."""
     rows = []
     for part in images.split(counts):
         rows += [part, torch.full_like(part[:1], GREY).expand(-len(part) % columns, -1, -1, -1)]
@@ -142,7 +123,7 @@ def rows_by_class(images: torch.Tensor, counts: Sequence[int], columns: int) -> 
 def save(images: torch.Tensor, labels: torch.Tensor | None, by_class: bool, output: Path) -> None:
     """Write images (N, C, H, W) in [-1, 1] as a grid or, to .npz, as uint8 arr_0 (N, H, W, C), with their labels.
 
-    by_class: each class begins a row of the grid of its own, or several where it has many images.
+    by_class: each class starts in a new row of the grid.
     """
     images = to_uint8(images)
     if output.suffix == ".npz":
@@ -150,7 +131,7 @@ def save(images: torch.Tensor, labels: torch.Tensor | None, by_class: bool, outp
         with atomic_write(output) as file:
             np.savez_compressed(file, arr_0=images.permute(0, 2, 3, 1).numpy(), **arrays)
     elif by_class and len(counts := labels.unique_consecutive(return_counts=True)[1].tolist()) > 1:
-        columns = min(max(counts), MOST_COLUMNS)
+        columns = min(max(counts), MAX_COLUMNS)
         save_images(rows_by_class(images, counts, columns), output, columns, quantise=False)
     else:
         save_images(images, output, quantise=False)
@@ -159,31 +140,27 @@ def save(images: torch.Tensor, labels: torch.Tensor | None, by_class: bool, outp
 @script
 def main(argv=None):
     args = parse_args(argv)
-    output = Path(args.output)
-    device = get_device(distributed.local_device(args.device))
+    output, device = Path(args.output), get_device(distributed.local_device(args.device))
     distributed.start(device)
     if args.num_images < distributed.size():
         raise UserError(f"{args.num_images} images do not divide among {distributed.size()} processes: choose more")
     model, diffusion, checkpoint = load_model(args.checkpoint, device, args.use_ema)
-    config = checkpoint["config"]["data"]
-    labels = image_labels(args, model.num_classes, config["class_names"])
-    args.sampler, args.steps = sampler_and_steps(args, checkpoint)
-    args.guidance_scale = guidance(args.guidance_scale, labels, is_student(checkpoint))
-    check_useful(args, [args.sampler], guided=args.guidance_scale != 1)
-    args.eta = args.eta or 0.0
-    uniform_timesteps(diffusion.num_timesteps, args.steps)  # an impossible number is told before any work
+    config, shape = checkpoint["config"], checkpoint["config"]["data"]["shape"]
+    options = sampling_options(config, args, args.num_images)
     if distributed.rank() == 0:
-        check_writable(output.parent)
+        check_output(output)
     print(f"Using device: {diffusion.device}")
-    start = time.perf_counter()
+    start, film = time.perf_counter(), Film() if args.show_intermediate or args.gif else None
+    mine = range(args.num_images)[distributed.share(args.num_images)]
+    make = partial(make_images, args, options["steps"], film, shape, diffusion.num_timesteps, len(mine))
     with autocast(device, pick_precision(args.precision, device)):
-        images, film = within_memory(partial(make_images, args, diffusion, config["shape"]),
-                                     partial(image_batches, args, model, diffusion, config["shape"], labels),
-                                     args.batch_size, device)
-    print(f"{len(images)} images by {args.sampler} in {args.steps} steps: {time.perf_counter() - start:.2f} s")
+        images = within_memory(make, lambda batch_size: generate(
+            model, diffusion, shape, mine, **options | dict(batch_size=batch_size)), args.batch_size, device)
+    print(f"{len(images)} images by {options['sampler']} in {options['steps']} steps: "
+          f"{time.perf_counter() - start:.2f} s")
     if distributed.rank():
         return distributed.finish()
-    save(images, labels, args.label is not None, output)
+    save(images, options["labels"], args.label is not None, output)
     written = [output, *(film.save(output) if args.show_intermediate else [])]
     if args.gif:
         save_gif(film.pairs, output.with_suffix(".gif"))

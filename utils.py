@@ -1,6 +1,5 @@
 """What the scripts share: devices, chance, pictures and plots."""
 
-import json
 import math
 from collections.abc import Sequence
 from pathlib import Path
@@ -58,6 +57,13 @@ def pick_precision(precision: str, device: torch.device) -> str:
 def autocast(device: torch.device, precision: str) -> torch.autocast:
     """bfloat16 autocast on `device` for precision "bf16"; nothing for "fp32"."""
     return torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16")
+
+
+def is_tensor_like(value, expected: Tensor) -> bool:
+    """Whether `value` is an ordinary CPU tensor of the shape and type of `expected`, with memory for every number."""
+    return (type(value) is Tensor and value.layout == torch.strided and value.device.type == "cpu"
+            and value.shape == expected.shape and value.dtype == expected.dtype
+            and value.untyped_storage().nbytes() >= value.numel() * value.element_size())
 
 
 def count_parameters(model: nn.Module) -> int:
@@ -151,9 +157,3 @@ def plot_losses(records: Sequence[dict], path: str | Path) -> None:
     if trained or validated:
         axes.legend()
     save_figure(figure, path)
-
-
-def write_json_lines(records: Sequence[dict], path: str | Path) -> None:
-    """Write one JSON object per line."""
-    with atomic_write(path, "w") as file:
-        file.writelines(json.dumps(record) + "\n" for record in records)

@@ -2,10 +2,11 @@
 
 import contextlib
 import io
+import json
 import os
 import tempfile
 import zipfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from runtime.errors import UserError
@@ -73,6 +74,15 @@ def check_writable(folder: str | Path) -> Path:
     return folder
 
 
+def check_output(path: str | Path) -> Path:
+    """Check, before any work is done, that the file `path` can be written. UserError if not."""
+    path = Path(path)
+    check_writable(path.parent)
+    if path.is_dir():
+        raise UserError(f"{path} is a folder: name a file in it")
+    return path
+
+
 def check_archive(path: str | Path, largest: int) -> None:
     """UserError if a zip archive says that it unpacks to more than `largest` bytes; nothing of it is unpacked."""
     with zipfile.ZipFile(path) as archive:
@@ -93,3 +103,15 @@ def verified_archive(path: str | Path) -> io.BytesIO:
             new.writestr(part.filename, archive.read(part))  # which compares
     verified.seek(0)
     return verified
+
+
+def write_json(content, path: str | Path) -> None:
+    """Write JSON, indented by 2."""
+    with atomic_write(path, "w") as file:
+        file.write(json.dumps(content, indent=2) + "\n")
+
+
+def write_json_lines(records: Sequence[dict], path: str | Path) -> None:
+    """Write one JSON object per line."""
+    with atomic_write(path, "w") as file:
+        file.writelines(json.dumps(record) + "\n" for record in records)

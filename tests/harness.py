@@ -42,7 +42,9 @@ def _run(argv: list[str], log: str, patch, script: str) -> None:
     from training import trainer
 
     torch.set_num_threads(1)
-    trainer.LOSS_IMAGES, train.PREVIEW_IMAGES = 64, 4  # what takes long and proves no more
+    if hasattr(signal, "SIGHUP"):
+        signal.signal(signal.SIGHUP, signal.SIG_DFL)  # under nohup it is ignored
+    trainer.VALIDATION_LOSS_IMAGES, train.PREVIEW_IMAGES = 64, 4  # what takes long and proves no more
     if patch:
         patch()
     os._exit(importlib.import_module(script).main(argv))
@@ -55,12 +57,12 @@ class SlowSave:
         self.begun = begun
 
     def __call__(self):
-        import train
+        from training import run
 
         def save(*_, **__):
             self.begun.touch()
             time.sleep(60)
-        train.save_checkpoint = save
+        run.save_checkpoint = save
 
 
 class StopAt:

@@ -4,6 +4,7 @@ import functools
 import json
 import os
 import signal
+import time
 from types import SimpleNamespace
 
 import numpy as np
@@ -35,6 +36,7 @@ from samplers import (
     uniform_timesteps,
 )
 from training import run_folder
+from training.budget import Budget
 from training.trainer import Trainer
 
 MEAN = torch.tensor([[-0.3, 0.0, 0.2], [0.3, -0.2, 0.1]]).view(1, 1, 2, 3)
@@ -211,7 +213,7 @@ def test_guidance_is_baked_in(scale):
 # ---------------------------------------------------------------------------------------------------------- the script
 
 
-STEPS, PROGRESS = 4, distill.Run.progress
+STEPS, PROGRESS = 4, Budget.progress
 KNOWN = functools.cache(lambda *names: load_dataset(*names).first(64))
 
 
@@ -220,7 +222,7 @@ def short():
     """Little data, and runs that are over after STEPS steps, however long these take."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(distill, "load_dataset", KNOWN)
-        patch.setattr(distill.Run, "progress", property(lambda run: run.trainer.step / STEPS))
+        patch.setattr(Budget, "progress", lambda budget, step, _: step / STEPS)
         yield
 
 
@@ -313,7 +315,7 @@ def test_the_doctor_judges_a_students_jumps_and_does_not_measure_it_as_a_mean(st
 
 
 def test_learning_makes_the_student_more_consistent(teacher, data_dir, tmp_path, monkeypatch):
-    monkeypatch.setattr(distill.Run, "progress", property(lambda run: run.trainer.step / 40))
+    monkeypatch.setattr(Budget, "progress", lambda budget, step, _: step / 40)
     monkeypatch.setattr(distill, "LOG_STEPS", 10)
     assert distill.main(flags(teacher, data_dir, tmp_path)) == 0
     losses = [record["loss"] for record in metrics(tmp_path)]
@@ -363,7 +365,7 @@ def test_a_lost_terminal_loses_no_work(teacher, data_dir, tmp_path, monkeypatch)
     def lost(*_):
         raise BrokenPipeError("the terminal is gone")
     monkeypatch.setattr(distill, "LOG_STEPS", 2)
-    monkeypatch.setattr(distill.tqdm, "set_postfix_str", lost)
+    monkeypatch.setattr("training.run.tqdm.set_postfix_str", lost)
     assert distill.main(flags(teacher, data_dir, tmp_path)) == 1
     assert load_checkpoint(tmp_path / "checkpoints/model_step_00000002.pt")["step"] == 2
 
@@ -373,17 +375,20 @@ def test_steps_without_a_finite_loss_change_nothing_and_too_many_stop_the_run(te
     loss = Consistency.loss
     monkeypatch.setattr(Consistency, "loss", lambda *args, **more: loss(*args, **more) * torch.nan)
     monkeypatch.setattr(distill, "LOG_STEPS", 2)
-    monkeypatch.setattr(distill, "MAX_BAD_STEPS", 2)
+    monkeypatch.setattr("training.run.MAX_BAD_STEPS", 2)
     assert distill.main(flags(teacher, data_dir, tmp_path)) == 1
     assert "--muon_lr 0.00125" in capfd.readouterr().err and files(tmp_path) == {}
 
 
 def test_the_budget_includes_what_was_before(teacher, data_dir, tmp_path, monkeypatch, capfd):
-    monkeypatch.setattr(distill.Run, "progress", PROGRESS)
+    monkeypatch.setattr(Budget, "progress", PROGRESS)
     args = distill.parse_args(flags(teacher, data_dir, tmp_path, "--budget", "1h"))
-    assert 0 < distill.Run(args, startup=0.0).progress < 0.1 and distill.Run(args, startup=3599.0).progress == 1
-    assert distill.main(flags(teacher, data_dir, tmp_path, "--budget", "0.001s")) == 1
-    assert "--budget" in capfd.readouterr().err and files(tmp_path) == {}
+    for used, low, high in ((0, 0, 0.1), (3599, 1, 1)):
+        run = distill.make_run(args, time.perf_counter() - used)
+        run.update()
+        assert low <= run.progress <= high
+    assert_refused(capfd, distill.main(flags(teacher, data_dir, tmp_path, "--budget", "0.001s")), "--budget")
+    assert files(tmp_path) == {}
 
 
 @pytest.mark.parametrize("more, words", [

@@ -123,7 +123,7 @@ def small(data_dir):
     with pytest.MonkeyPatch.context() as patch:
         for module in (train, visualize_diffusion, edit, evaluate, doctor, benchmark, distill):
             patch.setattr(module, "load_dataset", load)
-        patch.setattr(distill.Run, "progress", property(lambda run: run.trainer.step / 2))
+        patch.setattr("training.budget.Budget.progress", lambda budget, step, _: step / 2)
         patch.setattr(evaluate, "check_count", lambda *_: None)
         patch.setattr(evaluate, "make_yardstick", lambda *_: None)  # images are made, and nothing is measured
         patch.setattr(evaluate, "train_features", lambda *_: "trained")
@@ -132,7 +132,7 @@ def small(data_dir):
         for part in benchmark.PARTS:
             patch.setattr(benchmark.Benchmark, f"measure_{part}", lambda _: {})
         patch.setattr(train, "PREVIEW_IMAGES", 2)
-        patch.setattr("training.trainer.LOSS_IMAGES", 2)
+        patch.setattr("training.trainer.VALIDATION_LOSS_IMAGES", 2)
         yield
 
 

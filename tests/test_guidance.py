@@ -11,7 +11,7 @@ import sample
 import utils
 from data import FASHION, ImageData
 from diffusion import DiffusionProcess
-from runtime import cli
+from runtime.sampling import named_classes
 from samplers import SAMPLERS, final_image, generate, guide
 from training.trainer import Trainer
 
@@ -147,18 +147,18 @@ def test_labels_that_stay_are_those_of_the_images():
     ("t-shirt/top,Bag", [0, 8]), ("ankle boot", [9]), ("Trouser-Dress", [1, 2, 3]), (" 4 ", [4]), ("2-2", [2]),
     ("T-shirt/top-Pullover", [0, 1, 2]), ("1, bag", [1, 8])])
 def test_labels_are_found_by_number_name_and_range(text, classes):
-    assert cli.chosen_classes(text, FASHION) == classes
+    assert named_classes(text, FASHION) == classes
 
 
 @pytest.mark.parametrize("text", ["10", "-1", "boot", "9-0", "", "3-", "0-10", "1.5", "a-b", "sneaker,", "--"])
 def test_unknown_labels_are_refused_with_what_there_is(text):
     with pytest.raises(ValueError, match=r"unknown label.*0 T-shirt/top.*9 Ankle boot.*0-9"):
-        cli.chosen_classes(text, FASHION)
+        named_classes(text, FASHION)
 
 
 def test_digits_are_listed_once():
     with pytest.raises(ValueError, match=r"choose from 0, 1, 2.*9, or a range"):
-        cli.chosen_classes("ten", tuple("0123456789"))
+        named_classes("ten", tuple("0123456789"))
 
 
 # ---------------------------------------------------------------------------------------------------- sample.py

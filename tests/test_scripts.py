@@ -299,7 +299,7 @@ def test_every_flag_is_read(name, flags, root):
             read.add(node.value)
 
     Reader().visit(ast.parse((root / f"{name}.py").read_text()))
-    parsed = ast.parse((root / "runtime/cli.py").read_text())
+    parsed = ast.parse((root / "runtime/sampling.py").read_text())
     shared = {part.name: part for part in parsed.body if hasattr(part, "name")}
     while found := handed & shared.keys():
         for each in found:

@@ -1,16 +1,15 @@
-"""What makes a training step fast on this machine, found out by trying: precision, layout, compilation, a CUDA graph.
+"""Choose what makes a training step fast on this machine, by measuring: precision, memory layout, compilation.
 
-Nothing here changes what is learned, but for rounding.
+Nothing here changes what is learned, except for rounding.
 """
 
 import copy
 import logging
 import time
-import warnings
 from collections.abc import Callable
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from data import ImageData, to_model
 from diffusion import DiffusionProcess
@@ -21,17 +20,17 @@ from runtime.memory import out_of_memory
 from utils import autocast, pick_precision
 
 LAYOUTS = {"nchw": torch.contiguous_format, "channels_last": torch.channels_last}
-# The rounds that candidates are measured in: the share of the batch (not all of it, which in fp32 would take more
-# memory than the training), and that of the best speed below which one is not in the next round.
+# One row for each round of the race: the share of the batch that is measured (the whole batch in fp32 could take more
+# memory than the training), and the share of the best speed that an option needs to stay in the race.
 ROUNDS = ((1 / 8, 0.02), (1 / 8, 0.25), (1 / 2, 0.5), (1 / 2, 0.8), (1 / 2, 0.8))
-SECONDS, SHARE = 2.0, 1 / 20  # after so long, and after this share of a run's budget, there is no further round
-SHORT = 100  # steps; a run of fewer is over sooner than the rounds
-GAIN, CLEAR_GAIN = 1.2, 10.0  # how much faster than the likeliest another must be, after all rounds and after fewer
-COMPILE_BUDGET = 600.0  # seconds of a run from which on a GPU's is compiled
+MAX_SECONDS, MAX_SHARE = 2.0, 1 / 20  # no further round after so many seconds, or this share of a run's budget
+MIN_STEPS = 100  # in a run of fewer steps the race would take longer than it saves
+GAIN, CLEAR_GAIN = 1.2, 10.0  # how many times faster than the first option a winner is: after all rounds, after fewer
+COMPILE_BUDGET = 600.0  # on a GPU, runs of at least so many seconds are compiled
 
 
 def now(device: torch.device) -> float:
-    """The clock, once the device has done what it was asked for."""
+    """The time in seconds, after the device has finished its work."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
     elif device.type == "mps":
@@ -39,14 +38,14 @@ def now(device: torch.device) -> float:
     return time.perf_counter()
 
 
-def rehearse(network: nn.Module, diffusion: DiffusionProcess, data: ImageData, conditional: bool, precision: str,
-             count: int) -> None:
-    """The forward and the backward pass of a step with `count` images; changes no weight and draws nothing."""
-    some = torch.arange(count, device=data.images.device) % len(data.images)
-    x_0, t = to_model(data.images[some]), torch.zeros_like(some)
+def forward_backward(network: nn.Module, diffusion: DiffusionProcess, data: ImageData, conditional: bool,
+                     precision: str, count: int) -> None:
+    """The forward and the backward pass of a step with `count` images; it changes no weight and draws no noise."""
+    chosen = torch.arange(count, device=data.images.device) % len(data.images)
+    x_0, t = to_model(data.images[chosen]), torch.zeros_like(chosen)
     try:
-        with autocast(some.device, precision):
-            diffusion.loss(network, x_0, t, x_0, data.labels[some] if conditional else None).backward()
+        with autocast(chosen.device, precision):
+            diffusion.loss(network, x_0, t, x_0, data.labels[chosen] if conditional else None).backward()
     finally:
         network.zero_grad()
 
@@ -54,24 +53,25 @@ def rehearse(network: nn.Module, diffusion: DiffusionProcess, data: ImageData, c
 # -------------------------------------------------------------------------------------------- precision and layout
 
 
-def candidates(precision: str, layout: str | None, device: torch.device) -> list[tuple[str, str]]:
-    """What two flags leave open, the likeliest first; layout None is open where the precision is."""
+def options_left_open(precision: str, layout: str | None, device: torch.device) -> list[tuple[str, str]]:
+    """The (precision, layout) pairs that the flags allow, the likeliest first. layout None is open if precision is."""
     guess = pick_precision(precision, device)
     precisions = [guess, *({"fp32", "bf16"} - {guess})] if precision == "auto" else [guess]
     layouts = list(LAYOUTS) if layout == "auto" or (layout is None and precision == "auto") else [layout or "nchw"]
     return [(precision, layout) for layout in layouts for precision in precisions]
 
 
-def seconds_for_trials(steps: float, budget: float | None) -> float:
-    """How long a run of so many steps and with this budget may try what is fastest: not at all if it is short."""
-    return 0.0 if steps < SHORT else min(SECONDS, SHARE * budget if budget else SECONDS)
+def seconds_for_race(steps: float, budget: float | None) -> float:
+    """How many seconds a run of `steps` steps and this budget may spend on the race: 0 for a short run."""
+    return 0.0 if steps < MIN_STEPS else min(MAX_SECONDS, MAX_SHARE * budget if budget else MAX_SECONDS)
 
 
 def race(options: list, trial: Callable[[tuple, int], float], count: int, seconds: float) -> tuple[tuple, dict]:
-    """(the winner, {option: the best of its speeds}), each of which trial(option, images) measures.
+    """(the winner, {option: its best speed}); trial(option, images) measures a speed.
 
-    In rounds, so that a busy moment hits all alike; one that cannot win leaves. The first option wins unless another is
-    clearly faster, or overwhelmingly where `seconds` did not suffice for all rounds: the machine is busy then.
+    The options are measured in rounds, so that a busy moment slows all of them; slow ones leave. The first option wins
+    unless another is GAIN times faster, or CLEAR_GAIN times where `seconds` were too few for all rounds, because the
+    machine is busy then.
     """
     first, rates, start = options[0], {}, time.perf_counter()
 
@@ -87,11 +87,11 @@ def race(options: list, trial: Callable[[tuple, int], float], count: int, second
     return best if rates[best] > gain * rates[first] else first, rates
 
 
-def choose(precision: str, layout: str | None, model: nn.Module, diffusion: DiffusionProcess, data: ImageData,
-           conditional: bool, count: int, seconds: float) -> tuple[str, str]:
-    """(precision, layout) of the fastest steps of `count` images among what the flags leave open; says what it found.
+def fastest_arithmetic(precision: str, layout: str | None, model: nn.Module, diffusion: DiffusionProcess,
+                       data: ImageData, conditional: bool, count: int, seconds: float) -> tuple[str, str]:
+    """The (precision, layout) with the fastest steps of `count` images among what the flags allow; prints the speeds.
 
-    Copies of the model are tried, for `seconds`. Of several processes the first decides.
+    Copies of the model are measured for at most about `seconds`. With several processes, rank 0 decides.
     """
     device = data.images.device
 
@@ -99,12 +99,12 @@ def choose(precision: str, layout: str | None, model: nn.Module, diffusion: Diff
         network = copy.deepcopy(model).to(memory_format=LAYOUTS[option[1]])
         start = now(device)
         try:
-            rehearse(network, diffusion, data, conditional, option[0], images)
-        except (RuntimeError, MemoryError):  # what this device cannot do is not fast
+            forward_backward(network, diffusion, data, conditional, option[0], images)
+        except (RuntimeError, MemoryError):  # an option that this device does not support
             return 0.0
         return images / (now(device) - start)
 
-    options = candidates(precision, layout, device)
+    options = options_left_open(precision, layout, device)
     taken = options[0]
     if len(options) > 1 and seconds and distributed.rank() == 0:
         taken, rates = race(options, trial, count, seconds)
@@ -113,83 +113,36 @@ def choose(precision: str, layout: str | None, model: nn.Module, diffusion: Diff
     return distributed.from_first(taken)
 
 
-# --------------------------------------------------------------------------------------------- compiled and recorded
+# ---------------------------------------------------------------------------------------------- settings and compiler
 
 
-def prepare(device: torch.device) -> None:
-    """On CUDA: TensorFloat-32 where fp32 remains, and convolutions by whichever way is the fastest when tried."""
+def set_up_cuda(device: torch.device) -> None:
+    """On CUDA: TensorFloat-32 for fp32 products, and cuDNN's fastest convolution, found by trying."""
     if device.type == "cuda":
         torch.set_float32_matmul_precision("high")
         torch.backends.cudnn.benchmark = True
 
 
 def worth_compiling(budget: float | None, device: torch.device) -> bool:
-    """Whether a run is long enough for a compiler that takes a minute; on a CPU it gives too little."""
+    """Whether a run is long enough for a compiler that takes a minute. On a CPU compiling gains too little."""
     return device.type == "cuda" and (budget or 0) >= COMPILE_BUDGET
 
 
-def compiled(network: nn.Module, attempt: Callable[[nn.Module], None], insist: bool) -> nn.Module:
-    """torch.compile(network), compiled here and now by attempt(network).
+def compiled(network: nn.Module, attempt: Callable[[nn.Module], None], required: bool) -> nn.Module:
+    """torch.compile(network), after a call attempt(network) that makes it compile.
 
-    Where this machine cannot, UserError or, unless we insist, a line that says so and the network as it is.
+    Where it fails: UserError if `required`, else a line that says so, and the network as it is.
     """
-    logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)  # it warns of CUDA missing on a CPU
-    made = torch.compile(network)
+    logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)  # it warns of missing CUDA on a CPU
+    result = torch.compile(network)
     try:
-        attempt(made)
-    except Exception as error:  # those of the compilers have no class in common
+        attempt(result)
+    except Exception as error:  # the errors of the compilers have no class in common
         if out_of_memory(error):
             raise
         problem = f"this machine cannot compile the network ({one_line(error)})"
-        if insist:
+        if required:
             raise UserError(f"{problem}: install a C++ compiler such as g++, or leave out --compile") from error
         print(f"Not compiled: {problem}", flush=True)
         return network
-    return made
-
-
-class Recorded:
-    """A function of tensors whose work on a GPU is recorded once and then repeated as one CUDA graph, without Python.
-
-    The inputs keep their shapes, the function waits for nothing, and what changes between calls lies in tensors. The
-    first calls are ordinary ones; where recording fails, a line says so and all are.
-    """
-
-    WARM_UP = 3
-
-    def __init__(self, function: Callable[..., Tensor]):
-        self.function, self.calls, self.graph = function, 0, None
-
-    def __call__(self, *inputs: Tensor | None) -> Tensor:
-        self.calls += 1
-        if self.calls <= self.WARM_UP:
-            return self._aside(inputs)
-        if self.calls == self.WARM_UP + 1:
-            self._record(inputs)
-        if self.graph is None:
-            return self.function(*inputs)
-        for own, new in zip(self.inputs, inputs, strict=True):
-            if own is not None:
-                own.copy_(new)
-        self.graph.replay()
-        return self.output.clone()
-
-    def _aside(self, inputs) -> Tensor:
-        """An ordinary call on a stream of its own, as recording wants it before."""
-        main, aside = torch.cuda.current_stream(), torch.cuda.Stream()
-        aside.wait_stream(main)
-        with torch.cuda.stream(aside), warnings.catch_warnings():
-            warnings.filterwarnings("ignore", ".*capturable=True")  # it will be captured
-            output = self.function(*inputs)
-        main.wait_stream(aside)
-        return output
-
-    def _record(self, inputs) -> None:
-        """Note what a call does, without doing it."""
-        self.inputs, graph = [None if each is None else each.clone() for each in inputs], torch.cuda.CUDAGraph()
-        try:
-            with torch.cuda.graph(graph):
-                self.output = self.function(*self.inputs)
-            self.graph = graph
-        except RuntimeError as error:
-            print(f"Not recorded as a CUDA graph: {one_line(error)}", flush=True)
+    return result

@@ -1,4 +1,4 @@
-"""The folder of a training run: one run at a time, nothing of an older one lost, the newest valid checkpoint found."""
+"""The folder of a run: a lock, signals, free space, an older run's results, and the checkpoints in it."""
 
 import contextlib
 import math
@@ -6,6 +6,7 @@ import os
 import shutil
 import signal
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 from filelock import FileLock, Timeout
@@ -15,28 +16,28 @@ from runtime import distributed
 from runtime.errors import UserError
 from runtime.files import check_writable, one_line, temporaries
 
-# What a run writes into its folder. Everything else there is the user's and is left alone.
+# What a run writes into its folder. Everything else there is the user's and stays untouched.
 WRITTEN = ("samples/epoch_*.png", "checkpoints/model_*.pt", "model_final.pt", "training_loss.png", "metrics.jsonl",
            "samples.png")
 
 
 @contextlib.contextmanager
-def claim(folder: str | Path):
-    """Hold `folder` for this process, or for rank 0 of several: a second live run there is a UserError, for all.
+def claim(folder: str | Path) -> Iterator[Path]:
+    """Lock `folder` for this run. UserError, on all its processes, if another run holds it.
 
-    The lock dies with the process. What a killed run was in the middle of writing is removed; so is, at the end, a
-    folder that was made here and that nothing was written to.
+    The lock ends with the process. Temporary files of a killed run are deleted and, at the end, a folder that was made
+    here and stayed empty.
     """
-    folder, lock, refusal = Path(folder), FileLock(Path(folder) / ".lock"), None
+    folder, lock, problem = Path(folder), FileLock(Path(folder) / ".lock"), None
     made = [path for path in (folder, *folder.parents) if distributed.rank() == 0 and not os.path.exists(path)]
     if distributed.rank() == 0:
         try:
-            hold(lock, folder)
+            _lock(lock, folder)
         except UserError as error:
-            refusal = str(error)
-    refusal = distributed.from_first(refusal)
-    if refusal:
-        raise UserError(refusal)
+            problem = str(error)
+    problem = distributed.from_first(problem)
+    if problem:
+        raise UserError(problem)
     try:
         yield folder
     finally:
@@ -46,28 +47,28 @@ def claim(folder: str | Path):
         lock.release()
         with contextlib.suppress(OSError):
             for path in made:
-                path.rmdir()  # which fails where something is in it
+                path.rmdir()  # fails if something is in it
 
 
-def hold(lock: FileLock, folder: Path) -> None:
-    """Make `folder`, lock it, and clear what a killed run left. UserError if another run holds it."""
+def _lock(lock: FileLock, folder: Path) -> None:
+    """Make `folder`, lock it, and delete temporary files of a killed run. UserError if another run holds it."""
     check_writable(folder)
     try:
         lock.acquire(timeout=0)
     except Timeout as error:
         raise UserError(f"another run is writing to {folder}: wait for it, or choose another --output_dir") from error
     except NotImplementedError:
-        print(f"Warning: {folder} is on a disk without locks: see that no second run writes there")
+        print(f"Warning: the disk of {folder} has no file locks: make sure that no second run writes there")
     for pattern in WRITTEN:
         for path in temporaries(folder / pattern):
             path.unlink(missing_ok=True)
 
 
 @contextlib.contextmanager
-def stop_on_signals(run):
-    """Let SIGTERM, Ctrl-C and a closed terminal set `run.signal`, at which the run ends after the present step.
+def stop_on_signals(run) -> Iterator[None]:
+    """Make SIGTERM, Ctrl-C and a closed terminal set `run.signal`; the run stops after the current step.
 
-    A second signal ends the process at once, as a first does before this, when there is nothing to lose.
+    A second signal ends the process at once.
     """
     def handler(signum, _):
         run.signal = signum
@@ -78,27 +79,27 @@ def stop_on_signals(run):
     before = {each: signal.signal(each, handler) for each in stops
               if each != getattr(signal, "SIGHUP", None) or signal.getsignal(each) != signal.SIG_IGN}  # nohup
     try:
-        yield run
+        yield
     finally:
         for each, handler_before in before.items():
             signal.signal(each, handler_before)
 
 
 def check_space(folder: Path, checkpoint_bytes: int) -> None:
-    """See that `folder` has room for a checkpoint and the one that replaces it. UserError if not."""
+    """UserError unless the disk of `folder` has room for two checkpoints, one of which replaces the other."""
     free = shutil.disk_usage(folder).free
     if free < 2 * checkpoint_bytes:
         raise UserError(f"the disk of {folder} has {free / 1e6:,.1f} MB left, and two checkpoints take "
-                         f"{2 * checkpoint_bytes / 1e6:,.1f} MB: free some, or choose another --output_dir")
+                        f"{2 * checkpoint_bytes / 1e6:,.1f} MB: free some, or choose another --output_dir")
 
 
 def results(folder: Path) -> list[Path]:
-    """What a run wrote into `folder`."""
+    """The files that a run wrote into `folder`."""
     return [path for pattern in WRITTEN for path in folder.glob(pattern)]
 
 
 def set_aside(folder: Path) -> Path | None:
-    """Move what an older run wrote to previous/<time>/ inside the folder; returns that place, None if nothing was."""
+    """Move an older run's results to previous/<time>/ in the folder; returns that place, or None without results."""
     old = results(folder)
     if not old:
         return None
@@ -113,27 +114,30 @@ def set_aside(folder: Path) -> Path | None:
     return place
 
 
-def checkpoints(folder: Path) -> list[Path]:
-    """The checkpoints of the run, the furthest first, before it those that cannot be read.
+# --------------------------------------------------------------------------------------------------------- checkpoints
 
-    By the step in the file and not by its date alone: a copy of a folder has the dates of the copying.
+
+def checkpoints(folder: Path) -> list[Path]:
+    """The checkpoints of a run by their steps, the latest first; unreadable ones come before all others.
+
+    The step in the file counts, not its date: a copied folder has the dates of the copying.
     """
     found = [*folder.glob("checkpoints/model_*.pt"), *folder.glob("model_final.pt")]
     return sorted(found, key=lambda path: (saved_step(path), path.stat().st_mtime_ns, path.name), reverse=True)
 
 
 def newest_valid(folder: Path) -> tuple[Path, dict] | None:
-    """The checkpoint of the latest step that loads, and what it holds; broken ones are named and passed over."""
+    """The path and the content of the latest checkpoint that loads; prints a line for each one that does not."""
     for path in checkpoints(folder):
         try:
             return path, load_checkpoint(path)
         except UserError as error:
-            print(f"Passing over {one_line(error, None)}")
+            print(f"Skipping {one_line(error, None)}")
     return None
 
 
 def is_complete(folder: Path) -> bool:
-    """Whether the furthest that was saved is the end of a run: model_final.pt, and after it the plot."""
+    """Whether the latest checkpoint is the end of a run: model_final.pt, and after it the plot."""
     final, plot = folder / "model_final.pt", folder / "training_loss.png"
     return (final.exists() and plot.exists() and plot.stat().st_mtime_ns >= final.stat().st_mtime_ns
             and saved_step(final) == max((step for step in map(saved_step, checkpoints(folder)) if step < math.inf),
@@ -150,9 +154,9 @@ def is_valid(path: Path) -> bool:
 
 
 def prune(folder: Path, keep: int) -> None:
-    """Delete files in checkpoints/ beyond `keep`: those that cannot be read, those within epochs, then the oldest.
+    """Delete all but `keep` files in checkpoints/: unreadable ones first, then those within epochs, then the oldest.
 
-    The newest stays, and the newest valid one: from it --resume goes on.
+    The newest file and the newest valid one always stay: --resume needs them.
     """
     numbered = [path for path in checkpoints(folder) if path.parent != folder]
     readable = [path for path in numbered if saved_step(path) < math.inf]

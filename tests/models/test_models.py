@@ -293,7 +293,7 @@ def test_it_can_learn_that_constant_images_leave_nothing_uncertain(prediction):
 @pytest.fixture
 def little(monkeypatch):
     """Validation and samples of a run prove no more with many images."""
-    monkeypatch.setattr("training.trainer.LOSS_IMAGES", 64)
+    monkeypatch.setattr("training.trainer.VALIDATION_LOSS_IMAGES", 64)
 
 
 def call(script, *argv):

@@ -29,8 +29,8 @@ import sample
 from checkpoint import load_checkpoint
 from data import load_dataset
 from runtime import distributed
-from train import AGREE_STEPS
 from training import run_folder
+from training.run import AGREE_STEPS
 
 pytestmark = needs_fork
 ADAMW = ("--optimizer", "adamw")  # muon rounds to bfloat16 on its way, and makes more of a difference in rounding
@@ -119,7 +119,7 @@ def test_a_signal_to_any_process_stops_all_of_them_at_the_same_step(data_dir, tm
     assert run_together(argv, log, OnRank(rank, StopAt(3, stop))) == [128 + stop] * 2
     assert run_folder.newest_valid(tmp_path / "run")[1]["step"] == AGREE_STEPS
     said, silent = (log.with_suffix(f".{rank}").read_text() for rank in (0, 1))
-    assert "go on with torchrun --nproc_per_node=2 train.py --resume --output_dir" in said and silent == ""
+    assert "continue with torchrun --nproc_per_node=2 train.py --resume --output_dir" in said and silent == ""
 
 
 # --------------------------------------------------------------------------------------------------------- evaluate.py

@@ -16,6 +16,7 @@ import train
 from diffusion import DiffusionProcess
 from models import create_model
 from training import autotune
+from training.cuda_graph import CudaGraph
 from training.trainer import Trainer
 
 
@@ -23,14 +24,14 @@ def tried(monkeypatch, rates, seconds=100.0, count=64, **flags):
     """What choose takes, and the images that each candidate had to go through, where these are their speeds."""
     clock, seen = [0.0], {}
 
-    def rehearse(network, diffusion, data, conditional, precision, count):
+    def forward_backward(network, diffusion, data, conditional, precision, count):
         plain = network.downs[0].stage.blocks[0].conv1.weight.is_contiguous()
         option = precision, "nchw" if plain else "channels_last"
         if not rates[option]:
             raise RuntimeError("no such thing here")
         seen[option] = seen.get(option, 0) + count
         clock[0] += count / rates[option]
-    monkeypatch.setattr(autotune, "rehearse", rehearse)
+    monkeypatch.setattr(autotune, "forward_backward", forward_backward)
     monkeypatch.setattr(autotune.time, "perf_counter", lambda: clock[0])
     monkeypatch.setattr(autotune, "pick_precision", lambda precision, _: "bf16" if precision == "auto" else precision)
     torch.manual_seed(0)
@@ -39,8 +40,8 @@ def tried(monkeypatch, rates, seconds=100.0, count=64, **flags):
     data = make_trainer().data
     flags = {"precision": "auto", "layout": None, **flags}
     torch.set_rng_state(chance)
-    taken = autotune.choose(**flags, model=model, diffusion=DiffusionProcess(10), data=data, conditional=False,
-                          count=count, seconds=seconds)
+    taken = autotune.fastest_arithmetic(**flags, model=model, diffusion=DiffusionProcess(10), data=data,
+                                        conditional=False, count=count, seconds=seconds)
     assert_identical(dict(model.state_dict()), dict(before))
     assert all(weight.is_contiguous() and weight.grad is None for weight in model.parameters())
     assert torch.equal(chance, torch.get_rng_state())
@@ -84,8 +85,8 @@ def test_a_machine_too_busy_to_measure_is_only_believed_in_the_extreme(monkeypat
     collapsed = dict.fromkeys(OPTIONS, 1.0) | {OPTIONS[1]: 100.0}  # two are tried, however long they take
     assert tried(monkeypatch, collapsed, seconds=0.1) == (OPTIONS[1], dict.fromkeys(OPTIONS[:2], 8))
     assert tried(monkeypatch, rates, seconds=0.0) == (OPTIONS[0], {})
-    assert autotune.seconds_for_trials(99, None) == 0 and autotune.seconds_for_trials(math.inf, 600) == autotune.SECONDS
-    assert autotune.seconds_for_trials(1e4, 10) == 0.5
+    assert autotune.seconds_for_race(99, None) == 0 and autotune.seconds_for_race(math.inf, 600) == autotune.MAX_SECONDS
+    assert autotune.seconds_for_race(1e4, 10) == 0.5
 
 
 def test_a_difference_within_the_noise_changes_nothing(monkeypatch):
@@ -112,7 +113,7 @@ def test_a_run_goes_on_in_another_layout(data_dir, tmp_path):
 
 
 def test_precision_and_layout_are_noted_and_a_resumed_run_has_them(monkeypatch, data_dir, tmp_path):
-    monkeypatch.setattr(autotune, "choose", lambda *_, **__: ("fp32", "channels_last"))
+    monkeypatch.setattr(autotune, "fastest_arithmetic", lambda *_, **__: ("fp32", "channels_last"))
     assert train.main(tiny(data_dir, tmp_path, "--precision", "auto")) == 0
     monkeypatch.undo()
     args, saved = train.parse_args(["--resume", "--output_dir", str(tmp_path), "--epochs", "3"])
@@ -120,7 +121,7 @@ def test_precision_and_layout_are_noted_and_a_resumed_run_has_them(monkeypatch, 
     del saved["config"]["training"]["layout"]  # as in files from before there was a choice
     monkeypatch.setattr(train.run_folder, "newest_valid", lambda _: (tmp_path / "model_final.pt", saved))
     args, _ = train.parse_args(["--resume", "--output_dir", str(tmp_path)])
-    assert autotune.candidates(args.precision, args.layout, torch.device("cpu")) == [("fp32", "nchw")]
+    assert autotune.options_left_open(args.precision, args.layout, torch.device("cpu")) == [("fp32", "nchw")]
 
 
 # ---------------------------------------------------------------------------------------------- compiled and recorded
@@ -164,7 +165,7 @@ class FakeCuda:
         self.trainer, self.fails, self.replays = trainer, fails, 0
         monkeypatch.setattr(torch.cuda, "CUDAGraph", lambda: self)
         monkeypatch.setattr(torch.cuda, "graph", self.graph)
-        monkeypatch.setattr(autotune.Recorded, "_aside", lambda recorded, inputs: recorded.function(*inputs))
+        monkeypatch.setattr(CudaGraph, "_call_on_side_stream", lambda recorded, inputs: recorded.function(*inputs))
 
     @contextlib.contextmanager
     def graph(self, _):
@@ -189,11 +190,11 @@ class FakeCuda:
 @pytest.mark.parametrize("fails", [False, True])
 @pytest.mark.parametrize("optimizer", ["muon", "adamw"])
 def test_a_recorded_step_learns_what_an_ordinary_one_does(monkeypatch, capsys, optimizer, fails):
-    plain, recorded = make_trainer(optimizer=optimizer), make_trainer(optimizer=optimizer, recorded=True)
+    plain, recorded = make_trainer(optimizer=optimizer), make_trainer(optimizer=optimizer, cuda_graph=True)
     cuda = FakeCuda(monkeypatch, recorded, fails)
     assert_close(steps(recorded, TOTAL), steps(plain, TOTAL))  # the rates change from step to step
-    assert cuda.replays == (0 if fails else TOTAL - autotune.Recorded.WARM_UP)
-    assert ("Not recorded" in capsys.readouterr().out) == fails
+    assert cuda.replays == (0 if fails else TOTAL - CudaGraph.WARM_UP)
+    assert ("Not captured" in capsys.readouterr().out) == fails
     assert_close(recorded.model.state_dict(), plain.model.state_dict(), rtol=0, atol=1e-3)
     again = make_trainer(optimizer=optimizer)
     again.restore(as_read(recorded))  # its file is as any other
@@ -225,18 +226,18 @@ def waits_of_a_step(monkeypatch, **flags):
     """What a training step on a GPU would wait for: done on tensors of a device that has no numbers, only shapes."""
     monkeypatch.setattr("training.trainer.generator_for", lambda *_, **__: None)
     monkeypatch.setattr("training.trainer.autocast", lambda *_: contextlib.nullcontext())
-    monkeypatch.setattr(autotune.Recorded, "_aside", lambda recorded, inputs: recorded.function(*inputs))
+    monkeypatch.setattr(CudaGraph, "_call_on_side_stream", lambda recorded, inputs: recorded.function(*inputs))
     monkeypatch.setattr(sys.modules["torch.optim.adam"], "_device_dtype_check_for_fused", lambda *_, **__: None)
     monkeypatch.setattr(torch, "_fused_adamw_", lambda *_, **__: None)  # one kernel, which this device does not have
     process = DiffusionProcess(10, "cosine", prediction="edm", timestep_sampling="lognormal")
     trainer = make_trainer(device="meta", process=process, **flags)
-    trainer.train_step(0.5)  # the first of an epoch brings its order to the device
+    trainer.train_step(*trainer.batch(), 0.5)  # the first of an epoch brings its order to the device
     with Watch() as watch:
-        trainer.train_step(0.5)
+        trainer.train_step(*trainer.batch(), 0.5)
     return watch.found
 
 
-@pytest.mark.parametrize("flags", [{}, {"recorded": True}, {"conditional": False, "optimizer": "adamw"}], ids=str)
+@pytest.mark.parametrize("flags", [{}, {"cuda_graph": True}, {"conditional": False, "optimizer": "adamw"}], ids=str)
 def test_a_step_never_waits_for_the_device(monkeypatch, flags):
     assert waits_of_a_step(monkeypatch, **flags) == []
 

@@ -7,9 +7,8 @@ import pytest
 import torch
 
 import train
-from data import DATASETS
 from training import flags
-from training.flags import RECIPES, fill_in, good_width, resume_command
+from training.flags import RECIPES, good_width, make_settings, resume_command
 
 CPU = torch.device("cpu")
 
@@ -44,15 +43,17 @@ def test_the_width_of_a_network_grows_with_the_budget_of_a_cpu(budget, width):
                                                 ("fashion_mnist", 0.0, 1.2), ("cifar10", -0.5, 1.2)])
 def test_what_is_left_open_is_filled_in_by_the_data_set(dataset, mean, std):
     args = parsed("--dataset", dataset, "--budget", "2m")
-    fill_in(args, CPU)
-    assert (args.noise_mean, args.noise_std, args.base_channels) == (mean, std, 48)
+    before, settings = vars(args).copy(), make_settings(args, CPU)
+    assert (settings.noise_mean, settings.noise_std, settings.base_channels) == (mean, std, 48)
+    assert vars(args) == before  # parsed flags are not written to
     args = parsed("--dataset", dataset, "--noise_mean", "0", "--noise_std", "3", "--base_channels", "8")
-    fill_in(args, CPU)
-    assert (args.noise_mean, args.noise_std, args.base_channels) == (0, 3, 8)
+    settings = make_settings(args, CPU)
+    assert (settings.noise_mean, settings.noise_std, settings.base_channels) == (0, 3, 8)
 
 
-def test_every_data_set_has_its_noise_levels():
-    assert flags.NOISE_LEVELS.keys() == DATASETS.keys()
+def test_without_epochs_and_budget_there_are_twenty_epochs():
+    assert [make_settings(parsed(*words), CPU).epochs for words in ([], ["--budget", "9s"], ["--epochs", "3"])] == [
+        20, None, 3]
 
 
 @pytest.mark.parametrize("own", [dict(), dict(data_dir="my data"), dict(output_dir="a b/run", device="cpu")], ids=str)
@@ -70,4 +71,4 @@ def test_the_command_that_goes_on_names_what_a_checkpoint_does_not_know(own, mon
 def test_the_help_of_resume_names_what_is_not_taken_from_the_checkpoint():
     said = {action.dest: action.help for action in flags.make_parser("")._actions}
     assert all(f"--{name}" in said["resume"] for name in flags.OWN_FLAGS if name != "resume")
-    assert "earlier sittings" in said["budget"]
+    assert "the time used before" in said["budget"]

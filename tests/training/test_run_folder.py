@@ -79,7 +79,7 @@ def test_a_signal_ends_the_step_saves_and_has_its_exit_status(whole, data_dir, t
     assert run(tiny(data_dir, folder), log, StopAt(3, stop)) == 128 + stop
     assert run_folder.newest_valid(folder)[1]["step"] == 3
     [told] = [line for line in log.read_text().splitlines() if "Stopped by a signal" in line]
-    assert run(shlex.split(told.split("go on with python train.py ")[1]), log) == 0  # as it is told
+    assert run(shlex.split(told.split("continue with python train.py ")[1]), log) == 0  # as it is told
     assert "Resuming" in log.read_text()
     assert_same_run(whole, folder)
 
@@ -107,7 +107,7 @@ def test_a_broken_newest_checkpoint_is_named_and_passed_over(whole, half, capsys
     newest.write_bytes(damage((whole / "checkpoints/model_epoch_002.pt").read_bytes()))
     path, saved = run_folder.newest_valid(half)
     assert path == half / "checkpoints/model_epoch_001.pt" and saved["step"] == STEPS
-    assert f"Passing over {newest}" in capsys.readouterr().out
+    assert f"Skipping {newest}" in capsys.readouterr().out
 
 
 @needs_fork
@@ -115,7 +115,7 @@ def test_a_run_resumed_behind_a_broken_checkpoint_equals_one_that_was_not_interr
     (half / "checkpoints/model_epoch_002.pt").write_bytes(b"half of it")
     shutil.copytree(whole / "samples", half / "samples")
     assert run(tiny(data_dir, half, "--resume"), tmp_path / "log") == 0
-    assert "Passing over" in (tmp_path / "log").read_text()
+    assert "Skipping" in (tmp_path / "log").read_text()
     assert_same_run(whole, half)
 
 
@@ -133,7 +133,7 @@ def test_where_all_is_broken_a_run_starts_afresh_says_so_and_keeps_the_broken(wh
     (folder / "checkpoints").mkdir(parents=True)
     (folder / "checkpoints/model_epoch_009.pt").write_bytes(b"broken")
     assert run(tiny(data_dir, folder, "--resume"), log) == 0
-    assert all(words in log.read_text() for words in ("Passing over", "Nothing to resume", "starting afresh"))
+    assert all(words in log.read_text() for words in ("Skipping", "Nothing to resume", "starting a new run"))
     assert [path.read_bytes() for path in folder.glob("previous/*/checkpoints/model_epoch_009.pt")] == [b"broken"]
     assert_same_run(whole, folder)
 
@@ -225,7 +225,7 @@ def test_a_complete_run_that_is_asked_for_no_more_says_so(whole, data_dir, tmp_p
     assert train.main(argv) == 0
     said = capfd.readouterr().out.splitlines()[-1]
     assert all(words in said for words in (
-        "complete already, with 2 epochs in 600 seconds", "--budget",
+        "is complete, with 2 epochs in 600 seconds", "--budget",
         f"python train.py --resume --output_dir {folder} --data_dir {data_dir} --epochs 20"))
     assert files(folder) == before
 

@@ -14,6 +14,8 @@ from torch.testing import assert_close
 
 import sample
 import train
+import training.budget
+import training.run
 from checkpoint import load_checkpoint
 from data import ImageData, load_dataset
 from diffusion import DiffusionProcess
@@ -21,8 +23,9 @@ from models import create_model
 from runtime.errors import RunFailed
 from runtime.memory import out_of_memory
 from training import autotune
+from training.learning_rate import ema_decay_at, learning_rate
 from training.muon import Muon, orthogonalise
-from training.trainer import Trainer, ema_decay_at, learning_rate
+from training.trainer import Trainer, fitting_batch, validation_loss
 from utils import tile
 
 KNOWN = functools.cache(load_dataset)
@@ -50,7 +53,7 @@ def make_trainer(layout="nchw", device="cpu", process=None, **more):
 
 
 def steps(trainer, count):
-    return [trainer.train_step(trainer.step / TOTAL).item() for _ in range(count)]
+    return [trainer.train_step(*trainer.batch(), trainer.step / TOTAL).item() for _ in range(count)]
 
 
 def as_read(trainer):
@@ -179,10 +182,12 @@ def clock(monkeypatch):
             now[0] += seconds
             return function(*args)
         return lasts
-    monkeypatch.setattr(train, "time", SimpleNamespace(perf_counter=lambda: now[0], process_time=lambda: 0.0))
+    clock = SimpleNamespace(perf_counter=lambda: now[0], process_time=lambda: 0.0)
+    for module in (train, training.budget, training.run):
+        monkeypatch.setattr(module, "time", clock)
     monkeypatch.setattr(Trainer, "train_step", lasting(1, Trainer.train_step))
-    monkeypatch.setattr(Trainer, "validation_loss", lasting(2, Trainer.validation_loss))
-    monkeypatch.setattr("training.trainer.LOSS_IMAGES", 64)
+    monkeypatch.setattr(train, "validation_loss", lasting(2, validation_loss))
+    monkeypatch.setattr("training.trainer.VALIDATION_LOSS_IMAGES", 64)
 
 
 def sitting(data_dir, folder, budget, *more):
@@ -190,8 +195,9 @@ def sitting(data_dir, folder, budget, *more):
     args, saved = train.parse_args(tiny(data_dir, folder, "--budget", budget, "--sample_interval", 0,
                                         "--save_interval", 0, *more))
     args.epochs = None
-    run = train.Run(args, saved, 0.0)
-    train.train(run)
+    run, validation, settings = train.make_run(args, saved, start=train.time.perf_counter())
+    run.update()
+    train.train(run, validation, settings)
     return run
 
 
@@ -200,18 +206,20 @@ def test_a_run_keeps_its_budget_and_ends_with_a_rate_near_0_and_a_validation(clo
                                                                             whole):
     run = sitting(data_dir, tmp_path, budget)
     last = run.records[-1]
-    assert run.closing == 3.5 and run.progress == 1 and 0 <= budget - run.seconds <= run.closing
+    assert run.budget.reserve == 3.5 and run.progress == 1
+    assert 0 <= budget - run.budget.seconds_used <= run.budget.reserve
     assert (run.trainer.step, last["step"], run.trainer.step % 4 == 0) == (steps, steps, whole)
     assert all(record["val_loss"] > 0 for record in run.records) and len(run.records) == math.ceil(steps / 4)
-    assert run.trainer.lr < 0.05 * run.args.lr < 0.5 * max(record["lr"] for record in run.records)
+    peak = run.config["training"]["lr"]
+    assert run.trainer.lr < 0.05 * peak < 0.5 * max(record["lr"] for record in run.records)
 
 
 def test_the_budget_counts_the_earlier_sittings(clock, data_dir, tmp_path):
     first = sitting(data_dir, tmp_path, 20)
     first.save("checkpoints/model_step_00000012.pt")
     second = sitting(data_dir, tmp_path, 41, "--resume")
-    assert (first.trainer.step, second.earlier) == (12, 18)
-    assert (second.trainer.step, second.seconds) == (26, 40)  # as of one that was not interrupted
+    assert (first.trainer.step, second.budget.used_before) == (12, 18)
+    assert (second.trainer.step, second.budget.seconds_used) == (26, 40)  # as of one that was not interrupted
 
 
 @pytest.mark.parametrize("flags", [[], ["--no-conditional"]], ids=str)
@@ -259,7 +267,7 @@ def test_a_run_survives_bad_steps_reports_them_and_writes_json(monkeypatch, data
 
 
 def test_several_bad_steps_in_a_row_stop_the_run_and_say_what_to_try(monkeypatch, data_dir, tmp_path, capfd):
-    monkeypatch.setattr(train, "MAX_BAD_STEPS", 4)
+    monkeypatch.setattr("training.run.MAX_BAD_STEPS", 4)
     spoil(monkeypatch, lambda i: i >= 4)
     assert train.main(tiny(data_dir, tmp_path, "--epochs", 9)) == 1
     last = capfd.readouterr().err.splitlines()[-1]
@@ -297,10 +305,10 @@ def test_where_no_image_fits_that_is_said(monkeypatch, data_dir, tmp_path, capfd
 @pytest.mark.parametrize("largest, found", [(10**6, 128), (144, 128), (143, 64), (31, 16), (1, 1)])
 def test_batch_size_auto_finds_what_fits_and_resuming_keeps_it(monkeypatch, data_dir, tmp_path, largest, found):
     limit_memory(monkeypatch, largest, MemoryError())
-    run, _ = train.parse_args(tiny(data_dir, tmp_path, "--batch_size", "auto")), None
-    trainer = train.Run(run[0], None, 0).trainer
-    assert (trainer.batch_size, run[0].batch_size) == (found, found)
-    assert trainer.steps_per_epoch == 256 // found
+    args, _ = train.parse_args(tiny(data_dir, tmp_path, "--batch_size", "auto"))
+    run, _, settings = train.make_run(args, None, 0.0)
+    assert (run.trainer.batch_size, settings.batch_size, args.batch_size) == (found, found, "auto")
+    assert run.config["training"]["batch_size"] == found and run.trainer.steps_per_epoch == 256 // found
 
 
 def test_other_errors_are_not_taken_for_want_of_memory():
@@ -316,7 +324,7 @@ def test_measuring_changes_nothing(monkeypatch, largest):
     before = steps(trainer, 2)
     limit_memory(monkeypatch, largest, MemoryError())
     chance = torch.get_rng_state()
-    assert trainer.fitting_batch(8) == {9: 8, 3: 2}[largest]
+    assert fitting_batch(trainer, 8) == {9: 8, 3: 2}[largest]
     assert torch.equal(chance, torch.get_rng_state())
     monkeypatch.undo()
     assert before + steps(trainer, 2) == losses
@@ -327,8 +335,8 @@ def test_measuring_passes_other_errors_on(monkeypatch):
     trainer = make_trainer()
     monkeypatch.setattr(trainer, "rehearse", lambda _: (_ for _ in ()).throw(RuntimeError("shape mismatch")))
     with pytest.raises(RuntimeError, match="shape"):
-        trainer.fitting_batch(8)
+        fitting_batch(trainer, 8)
     limit_memory(monkeypatch, 0, MemoryError())
     monkeypatch.setattr(trainer, "rehearse", lambda _: (_ for _ in ()).throw(MemoryError()))
     with pytest.raises(RunFailed, match="even for one image"):
-        trainer.fitting_batch(8)
+        fitting_batch(trainer, 8)

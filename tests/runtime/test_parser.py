@@ -1,19 +1,20 @@
-"""The face of a script: how a flag, an error and an end look."""
+"""The command line: what flags accept, and how a mistake is told."""
 
 import argparse
 
 import pytest
 
-from runtime import cli
+from runtime.errors import UserError
+from runtime.parser import Parser, add_shared_flags, duration, number
 
 
 def parser():
-    parser = cli.Parser("What it does.")
-    parser.add_argument("--count", type=cli.number(int, 1, 9), default=3, help="how many")
-    parser.add_argument("--rate", type=cli.number(float, 0), default=0.5, help="how fast")
-    parser.add_argument("--steps", type=cli.number(int, 1), default=1, help="how far")
+    parser = Parser("What it does.")
+    parser.add_argument("--count", type=number(int, 1, 9), default=3, help="how many")
+    parser.add_argument("--rate", type=number(float, 0), default=0.5, help="how fast")
+    parser.add_argument("--steps", type=number(int, 1), default=1, help="how far")
     parser.add_argument("--fast", action=argparse.BooleanOptionalAction, default=True, help="in a hurry")
-    cli.add_shared_flags(parser, "seed", "device")
+    add_shared_flags(parser, "seed", "device")
     return parser
 
 
@@ -32,7 +33,7 @@ def parser():
     (["--cou", "1"], ["--cou"]),
 ])
 def test_bad_flags_are_one_line_that_names_flag_value_and_range(argv, words):
-    with pytest.raises(ValueError) as caught:
+    with pytest.raises(UserError) as caught:
         parser().parse_args(argv)
     assert all(word in str(caught.value) for word in words) and "\n" not in str(caught.value)
 
@@ -40,7 +41,7 @@ def test_bad_flags_are_one_line_that_names_flag_value_and_range(argv, words):
 def test_a_whole_number_too_large_for_a_float_is_no_crash():
     try:
         assert parser().parse_args(["--steps", "1" + "0" * 400]).steps == 10**400
-    except ValueError as error:
+    except UserError as error:
         assert "--steps" in str(error)
 
 
@@ -55,7 +56,7 @@ def test_help_shows_every_default():
 
 
 def test_help_tells_a_default_once():
-    known = cli.Parser("What it does.")
+    known = Parser("What it does.")
     known.add_argument("--width", type=int, default=3, help="how wide (default: by the height)")
     assert known.format_help().count("(default") == 1
 
@@ -64,13 +65,13 @@ def test_help_tells_a_default_once():
     (["--cout", "3"], "--count"), (["--rat=2"], "--rate"), (["--sed", "1", "--count", "3"], "--seed"),
     (["--no-fats"], "--no-fast"), (["steps", "3"], "--steps")])
 def test_a_mistyped_flag_is_told_the_one_that_is_like_it(argv, near):
-    with pytest.raises(ValueError, match=f"unrecognized arguments: {argv[0]}.*; did you mean {near}\\? ") as caught:
+    with pytest.raises(UserError, match=f"unrecognized arguments: {argv[0]}.*; did you mean {near}\\? ") as caught:
         parser().parse_args(argv)
     assert "\n" not in str(caught.value)
 
 
 def test_a_flag_that_is_like_none_is_only_named():
-    with pytest.raises(ValueError, match="unrecognized") as caught:
+    with pytest.raises(UserError, match="unrecognized") as caught:
         parser().parse_args(["--zzzzz"])
     assert "did you mean" not in str(caught.value)
 
@@ -89,38 +90,12 @@ def test_a_parser_knows_what_was_typed():
 
 
 def test_a_missing_checkpoint_is_told_with_an_example():
-    known = cli.Parser("What it does.")
+    known = Parser("What it does.")
     known.add_argument("--checkpoint", required=True)
-    with pytest.raises(ValueError, match=r"--checkpoint.*such as --checkpoint outputs/model_final\.pt"):
+    with pytest.raises(UserError, match=r"--checkpoint.*such as --checkpoint outputs/model_final\.pt"):
         known.parse_args([])
-
-
-# -------------------------------------------------------------------------------------------------------- exit status
-
-
-@pytest.mark.parametrize("error, status", [
-    (ValueError("two\nlines"), 2), (FileNotFoundError("gone"), 2), (PermissionError("closed"), 2),
-    (OSError("disk full"), 1), (KeyboardInterrupt(), 130)], ids=repr)
-def test_errors_become_an_exit_status_and_one_line(capsys, error, status):
-    @cli.script
-    def main(argv=None):
-        raise error
-    assert main([]) == status
-    out, err = capsys.readouterr()
-    assert out == "" and len(err.splitlines()) == 1
-
-
-def test_a_script_that_ends_well_returns_0_and_help_too(capsys):
-    assert cli.script(lambda argv: None)([]) == 0
-    assert cli.script(lambda argv: parser().parse_args(argv))(["--help"]) == 0
-    assert "What it does." in capsys.readouterr().out
-
-
-def test_defects_are_not_hidden():
-    with pytest.raises(ZeroDivisionError):
-        cli.script(lambda argv: 1 / 0)([])
 
 
 @pytest.mark.parametrize("text, seconds", [("90", 90), ("90s", 90), ("10m", 600), ("1.5h", 5400)])
 def test_durations_have_units(text, seconds):
-    assert cli.duration(text) == seconds
+    assert duration(text) == seconds

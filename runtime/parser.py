@@ -1,0 +1,130 @@
+"""The command line of the scripts: a parser, types of flag values, and the flags that several scripts share."""
+
+import argparse
+import difflib
+import math
+import sys
+from collections.abc import Callable
+
+from data import DATASETS
+from runtime.errors import UserError
+from samplers import (
+    DEFAULT_GUIDANCE,
+    DEFAULT_SAMPLER,
+    DEFAULT_STEPS,
+    SAMPLERS,
+    SPACINGS,
+    STUDENT_SAMPLER,
+    STUDENT_STEPS,
+)
+
+
+class Parser(argparse.ArgumentParser):
+    """An argument parser that shows every default and raises UserError, one line, for what it cannot read.
+
+    After parsing, `typed` holds the names of the flags that the user gave.
+    """
+
+    def __init__(self, description: str):
+        class Formatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
+            def _get_help_string(self, action):
+                no_default = any(action.default is value for value in (None, False, argparse.SUPPRESS))
+                complete = no_default or "(default" in action.help
+                return action.help if complete else super()._get_help_string(action)
+
+        super().__init__(description=description, formatter_class=Formatter, allow_abbrev=False)
+
+    def parse_known_args(self, args=None, namespace=None):
+        """As in argparse, but --no_x means --no-x, and an unknown flag is an error that names the most similar one."""
+        known, words = self._option_string_actions, list(sys.argv[1:] if args is None else args)
+        no_flags = {name.replace("--no-", "--no_"): name for name in known if name.startswith("--no-")}
+        words = [no_flags.get(word, word) for word in words]
+        self.typed = {known[name].dest for name in (word.split("=")[0] for word in words) if name in known}
+        namespace, rest = super().parse_known_args(words, namespace)
+        if rest:
+            near = [name for word in rest for name in difflib.get_close_matches(word.split("=")[0], known, 1)]
+            self.error(f"unrecognized arguments: {' '.join(rest)}{f'; did you mean {near[0]}?' if near else ''}")
+        return namespace, []
+
+    def error(self, message: str):
+        if "required" in message and "--checkpoint" in message:
+            message += ", such as --checkpoint outputs/model_final.pt"
+        raise UserError(f"{message} (python {self.prog} --help lists the flags)")
+
+
+def number(kind: type, low: float = -math.inf, high: float = math.inf) -> Callable[[str], float]:
+    """A type for add_argument: a finite number of `kind` (int or float) in low..high."""
+    def parse(text: str):
+        try:
+            value = kind(text)
+        except ValueError:
+            value = None
+        if value is None or not low <= value <= high or value in (math.inf, -math.inf):
+            name = "a whole number" if kind is int else "a number"
+            bounds = {(False, False): "", (True, False): f" from {low:g} up", (False, True): f" up to {high:g}",
+                      (True, True): f" in {low:g}..{high:g}"}[math.isfinite(low), math.isfinite(high)]
+            raise argparse.ArgumentTypeError(f"must be {name}{bounds}, not {text!r}")
+        return value
+    return parse
+
+
+def duration(text: str) -> float:
+    """A type for add_argument: seconds from "90", "90s", "10m" or "1.5h"."""
+    unit = {"s": 1, "m": 60, "h": 3600}.get(text[-1:])
+    try:
+        seconds = float(text[:-1] if unit else text) * (unit or 1)
+    except ValueError:
+        seconds = math.nan
+    if not 0 < seconds < math.inf:
+        raise argparse.ArgumentTypeError(f"must be a time such as 90s, 10m or 1.5h, not {text!r}")
+    return seconds
+
+
+class LowAndHigh(argparse.Action):
+    """An action for a flag that takes two numbers, the lower one first."""
+
+    def __call__(self, parser, namespace, values, option_string=None):
+        low, high = values
+        if low > high:
+            raise argparse.ArgumentError(self, f"takes the lower first: {high:g} {low:g}")
+        setattr(namespace, self.dest, (low, high))
+
+
+SHARED_FLAGS = {
+    "dataset": dict(choices=tuple(DATASETS), default="mnist", help="the images to learn from or to look at"),
+    "data_dir": dict(default="data", help="the folder with the data sets; what is missing is downloaded to it"),
+    "output_dir": dict(default="outputs", help="the folder for the results"),
+    "device": dict(default="auto", help="auto (CUDA, else MPS, else CPU), cuda, cuda:N, mps or cpu"),
+    "seed": dict(type=number(int, 0, 2**63 - 1), default=0, help="the seed of everything random"),
+    "precision": dict(choices=("auto", "fp32", "bf16"), default="auto",
+                      help="the arithmetic of the network; auto: bf16 where the processor supports it and, in "
+                           "training, where it is measured to be faster"),
+    # for scripts that make images with a checkpoint
+    "use_ema": dict(action=argparse.BooleanOptionalAction, default=True,
+                    help="use the moving average of the weights, which makes better images; --no-use_ema: the weights "
+                         "after the last step"),
+    "num_images": dict(type=number(int, 1, 10_000_000), default=64, help="the number of images"),
+    "sampler": dict(choices=tuple(SAMPLERS),
+                    help=f"the method from noise to image (default: {DEFAULT_SAMPLER}; for a student: "
+                         f"{STUDENT_SAMPLER})"),
+    "steps": dict(type=number(int, 1), help="steps of the sampler, at most the checkpoint's T "
+                                            f"(default: {DEFAULT_STEPS}; for a student: {STUDENT_STEPS})"),
+    "spacing": dict(choices=tuple(SPACINGS), help="the spacing of the sampler's times (default: the sampler's own)"),
+    "eta": dict(type=number(float, 0, 1),
+                help="fresh noise in every step; only for --sampler ddim (0: none, 1: as much as ddpm) and heun "
+                     "(the share by which the noise level rises before a step) (default: 0)"),
+    "label": dict(help="the class to draw, for a model that was trained with --conditional: a number or name, a range "
+                       "such as 0-9, or several with commas"),
+    "guidance_scale": dict(type=number(float, 0, 100),
+                           help="strength of the guidance by the label: 1 is none, more gives clearer and less varied "
+                                f"images (default: {DEFAULT_GUIDANCE} where there are labels; for a student: 1)"),
+    "guidance_interval": dict(type=number(float, 0), nargs=2, metavar=("LOW", "HIGH"), action=LowAndHigh,
+                              help="use guidance only at times t from LOW to HIGH (default: at all times)"),
+    "batch_size": dict(type=number(int, 1), default=64, help="images made at the same time; does not change an image"),
+}
+
+
+def add_shared_flags(parser, *names: str) -> None:
+    """Add flags that mean the same in every script."""
+    for name in names:
+        parser.add_argument(f"--{name}", **SHARED_FLAGS[name])

@@ -1,0 +1,105 @@
+"""How flags and a checkpoint become the arguments of samplers.generate."""
+
+from argparse import Namespace
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from runtime.errors import UserError, checking_user_input
+from samplers import (
+    DEFAULT_GUIDANCE,
+    DEFAULT_SAMPLER,
+    DEFAULT_STEPS,
+    ETA_SAMPLERS,
+    STUDENT_SAMPLER,
+    STUDENT_STEPS,
+    uniform_timesteps,
+)
+
+NO_FLAGS = Namespace()
+
+
+def sampling_options(config: dict, args: Namespace = NO_FLAGS, count: int = 0, *, labels: Tensor | None = None,
+                     label_all: bool = True) -> dict:
+    """The keyword arguments of samplers.generate: what the flags ask for, else what measured best for the checkpoint.
+
+    config      that of the checkpoint
+    args        parsed flags; a flag that the script does not have counts as not given
+    count       how many images are made
+    labels      (count,) where the caller has chosen them; else those of --label
+    label_all   without --label: all classes in turn (True), or no labels (False)
+
+    UserError for a flag that this checkpoint cannot follow or that would change nothing.
+    """
+    student, given = is_student(config), vars(args)
+    sampler = given.get("sampler") or (STUDENT_SAMPLER if student else DEFAULT_SAMPLER)
+    num_timesteps = config["diffusion"]["num_timesteps"]
+    steps = given.get("steps") or min(STUDENT_STEPS if student else DEFAULT_STEPS, num_timesteps)
+    with checking_user_input():
+        uniform_timesteps(num_timesteps, steps)
+    if labels is None:
+        labels = labels_of_images(config, given.get("label"), count, label_all)
+    scale, interval, eta = (given.get(name) for name in ("guidance_scale", "guidance_interval", "eta"))
+    if labels is None and scale not in (None, 1):
+        raise UserError("--guidance_scale needs --label, the class to ask for" if config["model"].get("num_classes")
+                        else f"{NO_LABELS}: leave --guidance_scale out, or {TRAIN_LABELS}")
+    if scale is None:
+        scale = 1.0 if labels is None or student else DEFAULT_GUIDANCE
+    if eta is not None and sampler not in ETA_SAMPLERS:
+        raise UserError(f"--eta is read by --sampler {' and '.join(ETA_SAMPLERS)} only: choose one, or leave it out")
+    if interval and scale == 1:
+        raise UserError("--guidance_interval needs guidance: a checkpoint trained with --conditional, and another "
+                        "--guidance_scale than 1")
+    options = dict(seed=given.get("seed") or 0, sampler=sampler, steps=steps, spacing=given.get("spacing"),
+                   eta=eta or 0.0, labels=labels, guidance_scale=scale, guidance_interval=interval)
+    return options | ({"batch_size": given["batch_size"]} if "batch_size" in given else {})
+
+
+NO_LABELS = "this checkpoint was trained without labels"
+TRAIN_LABELS = "train one with python train.py --conditional"
+
+
+def labels_of_images(config: dict, text: str | None, count: int, label_all: bool = True) -> Tensor | None:
+    """The label of each image (count,): the classes that --label names, equally many of each; else all in turn.
+
+    None for a model without labels, and without --label where label_all is False.
+    """
+    num_classes = config["model"].get("num_classes")
+    if text is None:
+        return torch.arange(count) % num_classes if num_classes and label_all else None
+    classes = torch.tensor(named_classes(str(text), config["data"]["class_names"] if num_classes else ()))
+    if len(classes) > count:
+        raise UserError(f"--label names {len(classes)} classes, more than the {count} images to make: name fewer")
+    return classes[torch.arange(count) * len(classes) // count]
+
+
+def named_classes(text: str, class_names: Sequence[str]) -> list[int]:
+    """The classes that --label names. UserError that lists the classes there are."""
+    if not class_names:
+        raise UserError(f"{NO_LABELS}: leave --label and --guidance_scale out, or {TRAIN_LABELS}")
+    known = {name.lower(): i for i, name in enumerate(class_names)} | {str(i): i for i in range(len(class_names))}
+    classes = []
+    for part in text.lower().split(","):
+        dashes = [i for i, character in enumerate(part) if character == "-"]  # a name may hold some too
+        pairs = [(part, part), *((part[:i], part[i + 1:]) for i in dashes)]
+        ends = [(known[a.strip()], known[b.strip()]) for a, b in pairs if a.strip() in known and b.strip() in known]
+        if not ends or ends[0][0] > ends[0][1]:
+            listed = ", ".join(f"{i} {name}" if name != str(i) else name for i, name in enumerate(class_names))
+            raise UserError(f"unknown label {part!r}: choose from {listed}, or a range such as "
+                            f"0-{len(class_names) - 1}")
+        classes += range(ends[0][0], ends[0][1] + 1)
+    return classes
+
+
+def is_student(config: dict) -> bool:
+    """Whether distill.py wrote the checkpoint with this config."""
+    return config["training"].get("student") is True
+
+
+def dataset_of(checkpoint: dict, asked: str | None = None) -> str:
+    """The data set that a checkpoint was trained on. UserError if --dataset asks for another."""
+    name = checkpoint["config"]["data"]["dataset"]
+    if asked not in (None, name):
+        raise UserError(f"the checkpoint was trained on {name}, not {asked}: leave out --dataset")
+    return name

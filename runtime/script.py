@@ -1,0 +1,72 @@
+"""How a script ends: exit status, one line for errors from outside, a traceback for a bug."""
+
+import contextlib
+import errno
+import functools
+import os
+import shlex
+import sys
+import traceback
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from runtime import distributed
+from runtime.errors import RunFailed, UserError
+from runtime.files import one_line
+from runtime.memory import give_memory_back, out_of_memory
+
+# Errors of the system that no flag and no line of this program causes: full or failing disks, closed pipes, limits.
+SYSTEM_ERRORS = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EROFS, errno.EPIPE, errno.ENOMEM,
+                 errno.EMFILE, errno.ENFILE, errno.ESTALE, errno.ETIMEDOUT, errno.ENOTCONN, errno.ECONNRESET}
+
+
+def script(main: Callable[[Sequence[str] | None], int | None]) -> Callable[..., int]:
+    """Make `main(argv)` the entry point of a script: main(argv=None) -> exit status.
+
+    0 done; 1 the run failed, or a bug; 2 the user asked for something impossible; 130 Ctrl-C. A failure is one line on
+    stderr, a bug a traceback with the command and a request to report it.
+    """
+    @functools.wraps(main)
+    def run(argv: Sequence[str] | None = None) -> int:
+        try:
+            return main(argv) or 0
+        except SystemExit as stop:  # --help
+            return stop.code or 0
+        except KeyboardInterrupt:
+            return _print_error("stopped by Ctrl-C", 130)
+        except UserError as error:
+            return _print_error(error, 2)
+        except RunFailed as error:
+            return _print_error(error, 1)
+        except Exception as error:
+            return _print_error(message, 1) if (message := outside_cause(error)) else _report_bug(argv)
+        finally:
+            give_memory_back()  # torch needs some more memory while it exits
+    return run
+
+
+def outside_cause(error: Exception) -> str | None:
+    """A message for an exception that the machine caused; None for a bug."""
+    if distributed.lost(error):
+        return "another process of this run has ended"
+    if out_of_memory(error):
+        return f"out of memory ({one_line(error, 100)}): try a smaller --batch_size"
+    return str(error) if isinstance(error, OSError) and error.errno in SYSTEM_ERRORS else None
+
+
+def _print_error(message, status: int) -> int:
+    if status == 2 and os.environ.get("RANK", "0") != "0":
+        return status  # all processes of torchrun find the same mistake: rank 0 reports it
+    with contextlib.suppress(OSError):
+        print(f"{Path(sys.argv[0]).name}: {one_line(message, None)}", file=sys.stderr, flush=True)
+    return status
+
+
+def _report_bug(argv: Sequence[str] | None) -> int:
+    """Print the traceback of the exception that is being handled, the command, and a request."""
+    command = shlex.join(["python", Path(sys.argv[0]).name, *(sys.argv[1:] if argv is None else argv)])
+    with contextlib.suppress(OSError):
+        traceback.print_exc()
+        print(f"This is a bug in Tiny Diffusion. Please report it with the lines above and this command:\n  {command}",
+              file=sys.stderr, flush=True)
+    return 1

@@ -1,0 +1,56 @@
+"""A function as one CUDA graph: its kernels are recorded once and then started together, without Python."""
+
+import warnings
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from runtime.files import one_line
+
+
+class CudaGraph:
+    """Call function(*inputs) as a CUDA graph. The first WARM_UP calls are ordinary calls.
+
+    The function must not wait for the device, its inputs must keep their shapes, and whatever changes between calls
+    must be in tensors. If the graph cannot be captured, a line says so and every call is an ordinary one.
+    """
+
+    WARM_UP = 3
+
+    def __init__(self, function: Callable[..., Tensor]):
+        self.function, self.calls, self.graph = function, 0, None
+
+    def __call__(self, *inputs: Tensor | None) -> Tensor:
+        self.calls += 1
+        if self.calls <= self.WARM_UP:
+            return self._call_on_side_stream(inputs)
+        if self.calls == self.WARM_UP + 1:
+            self._capture(inputs)
+        if self.graph is None:
+            return self.function(*inputs)
+        for own, new in zip(self.inputs, inputs, strict=True):
+            if own is not None:
+                own.copy_(new)
+        self.graph.replay()
+        return self.output.clone()
+
+    def _call_on_side_stream(self, inputs) -> Tensor:
+        """An ordinary call on another stream: a capture needs such calls before it."""
+        main, side = torch.cuda.current_stream(), torch.cuda.Stream()
+        side.wait_stream(main)
+        with torch.cuda.stream(side), warnings.catch_warnings():
+            warnings.filterwarnings("ignore", ".*capturable=True")  # it will be captured
+            output = self.function(*inputs)
+        main.wait_stream(side)
+        return output
+
+    def _capture(self, inputs) -> None:
+        """Record the kernels of a call without running them."""
+        self.inputs, graph = [None if each is None else each.clone() for each in inputs], torch.cuda.CUDAGraph()
+        try:
+            with torch.cuda.graph(graph):
+                self.output = self.function(*self.inputs)
+            self.graph = graph
+        except RuntimeError as error:
+            print(f"Not captured as a CUDA graph: {one_line(error)}", flush=True)

@@ -1,0 +1,187 @@
+"""A training run: its records, its checkpoints, when it stops, and what is said when it cannot go on."""
+
+import contextlib
+import math
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from checkpoint import save_checkpoint
+from runtime import distributed
+from runtime.errors import RunFailed
+from runtime.files import write_json_lines
+from runtime.memory import out_of_memory
+from training import run_folder
+from training.autotune import now
+from training.budget import Budget
+
+LOG_STEPS = 50  # steps between two records
+AGREE_STEPS = 10  # steps after which several processes agree on the time and on a signal
+MAX_BAD_STEPS = 20  # a run fails after so many steps in a row without a finite gradient
+CLOSING_SECONDS = 1.5  # time to write the last checkpoint and the plot
+
+
+class Run:
+    """A trainer, its budget and its folder, as train.py and distill.py use them.
+
+    config             the config of the checkpoints
+    advice             what to do when numbers are not finite, one line
+    closing_images     the network's work after the last step, in images of a training step; it gives the reserve of
+                       the budget until that is measured (None)
+    keep_checkpoints   files in checkpoints/; None: all
+    records            the lines of metrics.jsonl
+    losses             losses of the steps since the last record, on the device
+    progress           how much of the run is done (0..1)
+    signal, stopped    the signal that this process received, and the one for which all processes stop
+    """
+
+    def __init__(self, folder: Path, trainer, budget: Budget, config: dict, advice: str, closing_images: float,
+                 keep_checkpoints: int | None = None):
+        self.folder, self.trainer, self.budget, self.config, self.advice = folder, trainer, budget, config, advice
+        self.closing_images, self.keep_checkpoints = closing_images, keep_checkpoints
+        self.records: list[dict] = []
+        self.losses: list[Tensor] = []
+        self.signal, self.stopped, self.progress, self.agreed = None, None, 0.0, (0.0, 0)
+        self.reported = 0.0  # skipped steps that the user was told of
+        self.last_save = time.perf_counter()
+        self.mark()
+
+    def restore(self, checkpoint: dict) -> None:
+        """Continue from a checkpoint. UserError if its tensors do not fit."""
+        self.trainer.restore(checkpoint)
+        self.records = checkpoint["history"].get("records", [])
+        self.losses = [torch.tensor(loss, device=self.trainer.device)
+                       for loss in checkpoint["history"].get("losses", [])]
+        self.mark()
+
+    # ---------------------------------------------------------------------------------------------- time and signals
+
+    def update(self) -> None:
+        """Set `progress` and `stopped` by the clock and by the signal, on which several processes agree."""
+        step, time_share, signal = self.trainer.step, self.budget.time_share, self.signal
+        if distributed.size() > 1:
+            if step % AGREE_STEPS == 0:
+                mine = torch.tensor([time_share, signal or 0], device=self.trainer.device)
+                self.agreed = distributed.largest(mine).tolist()
+            time_share, signal = self.agreed
+        self.progress, self.stopped = self.budget.progress(step, time_share), int(signal or 0)
+
+    def mark(self) -> None:
+        """Measure the speed from here on."""
+        self.marked_step, self.marked_time = self.trainer.step, now(self.trainer.device)
+
+    def speed(self) -> float:
+        """Images a second since the last mark."""
+        seconds = now(self.trainer.device) - self.marked_time
+        return (self.trainer.step - self.marked_step) * self.trainer.batch_size / seconds
+
+    # --------------------------------------------------------------------------------------------------- the records
+
+    def record(self, speed: float, val_loss: float | None = None) -> None:
+        """Add a record of the steps since the last one. RunFailed if their gradients were not finite.
+
+        speed: images a second.
+        """
+        trainer = self.trainer
+        finite = [loss for loss in torch.stack(self.losses).tolist() if math.isfinite(loss)]  # waits for the device
+        self.records.append(dict(
+            step=trainer.step, epoch=trainer.epoch, images_seen=trainer.images_seen,
+            loss=sum(finite) / len(finite) if finite else None,
+            val_loss=val_loss if val_loss is not None and math.isfinite(val_loss) else None,
+            lr=trainer.lr, images_per_second=round(speed, 1), seconds=round(self.budget.seconds_used, 3)))
+        self.losses = []
+        if self.closing_images is not None:
+            self.budget.reserve = CLOSING_SECONDS + self.closing_images / speed
+        self.check_gradients()
+        self.mark()
+
+    def check_gradients(self) -> None:
+        """Warn of steps without a finite gradient. RunFailed after MAX_BAD_STEPS of them in a row."""
+        skipped, in_a_row = self.trainer.skipped.tolist()
+        if in_a_row >= MAX_BAD_STEPS:
+            raise RunFailed(f"the loss or its gradient was not finite in {in_a_row:.0f} steps in a row, up to step "
+                            f"{self.trainer.step}; {self.advice}")
+        if skipped > self.reported:
+            self.reported = skipped
+            tqdm.write(f"Warning: {skipped:.0f} steps so far had no finite gradient and were skipped", file=sys.stderr)
+
+    def show(self, bar: tqdm) -> None:
+        """Bring the progress bar up to date."""
+        last, speed = self.records[-1], self.records[-1]["images_per_second"]
+        loss = math.nan if last["loss"] is None else last["loss"]
+        left = self.budget.seconds_left(self.trainer.step, self.trainer.batch_size / speed if speed else 0.0)
+        bar.update(round(100 * self.progress) - bar.n)
+        bar.set_postfix_str(f"loss {loss:.4f}, {speed:.0f} images/s, {tqdm.format_interval(left)} left")
+
+    # -------------------------------------------------------------------------------------------------------- saving
+
+    def save(self, name: str) -> Path:
+        """Write a checkpoint and metrics.jsonl, and delete surplus checkpoints. RunFailed if weights are not finite."""
+        self.last_save = time.perf_counter()
+        if not self.trainer.is_finite():
+            raise RunFailed(f"the weights are not finite after step {self.trainer.step}; {self.advice}")
+        if distributed.rank() == 0:
+            history = dict(records=self.records, losses=[loss.item() for loss in self.losses],
+                           skipped=self.trainer.skipped.tolist())
+            save_checkpoint(self.folder / name, config=self.config, seconds=self.budget.seconds_used, history=history,
+                            **self.trainer.state())
+            if self.keep_checkpoints:
+                run_folder.prune(self.folder, self.keep_checkpoints)
+            self.save_records()
+        return self.folder / name
+
+    def save_records(self) -> None:
+        write_json_lines(self.records, self.folder / "metrics.jsonl")
+
+    def save_step(self) -> Path:
+        """Write a checkpoint that is named after the step."""
+        return self.save(f"checkpoints/model_step_{self.trainer.step:08d}.pt")
+
+    def save_every(self, minutes: float) -> None:
+        """Write a checkpoint, if possible, when the last one is `minutes` old; 0: never."""
+        if minutes and time.perf_counter() - self.last_save > 60 * minutes:
+            with warn_of_failed_writes():
+                self.save_step()
+
+    # ----------------------------------------------------------------------------------------------------- the ending
+
+    def carry_out(self, loop: Callable[[], None], advise_memory: Callable[[], str]) -> None:
+        """Call loop(). RunFailed, with advice, if memory is too small or another process has ended.
+
+        advise_memory(): a line to print after a step that ran out of memory; it may measure.
+        """
+        try:
+            return loop()
+        except OSError:  # for example, the terminal is closed
+            with warn_of_failed_writes():
+                self.save_step()
+            raise
+        except (RuntimeError, MemoryError) as error:
+            if distributed.lost(error):
+                raise RunFailed(f"another process of this run has ended; {self.advice}") from error
+            if not out_of_memory(error):
+                raise
+        raise RunFailed(advise_memory())  # outside the except block, where what the error held is free again
+
+
+@contextlib.contextmanager
+def progress_bar() -> Iterator[tqdm]:
+    """A bar from 0 to 100 %, on rank 0."""
+    with tqdm(total=100, unit="%", dynamic_ncols=True, disable=distributed.rank() > 0,
+              bar_format="{percentage:3.0f}%|{bar}| [{elapsed}{postfix}]") as bar:
+        yield bar
+
+
+@contextlib.contextmanager
+def warn_of_failed_writes() -> Iterator[None]:
+    """Turn an OSError into a warning: a run continues without the file, and later there may be room."""
+    try:
+        yield
+    except OSError as error:
+        with contextlib.suppress(OSError):
+            tqdm.write(f"Warning: a file could not be written ({error}); the run continues", file=sys.stderr)
