@@ -18,6 +18,7 @@ from torch import nn
 
 from data import ImageData
 from diffusion import DiffusionProcess
+from learned_variance import create_process
 from models import create_model
 from runtime.errors import UserError
 from runtime.files import atomic_write, check_archive, one_line, verified_archive
@@ -90,7 +91,7 @@ def load_model(path: str | Path, device="cpu", use_ema: bool = True) -> tuple[nn
     """
     checkpoint = load_checkpoint(path)
     model = create_model(**checkpoint["config"]["model"])
-    diffusion = DiffusionProcess(**checkpoint["config"]["diffusion"])
+    diffusion = create_process(model.learn_variance, **checkpoint["config"]["diffusion"])
     model.load_state_dict(checkpoint["ema" if use_ema else "model"])
     return model.to(device).eval().requires_grad_(False), diffusion.to(device), checkpoint
 
@@ -196,7 +197,7 @@ def _misfit(checkpoint: dict, file_size: int) -> str | None:
     try:
         with torch.device("meta"):
             model = create_model(**config["model"])
-        DiffusionProcess(**config["diffusion"])
+        create_process(model.learn_variance, **config["diffusion"])
     except (TypeError, ValueError, RuntimeError, OverflowError) as error:
         return f"its config cannot be built: {_first_sentence(error)}"
     if any(side % model.divisor for side in config["data"]["shape"][1:]):

@@ -123,12 +123,12 @@ class Consistency(DiffusionProcess):
         return torch.where(end, x_0_hat, self.denoiser(model, labels)(x_s, s_or_0))
 
     def loss(self, model, x_0: Tensor, t: Tensor | None = None, noise: Tensor | None = None,
-             labels: Tensor | None = None, reduction: str = "mean", hybrid: bool = True) -> Tensor:
+             labels: Tensor | None = None, reduction: str = "mean") -> Tensor:
         """sqrt(e² + c²) - c with e² = |network(x_t, t) - target|² and c = HUBER, as `DiffusionProcess.loss` otherwise.
 
         The target is the ordinary one, a · x_0 + b · noise, but with the `image` that the model should see in x_t for
-        x_0, and for noise what x_t holds beside it. Pseudo-Huber: Song and Dhariwal 2024, section 3.3. hybrid is not
-        used: learned variances stay as the teacher's.
+        x_0, and for noise what x_t holds beside it. Pseudo-Huber: Song and Dhariwal 2024, section 3.3. Learned
+        variances stay as the teacher's.
         """
         t = (self.sample_timesteps(len(x_0)) if t is None else t).float()
         x_t, _ = self.forward_diffusion(x_0, t, noise)

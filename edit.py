@@ -31,7 +31,7 @@ from runtime.sampling import is_student, sampling_options
 from runtime.script import script
 from samplers import (
     DEFAULT_GUIDANCE,
-    DEFAULT_SPACING,
+    SAMPLERS,
     ddim,
     dpmpp_2m,
     guide,
@@ -205,7 +205,7 @@ def do_vary(args: Namespace, editor: Editor) -> Tensor:
 def do_interpolate(args: Namespace, editor: Editor) -> Tensor:
     """Image 0 of seed A, the images between, and image 0 of seed B."""
     first, last = (editor.noise([0], seed)() for seed in args.seeds)
-    times = spaced_timesteps(editor.diffusion, editor.steps, DEFAULT_SPACING["dpmpp_2m"])
+    times = spaced_timesteps(editor.diffusion, editor.steps, SAMPLERS["dpmpp_2m"].spacing)
     x = torch.cat([slerp(first, last, i / (args.frames - 1)) for i in range(args.frames)])
     images = editor.follow(dpmpp_2m(editor.denoiser(), x, times, editor.diffusion), editor.steps)
     editor.frames = [(image[None],) for image in images]  # the animation goes from A to B

@@ -1,35 +1,38 @@
-"""Ways to walk from noise to an image.
+"""Samplers: algorithms that turn noise into images, and the loop that runs them with a network.
 
-A sampler is a generator, `sampler(denoise, x_T, timesteps, diffusion, *, eta=0., randn=torch.randn_like)`: it starts at
-x_T, walks down the decreasing list `timesteps` and then to -1, the clean image, and yields `(t, x_t, x_0_hat)` after
-every step, where t is the time just reached; the last item is (-1, image, x_0_hat). All it knows of the network is
-`denoise(x_t, t) -> x_0_hat`, which it calls once for each step (heun: twice). Guidance, labels and clipping wrap it.
+A sampler is a generator, `sampler(denoise, x_T, timesteps, diffusion, *, eta=0., randn=torch.randn_like)`. It starts at
+x_T, goes down the decreasing list `timesteps` and then to -1, the clean image. After each step it yields
+`(t, x_t, x_0_hat)`, where t is the time just reached; the last item is (-1, image, x_0_hat). It knows the network only
+as `denoise(x_t, t) -> x_0_hat`, which it calls once for each step (heun: twice). Guidance, labels and clipping are
+wrappers of `denoise`. To add a sampler, write its function and add a row to SAMPLERS.
 """
 
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from itertools import pairwise
+from typing import NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from diffusion import Denoise, DiffusionProcess
+from learned_variance import KeepLastOutput, LearnedVariance
 
 Trajectory = Iterator[tuple[float, Tensor, Tensor]]
-LogVariance = Callable[[Tensor, float, float], Tensor]  # log_variance(x_t, t, s) -> that of x_s given x_t (B, C, H, W)
+LogVariance = Callable[[Tensor, float, float], Tensor]  # log_variance(x_t, t, s) of p(x_s | x_t): (B, C, H, W)
 
 
-def walk(timesteps: Sequence[float]) -> list[tuple[float, float]]:
-    """The pairs (t, s) of a walk: from each time to the next, and from the last to -1."""
+def step_pairs(timesteps: Sequence[float]) -> list[tuple[float, float]]:
+    """(t, s) of each step: from each time to the next, and from the last to -1."""
     times = [*map(float, timesteps), -1.0]
     if len(times) < 2 or any(s >= t for t, s in pairwise(times)):
         raise ValueError(f"timesteps must be a decreasing list of at least one time from 0 up, not {list(timesteps)}")
     return list(pairwise(times))
 
 
-def full_time(t: float, x: Tensor) -> Tensor:
-    """The time t for each image of x: (B,), float64 where the device has it."""
+def batch_time(t: float, x: Tensor) -> Tensor:
+    """The time t, once for each image of x: (B,), float64 where the device has it."""
     return torch.full((len(x),), t, device=x.device, dtype=torch.float32 if x.device.type == "mps" else torch.float64)
 
 
@@ -37,13 +40,13 @@ def ddpm(denoise: Denoise, x_T: Tensor, timesteps: Sequence[float], diffusion: D
          randn: Callable[[Tensor], Tensor] = torch.randn_like, log_variance: LogVariance | None = None) -> Trajectory:
     """Ancestral sampling: x_s ~ q(x_s | x_t, x_0_hat) (Ho et al. 2020, algorithm 2), on any subset of the times.
 
-    The posterior is the exact one from t to s, however far apart they are; the further, the less its variance is
-    enough, as x_0_hat is not x_0. log_variance(x_t, t, s), asked right after denoise(x_t, t), takes its place (Nichol
-    and Dhariwal 2021, section 3.1). eta is not used.
+    The posterior is exact for any s < t. But x_0_hat is not x_0, so its variance is too small, the more so the longer
+    the step. log_variance(x_t, t, s), called right after denoise(x_t, t), replaces it (Nichol and Dhariwal 2021,
+    section 3.1). eta is not used.
     """
     x = x_T
-    for t, s in walk(timesteps):
-        x_0_hat = denoise(x, full_time(t, x))
+    for t, s in step_pairs(timesteps):
+        x_0_hat = denoise(x, batch_time(t, x))
         mean, variance = diffusion.posterior(x, x_0_hat, t, s)
         if log_variance and s >= 0:
             variance = log_variance(x, t, s).exp()
@@ -59,8 +62,8 @@ def ddim(denoise: Denoise, x_T: Tensor, timesteps: Sequence[float], diffusion: D
     eta = 0 follows the probability-flow ODE to first order; eta = 1 has the mean and variance of ddpm.
     """
     x = x_T
-    for t, s in walk(timesteps):
-        x_0_hat = denoise(x, full_time(t, x))
+    for t, s in step_pairs(timesteps):
+        x_0_hat = denoise(x, batch_time(t, x))
         noise_hat = (x - diffusion.alpha(t) * x_0_hat) / diffusion.sigma(t)
         fresh = eta**2 * diffusion.posterior(x, x_0_hat, t, s)[1]
         x = diffusion.alpha(s) * x_0_hat + (diffusion.sigma(s) ** 2 - fresh).clamp(min=0).sqrt() * noise_hat
@@ -73,13 +76,12 @@ def consistency(denoise: Denoise, x_T: Tensor, timesteps: Sequence[float], diffu
                 eta: float = 0.0, randn: Callable[[Tensor], Tensor] = torch.randn_like) -> Trajectory:
     """Multistep consistency sampling (Song et al. 2023, algorithm 1): x_s = alpha_s · x_0_hat + sigma_s · fresh noise.
 
-    For the students of distill.py, whose x_0_hat is an image: it and the noise that ddim would keep depend on each
-    other, fresh noise does not. Other networks' x_0_hat is a mean of images, and here their variety would be lost. eta
-    is not used.
+    For the students of distill.py, whose x_0_hat is an image and no mean of images. The noise_hat that ddim keeps
+    depends on x_0_hat; fresh noise does not. With other networks the images would lose variety. eta is not used.
     """
     x = x_T
-    for t, s in walk(timesteps):
-        x_0_hat = denoise(x, full_time(t, x))
+    for t, s in step_pairs(timesteps):
+        x_0_hat = denoise(x, batch_time(t, x))
         x = diffusion.alpha(s) * x_0_hat + diffusion.sigma(s) * randn(x) if s >= 0 else x_0_hat
         yield s, x, x_0_hat
 
@@ -89,12 +91,12 @@ def dpmpp_2m(denoise: Denoise, x_T: Tensor, timesteps: Sequence[float], diffusio
     """DPM-Solver++ (2M): second order in the half log-SNR, reusing the last x_0_hat (Lu et al. 2022, algorithm 2).
 
     x_s = sigma_s / sigma_t · x_t - alpha_s · (e^-h - 1) · D,   h = (lambda_s - lambda_t) / 2,
-    D = x_0_hat + (x_0_hat - previous x_0_hat) · h / (2 · previous h), and D = x_0_hat in the first and the last step
-    (where h is infinite). eta and randn are not used: it is deterministic.
+    D = x_0_hat + (x_0_hat - previous x_0_hat) · h / (2 · previous h); D = x_0_hat in the first step, and in the last,
+    where h is infinite. Deterministic: eta and randn are not used.
     """
     x, previous, previous_h = x_T, None, None
-    for t, s in walk(timesteps):
-        x_0_hat = denoise(x, full_time(t, x))
+    for t, s in step_pairs(timesteps):
+        x_0_hat = denoise(x, batch_time(t, x))
         h = (diffusion.log_snr(s) - diffusion.log_snr(t)) / 2
         extrapolate = 0 if previous is None or s < 0 else h / (2 * previous_h)
         D = x_0_hat if not extrapolate else x_0_hat + extrapolate * (x_0_hat - previous)
@@ -104,48 +106,45 @@ def dpmpp_2m(denoise: Denoise, x_T: Tensor, timesteps: Sequence[float], diffusio
 
 
 def ddim_step(x: Tensor, x_0_hat: Tensor, t: float, s: float, diffusion: DiffusionProcess) -> Tensor:
-    """From t to s along the probability-flow ODE, to first order: alpha_s · x_0_hat + sigma_s · noise_hat."""
+    """x_s = alpha_s · x_0_hat + sigma_s · noise_hat: the first-order step of the probability-flow ODE from t to s."""
     keep = diffusion.sigma(s) / diffusion.sigma(t)
     return keep * x + (diffusion.alpha(s) - keep * diffusion.alpha(t)) * x_0_hat
 
 
-def renoise(x: Tensor, s: float, t: float, diffusion: DiffusionProcess, randn) -> Tensor:
-    """From s forward to a later t: x_t ~ q(x_t | x_s), the alpha_t / alpha_s of x and noise to make up for the rest."""
+def forward_step(x: Tensor, s: float, t: float, diffusion: DiffusionProcess, randn) -> Tensor:
+    """x_t ~ q(x_t | x_s) for a later t: r · x_s + sqrt(sigma_t² - r² sigma_s²) · noise with r = alpha_t / alpha_s."""
     ratio = diffusion.alpha(t) / diffusion.alpha(s)
     return ratio * x + (diffusion.sigma(t) ** 2 - (ratio * diffusion.sigma(s)) ** 2).clamp(min=0).sqrt() * randn(x)
 
 
-def _churn(x: Tensor, t: float, gamma: float, diffusion: DiffusionProcess, randn) -> tuple[float, Tensor]:
-    """The time at which sigma/alpha is 1 + gamma times that at t, or the last, and x with fresh noise up to it.
-
-    Where t is the last already, as it is.
-    """
+def churn(x: Tensor, t: float, gamma: float, diffusion: DiffusionProcess, randn) -> tuple[float, Tensor]:
+    """(later, x_later): fresh noise raises sigma/alpha by the factor 1 + gamma, at most to that of the last time."""
     later = diffusion.time_of(diffusion.log_snr(t).item() - 2 * math.log1p(gamma))
-    return (later, renoise(x, t, later, diffusion, randn)) if later > t else (t, x)
+    return (later, forward_step(x, t, later, diffusion, randn)) if later > t else (t, x)
 
 
-# Weights of the newest noise_hat and of those before it, by how many there are (Bashforth and Adams 1883).
+# Row k: the weights of the k newest noise_hats, the newest first (Bashforth and Adams 1883).
 ADAMS_BASHFORTH = ((1,), (3 / 2, -1 / 2), (23 / 12, -16 / 12, 5 / 12), (55 / 24, -59 / 24, 37 / 24, -9 / 24))
 
 
 def heun(denoise: Denoise, x_T: Tensor, timesteps: Sequence[float], diffusion: DiffusionProcess, *, eta: float = 0.0,
          randn: Callable[[Tensor], Tensor] = torch.randn_like) -> Trajectory:
-    """Heun's method, second order, two evaluations a step but one in the last (Karras et al. 2022, algorithms 1 and 2).
+    """Heun's method, second order: two evaluations a step, one in the last (Karras et al. 2022, algorithms 1 and 2).
 
-    The ODE is d(x/alpha) = noise_hat d(sigma/alpha): a step with the noise_hat of its beginning (ddim), a second look
-    from its end, and the mean of the two. eta > 0 churns: before each step sigma/alpha rises by the share
-    gamma = min(eta, sqrt(2) - 1) through fresh noise, where the schedule has such a time.
+    For the ODE d(x/alpha) = noise_hat d(sigma/alpha): a step with the noise_hat at its beginning (ddim), another
+    evaluation at its end, and then the step with the mean of both. eta > 0: before each step fresh noise raises
+    sigma/alpha by the factor 1 + min(eta, sqrt(2) - 1), as far as the schedule goes (`churn`).
     """
     x = x_T
-    for t, s in walk(timesteps):
+    for t, s in step_pairs(timesteps):
         if eta and s >= 0:
-            t, x = _churn(x, t, min(eta, math.sqrt(2) - 1), diffusion, randn)
-        x_0_hat = denoise(x, full_time(t, x))
+            t, x = churn(x, t, min(eta, math.sqrt(2) - 1), diffusion, randn)
+        x_0_hat = denoise(x, batch_time(t, x))
         x = ddim_step(x, x_0_hat, t, s, diffusion)
         if s >= 0:
-            correction = denoise(x, full_time(s, x)) - x_0_hat
+            correction = denoise(x, batch_time(s, x)) - x_0_hat
             ratio = torch.exp((diffusion.log_snr(s) - diffusion.log_snr(t)) / 2)
-            weight = ((ratio - 1) / 2).clamp(max=1)  # beyond 1, where noise falls by more than 3, it would overshoot
+            weight = ((ratio - 1) / 2).clamp(max=1)  # 1: sigma/alpha falls to a third; beyond, it overshoots
             x = x + diffusion.alpha(s) * weight * correction
             x_0_hat = x_0_hat + correction
         yield s, x, x_0_hat
@@ -155,12 +154,12 @@ def ipndm(denoise: Denoise, x_T: Tensor, timesteps: Sequence[float], diffusion: 
           randn: Callable[[Tensor], Tensor] = torch.randn_like) -> Trajectory:
     """Improved pseudo linear multistep (Zhang and Chen 2023, appendix H.2): Adams-Bashforth of order 1, 2, 3, then 4.
 
-    A ddim step with a mixture of the last noise_hats in place of the last; one evaluation a step. Order 4 where the
-    steps are equal in sigma/alpha, and 2 on other smooth spacings. eta and randn are not used.
+    A ddim step with a weighted sum of the last noise_hats; one evaluation a step. Order 4 where the steps are equal in
+    sigma/alpha, order 2 on other smooth spacings. eta and randn are not used.
     """
     x, noises = x_T, []
-    for t, s in walk(timesteps):
-        x_0_hat = denoise(x, full_time(t, x))
+    for t, s in step_pairs(timesteps):
+        x_0_hat = denoise(x, batch_time(t, x))
         noises = [(x - diffusion.alpha(t) * x_0_hat) / diffusion.sigma(t), *noises][:4]
         x = ddim_step(x, x_0_hat, t, s, diffusion)
         if s >= 0 and len(noises) > 1:
@@ -170,6 +169,28 @@ def ipndm(denoise: Denoise, x_T: Tensor, timesteps: Sequence[float], diffusion: 
         yield s, x, x_0_hat
 
 
+class Sampler(NamedTuple):
+    """A sampler's function, the row of SPACINGS that it uses by default, and whether it reads eta."""
+
+    function: Callable[..., Trajectory]
+    spacing: str = "uniform"
+    reads_eta: bool = False
+
+
+SAMPLERS = {
+    "ddpm": Sampler(ddpm),
+    "ddim": Sampler(ddim, reads_eta=True),
+    "dpmpp_2m": Sampler(dpmpp_2m, spacing="karras"),
+    "heun": Sampler(heun, spacing="karras", reads_eta=True),
+    "ipndm": Sampler(ipndm),
+    "consistency": Sampler(consistency),
+}
+
+# The best for a given time in benchmarks/RECORDS.md: what all scripts do without flags.
+DEFAULT_SAMPLER, DEFAULT_STEPS, DEFAULT_GUIDANCE = "dpmpp_2m", 10, 1.5
+STUDENT_SAMPLER, STUDENT_STEPS = "consistency", 2  # for checkpoints of distill.py, which have learned the guidance too
+
+
 # ------------------------------------------------------------------------------------------ wrappers of the denoiser
 
 
@@ -177,9 +198,9 @@ def guide(diffusion: DiffusionProcess, model, labels: Tensor, scale: float, inte
           clip: bool = True) -> Denoise:
     """Classifier-free guidance (Ho and Salimans 2022, eq. 6): x_0_hat = x_0_hat(no label) + scale · (the difference).
 
-    scale 1 is the conditional model, 0 the unconditional one. Both evaluations are one batched call; where the scale
-    is 1, and outside `interval`, the times (low, high) in which guidance acts (Kynkäänniemi et al. 2024), there is only
-    the conditional one. labels (B,) int64 in 0..num_classes - 1.
+    scale 1 is the conditional model, 0 the unconditional one. Both are evaluated in one batch. Guidance acts at the
+    times low..high of `interval` (Kynkäänniemi et al. 2024); outside them, and for scale 1, only the conditional model
+    is evaluated. labels (B,) int64 in 0..num_classes - 1.
     """
     conditional = diffusion.denoiser(model, labels, clip)
     if scale == 1:
@@ -196,42 +217,14 @@ def guide(diffusion: DiffusionProcess, model, labels: Tensor, scale: float, inte
     return denoise
 
 
-class Remembering:
-    """A network that learned variances, and keeps its last output, so that they cost no evaluation of their own."""
-
-    def __init__(self, model, diffusion: DiffusionProcess):
-        self.model, self.diffusion, self.num_classes, self.output = model, diffusion, model.num_classes, None
-
-    def __call__(self, *inputs: Tensor) -> Tensor:
-        self.output = self.model(*inputs)
-        return self.output
-
-    def log_variance(self, x_t: Tensor, t: float, s: float) -> Tensor:
-        """What the last evaluation, that of denoise(x_t, t), said of x_s: (B, C, H, W).
-
-        With guidance it held each image twice, and the first half, with the labels, counts.
-        """
-        v = self.output[:len(x_t), x_t.shape[1]:].to(x_t.dtype)
-        return self.diffusion.log_variance(v, t, s)
-
-
-# ---------------------------------------------------------------------------------- which times, which noise, the loop
-
-
-# What measured best per second (benchmarks/RECORDS.md), and what all scripts do without flags.
-DEFAULT_SAMPLER, DEFAULT_STEPS, DEFAULT_GUIDANCE = "dpmpp_2m", 10, 1.5
-STUDENT_SAMPLER, STUDENT_STEPS = "consistency", 2  # of checkpoints that distill.py wrote, which hold their guidance
-
-SAMPLERS = {"ddpm": ddpm, "ddim": ddim, "dpmpp_2m": dpmpp_2m, "heun": heun, "ipndm": ipndm,
-            "consistency": consistency}
-ETA_SAMPLERS = ("ddim", "heun")  # those that read eta
+# ---------------------------------------------------------------------------------------------- the times of the steps
 
 
 def uniform_timesteps(num_timesteps: int, steps: int) -> list[int]:
-    """`steps` whole times, evenly spaced from T-1 down; the last step goes from about T/steps to the clean image.
+    """`steps` whole times, evenly spaced from T-1 down to about T/steps; for steps = T they are all the times.
 
-    The "trailing" spacing of Lin et al. 2024: no evaluation is spent on t = 0, where nothing is left to remove, unless
-    steps = T, which visits every time. ValueError unless 1 <= steps <= T.
+    The "trailing" spacing of Lin et al. 2024: it spends no evaluation on t = 0, where hardly any noise is left.
+    ValueError unless 1 <= steps <= T.
     """
     if not 1 <= steps <= num_timesteps:
         raise ValueError(f"steps must lie in 1..{num_timesteps} (the process's number of timesteps), not {steps}")
@@ -239,59 +232,62 @@ def uniform_timesteps(num_timesteps: int, steps: int) -> list[int]:
 
 
 def quadratic_timesteps(num_timesteps: int, steps: int) -> list[float]:
-    """Real times, dense towards the image: t + 1 = T ((steps - i) / steps)² (Song et al. 2021, appendix D.2)."""
+    """Real times, denser near t = 0: t + 1 = T ((steps - i) / steps)² (Song et al. 2021, appendix D.2)."""
     return [max(0.0, num_timesteps * ((steps - i) / steps) ** 2 - 1) for i in range(steps)]
 
 
-def noise_level_timesteps(diffusion: DiffusionProcess, steps: int, rho: float = math.inf) -> list[float]:
-    """T-1 and then real times at which sigma/alpha, to the power 1/rho, falls evenly (Karras et al. 2022, eq. 5).
+HIGHEST_NOISE, LOWEST_NOISE = 20.0, 0.1  # measured: benchmarks/RECORDS.md
 
-    rho = inf: the logarithm of sigma/alpha, and so the log-SNR, falls evenly. From HIGHEST_NOISE down to LOWEST_NOISE
-    times the data's standard deviation, as far as the schedule has them.
+
+def noise_level_timesteps(diffusion: DiffusionProcess, steps: int, rho: float = math.inf) -> list[float]:
+    """T-1, then real times at which (sigma/alpha)^(1/rho) falls evenly (Karras et al. 2022, eq. 5).
+
+    sigma/alpha goes from HIGHEST_NOISE to LOWEST_NOISE times the data's standard deviation, within what the schedule
+    has. rho = inf: log(sigma/alpha), and with it the log-SNR, is evenly spaced.
     """
     levels = [math.exp(-diffusion.log_snr(t).item() / 2) for t in (diffusion.num_timesteps - 1, 0)]
     high = min(HIGHEST_NOISE * diffusion.data_std, levels[0])
     low = min(high, max(LOWEST_NOISE * diffusion.data_std, levels[1]))
-    way = np.linspace(0, 1, steps)
+    share = np.linspace(0, 1, steps)
     if math.isinf(rho):
-        sigmas = high ** (1 - way) * low**way
+        sigmas = high ** (1 - share) * low**share
     else:
-        sigmas = (high ** (1 / rho) * (1 - way) + low ** (1 / rho) * way) ** rho
+        sigmas = (high ** (1 / rho) * (1 - share) + low ** (1 / rho) * share) ** rho
     return [diffusion.num_timesteps - 1, *(diffusion.time_of(-2 * math.log(sigma)) for sigma in sigmas[1:])]
 
 
-HIGHEST_NOISE, LOWEST_NOISE = 20.0, 0.1  # measured: benchmarks/RECORDS.md
-SPACINGS = {
+SPACINGS = {  # name -> times(diffusion, steps)
     "uniform": lambda diffusion, steps: uniform_timesteps(diffusion.num_timesteps, steps),
     "quadratic": lambda diffusion, steps: quadratic_timesteps(diffusion.num_timesteps, steps),
     "log_snr": noise_level_timesteps,
     "karras": lambda diffusion, steps: noise_level_timesteps(diffusion, steps, rho=3),
 }
-DEFAULT_SPACING = {"ddpm": "uniform", "ddim": "uniform", "dpmpp_2m": "karras", "heun": "karras", "ipndm": "uniform",
-                   "consistency": "uniform"}
 
 
 def spaced_timesteps(diffusion: DiffusionProcess, steps: int, spacing: str = "uniform") -> list[float]:
-    """`steps` times that fall from T-1 by a row of SPACINGS, no two the same. ValueError unless 1 <= steps <= T."""
+    """`steps` decreasing times from T-1 by a row of SPACINGS, no two the same. ValueError unless 1 <= steps <= T."""
     if spacing not in SPACINGS:
         raise ValueError(f"unknown spacing {spacing!r}: choose one of {', '.join(SPACINGS)}")
-    uniform_timesteps(diffusion.num_timesteps, steps)  # refuses impossible numbers
+    uniform_timesteps(diffusion.num_timesteps, steps)  # raises for an impossible number of steps
     times = SPACINGS[spacing](diffusion, steps)
-    for i in reversed(range(1, steps)):  # few timesteps leave some levels at one time
+    for i in reversed(range(1, steps)):  # where T is small, several noise levels can have the same time
         times[i] = max(times[i], times[i + 1] + 1 / (2 * steps) if i + 1 < steps else 0)
     return times
 
 
-def image_noise(indices: Iterable[int], seed: int, shape: Sequence[int], device="cpu") -> Callable[..., Tensor]:
-    """randn() -> (B, *shape): the next standard normal noise of each image; image k's depends on (seed, k) alone.
+# ---------------------------------------------------------------------------------------------- images from a network
 
-    Every image has a random stream of its own, so its noise is the same bit for bit in every batch and on every
-    number of processes. The first call is the starting noise x_T. seed and indices: from 0 to 2^63 - 1.
+
+def image_noise(indices: Iterable[int], seed: int, shape: Sequence[int], device="cpu") -> Callable[..., Tensor]:
+    """A function randn() -> (B, *shape): the next standard normal noise of each image, from the image's own generator.
+
+    The noise of image k depends on (seed, k) alone: it is the same bit for bit in every batch and on any number of
+    processes. The first call gives the starting noise x_T. seed and indices: from 0 to 2^63 - 1.
     """
-    streams = [np.random.Generator(np.random.Philox(key=np.array([seed, k], dtype=np.uint64))) for k in indices]
+    generators = [np.random.Generator(np.random.Philox(key=np.array([seed, k], dtype=np.uint64))) for k in indices]
 
     def randn(like: Tensor | None = None) -> Tensor:
-        noise = np.stack([stream.standard_normal(tuple(shape), dtype=np.float32) for stream in streams])
+        noise = np.stack([each.standard_normal(tuple(shape), dtype=np.float32) for each in generators])
         return torch.from_numpy(noise).to(device)
     return randn
 
@@ -301,18 +297,19 @@ def generate(model, diffusion: DiffusionProcess, shape: Sequence[int], indices: 
              batch_size: int = 64, labels: Tensor | None = None, guidance_scale: float = 1.0,
              guidance_interval: tuple[float, float] | None = None,
              clip: bool = True) -> Iterator[tuple[Sequence[int], Trajectory]]:
-    """Make the images with these indices, batch by batch: yields (indices of the batch, its trajectory).
+    """Generate the images with these indices, batch by batch: yields (indices of the batch, its trajectory).
 
-    This is the only loop that makes images from a checkpoint. `shape` is (C, H, W); image k of seed s has the same
-    noise in every batch, and the same label, labels[k]. A trajectory is a sampler's generator: consume it before
-    asking for the next batch. spacing None is the sampler's own (DEFAULT_SPACING). Guidance (`guide`) needs labels.
-    ddpm uses the variances of a model that learned them. ValueError for unknown names, impossible step counts.
+    This is the only loop that makes images from a checkpoint. `shape` is (C, H, W). Image k of seed s has the same
+    noise in every batch, and its label is labels[k]. A trajectory is a sampler's generator: consume it before asking
+    for the next batch. spacing None: the sampler's default. Guidance (`guide`) needs labels. ddpm uses the learned
+    variances where there are any. ValueError for unknown names and impossible numbers of steps.
     """
     if sampler not in SAMPLERS:
         raise ValueError(f"unknown sampler {sampler!r}: choose one of {', '.join(SAMPLERS)}")
-    timesteps, options = spaced_timesteps(diffusion, steps, spacing or DEFAULT_SPACING[sampler]), {}
-    if sampler == "ddpm" and getattr(model, "learn_variance", False):
-        model = Remembering(model, diffusion)
+    function, default_spacing, _ = SAMPLERS[sampler]
+    timesteps, options = spaced_timesteps(diffusion, steps, spacing or default_spacing), {}
+    if function is ddpm and isinstance(diffusion, LearnedVariance):
+        model = KeepLastOutput(model, diffusion)
         options = dict(log_variance=model.log_variance)
     for start in range(0, len(indices), batch_size):
         batch = indices[start:start + batch_size]
@@ -323,10 +320,10 @@ def generate(model, diffusion: DiffusionProcess, shape: Sequence[int], indices: 
             batch_labels = labels[list(batch)].to(diffusion.device)
             denoise = guide(diffusion, model, batch_labels, guidance_scale, guidance_interval, clip)
         denoise = torch.no_grad()(denoise)
-        yield batch, SAMPLERS[sampler](denoise, randn(), timesteps, diffusion, eta=eta, randn=randn, **options)
+        yield batch, function(denoise, randn(), timesteps, diffusion, eta=eta, randn=randn, **options)
 
 
 def final_image(trajectory: Trajectory) -> Tensor:
-    """The images (B, C, H, W) that a trajectory ends in."""
+    """The images (B, C, H, W) at the end of a trajectory."""
     *_, (_, x, _) = trajectory
     return x

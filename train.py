@@ -22,7 +22,7 @@ import torch
 from tqdm import tqdm
 
 from data import ImageData, load_dataset
-from diffusion import DiffusionProcess
+from learned_variance import create_process
 from models import create_model
 from runtime import distributed
 from runtime.errors import UserError, checking_user_input
@@ -154,7 +154,7 @@ def make_run(args: Namespace, checkpoint: dict | None, start: float) -> tuple[Ru
     set_seed(args.seed)
     with checking_user_input():
         model = create_model(**config["model"])
-        diffusion = DiffusionProcess(**config["diffusion"])
+        diffusion = create_process(model.learn_variance, **config["diffusion"])
         model(torch.zeros(1, *config["data"]["shape"]), torch.zeros(1))  # an unsuitable image size is an error here
     trainer, settings = make_trainer(settings, data.to(device), model.to(device), diffusion.to(device))
     config |= dict(model=model.config, diffusion=diffusion.config, training=vars(settings))

@@ -114,10 +114,10 @@ def draw_forward(args):
 def draw_schedules(args):
     """ᾱ_t, signal and noise rates, and log-SNR of all schedules."""
     figure, axes = pyplot().subplots(1, 3, figsize=(13, 3.8))
-    for colour, name in zip(("tab:blue", "tab:orange"), SCHEDULES, strict=True):
+    for i, name in enumerate(SCHEDULES):
         diffusion = DiffusionProcess(args.timesteps, name)
         t = torch.arange(args.timesteps)
-        style = dict(color=colour, marker="o" if len(t) < 30 else None, markersize=3)
+        style = dict(color=f"C{i}", marker="o" if len(t) < 30 else None, markersize=3)
         axes[0].plot(t, diffusion.alphas_cumprod, label=name, **style)
         axes[1].plot(t, diffusion.alpha(t).flatten(), label=f"{name}: signal √ᾱ_t", **style)
         axes[1].plot(t, diffusion.sigma(t).flatten(), "--", label=f"{name}: noise √(1 - ᾱ_t)", **style)

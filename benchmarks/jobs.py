@@ -21,7 +21,7 @@ import torch
 from benchmarks.peers import BATCH, make_peer
 from checkpoint import load_model
 from data import ImageData, load_dataset
-from diffusion import DiffusionProcess
+from learned_variance import create_process
 from models import create_model
 from runtime.files import atomic_write
 from samplers import final_image, generate
@@ -100,7 +100,8 @@ def make_trainer(config: dict, image_size: int | None, batch_size: int | None, d
     data = ImageData("noise", "train", images, labels, tuple(config["data"]["class_names"])).to(device)
     accepted = inspect.signature(Trainer).parameters
     model = create_model(**config["model"]).to(device, memory_format=LAYOUTS[training.get("layout") or "nchw"])
-    return Trainer(data, model, DiffusionProcess(**config["diffusion"]).to(device), recorded=recorded,
+    diffusion = create_process(model.learn_variance, **config["diffusion"]).to(device)
+    return Trainer(data, model, diffusion, recorded=recorded,
                    **{name: value for name, value in training.items() if name in accepted})
 
 

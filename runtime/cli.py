@@ -22,7 +22,6 @@ from samplers import (
     DEFAULT_GUIDANCE,
     DEFAULT_SAMPLER,
     DEFAULT_STEPS,
-    ETA_SAMPLERS,
     SAMPLERS,
     SPACINGS,
     STUDENT_SAMPLER,
@@ -160,8 +159,9 @@ def image_labels(args, num_classes: int | None, class_names: Sequence[str]) -> T
 
 def check_useful(args, samplers: Sequence[str], guided: bool) -> None:
     """UserError for an --eta that none of the samplers reads, and a --guidance_interval of images without guidance."""
-    if args.eta is not None and not {*samplers} <= {*ETA_SAMPLERS}:
-        raise UserError(f"--eta is read by --sampler {' and '.join(ETA_SAMPLERS)} only: choose one, or leave it out")
+    if args.eta is not None and not all(SAMPLERS[name].reads_eta for name in samplers):
+        readers = " and ".join(name for name, sampler in SAMPLERS.items() if sampler.reads_eta)
+        raise UserError(f"--eta is read by --sampler {readers} only: choose one, or leave it out")
     if args.guidance_interval and not guided:
         raise UserError("--guidance_interval needs guidance: a checkpoint trained with --conditional, and another "
                          "--guidance_scale than 1")

@@ -11,7 +11,7 @@ from samplers import (
     DEFAULT_GUIDANCE,
     DEFAULT_SAMPLER,
     DEFAULT_STEPS,
-    ETA_SAMPLERS,
+    SAMPLERS,
     STUDENT_SAMPLER,
     STUDENT_STEPS,
     uniform_timesteps,
@@ -46,8 +46,9 @@ def sampling_options(config: dict, args: Namespace = NO_FLAGS, count: int = 0, *
                         else f"{NO_LABELS}: leave --guidance_scale out, or {TRAIN_LABELS}")
     if scale is None:
         scale = 1.0 if labels is None or student else DEFAULT_GUIDANCE
-    if eta is not None and sampler not in ETA_SAMPLERS:
-        raise UserError(f"--eta is read by --sampler {' and '.join(ETA_SAMPLERS)} only: choose one, or leave it out")
+    if eta is not None and not SAMPLERS[sampler].reads_eta:
+        readers = " and ".join(name for name, row in SAMPLERS.items() if row.reads_eta)
+        raise UserError(f"--eta is read by --sampler {readers} only: choose one, or leave it out")
     if interval and scale == 1:
         raise UserError("--guidance_interval needs guidance: a checkpoint trained with --conditional, and another "
                         "--guidance_scale than 1")

@@ -102,7 +102,7 @@ def test_inpainting_costs_what_it_says(process):
 def test_any_sampler_keeps_what_is_known(process, name):
     denoise = keep_known(perfect_denoiser(process), KNOWN, MASK)
     x_T = torch.ones(2, *SHAPE, dtype=torch.float64)
-    image = final_image(SAMPLERS[name](denoise, x_T, uniform_timesteps(1000, 10), process)).flatten(1)
+    image = final_image(SAMPLERS[name].function(denoise, x_T, uniform_timesteps(1000, 10), process)).flatten(1)
     assert_close(image[:, ~HIDDEN], KNOWN.flatten()[~HIDDEN].expand(2, -1), rtol=0, atol=1e-9)
 
 

@@ -7,7 +7,7 @@ import torch
 from torch.testing import assert_close
 
 from diffusion import SCHEDULES, DiffusionProcess
-from samplers import SAMPLERS, _churn, ddim, ddpm, final_image, heun, uniform_timesteps
+from samplers import SAMPLERS, churn, ddim, ddpm, final_image, heun, uniform_timesteps
 
 SHARE, MODES, STD = 0.3, torch.tensor([-0.7, 0.5], dtype=torch.float64), 0.15  # 30 % at -0.7, 70 % at 0.5
 DETERMINISTIC = ("ddim", "dpmpp_2m", "heun", "ipndm")
@@ -40,8 +40,8 @@ def noise_source(seed):
 
 
 def images(name, process, steps, x_T, **options):
-    return final_image(SAMPLERS[name](perfect_denoiser(process), x_T, uniform_timesteps(1000, steps), process,
-                                      randn=noise_source(1), **options))
+    return final_image(SAMPLERS[name].function(perfect_denoiser(process), x_T, uniform_timesteps(1000, steps), process,
+                                               randn=noise_source(1), **options))
 
 
 @pytest.fixture(scope="module")
@@ -94,7 +94,7 @@ def test_churn_goes_from_the_marginal_of_one_time_to_that_of_a_later_one(schedul
     process = DiffusionProcess(1000, schedule)
 
     def parts(gain):  # x_t = alpha · x_0 + sigma · noise, and the fresh noise: what comes of each
-        later, x = _churn(torch.full((1, 1, 1, 1), gain[0], dtype=torch.float64), t, gamma, process,
+        later, x = churn(torch.full((1, 1, 1, 1), gain[0], dtype=torch.float64), t, gamma, process,
                           lambda x: torch.full_like(x, gain[1]))
         return later, x.item()
     (later, kept), (_, fresh) = parts((1.0, 0.0)), parts((0.0, 1.0))

@@ -18,8 +18,6 @@ from torch.testing import assert_close
 from diffusion import SCHEDULES, DiffusionProcess
 from models import create_model
 from samplers import (
-    DEFAULT_SPACING,
-    ETA_SAMPLERS,
     SAMPLERS,
     SPACINGS,
     ddim,
@@ -36,7 +34,7 @@ from samplers import (
 
 MEAN = torch.tensor([[-0.5, 0.0, 0.3], [0.5, -0.2, 0.1]], dtype=torch.float64).view(1, 1, 2, 3)
 STD = torch.tensor([[0.2, 0.5, 1.0], [0.3, 0.8, 0.4]], dtype=torch.float64).view(1, 1, 2, 3)
-all_samplers = pytest.mark.parametrize("sampler", SAMPLERS.values(), ids=SAMPLERS)
+all_samplers = pytest.mark.parametrize("sampler", [row.function for row in SAMPLERS.values()], ids=SAMPLERS)
 
 
 def perfect_denoiser(process):
@@ -69,7 +67,7 @@ def mean_and_std(sampler, process, timesteps, **options):
 @pytest.mark.parametrize("schedule", SCHEDULES)
 def test_every_sampler_reproduces_the_mean_and_spread_of_the_data(name, options, schedule):
     process = DiffusionProcess(500, schedule)
-    mean, std = mean_and_std(SAMPLERS[name], process, uniform_timesteps(500, 500), **options)
+    mean, std = mean_and_std(SAMPLERS[name].function, process, uniform_timesteps(500, 500), **options)
     # A first-order step is wrong by O(1/steps); measured up to 0.02 with 500.
     assert_close(mean, MEAN, rtol=0, atol=0.03)
     assert_close(std, STD, rtol=0, atol=0.03)
@@ -79,8 +77,10 @@ def test_every_sampler_reproduces_the_mean_and_spread_of_the_data(name, options,
                                        ("heun", 0.0)])
 def test_more_steps_bring_the_spread_nearer_to_that_of_the_data(name, eta):
     process = DiffusionProcess(1000, "cosine")
-    errors = [(mean_and_std(SAMPLERS[name], process, uniform_timesteps(1000, steps), eta=eta)[1] - STD).abs().max()
-              for steps in (10, 40, 160)]
+    errors = []
+    for steps in (10, 40, 160):
+        _, std = mean_and_std(SAMPLERS[name].function, process, uniform_timesteps(1000, steps), eta=eta)
+        errors.append((std - STD).abs().max())
     assert errors[0] > 1.5 * errors[1] > 2.25 * errors[2]
 
 
@@ -194,10 +194,10 @@ def test_eta_changes_the_images_of_those_samplers_that_say_so(name):
     process, images = DiffusionProcess(20), []
     for eta in (0.0, 1.0):
         generator = torch.Generator().manual_seed(0)
-        images.append(final_image(SAMPLERS[name](
+        images.append(final_image(SAMPLERS[name].function(
             perfect_denoiser(process), torch.ones(1, 1, 2, 3).double(), [19, 12, 5], process, eta=eta,
             randn=lambda x, g=generator: torch.randn(x.shape, generator=g, dtype=x.dtype))))
-    assert torch.equal(*images) == (name not in ETA_SAMPLERS)
+    assert torch.equal(*images) == (not SAMPLERS[name].reads_eta)
 
 
 decreasing = st.lists(st.integers(0, 49 * 4).map(lambda quarter: quarter / 4), min_size=1, unique=True).map(
@@ -205,7 +205,8 @@ decreasing = st.lists(st.integers(0, 49 * 4).map(lambda quarter: quarter / 4), m
 
 
 @settings(max_examples=100, deadline=None)
-@given(st.sampled_from(sorted(SAMPLERS)), decreasing, st.sampled_from([0.0, 0.5, 1.0]), st.sampled_from(SCHEDULES))
+@given(st.sampled_from(sorted(SAMPLERS)), decreasing, st.sampled_from([0.0, 0.5, 1.0]),
+       st.sampled_from(sorted(SCHEDULES)))
 def test_any_decreasing_list_is_walked_to_the_clean_image_with_the_promised_evaluations(name, times, eta, schedule):
     process, asked = DiffusionProcess(50, schedule), []
 
@@ -214,7 +215,7 @@ def test_any_decreasing_list_is_walked_to_the_clean_image_with_the_promised_eval
         return perfect_denoiser(process)(x_t, t)
     visited = []
     x_T = torch.ones(2, 1, 2, 3, dtype=torch.float64)
-    for t, x_t, x_0_hat in SAMPLERS[name](denoise, x_T, times, process, eta=eta):
+    for t, x_t, x_0_hat in SAMPLERS[name].function(denoise, x_T, times, process, eta=eta):
         visited.append(t)
         assert len(asked) == (2 * len(visited) - (t == -1) if name == "heun" else len(visited))  # Heun looks twice
         assert x_t.shape == x_0_hat.shape == x_T.shape and x_t.isfinite().all()
@@ -319,15 +320,15 @@ def test_unknown_spacings_and_impossible_numbers_are_refused():
 
 
 def test_every_sampler_has_a_spacing_of_its_own_that_a_name_overrides():
-    assert DEFAULT_SPACING.keys() == SAMPLERS.keys() and set(DEFAULT_SPACING.values()) <= SPACINGS.keys()
+    assert {row.spacing for row in SAMPLERS.values()} <= SPACINGS.keys()
     process = DiffusionProcess(100, "cosine", prediction="v")
     model = create_model(base_channels=8, time_emb_dim=8, channel_mults=[1, 2])
 
     def times(**options):
         [(_, trajectory)] = generate(model, process, (1, 8, 8), [0], steps=5, **options)
         return [t for t, *_ in trajectory]
-    for name, spacing in DEFAULT_SPACING.items():
-        assert times(sampler=name) == [*spaced_timesteps(process, 5, spacing)[1:], -1]
+    for name, row in SAMPLERS.items():
+        assert times(sampler=name) == [*spaced_timesteps(process, 5, row.spacing)[1:], -1]
         assert times(sampler=name, spacing="quadratic") == [*spaced_timesteps(process, 5, "quadratic")[1:], -1]
 
 

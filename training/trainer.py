@@ -200,6 +200,6 @@ def validation_loss(trainer: Trainer, validation: ImageData) -> float:
         parts = (to_model(validation.images[rows]), t[rows], noise[rows], validation.labels[rows])
         x_0, times, noises, labels = (part.to(device) for part in parts)
         with autocast(device, trainer.precision):
-            losses += trainer.diffusion.loss(trainer.ema, x_0, times, noises, labels if trainer.conditional else None,
-                                             reduction="none", hybrid=False).sum()
+            losses += trainer.diffusion.simple_loss(trainer.ema, x_0, times, noises,
+                                                    labels if trainer.conditional else None, reduction="none").sum()
     return (distributed.total(losses) / count).item()

@@ -14,6 +14,7 @@ import sample
 import train
 from checkpoint import FIELDS, load_checkpoint, load_model, save_checkpoint
 from diffusion import DiffusionProcess
+from learned_variance import LearnedVariance
 from models import create_model
 from models.layers import ACTIVATIONS, Attention, ResidualBlock, TimeEmbedding, normalisation
 from models.unet import SimpleUNet
@@ -272,7 +273,7 @@ def test_it_can_learn_one_batch_by_heart(prediction):
 @pytest.mark.parametrize("prediction", ["eps", "x0", "v", "edm"])
 def test_it_can_learn_that_constant_images_leave_nothing_uncertain(prediction):
     torch.manual_seed(0)
-    process, model = DiffusionProcess(10, "cosine", prediction=prediction), create_model(**SMALL, learn_variance=True)
+    process, model = LearnedVariance(10, "cosine", prediction=prediction), create_model(**SMALL, learn_variance=True)
     optimizer = torch.optim.Adam(model.parameters(), lr=1e-2)
     x_0, noise, t = torch.full((9, 1, 8, 8), 0.5), torch.randn(9, 1, 8, 8), torch.arange(1, 10)
     learned = lambda x, t: torch.cat([process.target(x_0, noise, t), model(x, t)[:, 1:]], dim=1)  # noqa: E731
