@@ -1,8 +1,8 @@
 """Learned variances of the DDPM reverse step, and the variational bound that they are trained with.
 
-The network has 2C output channels for images of C: the first half is its prediction, the second half, v, says how
-large the variance of p(x_s | x_t) is between the smallest and the largest that it can be (Nichol and Dhariwal 2021).
-The notation is that of `diffusion.py`.
+For images of C channels the network has 2C output channels: the first half is its prediction, the second half is v,
+which places the variance of p(x_s | x_t) between a lower and an upper bound (Nichol and Dhariwal 2021). `bits_per_dim`
+is for all networks. The notation is that of `diffusion.py`.
 """
 
 import math
@@ -38,12 +38,12 @@ class LearnedVariance(DiffusionProcess):
         return split_output(self._network_output(model, x_t, t, labels), x_t.shape[1])
 
     def log_variance_bounds(self, t, s) -> tuple[Tensor, Tensor]:
-        """Logs of the smallest and the largest variance that p(x_s | x_t) can need, for any s < t.
+        """Lower and upper bound of the log variance of p(x_s | x_t), for any s < t. Shapes: as that of `posterior`.
 
-        The posterior's, sigma_s² (1 - r), is right for data that are one point, and that of q(x_t | x_s),
-        sigma_t² (1 - r) = 1 - alpha_t² / alpha_s², for data that are N(0, 1); r as in `posterior`. For s = t - 1 they
-        are beta-tilde and beta of Ho et al. 2020, section 3.2. At s = -1, where the first would be log 0, it is that of
-        (1, 0), as in the code of Nichol and Dhariwal 2021. Shapes: as the variance of `posterior`.
+        The lower is the variance of the posterior, sigma_s² (1 - r), exact where all images are the same. The upper is
+        that of q(x_t | x_s), sigma_t² (1 - r) = 1 - alpha_t² / alpha_s², exact for x_0 ~ N(0, 1). r: see `posterior`.
+        For s = t - 1 they are beta-tilde and beta (Ho et al. 2020, section 3.2). At s = -1 the lower would be log 0:
+        the one from t = 1 to s = 0 replaces it, as in the code of Nichol and Dhariwal 2021.
         """
         lambda_t, lambda_s, one_minus_r = self._step(t, s)
         lower, upper = (F.logsigmoid(-each) + one_minus_r.log() for each in (lambda_s, lambda_t))
@@ -122,7 +122,7 @@ def discretised_log_likelihood(x: Tensor, mean: Tensor, log_variance: Tensor) ->
     return ((torch.erfc((-half - centre) * scale) - beyond) / 2).clamp(min=1e-30).log()
 
 
-# ------------------------------------------------------------------------------------------- the bound of a whole model
+# ------------------------------------------------------------------------------------------------ bits per dimension
 
 
 @torch.no_grad()
@@ -131,36 +131,37 @@ def bits_per_dim(model, diffusion: DiffusionProcess, x_0: Tensor, labels: Tensor
                  noise: Tensor | None = None) -> Tensor:
     """An upper bound of -log2 p(x_0) of 8-bit images x_0 (B, C, H, W) in [-1, 1], per dimension: (B,).
 
-    KL(q(x_{T-1} | x_0) || N(0, 1)) + sum over t of L_t, with L_t the `vlb_term` (Nichol and Dhariwal 2021, eq. 4). For
-    networks with learned variances and without; these have the posterior's variance. One noise for each t estimates
-    L_t without bias: it is drawn from `generator`, or is `noise` (B, C, H, W) at all t.
+    KL(q(x_{T-1} | x_0) || N(0, 1)) + sum over t of L_t, where L_t is the `vlb_term` (Nichol and Dhariwal 2021, eq. 4).
+    A network without learned variances gets the posterior's. Each L_t is estimated with one noise, without bias: drawn
+    from `generator`, or `noise` (B, C, H, W) at all t.
 
-    draws None: all t, T evaluations. Else: t = 0 and `draws` others, draws + 1 evaluations. Each image's t are uniform
-    in 1..T-1, one in each of `draws` equal parts, so that L_0 + (T - 1) / draws · (sum of their L_t) has the same mean
-    as the sum over all t. Over the batch the t are spread evenly too (Kingma et al. 2021: low-discrepancy sampler): the
-    mean of many images is far more exact than the bound of one.
+    draws None: all t, T evaluations. Otherwise t = 0 and `draws` random times for each image, draws + 1 evaluations:
+    t = floor(T^u) with one uniform u in each of `draws` equal parts of [0, 1). On average over the parts
+    P(t) = log(1 + 1/t) / log T, about proportional to L_t. The estimate L_0 + sum of L_t / (draws · P(t)) is unbiased:
+    its mean is the sum over all t. The u of a batch are spread evenly (Kingma et al. 2021: low-discrepancy sampler), so
+    the errors of its images partly cancel in their mean.
     """
     process, last = LearnedVariance(**diffusion.config).to(diffusion.device), diffusion.num_timesteps - 1
     prior = (process.alpha(last) ** 2 * (x_0**2 - 1) - 2 * process.sigma(last).log()) / 2
-    bits, weight = prior.flatten(1).mean(1) / math.log(2), 1.0
-    times = torch.arange(1, last + 1)[:, None].expand(-1, len(x_0))                         # (T - 1, B)
+    bits = prior.flatten(1).mean(1) / math.log(2)
+    times, weights = torch.arange(1, last + 1)[:, None].expand(-1, len(x_0)), torch.ones(last, len(x_0))
     if draws is not None and draws < last:
-        times, weight = _spread_times(draws, len(x_0), last, generator), last / draws       # (draws, B)
-    for i, t in enumerate([torch.zeros(len(x_0), dtype=torch.long), *times]):
-        t = t.to(x_0.device)
+        times, weights = _log_uniform_times(draws, len(x_0), last, generator)               # (draws, B)
+    zero, one = torch.zeros(1, len(x_0), dtype=torch.long), torch.ones(1, len(x_0))
+    for t, weight in zip(torch.cat([zero, times]).to(x_0.device), torch.cat([one, weights]).to(x_0), strict=True):
         x_t = process.q_sample(x_0, t, _randn(x_0, generator) if noise is None else noise)
         output, v = process.predict_both(model, x_t, t, labels)
-        term = process.vlb_term(x_0, process.to_x_0(output, x_t, t, clip=True), v, t)
-        bits = bits + (weight if i else 1.0) * term
+        bits = bits + weight * process.vlb_term(x_0, process.to_x_0(output, x_t, t, clip=True), v, t)
     return bits
 
 
-def _spread_times(draws: int, images: int, last: int, generator: torch.Generator | None) -> Tensor:
-    """Whole times in 1..last (draws, images): in row j each is uniform in part j of `draws`, and the row fills it."""
+def _log_uniform_times(draws: int, images: int, last: int, generator: torch.Generator | None) -> tuple[Tensor, Tensor]:
+    """Times in 1..last and their weights 1 / (draws · P(t)), (draws, images) each: see `bits_per_dim`."""
     device = "cpu" if generator is None else generator.device
     offset = torch.rand(draws, 1, generator=generator, device=device, dtype=torch.float64).cpu()
-    share = (torch.arange(images) / images + offset) % 1
-    return 1 + ((torch.arange(draws)[:, None] + share) / draws * last).long().clamp(max=last - 1)
+    u = (torch.arange(draws)[:, None] + (torch.arange(images) / images + offset) % 1) / draws
+    t = torch.exp(u * math.log(last + 1)).long().clamp(max=last)
+    return t, math.log(last + 1) / (draws * torch.log1p(1 / t.double()))
 
 
 def _randn(x: Tensor, generator: torch.Generator | None) -> Tensor:

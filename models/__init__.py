@@ -1,10 +1,10 @@
-"""The networks. `create_model(**config)` builds the one that a checkpoint's config describes."""
+"""The network. `create_model(**config)` builds it from the config of a checkpoint."""
 
 from .unet import SimpleUNet
 
 
 def create_model(**config) -> SimpleUNet:
-    """SimpleUNet(**config); ValueError if the config has an argument that it does not know."""
+    """SimpleUNet(**config); ValueError if the config has an unknown argument."""
     try:
         return SimpleUNet(**config)
     except TypeError as error:

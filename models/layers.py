@@ -1,4 +1,4 @@
-"""The pieces of the network: time embedding, residual block, self-attention, and the two changes of resolution."""
+"""The layers of the network: time embedding, residual block, self-attention, down- and up-sampling."""
 
 import math
 
@@ -11,19 +11,19 @@ ACTIVATIONS = {"silu": nn.SiLU, "gelu": nn.GELU, "relu": nn.ReLU, "mish": nn.Mis
 
 
 def normalisation(channels: int) -> nn.GroupNorm:
-    """GroupNorm (Wu and He 2018) over groups of about 8 channels, or of more where 8 do not divide them."""
+    """GroupNorm (Wu and He 2018) with groups of about 8 channels."""
     return nn.GroupNorm(math.gcd(channels, max(1, channels // 8)), channels)
 
 
 def zero_init(layer: nn.Module) -> nn.Module:
-    """Start a layer at zero, so that the branch that it ends adds nothing at first."""
+    """Set the weights and the bias to zero: a residual branch that ends in this layer adds nothing at first."""
     nn.init.zeros_(layer.weight)
     nn.init.zeros_(layer.bias)
     return layer
 
 
 class TimeEmbedding(nn.Module):
-    """t (B,), whole or real -> (B, time_emb_dim): sines and cosines of t at frequencies 1 ... 1/10000, then an MLP.
+    """t (B,), whole or real -> (B, time_emb_dim): sines and cosines of t, frequencies 1 to 1/10000, then an MLP.
 
     Vaswani et al. 2017, section 3.5; Ho et al. 2020, appendix B.
     """
@@ -47,7 +47,7 @@ class TimeEmbedding(nn.Module):
 
 
 class ResidualBlock(nn.Module):
-    """x + f(x, embedding): two 3×3 convolutions, the second after a scale and a shift that the embedding chooses.
+    """x + f(x, embedding): two 3×3 convolutions; a linear map of the embedding scales and shifts between them.
 
     Pre-activation as in He et al. 2016; adaptive GroupNorm as in Dhariwal and Nichol 2021, section 3; the last
     convolution starts at zero.
@@ -70,7 +70,7 @@ class ResidualBlock(nn.Module):
 
 
 class Attention(nn.Module):
-    """x + self-attention over the H·W positions of x (B, C, H, W) (Vaswani et al. 2017), heads of 32 channels or so."""
+    """x + self-attention over the H·W positions of x (B, C, H, W) (Vaswani et al. 2017); about 32 channels per head."""
 
     def __init__(self, channels: int, head_channels: int = 32):
         super().__init__()
@@ -87,9 +87,9 @@ class Attention(nn.Module):
 
 
 class Stage(nn.Module):
-    """`depth` residual blocks at one resolution, with self-attention after the middle one where it is wanted.
+    """`depth` residual blocks at one resolution; with attention=True, self-attention after the middle one.
 
-    checkpointing: keep only each block's input for the backward pass and compute the rest again (Chen et al. 2016).
+    checkpointing: store only the input of each block and recompute the rest in the backward pass (Chen et al. 2016).
     """
 
     def __init__(self, in_channels: int, out_channels: int, emb_dim: int, depth: int, attention: bool, activation: str,
@@ -109,7 +109,7 @@ class Stage(nn.Module):
 
 
 class DownBlock(nn.Module):
-    """A stage, then half the resolution by a convolution of stride 2: returns (halved, skip)."""
+    """A stage, then a convolution of stride 2 that halves the resolution: returns (halved, skip)."""
 
     def __init__(self, in_channels: int, out_channels: int, emb_dim: int, **stage):
         super().__init__()
@@ -122,9 +122,9 @@ class DownBlock(nn.Module):
 
 
 class UpBlock(nn.Module):
-    """Twice the resolution by interpolation and a convolution, the skip joined on, then a stage.
+    """Interpolation and a convolution that double the resolution, concatenation with the skip, then a stage.
 
-    Interpolation before a convolution leaves no checkerboard, as transposed convolutions do (Odena et al. 2016).
+    Interpolation before a convolution avoids the checkerboards of transposed convolutions (Odena et al. 2016).
     """
 
     def __init__(self, in_channels: int, out_channels: int, emb_dim: int, **stage):

@@ -1,4 +1,4 @@
-"""SimpleUNet, the network that looks at a noisy image and its time and says what is in it (Ronneberger et al. 2015)."""
+"""SimpleUNet: the network that predicts the target from a noisy image and its time (Ronneberger et al. 2015)."""
 
 from collections.abc import Sequence
 
@@ -6,7 +6,7 @@ from torch import Tensor, nn
 
 from .layers import ACTIVATIONS, DownBlock, Stage, TimeEmbedding, UpBlock, normalisation, zero_init
 
-# Channels at each resolution, as multiples of base_channels: from 1/patch_size of the image's size down to a quarter.
+# By patch_size: channels at each resolution, as multiples of base_channels; the lowest is 1/4 of the image's size.
 CHANNEL_MULTS = {1: (1, 2, 2), 2: (1, 2), 4: (2,)}
 
 
@@ -16,20 +16,20 @@ class SimpleUNet(nn.Module):
     image_channels   1 or 3
     base_channels    channels at the highest resolution
     time_emb_dim     size of the time embedding, even
-    channel_mults    channels at each resolution in multiples of base_channels, the resolution halving from one to the
-                     next; by default CHANNEL_MULTS[patch_size]
+    channel_mults    channels at each resolution as multiples of base_channels; each resolution is half the one before;
+                     None: CHANNEL_MULTS[patch_size]
     depth            residual blocks in each stage
     middle_depth     residual blocks in the middle, at the lowest resolution; None: depth
-    attention        self-attention at 1/n of the image's size for these n: (4,) is 7×7 for 28×28; None: at the lowest
+    attention        self-attention at 1/n of the image's size for these n: for 28×28, (4,) is 7×7; None: at the lowest
     activation       "silu", "gelu", "relu" or "mish"
-    num_classes      how many labels there are; None: a model without labels
-    patch_size       1, 2 or 4: pixels are unshuffled into channels at the stem and shuffled back at the head, so that
-                     no convolution runs above 1/patch_size of the resolution (Shi et al. 2016)
-    checkpointing    train with less memory and a quarter more time: for large networks
-    learn_variance   twice the output channels: after the C of the prediction, C that say the variance of a step back
+    num_classes      number of labels; None: a model without labels
+    patch_size       1, 2 or 4: the stem unshuffles pixels into channels and the head shuffles them back, so all
+                     convolutions run at 1/patch_size of the resolution or below (Shi et al. 2016)
+    checkpointing    less memory in training, for about 25 % more time: for large networks
+    learn_variance   2C output channels: C for the prediction, then C for v of `LearnedVariance`
 
-    The defaults are the layout of the textbook, 28 → 14 → 7. H and W must be divisible by `self.divisor`;
-    ValueError for that and for arguments outside these.
+    The defaults have the resolutions 28, 14 and 7 for 28×28. H and W must be divisible by `self.divisor`. ValueError
+    for other sizes and for arguments outside these.
     """
 
     def __init__(self, image_channels: int = 1, base_channels: int = 64, time_emb_dim: int = 256,
@@ -60,7 +60,7 @@ class SimpleUNet(nn.Module):
                         checkpointing=checkpointing)
 
         self.time_embedding = TimeEmbedding(time_emb_dim, activation)
-        # One more than num_classes: the last entry means "no label".
+        # The last of the num_classes + 1 entries means "no label".
         self.label_embedding = nn.Embedding(num_classes + 1, time_emb_dim) if num_classes else None
         self.act = ACTIVATIONS[activation]()
         self.stem = nn.Sequential(nn.PixelUnshuffle(patch_size),

@@ -273,10 +273,12 @@ def test_the_times_are_spread_over_each_image_and_over_the_batch():
     def model(x, t):
         times.append(t.long())
         return x
-    bits_per_dim(model, DiffusionProcess(101), rounded_images(25).float(), draws=4)
+    bits_per_dim(model, DiffusionProcess(100), rounded_images(64).float(), draws=4)
     assert not times[0].any()
-    for part, row in enumerate(times[1:]):  # 25 of 100 times for 25 images in each of 4 parts: each time once
-        assert sorted(row.tolist()) == list(range(25 * part + 1, 25 * part + 26))
+    for part, row in enumerate(times[1:]):  # log_100(t) is uniform in [part / 4, (part + 1) / 4]
+        for k in range(1, 101):  # the number of images with t < k
+            expected = 64 * min(max(4 * math.log(k, 100) - part, 0), 1)
+            assert abs((row < k).sum() - expected) <= 1 + 1e-6
 
 
 def test_the_bound_depends_on_the_generator_alone_and_more_draws_estimate_it_better():
@@ -287,7 +289,7 @@ def test_the_bound_depends_on_the_generator_alone_and_more_draws_estimate_it_bet
         return bits_per_dim(denoise, process, x_0, draws=draws, generator=torch.Generator().manual_seed(seed))
     assert torch.equal(found(0, 5), found(0, 5)) and not torch.equal(found(0, 5), found(1, 5))
     few, many = (torch.stack([found(seed, draws) for seed in range(20)]).std(0).mean() for draws in (2, 40))
-    assert many < few / 3
+    assert many < few / 2
 
 
 def test_the_model_config_chooses_the_process():
