@@ -40,7 +40,7 @@ class LearnedVariance(DiffusionProcess):
     def log_variance_bounds(self, t, s) -> tuple[Tensor, Tensor]:
         """Lower and upper bound of the log variance of p(x_s | x_t), for any s < t. Shapes: as that of `posterior`.
 
-        The lower is the variance of the posterior, sigma_s² (1 - r), exact where all images are the same. The upper is
+        Lower: log of the posterior's variance, sigma_s² (1 - r), exact where all images are the same. Upper: log of
         that of q(x_t | x_s), sigma_t² (1 - r) = 1 - alpha_t² / alpha_s², exact for x_0 ~ N(0, 1). r: see `posterior`.
         For s = t - 1 they are beta-tilde and beta (Ho et al. 2020, section 3.2). At s = -1 the lower would be log 0:
         the one from t = 1 to s = 0 replaces it, as in the code of Nichol and Dhariwal 2021.
