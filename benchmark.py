@@ -42,7 +42,7 @@ from checkpoint import load_checkpoint
 from data import load_dataset
 from runtime.cli import Parser, add_shared_flags, duration, number, script
 from runtime.errors import RunFailed, UserError
-from runtime.files import atomic_write, check_writable
+from runtime.files import atomic_write, check_writable, write_json
 from samplers import DEFAULT_STEPS
 from utils import get_device
 
@@ -548,8 +548,7 @@ def main(argv=None):
             report |= dict(errors=benchmark.errors, seconds=time.perf_counter() - start)
             if name in PLOTS and (found.get("axes") or found.get("rows")):
                 PLOTS[name](found, path.with_name(f"benchmark_{name}.png"))
-            with atomic_write(path, "w") as file:
-                file.write(json.dumps(report, indent=2) + "\n")
+            write_json(report, path)
     print(f"Saved {path} after {report['seconds'] / 60:.1f} minutes")
     return 1 if benchmark.errors else 0
 

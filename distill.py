@@ -25,7 +25,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from checkpoint import data_mismatch, load_model
-from data import ImageData, load_dataset
+from data import ImageData, load_dataset, to_uint8
 from diffusion import Denoise, DiffusionProcess
 from runtime.errors import UserError
 from runtime.parser import SHARED_FLAGS, Parser, add_shared_flags, duration, number
@@ -169,7 +169,7 @@ def save_samples(run: Run) -> None:
         with autocast(trainer.device, trainer.precision):
             blocks += [final_image(trajectory).cpu() for _, trajectory in generate(
                 trainer.ema, trainer.diffusion, run.config["data"]["shape"], range(SAMPLE_IMAGES), **options)]
-    save_images(torch.cat(blocks), run.folder / "samples.png", columns=SAMPLE_COLUMNS)
+    save_images(to_uint8(torch.cat(blocks)), run.folder / "samples.png", columns=SAMPLE_COLUMNS)
 
 
 def make_run(args: Namespace, start: float) -> Run:

@@ -10,6 +10,7 @@ Without --image, the picture is number --index of the data set's test split. Wit
 Every command writes the picture and the results side by side to --output.
 """
 
+import math
 import sys
 from argparse import Namespace
 from collections.abc import Iterator, Sequence
@@ -39,7 +40,7 @@ from samplers import (
     spaced_timesteps,
     uniform_timesteps,
 )
-from utils import autocast, get_device, pick_precision, save_gif, save_images
+from utils import autocast, evenly_spaced, get_device, pick_precision, save_gif, save_images
 
 FILM_FRAMES, FILM_IMAGES = 40, 8
 DEFAULT_STEPS = {"inpaint": 50, "vary": 20, "interpolate": 20, "invert": 100}
@@ -173,9 +174,9 @@ class Editor:
         return x.cpu()
 
     def film(self) -> list[Tensor]:
-        """At most FILM_FRAMES of the frames, evenly spaced up to the last: x_t of each image beside its x_0_hat."""
-        count, shown = len(self.frames), min(len(self.frames), FILM_FRAMES)
-        return [torch.stack(self.frames[-(-count * (i + 1) // shown) - 1], 1).flatten(0, 1) for i in range(shown)]
+        """At most FILM_FRAMES frames, uint8, evenly spaced up to the last: x_t of each image beside its x_0_hat."""
+        steps = evenly_spaced(len(self.frames) + 1, FILM_FRAMES + 1, math.ceil)[1:]  # frame k - 1 follows step k
+        return [to_uint8(torch.stack(self.frames[step - 1], 1).flatten(0, 1)) for step in steps]
 
 
 def do_inpaint(args: Namespace, editor: Editor) -> Tensor:
@@ -238,7 +239,7 @@ def main(argv=None):
     with torch.no_grad():
         do = {"inpaint": do_inpaint, "vary": do_vary, "interpolate": do_interpolate, "invert": do_invert}[args.command]
         pictures = do(args, editor)
-    save_images(pictures, output, columns=min(len(pictures), 16), scale=4)
+    save_images(to_uint8(pictures), output, columns=min(len(pictures), 16), scale=4)
     print(f"Saved {output}")
     if args.gif:
         save_gif(editor.film(), output.with_suffix(".gif"))

@@ -30,7 +30,7 @@ from runtime.parser import SHARED_FLAGS, Parser, add_shared_flags
 from runtime.sampling import sampling_options
 from runtime.script import script
 from samplers import generate, image_noise
-from utils import GREY, autocast, get_device, pick_precision, save_gif, save_images
+from utils import GREY, autocast, evenly_spaced, get_device, pick_precision, save_gif, save_images
 
 MAX_COLUMNS = 16  # of a grid with a row for each class
 FILM_FRAMES, FILM_IMAGES = 10, 8
@@ -56,11 +56,6 @@ def parse_args(argv: Sequence[str] | None):
     return args
 
 
-def shown_steps(steps: int, frames: int) -> set[int]:
-    """The steps, counted from 1, that a film shows: about `frames` of them, evenly spaced, the last one included."""
-    return {round(steps * (i + 1) / frames) for i in range(frames)}
-
-
 class Film:
     """What --show_intermediate and --gif keep: the images at some times of their trajectories."""
 
@@ -84,17 +79,18 @@ class Film:
         for old in (*folder.glob("step_[0-9]*.png"), folder / "final.png"):
             old.unlink(missing_ok=True)
         for t, images in frames.items():
-            save_images(images, folder / ("final.png" if t < 0 else f"step_{t:04.0f}.png"))
+            save_images(to_uint8(images), folder / ("final.png" if t < 0 else f"step_{t:04.0f}.png"))
         rows = torch.stack([images[:FILM_IMAGES] for images in frames.values()], dim=1).flatten(0, 1)
         strip = output.parent / "film_strip.png"
-        save_images(rows, strip, columns=len(frames))
+        save_images(to_uint8(rows), strip, columns=len(frames))
         return [folder, strip]
 
 
 def make_images(args: Namespace, steps: int, film: Film | None, shape: Sequence[int], num_timesteps: int, count: int,
                 batches: Iterator) -> torch.Tensor:
     """The images (N, C, H, W) in [-1, 1] of all processes; `count` are this process's. The film gets its frames."""
-    frames, pairs, images = shown_steps(steps, FILM_FRAMES), shown_steps(steps, GIF_FRAMES), []
+    frames, pairs = (evenly_spaced(steps + 1, count + 1) for count in (FILM_FRAMES, GIF_FRAMES))  # 0: x_T
+    images = []
     total = -(-count // args.batch_size) * steps
     with tqdm(total=total, unit="step", desc="sampling", disable=distributed.rank() > 0) as bar:
         for batch, trajectory in batches:
@@ -132,9 +128,9 @@ def save(images: torch.Tensor, labels: torch.Tensor | None, by_class: bool, outp
             np.savez_compressed(file, arr_0=images.permute(0, 2, 3, 1).numpy(), **arrays)
     elif by_class and len(counts := labels.unique_consecutive(return_counts=True)[1].tolist()) > 1:
         columns = min(max(counts), MAX_COLUMNS)
-        save_images(rows_by_class(images, counts, columns), output, columns, quantise=False)
+        save_images(rows_by_class(images, counts, columns), output, columns)
     else:
-        save_images(images, output, quantise=False)
+        save_images(images, output)
 
 
 @script
@@ -163,7 +159,7 @@ def main(argv=None):
     save(images, options["labels"], args.label is not None, output)
     written = [output, *(film.save(output) if args.show_intermediate else [])]
     if args.gif:
-        save_gif(film.pairs, output.with_suffix(".gif"))
+        save_gif([to_uint8(frame) for frame in film.pairs], output.with_suffix(".gif"))
         written.append(output.with_suffix(".gif"))
     for path in written:
         print(f"Saved {path}")

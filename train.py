@@ -21,7 +21,7 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-from data import ImageData, load_dataset
+from data import ImageData, load_dataset, to_uint8
 from learned_variance import create_process
 from models import create_model
 from runtime import distributed
@@ -133,7 +133,7 @@ def save_preview(run: Run, path: Path) -> None:
     images = distributed.gather(torch.cat(images) if images else torch.empty(0, *data["shape"]))
     if distributed.rank() == 0:
         with warn_of_failed_writes():
-            save_images(images, path)
+            save_images(to_uint8(images), path)
 
 
 # ----------------------------------------------------------------------------------------------------------- set-up

@@ -1,7 +1,7 @@
-"""What the scripts share: devices, chance, pictures and plots."""
+"""Devices, seeds, image grids and plots: what several scripts need."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -9,13 +9,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from data import to_uint8
 from runtime.errors import UserError
 from runtime.files import atomic_write
 
 GREY = 64  # the level of the lines between the pictures of a grid
 
-# ------------------------------------------------------------------------------------------------ device and chance
+# ------------------------------------------------------------------------------------------------ devices and seeds
 
 
 def get_device(name: str = "auto") -> torch.device:
@@ -79,6 +78,8 @@ def tile(images: Tensor, columns: int, scale: int = 1) -> np.ndarray:
 
     Each pixel is scale × scale large. As torchvision's make_grid, whose import takes a second and 160 MB.
     """
+    if images.dtype != torch.uint8:
+        raise ValueError(f"images must be uint8, not {images.dtype}: convert them with data.to_uint8")
     count, _, height, width = images.shape
     columns = min(columns, count)
     rows = -(-count // columns)
@@ -89,23 +90,25 @@ def tile(images: Tensor, columns: int, scale: int = 1) -> np.ndarray:
     return grid.repeat_interleave(scale, 0).repeat_interleave(scale, 1).numpy()
 
 
-def save_images(images: Tensor, path: str | Path, columns: int = 8, scale: int = 3, quantise: bool = True) -> None:
-    """Write a grid of images (B, C, H, W) in [-1, 1] as a PNG, `columns` in a row, each pixel scale × scale large.
+def evenly_spaced(count: int, shown: int, rounding: Callable[[float], int] = round) -> list[int]:
+    """At most `shown` >= 2 of the indices 0..count - 1, evenly spaced, the first and the last among them."""
+    return sorted({rounding((count - 1) * i / (shown - 1)) for i in range(shown)})
 
-    quantise: not where they are uint8 already.
-    """
+
+def save_images(images: Tensor, path: str | Path, columns: int = 8, scale: int = 3) -> None:
+    """Write a grid of uint8 images (B, C, H, W) as a PNG, `columns` in a row, each pixel scale × scale large."""
     from PIL import Image
 
     with atomic_write(path) as file:
-        Image.fromarray(tile(to_uint8(images) if quantise else images, columns, scale)).save(file, format="PNG")
+        Image.fromarray(tile(images, columns, scale)).save(file, format="PNG")
 
 
 def save_gif(frames: Sequence[Tensor], path: str | Path, columns: int = 8, scale: int = 3,
              seconds: float = 3.0) -> None:
-    """Write a film: each frame a grid of images (B, C, H, W) in [-1, 1], `seconds` in all, then a pause of two."""
+    """Write a film of frames, each a grid of uint8 images (B, C, H, W): `seconds` in all, then a pause of two."""
     from PIL import Image
 
-    pictures = [Image.fromarray(tile(to_uint8(images), columns, scale)).quantize(64) for images in frames]
+    pictures = [Image.fromarray(tile(images, columns, scale)).quantize(64) for images in frames]
     each = max(20, round(1000 * seconds / len(pictures)))  # milliseconds; viewers show 20 at the least
     with atomic_write(path) as file:
         pictures[0].save(file, format="GIF", save_all=True, append_images=pictures[1:], loop=0, optimize=True,

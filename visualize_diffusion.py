@@ -14,7 +14,6 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -35,7 +34,7 @@ from runtime.cli import (
 )
 from runtime.files import check_writable
 from samplers import generate, image_noise
-from utils import generator_for, get_device, pyplot, save_figure
+from utils import evenly_spaced, generator_for, get_device, pyplot, save_figure
 
 COLUMNS = (0, 50, 100, 200, 400, 600, 800, 999)  # of 1,000 timesteps
 DENOISING_COLUMNS = 10
@@ -146,16 +145,16 @@ def followed(args, model, diffusion: DiffusionProcess, checkpoint: dict) -> tupl
     return frames, labels
 
 
-def spaced(frames: Sequence[Frame]) -> list[Frame]:
-    """At most DENOISING_COLUMNS of the frames, evenly spaced, the first and the last among them."""
-    return [frames[i] for i in sorted(set(np.linspace(0, len(frames) - 1, DENOISING_COLUMNS).round().astype(int)))]
+def shown_frames(frames: Sequence[Frame]) -> list[Frame]:
+    """At most DENOISING_COLUMNS of the frames, evenly spaced."""
+    return [frames[i] for i in evenly_spaced(len(frames), DENOISING_COLUMNS)]
 
 
 def draw_denoising(args, model, diffusion: DiffusionProcess, checkpoint: dict):
     """A trajectory from noise to image: for each image x_t above the model's x_0_hat."""
     frames, _ = followed(args, model, diffusion, checkpoint)
     image = frames[-1][2]  # every sampler ends in its last x_0_hat
-    shown = spaced([*frames, (-1, image, image)])
+    shown = shown_frames([*frames, (-1, image, image)])
     rows = [torch.stack([frame[part][i] for frame in shown]) for i in range(args.num_images) for part in (1, 2)]
     titles = ["image" if t < 0 else f"t = {t:.0f}" for t, _, _ in shown]
     return show_images(rows, titles, ["x_t", "x̂_0"] * args.num_images,
@@ -170,8 +169,8 @@ def draw_inside(args, model, diffusion: DiffusionProcess, checkpoint: dict):
     if args.what in ("attention", "features"):
         frames, labels = followed(args, model, diffusion, checkpoint)
         if args.what == "attention":
-            return draw_attention(model, diffusion, spaced(frames), labels, args.num_images)
-        return draw_features(model, diffusion, spaced(frames), labels)
+            return draw_attention(model, diffusion, shown_frames(frames), labels, args.num_images)
+        return draw_features(model, diffusion, shown_frames(frames), labels)
     validation = load_dataset(name, "validation", args.data_dir)
     if args.what == "embedding":
         return draw_embedding(model, diffusion, validation, args.projection, args.seed)

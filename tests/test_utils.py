@@ -1,6 +1,5 @@
-"""What the scripts share: devices, chance and pictures."""
+"""What the scripts share: devices, seeds and pictures."""
 
-import json
 import math
 
 import numpy as np
@@ -10,7 +9,6 @@ from PIL import Image
 from torchvision.utils import make_grid
 
 import utils
-from data import to_model
 
 
 def test_the_cpu_is_always_there_and_auto_is_some_device():
@@ -77,10 +75,26 @@ def test_moving_average_is_the_mean_of_the_last_values(window):
 # ----------------------------------------------------------------------------------------------------------- pictures
 
 
+@pytest.mark.parametrize("shown", [2, 10, 41])
+def test_evenly_spaced_indices_hold_both_ends_and_gaps_that_differ_by_one(shown):
+    for count in range(1, 100):
+        for rounding in (round, math.ceil):
+            indices = utils.evenly_spaced(count, shown, rounding)
+            gaps = np.diff(indices)
+            assert indices[0] == 0 and indices[-1] == count - 1 and len(indices) == min(count, shown)
+            assert len(gaps) == 0 or (gaps.min() >= 1 and gaps.max() - gaps.min() <= 1)
+
+
+def test_images_that_are_not_uint8_are_not_written(tmp_path):
+    with pytest.raises(ValueError, match="to_uint8"):
+        utils.save_images(torch.zeros(1, 1, 4, 4), tmp_path / "x.png")
+    assert not any(tmp_path.iterdir())
+
+
 @pytest.mark.parametrize("count, channels, columns, across, down", [(6, 1, 3, 3, 2), (7, 3, 3, 3, 3), (2, 1, 8, 2, 1)])
 def test_save_images_writes_a_grid_with_every_image_in_its_place(tmp_path, count, channels, columns, across, down):
     images = torch.randint(0, 256, (count, channels, 5, 5), dtype=torch.uint8)
-    utils.save_images(to_model(images), tmp_path / "new" / "grid.png", columns=columns, scale=2)
+    utils.save_images(images, tmp_path / "new" / "grid.png", columns=columns, scale=2)
     picture = np.asarray(Image.open(tmp_path / "new" / "grid.png"))
     assert picture.shape == ((6 * down + 1) * 2, (6 * across + 1) * 2, 3)
     for k, image in enumerate(images):
@@ -97,7 +111,7 @@ def test_a_grid_is_that_of_torchvision(shape, columns):
 
 
 def test_one_image_is_a_picture_too(tmp_path):
-    utils.save_images(torch.zeros(1, 1, 4, 4), tmp_path / "one.png")
+    utils.save_images(torch.full((1, 1, 4, 4), 128, dtype=torch.uint8), tmp_path / "one.png")
     assert np.asarray(Image.open(tmp_path / "one.png")).std() < 128
 
 
@@ -111,12 +125,6 @@ def test_any_records_give_a_plot_without_warnings(tmp_path, records, recwarn):
     assert np.asarray(Image.open(tmp_path / "plot.png")).std() > 0
     assert not utils.pyplot().get_fignums()  # closed
     assert not [str(w.message) for w in recwarn if w.category is not DeprecationWarning]
-
-
-def test_write_json_lines_is_read_back_line_by_line(tmp_path):
-    records = [dict(step=1, loss=0.5, val_loss=None), dict(step=2, loss=0.25, val_loss=0.1)]
-    utils.write_json_lines(records, tmp_path / "m.jsonl")
-    assert [json.loads(line) for line in (tmp_path / "m.jsonl").read_text().splitlines()] == records
 
 
 def test_a_gpu_by_its_number_becomes_the_current_one(monkeypatch):

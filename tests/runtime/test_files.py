@@ -1,11 +1,12 @@
 """Files whole or not at all: a reader meets the whole new file or the old one, whatever happens."""
 
+import json
 import os
 import stat
 
 import pytest
 
-from runtime.files import atomic_write, check_writable
+from runtime.files import atomic_write, check_writable, write_json, write_json_lines
 
 
 def test_what_is_written_is_there_when_the_block_ends(tmp_path):
@@ -70,3 +71,12 @@ def test_check_writable_names_a_folder_that_cannot_be(tmp_path):
         with pytest.raises(ValueError, match="cannot write to") as caught:
             check_writable(folder)
         assert str(folder) in str(caught.value)
+
+
+def test_json_is_read_back_whole_or_line_by_line(tmp_path):
+    records = [dict(step=1, loss=0.5, val_loss=None), dict(step=2, loss=0.25, val_loss=0.1)]
+    write_json(dict(records=records), tmp_path / "new" / "m.json")
+    assert json.loads((tmp_path / "new" / "m.json").read_text()) == dict(records=records)
+    assert (tmp_path / "new" / "m.json").read_text().startswith('{\n  "records": [\n    {\n      "step": 1,')
+    write_json_lines(records, tmp_path / "m.jsonl")
+    assert [json.loads(line) for line in (tmp_path / "m.jsonl").read_text().splitlines()] == records
