@@ -5,14 +5,16 @@
     python evaluate.py --checkpoint outputs/model_final.pt --sweep 5 10 20 50 --num_images 1000
     torchrun --nproc_per_node=2 evaluate.py --checkpoint outputs/model_final.pt
 
-Every figure stands beside its 95 % interval and its floor: the same figure for as many real images that are not in the
-reference. Fréchet distances of different n cannot be compared. Class figures need labels: those of a conditional
+    lower is better       frechet_distance, kernel_distance, class_distance, bits_per_dim
+    higher is better      precision, recall, coverage, asked_class, cas
+    as for real images    density, confident
+
+Every figure is printed with its 95 % interval and its floor: the same figure for as many real images that are not in
+the reference. Fréchet distances of different n cannot be compared. asked_class and cas need labels: a conditional
 checkpoint, or an array `labels` in the .npz.
 """
 
 import hashlib
-import json
-import platform
 import sys
 import time
 from collections.abc import Iterator, Sequence
@@ -20,38 +22,30 @@ from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
 from checkpoint import load_model
-from data import DATASETS, SPLITS, ImageData, load_dataset, to_uint8
+from data import DATASETS, SPLITS, load_dataset, to_uint8
 from data_sources.pictures import read_images
 from diffusion import DiffusionProcess
-from evaluation.classifier import CLASSIFIERS, Classifier
-from evaluation.features import (
-    INCEPTION_FEATURES,
-    Seen,
-    load_feature_network,
-    load_inception,
-    look,
-    new_classifier,
-    torchmetrics_image,
-    train_features,
-    weights_digest,
+from evaluation.classifier_training import train_feature_network
+from evaluation.features import extract_features
+from evaluation.metrics import class_shares, torchmetrics_image
+from evaluation.reference import (
+    LIKELIHOOD_IMAGES,
+    Reference,
+    bits_per_dim,
+    classification_accuracy_score,
+    compare,
+    make_reference,
+    memorisation,
+    open_networks,
+    progress_bar,
 )
-from evaluation.metrics import (
-    check_count,
-    class_shares,
-    closeness,
-    estimate,
-    figures,
-    mean_without,
-    nearest,
-    random_groups,
-)
-from evaluation.sweep import Made, plot_cells, plot_sweep, print_row, print_title, sweep
+from evaluation.report import conditions, print_classes, print_figures, print_heading, print_memorisation
+from evaluation.sweep import GeneratedImages, plot_cells, plot_sweep, print_table_header, print_table_row, sweep
 from runtime import distributed
 from runtime.cli import (
     SHARED_FLAGS,
@@ -66,72 +60,78 @@ from runtime.cli import (
     trained_on,
 )
 from runtime.errors import UserError
-from runtime.files import atomic_write, check_writable
+from runtime.files import check_writable, write_json
 from runtime.memory import within_memory
 from samplers import SAMPLERS, STUDENT_SAMPLER, final_image, generate, uniform_timesteps
-from utils import autocast, get_device, pick_precision, save_images
+from utils import autocast, get_device, pick_precision
 
-MAKING_FLAGS = ("num_images", "use_ema", "sampler", "spacing", "steps", "eta", "guidance_interval", "batch_size")
+SAMPLING_FLAGS = ("num_images", "use_ema", "sampler", "spacing", "steps", "eta", "guidance_interval", "batch_size")
 SWEEP_STEPS = (5, 10, 20, 50)
-PAIRS = 16  # in nearest.png: so many of the closest, and so many others
 
 
 def parse_args(argv: Sequence[str] | None):
     parser = Parser(__doc__)
-    group = parser.add_argument_group("what (one of the three)").add_mutually_exclusive_group(required=True)
-    group.add_argument("--checkpoint", help="a file that train.py wrote: images are made with it")
-    group.add_argument("--images", help="ready images: a .npz with arr_0, uint8 (N, H, W, C), or a folder of PNGs")
-    group.add_argument("--train_features", choices=tuple(CLASSIFIERS), metavar="DATASET",
-                       help="train this data set's feature network anew: models/weights/DATASET.pt")
-    group = parser.add_argument_group("how images are made from a checkpoint")
-    add_shared_flags(group, *MAKING_FLAGS)
+    group = parser.add_argument_group("what to measure (one of the three)").add_mutually_exclusive_group(required=True)
+    group.add_argument("--checkpoint", help="a file that train.py wrote: it makes the images")
+    group.add_argument("--images", help="existing images: a .npz with arr_0, uint8 (N, H, W, C), or a folder of PNGs")
+    group.add_argument("--train_features", choices=tuple(DATASETS), metavar="DATASET",
+                       help="train this data set's feature network again: evaluation/weights/DATASET.pt")
+    group = parser.add_argument_group("how a checkpoint makes images")
+    add_shared_flags(group, *SAMPLING_FLAGS)
     group.add_argument("--guidance_scale", **SHARED_FLAGS["guidance_scale"], nargs="+", metavar="SCALE")
     group.add_argument("--sweep", type=number(int, 1), nargs="*", metavar="STEPS",
-                       help=f"instead: compare all samplers, or --sampler alone, at these step counts "
-                            f"({' '.join(map(str, SWEEP_STEPS))}), with each --guidance_scale")
-    group = parser.add_argument_group("how they are measured")
+                       help=f"compare all samplers, or only --sampler, at these step counts (default: "
+                            f"{' '.join(map(str, SWEEP_STEPS))}), with each --guidance_scale")
+    group = parser.add_argument_group("how images are measured")
     group.add_argument("--dataset", choices=tuple(DATASETS),
-                       help="the data set of --images; a --checkpoint names its own")
+                       help="the data set of --images (of --checkpoint: its own)")
     parser.set_defaults(num_images=5000, guidance_scale=[None], batch_size=250)
     group.add_argument("--reference", choices=SPLITS,
-                       help="the real images: test for what is reported, validation for every choice (default: test; "
-                            "with --sweep validation)")
+                       help="the real images: test for results, validation for choices (default: test; with --sweep: "
+                            "validation)")
     group.add_argument("--features", choices=("own", "inception"), default="own",
                        help="the data set's own feature network, or Inception v3 (needs torch-fidelity; slow)")
     group.add_argument("--cas", action="store_true",
-                       help="also train a classifier on the images alone and test it on real ones")
+                       help="also the classification accuracy score, higher is better: train a classifier on the "
+                            "generated images and test it on real images")
+    group.add_argument("--likelihood", action="store_true",
+                       help=f"also bits_per_dim, lower is better: the variational bound of -log2 p per dimension of "
+                            f"{LIKELIHOOD_IMAGES} real images; T network evaluations for each image")
     group = parser.add_argument_group("run")
     add_shared_flags(group, "data_dir")
-    group.add_argument("--output_dir", help="where results are written (default: the folder of --checkpoint; of "
-                                            "--images: outputs)")
+    group.add_argument("--output_dir", help="where results are written (default: the folder of --checkpoint; "
+                                            "with --images: outputs)")
     add_shared_flags(group, "device", "precision", "seed")
     args = parser.parse_args(argv)
-    check_together(args, parser)
+    check_flags(args, parser)
     args.reference = args.reference or ("test" if args.sweep is None else "validation")
     args.output_dir = args.output_dir or (Path(args.checkpoint).parent if args.checkpoint else "outputs")
     return args
 
 
-def check_together(args, parser: Parser) -> None:
-    """UserError for flags that do not go together."""
+def check_flags(args, parser: Parser) -> None:
+    """UserError for flags that cannot be combined."""
     if args.images and not args.dataset:
         parser.error(f"--images needs --dataset, the real images to compare with: {', '.join(DATASETS)}")
-    for name in (*MAKING_FLAGS, "guidance_scale", "sweep"):
+    for name in (*SAMPLING_FLAGS, "guidance_scale", "sweep"):
         if name in parser.typed and not args.checkpoint:
-            parser.error(f"--{name} needs --checkpoint: it says how images are made")
-    if args.sweep is not None and args.cas:
-        parser.error("--cas and --sweep do not go together: run --cas with the sampler that you choose")
+            parser.error(f"--{name} needs --checkpoint: it sets how a checkpoint makes images")
+    if args.likelihood and not args.checkpoint:
+        parser.error("--likelihood needs --checkpoint: it is the likelihood of the checkpoint's diffusion process")
+    for name in ("cas", "likelihood"):
+        if args.sweep is not None and getattr(args, name):
+            parser.error(f"--{name} and --sweep cannot be combined: run --{name} with the sampler that you choose")
     if args.sweep is not None and args.steps:
-        parser.error("--steps and --sweep do not go together: name the step counts after --sweep")
+        parser.error("--steps and --sweep cannot be combined: give the step counts after --sweep")
     if len(args.guidance_scale) > 1 and args.sweep is None:
         parser.error("several values of --guidance_scale need --sweep")
 
 
-# ------------------------------------------------------------------------------------------------- images to measure
+# ------------------------------------------------------------------------------------------------- making images
 
 
-class Source(NamedTuple):
-    """A checkpoint to make images with, the labels (N,) they are asked for, or None, and the samplers to compare."""
+class LoadedCheckpoint(NamedTuple):
+    """A network that makes images, the labels (N,) to request or None, and the samplers to compare."""
 
     model: nn.Module
     diffusion: DiffusionProcess
@@ -140,8 +140,8 @@ class Source(NamedTuple):
     samplers: Sequence[str]
 
 
-def open_checkpoint(args) -> Source:
-    """Load --checkpoint and set --dataset by it. UserError if the flags ask for what it cannot do."""
+def open_checkpoint(args) -> LoadedCheckpoint:
+    """Load --checkpoint and set --dataset by it. UserError if it cannot do what the flags ask for."""
     model, diffusion, checkpoint = load_model(args.checkpoint, get_device(args.device), args.use_ema)
     data, student = checkpoint["config"]["data"], is_student(checkpoint)
     args.dataset = trained_on(args, checkpoint)
@@ -152,7 +152,7 @@ def open_checkpoint(args) -> Source:
     for steps in args.sweep or [args.steps]:
         uniform_timesteps(diffusion.num_timesteps, steps)
     labels = None
-    if model.num_classes:  # image k is asked for the class of training image k: the shares are the data's
+    if model.num_classes:  # image k gets the label of training image k: the shares of the classes are the data's
         known = load_dataset(args.dataset, "train", args.data_dir).labels
         labels = known[torch.arange(args.num_images) % len(known)]
     elif args.guidance_scale not in ([None], [1.0]):
@@ -161,32 +161,33 @@ def open_checkpoint(args) -> Source:
     samplers = [args.sampler] if args.sampler else [name for name in SAMPLERS if (name == STUDENT_SAMPLER) == student]
     check_useful(args, samplers, guided=set(args.guidance_scale) != {1})
     args.eta = args.eta or 0.0
-    return Source(model, diffusion, data["shape"], labels, samplers)
+    return LoadedCheckpoint(model, diffusion, data["shape"], labels, samplers)
 
 
-def make_images(args, source: Source, sampler: str, steps: int, scale: float, count: int | None = None) -> Made:
-    """Images by the checkpoint's network; each process makes its share of them. UserError if they are not finite."""
-    evaluations, count, device = [], count or args.num_images, source.diffusion.device
+def make_images(args, loaded: LoadedCheckpoint, sampler: str, steps: int, scale: float,
+                count: int | None = None) -> GeneratedImages:
+    """Images made by the checkpoint; each process makes a part of them. UserError if they are not finite."""
+    evaluations, count, device = [], count or args.num_images, loaded.diffusion.device
     mine = range(count)[distributed.share(count)]
-    batches = partial(generate, source.model, source.diffusion, source.shape, mine, seed=args.seed, sampler=sampler,
-                      steps=steps, spacing=args.spacing, eta=args.eta, labels=source.labels, guidance_scale=scale,
+    batches = partial(generate, loaded.model, loaded.diffusion, loaded.shape, mine, seed=args.seed, sampler=sampler,
+                      steps=steps, spacing=args.spacing, eta=args.eta, labels=loaded.labels, guidance_scale=scale,
                       guidance_interval=args.guidance_interval)
-    counter = source.model.register_forward_hook(lambda _, inputs, __: evaluations.append(len(inputs[0])))
+    counter = loaded.model.register_forward_hook(lambda _, inputs, __: evaluations.append(len(inputs[0])))
     start = time.perf_counter()
     with (tqdm(total=len(mine), unit="image", desc=f"{sampler}, {steps} steps", leave=False,
                disable=distributed.rank() > 0) as bar,
           autocast(device, pick_precision(args.precision, device))):
-        images = within_memory(partial(quantised, bar), lambda n: batches(batch_size=n), args.batch_size, device)
+        images = within_memory(partial(to_uint8_batches, bar), lambda n: batches(batch_size=n), args.batch_size, device)
     counter.remove()
     if not distributed.gather(torch.tensor([images is not None])).all():
         raise UserError(f"{args.checkpoint} makes images that are not finite numbers: train it again")
-    images = distributed.gather(torch.cat([torch.empty(0, *source.shape, dtype=torch.uint8), *images]))
+    images = distributed.gather(torch.cat([torch.empty(0, *loaded.shape, dtype=torch.uint8), *images]))
     evaluated = distributed.gather(torch.tensor([sum(evaluations)])).sum().item()
-    return Made(images, source.labels, evaluated / count, time.perf_counter() - start)
+    return GeneratedImages(images, loaded.labels, evaluated / count, time.perf_counter() - start)
 
 
-def quantised(bar: tqdm, batches: Iterator) -> list[Tensor] | None:
-    """The images of each batch as uint8, as those in files are; None as soon as they are not finite."""
+def to_uint8_batches(bar: tqdm, batches: Iterator) -> list[Tensor] | None:
+    """The final images of each batch as uint8, as in files; None as soon as one is not finite."""
     images = []
     for batch, trajectory in batches:
         x = final_image(trajectory)
@@ -200,186 +201,52 @@ def quantised(bar: tqdm, batches: Iterator) -> list[Tensor] | None:
 # -------------------------------------------------------------------------------------------------------- measuring
 
 
-class Yardstick(NamedTuple):
-    """What images are measured with: the networks, the reference as they see it, and the floor's images and figures."""
-
-    classifier: Classifier
-    inception: nn.Module | None
-    data: ImageData
-    reference: Seen
-    floor_data: ImageData
-    floor: dict[str, dict]
-
-
-def some(data: ImageData, count: int) -> ImageData:
-    """`count` images of a split (or all), always the same, from anywhere in it: its order may mean something."""
-    chosen = torch.randperm(len(data.images), generator=torch.Generator().manual_seed(0))[:count]
-    return ImageData(data.name, data.split, data.images[chosen], data.labels[chosen], data.class_names)
-
-
-def progress(title: str):
-    """A bar for what metrics.py loops over."""
-    return partial(tqdm, desc=title, leave=False)
-
-
-def open_networks(args, dataset: str, count: int) -> tuple[Classifier, nn.Module | None]:
-    """The classifier and Inception, if it is asked for, to look at `count` images. UserError if these are too few."""
-    device = get_device(args.device)
-    classifier = load_feature_network(dataset, device)
-    inception = load_inception().to(device) if args.features == "inception" else None
-    check_count(count, INCEPTION_FEATURES if inception else classifier.head.in_features)
-    return classifier, inception
-
-
-def make_yardstick(args, data: ImageData, count: int, classifier: Classifier, inception: nn.Module | None) -> Yardstick:
-    """For `count` images against `data`; the floor is of another split, on which no network was trained."""
-    other = load_dataset(data.name, "test" if data.split == "validation" else "validation", args.data_dir)
-    floor_data = some(other, count)
-    reference = look(data.images, classifier, inception, progress(data.split))
-    floor = figures(look(floor_data.images, classifier, inception, progress("floor")), reference, floor_data.labels)
-    return Yardstick(classifier, inception, data, reference, floor_data, floor)
-
-
-def measure(yardstick: Yardstick, seen: Seen, labels: Tensor | None) -> dict[str, dict]:
-    """The figures of what the networks see in generated images, each with its floor."""
-    result = figures(seen, yardstick.reference, labels)
-    return {name: dict(figure, floor=yardstick.floor[name]["value"]) for name, figure in result.items()}
-
-
-def classification_accuracy(args, yardstick: Yardstick, images: Tensor, labels: Tensor) -> dict[str, float]:
-    """The classification accuracy score: how well a classifier that knows only these images does on the real reference.
-
-    Ravuri and Vinyals 2019. The recipe is that of the feature network; the floor is the same for as many real images.
-    The interval is over the reference images: it does not contain the chance of the training.
-    """
-    data, device = yardstick.data, get_device(args.device)
-    bf16 = pick_precision(args.precision, device) == "bf16"
-
-    def correct(images: Tensor, labels: Tensor, title: str) -> Tensor:
-        model = new_classifier(data.name, images, labels, device, args.seed, bf16, progress(title))
-        return look(data.images, model).probabilities.argmax(1) == data.labels
-    right = correct(images, labels, "learning from the images")
-    floor = correct(yardstick.floor_data.images, yardstick.floor_data.labels, "learning from real images")
-    result = estimate(mean_without(right, random_groups(len(right))), 0.0, 1.0)
-    return dict(result, n=len(images), floor=floor.double().mean().item())
-
-
-def memorisation(args, yardstick: Yardstick, images: Tensor, seen: Seen, path: Path) -> dict:
-    """How close images are to training images, compared with unseen real test images; draws pairs to `path`.
-
-    `path` shows image | nearest in pixels | nearest in features: first the closest ones, then others.
-    """
-    name, device = yardstick.data.name, get_device(args.device)
-    train = load_dataset(name, "train", args.data_dir).images
-    real = some(load_dataset(name, "test", args.data_dir), len(images)).images
-    sight = partial(look, classifier=yardstick.classifier, inception=yardstick.inception)
-    queries = torch.cat([images, real]).to(device)
-    pixels, same_pixels = nearest(queries, train, progress("nearest in pixels"))
-    features = torch.cat([seen.features, sight(real, progress=progress("test")).features])
-    known = sight(train, progress=progress("train")).features
-    feature, same_feature = nearest(features.to(device), known, progress("nearest in features"))
-    closest = pixels[:len(images)].argsort()[:PAIRS]
-    shown = torch.cat([closest, torch.arange(min(PAIRS, len(images)))])
-    columns = [images[shown], train[same_pixels[shown]], train[same_feature[shown]], torch.full_like(images[shown], 64)]
-    save_images(torch.stack(columns, 1).flatten(0, 1), path, columns=16, quantise=False)
-    return dict(pixels=closeness(pixels[:len(images)], pixels[len(images):]),
-                features=closeness(feature[:len(images)], feature[len(images):]),
-                training_images=len(train), real_images=len(real))
-
-
-# -------------------------------------------------------------------------------------------------------- reporting
-
-
-def circumstances(args, argv, yardstick: Yardstick, count: int) -> dict:
-    """All that is needed to repeat a measurement, apart from the machine."""
-    import torchmetrics
-    import torchvision
-
-    made = dict(images=args.images)
-    if args.checkpoint:
-        made = dict(checkpoint=args.checkpoint, use_ema=args.use_ema, seed=args.seed, sampler=args.sampler,
-                    steps=args.steps, spacing=args.spacing, eta=args.eta, guidance_scale=args.guidance_scale,
-                    guidance_interval=args.guidance_interval, batch_size=args.batch_size, processes=distributed.size(),
-                    checkpoint_sha256=hashlib.sha256(Path(args.checkpoint).read_bytes()).hexdigest())
-    device = get_device(args.device)
-    return dict(command=["evaluate.py", *(sys.argv[1:] if argv is None else argv)], **made,
-                dataset=yardstick.data.name, num_images=count,
-                reference=dict(split=yardstick.data.split, n=len(yardstick.data.images)),
-                floor=dict(split=yardstick.floor_data.split, n=len(yardstick.floor_data.images)),
-                features=args.features, feature_network_sha256=weights_digest(yardstick.data.name),
-                device=device.type, precision=pick_precision(args.precision, device),
-                versions=dict(python=platform.python_version(), torch=str(torch.__version__), numpy=np.__version__,
-                              torchvision=torchvision.__version__, torchmetrics=torchmetrics.__version__))
-
-
-def write_json(content, path: Path) -> None:
-    with atomic_write(path, "w") as file:
-        file.write(json.dumps(content, indent=2) + "\n")
-
-
-def print_figures(result: dict[str, dict], about: dict) -> None:
-    """The table: a line for each figure."""
-    print_heading(about)
-    print(f"{'':17} {'value':>9}   {'95 % interval':^19}   {'floor':>9} {'n':>7}")
-    for name, f in result.items():
-        print(f"{name:17} {f['value']:9.4f}   {f['low']:9.4f}{f['high']:10.4f}   {f['floor']:9.4f} {f['n']:7,}")
-
-
-def print_heading(about: dict) -> None:
-    print(f"{about['dataset']}: {about['num_images']:,} images against the {about['reference']['n']:,} of "
-          f"{about['reference']['split']}; floor: {about['floor']['n']:,} real images of {about['floor']['split']}; "
-          f"features: {about['features']}")
-
-
-def print_memorisation(report: dict) -> None:
-    print(f"Nearest of {report['training_images']:,} training images, compared with {report['real_images']:,} real "
-          f"test images:")
-    for space in ("pixels", "features"):
-        r = report[space]
-        print(f"  in {space:8}  closer than 99 % of them: {r['closer_than_99_percent']:.2%} (1 % is expected), "
-              f"than any of them: {r['closer_than_any_real']:.2%}, copies: {r['copies']:.2%}; "
-              f"median distance {r['median']:.3f}, theirs {r['real_median']:.3f}")
-
-
-def evaluate(args, argv, yardstick: Yardstick, made: Made, output: Path) -> None:
-    """Measure one set of images: table, evaluation.json, nearest.png."""
-    seen = look(made.images, yardstick.classifier, yardstick.inception, progress("images"))
-    result = measure(yardstick, seen, made.labels)
+def evaluate(args, argv, reference: Reference, generated: GeneratedImages, loaded: LoadedCheckpoint | None,
+             output: Path) -> None:
+    """Measure one set of images: prints the tables, writes evaluation.json and nearest.png."""
+    device, (images, labels, *_) = get_device(args.device), generated
+    features = reference.extract(images, "images")
+    result = compare(reference, features, labels)
     if args.cas:
-        result["cas"] = classification_accuracy(args, yardstick, made.images, made.labels)
-    about = circumstances(args, argv, yardstick, len(made.images))
-    report = memorisation(args, yardstick, made.images, seen, output / "nearest.png")
-    shares = {who: dict(zip(yardstick.data.class_names, class_shares(s.probabilities).tolist(), strict=True))
-              for who, s in (("images", seen), ("reference", yardstick.reference))}
-    print_figures(result, about)
-    print("Classes: " + ", ".join(f"{name} {share:.1%}" for name, share in shares["images"].items()))
-    print_memorisation(report)
-    pixels = hashlib.sha256(made.images.numpy().tobytes()).hexdigest()
-    write_json(dict(figures=result, classes=shares, memorisation=report, **about, images_sha256=pixels),
-               output / "evaluation.json")
+        bf16 = pick_precision(args.precision, device) == "bf16"
+        result["cas"] = classification_accuracy_score(reference, images, labels, device, args.seed, bf16)
+    if args.likelihood:
+        result["bits_per_dim"] = bits_per_dim(loaded.model, loaded.diffusion, reference.data, args.seed,
+                                              args.batch_size)
+    about = conditions(args, argv, reference.data, reference.floor_data, len(images))
+    memorised = memorisation(reference, images, features, args.data_dir, device, output / "nearest.png")
+    shares = {name: dict(zip(reference.data.class_names, class_shares(probabilities).tolist(), strict=True))
+              for name, (_, probabilities) in (("images", features), ("reference", reference.features))}
+    print_heading(about)
+    print_figures(result)
+    print_classes(shares["images"])
+    print_memorisation(memorised)
+    write_json(dict(figures=result, classes=shares, memorisation=memorised, **about,
+                    images_sha256=hashlib.sha256(images.numpy().tobytes()).hexdigest()), output / "evaluation.json")
     print(f"Saved {output / 'evaluation.json'} and {output / 'nearest.png'}")
 
 
-def run_sweep(args, argv, yardstick: Yardstick | None, source: Source, output: Path) -> None:
-    """Measure the samplers at all step counts: table, sweep.json, sweep.png, sweep_images.png.
+def run_sweep(args, argv, reference: Reference | None, loaded: LoadedCheckpoint, output: Path) -> None:
+    """Measure the samplers at all step counts: prints a table, writes sweep.json, sweep.png and sweep_images.png.
 
-    Without a yardstick: only make the images, which another process measures.
+    Without a reference: only make this process's part of the images, which another process measures.
     """
-    def measured(made: Made) -> dict[str, dict]:
-        return measure(yardstick, look(made.images, yardstick.classifier, yardstick.inception), made.labels)
+    def measure(generated: GeneratedImages) -> dict[str, dict]:
+        features = extract_features(generated.images, reference.classifier, reference.inception)
+        return compare(reference, features, generated.labels)
 
-    make = partial(make_images, args, source)
-    # So that no row pays for the start:
-    make(source.samplers[0], 1, args.guidance_scale[0], min(args.batch_size, args.num_images))
-    run = partial(sweep, source.samplers, args.sweep, args.guidance_scale, make)
-    if not yardstick:
+    make = partial(make_images, args, loaded)
+    # A warm-up, so that the seconds of the first row are comparable:
+    make(loaded.samplers[0], 1, args.guidance_scale[0], min(args.batch_size, args.num_images))
+    run = partial(sweep, loaded.samplers, args.sweep, args.guidance_scale, make)
+    if not reference:
         run(measure=lambda _: {}, show=lambda _: None)
         return
-    about = circumstances(args, argv, yardstick, args.num_images)
+    about = conditions(args, argv, reference.data, reference.floor_data, args.num_images)
     print_heading(about)
-    print_title()
-    rows, pictures = run(measured, print_row)
-    print(f"{'real images':51} {yardstick.floor['frechet_distance']['value']:9.4f}")
+    print_table_header()
+    rows, pictures = run(measure, print_table_row)
+    print(f"{'real images':51} {reference.floor['frechet_distance']['value']:9.4f}")
     plot_sweep(rows, output / "sweep.png")
     plot_cells(rows, pictures, output / "sweep_images.png")
     write_json(dict(rows=rows, **about), output / "sweep.json")
@@ -393,29 +260,30 @@ def main(argv=None):
     device = get_device(args.device)
     distributed.start(device)
     if distributed.size() > 1 and not args.checkpoint:
-        raise UserError("several processes share the making of images: without --checkpoint leave torchrun out")
+        raise UserError("several processes only help to make images: without --checkpoint leave torchrun out")
     if args.train_features:
         bf16 = pick_precision(args.precision, device) == "bf16"
-        print(train_features(args.train_features, args.data_dir, device, args.seed, bf16, progress("training")))
+        print(train_feature_network(args.train_features, args.data_dir, device, args.seed, bf16,
+                                    progress_bar("training")))
         return
-    torchmetrics_image()
-    with distributed.first_alone():  # a download; and what is refused is refused by all
-        source = open_checkpoint(args) if args.checkpoint else None
+    torchmetrics_image()  # an error now, not after the images are made
+    with distributed.first_alone():  # a download happens once; an error is raised by all
+        loaded = open_checkpoint(args) if args.checkpoint else None
         output = Path(args.output_dir) if distributed.rank() else check_writable(args.output_dir)
         data = load_dataset(args.dataset, args.reference, args.data_dir)
         shape, classes = data.images.shape[1:], len(data.class_names)
-        made = None if source else Made(*read_images(Path(args.images), shape, classes), nfe=0, seconds=0)
-        if args.cas and (source or made).labels is None:
+        generated = None if loaded else GeneratedImages(*read_images(Path(args.images), shape, classes), 0, 0)
+        if args.cas and (loaded or generated).labels is None:
             raise UserError("--cas needs labels: a checkpoint trained with --conditional, or `labels` in the .npz")
-        count = args.num_images if source else len(made.images)
-        networks = open_networks(args, data.name, count)
-    yardstick = None if distributed.rank() else make_yardstick(args, data, count, *networks)
+        count = args.num_images if loaded else len(generated.images)
+        networks = open_networks(data.name, args.features, count, device)
+    reference = None if distributed.rank() else make_reference(data, count, *networks, args.data_dir)
     if args.sweep:
-        run_sweep(args, argv, yardstick, source, output)
+        run_sweep(args, argv, reference, loaded, output)
     else:
-        made = made or make_images(args, source, args.sampler, args.steps, *args.guidance_scale)
-        if yardstick:
-            evaluate(args, argv, yardstick, made, output)
+        generated = generated or make_images(args, loaded, args.sampler, args.steps, *args.guidance_scale)
+        if reference:
+            evaluate(args, argv, reference, generated, loaded, output)
     distributed.finish()
 
 

@@ -1,58 +1,78 @@
-"""How good images are: what a feature network sees in them, compared with what it sees in real ones.
+"""The figures: features of generated images compared with those of real images.
 
-    frechet_distance   distance between the two clouds of features, as Gaussians                 0 is best
-    kernel_distance    the same without assuming a shape; unbiased, so it may fall below 0       0 is best
-    precision          share of generated images that lie among the real ones                    1 is best
-    recall             share of real images that lie among the generated ones                    1 is best
-    density            how densely the real ones lie around a generated one               1 for real images
-    coverage           share of real images that have a generated one near by                    1 is best
-    confident          share of images of whose class the classifier is sure                     as for real images
-    class_distance     how far the shares of the classes are from the real ones                  0 is best
-    asked_class        share of images that show the class that was asked for                    1 is best
+    frechet_distance   distance between two Gaussians fitted to the features             lower is better, 0 best
+    kernel_distance    distance without the Gaussian assumption; unbiased, can be < 0    lower is better, 0 best
+    precision          share of generated images that lie among the real ones            higher is better, 1 best
+    recall             share of real images that lie among the generated ones            higher is better, 1 best
+    density            density of real images around a generated image                   about 1 for real images
+    coverage           share of real images with a generated image close to them         higher is better, 1 best
+    confident          share of images whose class probability is above 0.9              as for real images
+    class_distance     difference between the shares of the classes and the real shares  lower is better, 0 best
+    asked_class        share of images that show the requested class                     higher is better, 1 best
 
-Every figure is first computed from all N generated images, and then again without each of GROUPS random groups of
-them: the spread of these gives its interval (`estimate`). The reference stays as it is.
+Every figure is computed from all N generated images, and then again without each of GROUPS random groups of them: a
+jackknife, whose spread gives the interval (`estimate`). The reference images stay the same.
 """
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from evaluation.features import Progress, Seen, torchmetrics_image
 from runtime.errors import UserError
 
-GROUPS, T_QUANTILE = 20, 2.093  # 97.5 % of Student's t lie below T_QUANTILE for GROUPS - 1 degrees of freedom
-PRECISION_K, DENSITY_K = 3, 5  # neighbours: Kynkäänniemi et al. 2019, section 3; Naeem et al. 2020, section 4
-SURE = 0.9  # the probability above which the classifier counts as sure
-CHUNK = 2**20  # distances held at once: 8 MB in float64
-NEAREST_ROWS = 2000  # images of either side at once in the search for the nearest
-SHARES = ("precision", "recall", "coverage", "confident", "class_distance", "asked_class")
+Progress = Callable  # wraps an iterable and shows how far it is, as tqdm does
 
-# -------------------------------------------------------------------------------------------- a figure's interval
+GROUPS, T_QUANTILE = 20, 2.093  # the 97.5 % quantile of Student's t with GROUPS - 1 degrees of freedom
+PRECISION_K, DENSITY_K = 3, 5  # number of neighbours: Kynkäänniemi et al. 2019, section 3; Naeem et al. 2020, section 4
+CONFIDENT = 0.9  # the least class probability of a confident classification
+MAX_DISTANCES = 2**20  # computed at a time: 8 MB in float64
+NEAREST_ROWS = 2000  # images compared with as many others at a time, in `nearest`
+SHARES = ("precision", "recall", "coverage", "confident", "class_distance", "asked_class")  # figures in 0..1
+
+
+class ImageFeatures(NamedTuple):
+    """What networks say of N images: features (N, D) float32 and class probabilities (N, classes), on the CPU."""
+
+    features: Tensor
+    probabilities: Tensor
+
+
+def torchmetrics_image():
+    """torchmetrics.image with its fid and kid. UserError if torchmetrics is not installed."""
+    try:
+        import torchmetrics.image.fid
+        import torchmetrics.image.kid
+    except ImportError as error:
+        raise UserError("evaluate.py needs torchmetrics: pip install -r requirements-eval.txt") from error
+    return torchmetrics.image
+
+
+# -------------------------------------------------------------------------------------------- the interval of a figure
 
 
 def random_groups(count: int, seed: int = 0) -> Tensor:
-    """The group 0..GROUPS-1 of each of `count` images (count,): random, and as equal in size as can be."""
+    """The group 0..GROUPS-1 of each of `count` images (count,): random, of sizes that differ by at most one."""
     return torch.randperm(count, generator=torch.Generator().manual_seed(seed)) % GROUPS
 
 
 def estimate(values: Tensor, lowest: float = -math.inf, highest: float = math.inf) -> dict[str, float]:
-    """{"value", "low", "high"}: a figure and the 95 % interval of what fresh sets of as many images give on average.
+    """{"value", "low", "high"}: a figure and the 95 % interval of its mean over new sets of as many images.
 
     values (G + 1,): the figure of all images, then without each of G groups. The delete-a-group jackknife (Kott 2001):
         se² = (G - 1) / G · Σ_g (F_without_g - mean)²,   interval = F ± t · se  with t of G - 1 degrees of freedom.
-    No image counts twice, unlike in a bootstrap, where copies raise a Fréchet distance and break neighbourhoods. A
-    figure's dependence on N stays in its value and in the floor's, which is of the same N. Cut to lowest..highest.
+    A bootstrap would count images twice, and copies raise a Fréchet distance and change neighbourhoods. A figure that
+    depends on N is biased as the floor is, which is of the same N. The interval is clipped to lowest..highest.
     """
     value, without = values[0].item(), values[1:].double()
     error = math.sqrt((GROUPS - 1) / GROUPS * (without - without.mean()).square().sum().item())
     return dict(value=value, low=max(lowest, value - T_QUANTILE * error), high=min(highest, value + T_QUANTILE * error))
 
 
-def mean_without(values: Tensor, groups: Tensor) -> Tensor:
+def jackknife_means(values: Tensor, groups: Tensor) -> Tensor:
     """The mean of values (N,) over all images, then without each group: (G + 1,)."""
     values = values.double()
     sums = torch.zeros(GROUPS, dtype=torch.float64).index_add_(0, groups, values)
@@ -60,24 +80,24 @@ def mean_without(values: Tensor, groups: Tensor) -> Tensor:
     return torch.cat([values.mean()[None], (sums.sum() - sums) / (len(values) - sizes)])
 
 
-# ------------------------------------------------------------------------------------- distances between two clouds
+# ------------------------------------------------------------------------------------- distances between two sets
 
 
-def _as_they_are(features: Tensor) -> nn.Module:
-    """The feature module for torchmetrics when the features are there already."""
+def _identity(features: Tensor) -> nn.Module:
+    """A feature module for torchmetrics that returns its input, for features that are computed already."""
     module = nn.Identity()
-    module.num_features = features.shape[1]  # or torchmetrics asks the module with images of 299 × 299
+    module.num_features = features.shape[1]  # else torchmetrics calls the module with images of 299 × 299
     return module
 
 
 def frechet_distance(generated: Tensor, reference: Tensor, groups: Tensor) -> Tensor:
     """|mu - mu'|² + tr(S + S' - 2 (S S')^(1/2)), the squared Fréchet distance between two Gaussians: (G + 1,).
 
-    Heusel et al. 2017, eq. 6, by torchmetrics in float64. generated (N, D), reference (M, D); from 0 up. With few
-    images it is too large, by about const / N: compare figures of the same N only.
+    Heusel et al. 2017, eq. 6, by torchmetrics in float64. generated (N, D), reference (M, D); at least 0. It is biased
+    upwards by about const / N: compare figures of the same N only.
     """
     distance = torchmetrics_image().fid.FrechetInceptionDistance
-    metric = distance(feature=_as_they_are(reference), reset_real_features=False, sync_on_compute=False)
+    metric = distance(feature=_identity(reference), reset_real_features=False, sync_on_compute=False)
     metric.update(reference.double(), real=True)
     values = []
     for left_out in range(-1, GROUPS):  # -1: none
@@ -91,16 +111,16 @@ def kernel_distance(generated: Tensor, reference: Tensor, groups: Tensor) -> Ten
     """The squared maximum mean discrepancy, unbiased, with the kernel k(x, y) = (x·y / D + 1)³: (G + 1,).
 
     mean of k(x, x') over pairs of generated images + the same of real ones - 2 · mean of k(x, y). Bińkowski et al.
-    2018, section 4; what torchmetrics' KernelInceptionDistance estimates from random subsets, here from all images.
-    generated (N, D), reference (M, D). It may be negative.
+    2018, section 4. torchmetrics' KernelInceptionDistance estimates it from random subsets; here all images are used.
+    generated (N, D), reference (M, D). It can be negative.
     """
     poly_kernel = torchmetrics_image().kid.poly_kernel
     generated, reference, member = generated.double(), reference.double(), F.one_hot(groups, GROUPS).double()
     fake, cross, real = torch.zeros(GROUPS, GROUPS).double(), torch.zeros(GROUPS).double(), 0.0
-    at_once = max(1, CHUNK // max(len(generated), len(reference)))
+    at_once = max(1, MAX_DISTANCES // max(len(generated), len(reference)))
     for rows in torch.arange(len(generated)).split(at_once):
         kernel = poly_kernel(generated[rows], generated)                                    # (rows, N)
-        kernel[torch.arange(len(rows)), rows] = 0  # a pair is two different images
+        kernel[torch.arange(len(rows)), rows] = 0  # pairs of different images only
         fake += member[rows].T @ (kernel @ member)
         cross += member[rows].T @ poly_kernel(generated[rows], reference).sum(1)
     for rows in torch.arange(len(reference)).split(at_once):
@@ -108,7 +128,7 @@ def kernel_distance(generated: Tensor, reference: Tensor, groups: Tensor) -> Ten
         real += kernel.sum() - kernel[torch.arange(len(rows)), rows].sum()
     m, sizes = len(reference), groups.bincount(minlength=GROUPS)
     n = torch.cat([torch.tensor([len(generated)]), len(generated) - sizes])
-    fakes = torch.cat([torch.zeros(1), fake.sum(1) + fake.sum(0) - fake.diagonal()])  # all pairs with one in the group
+    fakes = torch.cat([torch.zeros(1), fake.sum(1) + fake.sum(0) - fake.diagonal()])  # pairs with an image of the group
     crosses = torch.cat([torch.zeros(1), cross])
     return ((fake.sum() - fakes) / (n * (n - 1)) + real / (m * (m - 1)) - 2 * (cross.sum() - crosses) / (n * m))
 
@@ -117,15 +137,15 @@ def kernel_distance(generated: Tensor, reference: Tensor, groups: Tensor) -> Ten
 
 
 def distances(a: Tensor, b: Tensor) -> Iterator[tuple[slice, Tensor]]:
-    """Euclidean distances between a (N, D) and b (M, D), some rows at a time: yields (rows, (rows, M) float64)."""
-    b, rows = b.double(), max(1, CHUNK // len(b))
+    """Euclidean distances between a (N, D) and b (M, D), a few rows at a time: yields (rows, (rows, M) float64)."""
+    b, rows = b.double(), max(1, MAX_DISTANCES // len(b))
     for start in range(0, len(a), rows):
         part = slice(start, min(start + rows, len(a)))
         yield part, torch.cdist(a[part].double(), b)
 
 
-def _from_others(part: slice, distance: Tensor) -> Tensor:
-    """Distances within one set with each point's distance from itself made infinite."""
+def _exclude_self(part: slice, distance: Tensor) -> Tensor:
+    """Distances within one set, with the distance of each point from itself set to infinity."""
     rows = torch.arange(len(distance))
     distance[rows, rows + part.start] = math.inf
     return distance
@@ -133,19 +153,19 @@ def _from_others(part: slice, distance: Tensor) -> Tensor:
 
 def radii(points: Tensor, *ks: int) -> Tensor:
     """The distance from each point (N, D) to its k-th nearest other one, for each k: (len(ks), N)."""
-    near = torch.empty(len(points), max(ks), dtype=torch.float64)  # in one piece: small ones would scatter the memory
+    near = torch.empty(len(points), max(ks), dtype=torch.float64)  # allocated once: less memory
     for part, d in distances(points, points):
-        near[part] = _from_others(part, d).topk(max(ks), largest=False).values
+        near[part] = _exclude_self(part, d).topk(max(ks), largest=False).values
     return near[:, [k - 1 for k in ks]].T
 
 
-def radii_without(points: Tensor, k: int, groups: Tensor) -> Tensor:
-    """As `radii`, among all points, then without each group: (G + 1, N). Points of the group left out get -1."""
+def jackknife_radii(points: Tensor, k: int, groups: Tensor) -> Tensor:
+    """`radii` among all points, then without each group: (G + 1, N); -1 for the points of the group left out."""
     members = [(groups == g).nonzero()[:, 0] for g in range(GROUPS)]
     result = torch.empty(GROUPS + 1, len(points), dtype=torch.float64)
     owner = torch.arange(GROUPS).repeat_interleave(torch.tensor([min(k, len(m)) for m in members]))
     for part, d in distances(points, points):
-        d = _from_others(part, d)
+        d = _exclude_self(part, d)
         near = torch.cat([d[:, m].topk(min(k, len(m)), largest=False).values for m in members], 1)  # (rows, G · k)
         result[:, part] = torch.stack([near[:, owner != g].kthvalue(k).values for g in range(-1, GROUPS)])
     result[groups + 1, torch.arange(len(points))] = -1
@@ -153,7 +173,7 @@ def radii_without(points: Tensor, k: int, groups: Tensor) -> Tensor:
 
 
 def neighbour_figures(generated: Tensor, reference: Tensor, groups: Tensor) -> dict[str, Tensor]:
-    """precision, recall, density and coverage, each (G + 1,), from balls around points that reach their k-th neighbour.
+    """precision, recall, density and coverage, each (G + 1,), from balls whose radius is the k-th neighbour's distance.
 
         precision   share of generated points within any real point's ball,  k = 3   (Kynkäänniemi et al. 2019, eq. 2)
         recall      share of real points within any generated point's ball,  k = 3   (ibid.)
@@ -161,7 +181,7 @@ def neighbour_figures(generated: Tensor, reference: Tensor, groups: Tensor) -> d
         coverage    share of real balls with a generated point inside,       k = 5   (ibid., eq. 4)
     generated (N, D), reference (M, D).
     """
-    real, own = radii(reference, PRECISION_K, DENSITY_K), radii_without(generated, PRECISION_K, groups)
+    real, own = radii(reference, PRECISION_K, DENSITY_K), jackknife_radii(generated, PRECISION_K, groups)
     member = F.one_hot(groups, GROUPS).float()                                              # (N, G)
     precise, dense = torch.zeros(len(generated), dtype=torch.bool), torch.zeros(len(generated))
     recalled, covered = torch.zeros(GROUPS + 1), torch.zeros(GROUPS + 1)
@@ -173,54 +193,54 @@ def neighbour_figures(generated: Tensor, reference: Tensor, groups: Tensor) -> d
         total = hits.sum(1, keepdim=True)
         covered += (torch.cat([total, total - hits], 1) > 0).sum(0)
         recalled += torch.stack([(d <= radius).any(1).sum() for radius in own])
-    return dict(precision=mean_without(precise, groups), recall=recalled / len(reference),
-                density=mean_without(dense / DENSITY_K, groups), coverage=covered / len(reference))
+    return dict(precision=jackknife_means(precise, groups), recall=recalled / len(reference),
+                density=jackknife_means(dense / DENSITY_K, groups), coverage=covered / len(reference))
 
 
 # ------------------------------------------------------------------------------------------------------ class figures
 
 
 def class_shares(probabilities: Tensor) -> Tensor:
-    """The share of each class among the images by the classifier's best guess: (classes,) float64."""
+    """The share of images whose most probable class is each class: (classes,) float64."""
     return probabilities.argmax(1).bincount(minlength=probabilities.shape[1]).double() / len(probabilities)
 
 
 def class_distance(probabilities: Tensor, reference: Tensor, groups: Tensor) -> Tensor:
     """½ Σ_c |share of class c - its share of the reference|, the total variation distance, 0..1: (G + 1,).
 
-    Both shares are the classifier's guesses, so that its errors do not count as a difference.
+    Both shares are those of the classifier, so that its errors do not count as a difference.
     """
     shares = torch.stack([class_shares(probabilities[groups != g]) for g in range(-1, GROUPS)])
     return (shares - class_shares(reference)).abs().sum(1) / 2
 
 
-# ---------------------------------------------------------------------------------------------------- all of it
+# ---------------------------------------------------------------------------------------------------- all figures
 
 
-def check_count(count: int, num_features: int) -> None:
-    """UserError unless there are enough images for a covariance of so many features, without any one group too."""
+def check_image_count(count: int, num_features: int) -> None:
+    """UserError if `count` images are too few for a covariance of so many features, also without one group."""
     needed = 2 * max(num_features, GROUPS * PRECISION_K)
     if count < needed:
         raise UserError(f"the figures need at least {needed} images (twice the number of features), not {count}: "
                          f"give more, with --num_images where a checkpoint makes them")
 
 
-def figures(generated: Seen, reference: Seen, labels: Tensor | None = None) -> dict[str, dict]:
-    """Every figure by its name: {"value", "low", "high", "n"}. asked_class only with labels (N,), what was asked for.
+def figures(generated: ImageFeatures, reference: ImageFeatures, labels: Tensor | None = None) -> dict[str, dict]:
+    """Every figure by its name: {"value", "low", "high", "n"}. asked_class needs the requested labels (N,).
 
-    UserError if there are too few images (`check_count`).
+    UserError if there are too few images (`check_image_count`).
     """
     count = len(generated.features)
-    check_count(count, generated.features.shape[1])
-    check_count(len(reference.features), generated.features.shape[1])
+    check_image_count(count, generated.features.shape[1])
+    check_image_count(len(reference.features), generated.features.shape[1])
     groups = random_groups(count)
     values = dict(frechet_distance=frechet_distance(generated.features, reference.features, groups),
                   kernel_distance=kernel_distance(generated.features, reference.features, groups),
                   **neighbour_figures(generated.features, reference.features, groups),
-                  confident=mean_without(generated.probabilities.amax(1) > SURE, groups),
+                  confident=jackknife_means(generated.probabilities.amax(1) > CONFIDENT, groups),
                   class_distance=class_distance(generated.probabilities, reference.probabilities, groups))
     if labels is not None:
-        values["asked_class"] = mean_without(generated.probabilities.argmax(1) == labels, groups)
+        values["asked_class"] = jackknife_means(generated.probabilities.argmax(1) == labels, groups)
     lowest = {"kernel_distance": -math.inf}
     return {name: dict(estimate(v, lowest.get(name, 0.0), 1.0 if name in SHARES else math.inf), n=count)
             for name, v in values.items()}
@@ -232,8 +252,8 @@ def figures(generated: Seen, reference: Seen, labels: Tensor | None = None) -> d
 def nearest(queries: Tensor, points: Tensor, progress: Progress = iter) -> tuple[Tensor, Tensor]:
     """(distance, index) of the nearest of points (M, ...) for each query (N, ...), both (N,): Euclidean.
 
-    Images are uint8, their levels counted as 0..1; or both are floats. Found by |p|² - 2 q·p in float32 on the queries'
-    device, then measured exactly, so that a copy is at distance 0.
+    Both are uint8 images, whose levels 0..255 count as 0..1, or both are floats. The search by |p|² - 2 q·p is in
+    float32 on the device of the queries; the distances are then computed in float64, so that a copy is at distance 0.
     """
     best = torch.full((len(queries),), math.inf, device=queries.device)
     index = torch.zeros(len(queries), dtype=torch.long, device=queries.device)
@@ -257,12 +277,12 @@ def _flat(points: Tensor) -> Tensor:
 
 
 def closeness(generated: Tensor, real: Tensor) -> dict[str, float]:
-    """What distances to the nearest training image say: generated (N,) against those of unseen real images (M,).
+    """Distances to the nearest training image: of generated images (N,), compared with unseen real images (M,).
 
-        closer_than_any_real    share of generated images that are closer than the closest real one: 0 expected
-        closer_than_99_percent  share that are closer than 99 % of the real ones: 0.01 expected, 1 if all are copies
+        closer_than_any_real    share of generated images closer than the closest real one: 0 expected
+        closer_than_99_percent  share closer than 99 % of the real ones: 0.01 expected, 1 if all are copies
         copies                  share at distance 0
-    and the medians of both.
+        median, real_median     of both sets of distances
     """
     def share(condition: Tensor) -> float:
         return condition.double().mean().item()

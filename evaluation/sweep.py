@@ -1,4 +1,4 @@
-"""Quality against cost: every sampler at several step counts, from the same starting noise."""
+"""Quality against cost: samplers at several step counts, all from the same starting noise."""
 
 from collections.abc import Callable, Iterable, Sequence
 from itertools import product
@@ -9,11 +9,11 @@ from torch import Tensor
 from utils import pyplot, save_figure, tile
 
 CELL_IMAGES, CELL_COLUMNS = 16, 4
-SHOWN = ("kernel_distance", "precision", "recall", "coverage", "confident")  # the table has no room for all
+TABLE_FIGURES = ("kernel_distance", "precision", "recall", "coverage", "confident")
 
 
-class Made(NamedTuple):
-    """Images (N, C, H, W) uint8, the labels asked for (N,) or None, NFE for an image, and seconds for all."""
+class GeneratedImages(NamedTuple):
+    """Images (N, C, H, W) uint8, the requested labels (N,) or None, NFE of one image, and seconds of all."""
 
     images: Tensor
     labels: Tensor | None
@@ -22,53 +22,54 @@ class Made(NamedTuple):
 
 
 def sweep(samplers: Iterable[str], step_counts: Iterable[int], scales: Sequence[float],
-          make: Callable[[str, int, float], Made], measure: Callable[[Made], dict[str, dict]],
+          make: Callable[[str, int, float], GeneratedImages], measure: Callable[[GeneratedImages], dict[str, dict]],
           show: Callable[[dict], None]) -> tuple[list[dict], list[Tensor]]:
-    """(rows, pictures): figures and first images for each sampler, guidance scale and step count; `show` gets each row.
+    """(rows, pictures): figures and first images for each sampler, guidance scale and step count.
 
-    A row's "series" is what a line of the plot shares: the sampler and, where there are several, the guidance scale.
+    `show` is called with each row. A row's "series" names its line of the plot: the sampler and, if there are several,
+    the guidance scale.
     """
     rows, pictures = [], []
     for sampler, scale, steps in product(samplers, scales, step_counts):
-        made = make(sampler, steps, scale)
+        generated = make(sampler, steps, scale)
         series = sampler if len(scales) == 1 else f"{sampler} ×{scale:g}"
-        rows.append(dict(series=series, sampler=sampler, steps=steps, guidance_scale=scale, nfe=made.nfe,
-                         seconds=made.seconds, figures=measure(made)))
-        pictures.append(made.images[:CELL_IMAGES])
+        rows.append(dict(series=series, sampler=sampler, steps=steps, guidance_scale=scale, nfe=generated.nfe,
+                         seconds=generated.seconds, figures=measure(generated)))
+        pictures.append(generated.images[:CELL_IMAGES])
         show(rows[-1])
     return rows, pictures
 
 
-def print_title() -> None:
-    """The first line of the table that `print_row` goes on with."""
+def print_table_header() -> None:
+    """Print the first line of the table."""
     print(f"{'sampler':15} {'steps':>6} {'NFE':>6} {'seconds':>8} {'n':>8}    {'frechet':>9} {'95 % interval':^19} "
-          + " ".join(f"{name.removesuffix('_distance'):>9}" for name in SHOWN))
+          + " ".join(f"{name.removesuffix('_distance'):>9}" for name in TABLE_FIGURES))
 
 
-def print_row(row: dict) -> None:
-    """One line of the table."""
+def print_table_row(row: dict) -> None:
+    """Print one line of the table."""
     distance = row["figures"]["frechet_distance"]
     print(f"{row['series']:15} {row['steps']:6} {row['nfe']:6g} {row['seconds']:8.1f} {distance['n']:8,}    "
           f"{distance['value']:9.4f} {distance['low']:9.4f}{distance['high']:10.4f} "
-          + " ".join(f"{row['figures'][name]['value']:9.4f}" for name in SHOWN), flush=True)
+          + " ".join(f"{row['figures'][name]['value']:9.4f}" for name in TABLE_FIGURES), flush=True)
 
 
 def plot_sweep(rows: Sequence[dict], path) -> None:
-    """Draw the Fréchet distance with its intervals against NFE and against seconds, a line for each sampler."""
+    """Draw the Fréchet distance and its interval against NFE and against seconds, one line for each series."""
     from matplotlib import ticker
 
     figure, panels = pyplot().subplots(1, 2, figsize=(11, 4.5), sharey=True)
     for axes, cost, label in zip(panels, ("nfe", "seconds"),
                                  ("network evaluations for an image", "seconds for all images"), strict=True):
         for series in dict.fromkeys(row["series"] for row in rows):
-            mine = sorted((row for row in rows if row["series"] == series), key=lambda row: row[cost])
-            distance = [row["figures"]["frechet_distance"] for row in mine]
+            points = sorted((row for row in rows if row["series"] == series), key=lambda row: row[cost])
+            distance = [row["figures"]["frechet_distance"] for row in points]
             spread = [[d["value"] - d["low"] for d in distance], [d["high"] - d["value"] for d in distance]]
-            axes.errorbar([row[cost] for row in mine], [d["value"] for d in distance], spread, marker="o", capsize=3,
+            axes.errorbar([row[cost] for row in points], [d["value"] for d in distance], spread, marker="o", capsize=3,
                           label=series)
         axes.axhline(rows[0]["figures"]["frechet_distance"]["floor"], color="gray", linestyle="--", label="real images")
         axes.set(xlabel=label, xscale="log", yscale="log")
-        for axis in (axes.xaxis, axes.yaxis):  # 1, 2, 5, 10 ... as plain numbers
+        for axis in (axes.xaxis, axes.yaxis):  # labelled 1, 2, 5, 10 ...
             axis.set_major_locator(ticker.LogLocator(subs=(1, 2, 5)))
             axis.set_major_formatter("{x:g}")
             axis.set_minor_formatter(ticker.NullFormatter())
@@ -79,7 +80,7 @@ def plot_sweep(rows: Sequence[dict], path) -> None:
 
 
 def plot_cells(rows: Sequence[dict], pictures: Sequence[Tensor], path) -> None:
-    """Draw the same images, of the same starting noise, in every cell: a row for each series, steps across."""
+    """Draw the first images, of one starting noise: a row for each series, a column for each step count."""
     series = list(dict.fromkeys(row["series"] for row in rows))
     steps = list(dict.fromkeys(row["steps"] for row in rows))
     figure, cells = pyplot().subplots(len(series), len(steps), figsize=(2.4 * len(steps), 2.7 * len(series)),

@@ -101,8 +101,9 @@ class SmallSplits:
 
     def __call__(self):
         import evaluate
+        from evaluation import reference
         load = evaluate.load_dataset
-        evaluate.load_dataset = lambda *args: load(*args).first(self.count)
+        evaluate.load_dataset = reference.load_dataset = lambda *args: load(*args).first(self.count)
 
 
 class LittleMemory:

@@ -14,12 +14,17 @@ from torch.nn import functional as F
 
 import evaluate
 import sample
-from checkpoint import FIELDS, load_checkpoint, save_checkpoint
-from data import load_dataset
+from checkpoint import FIELDS, load_checkpoint, load_model, save_checkpoint
+from data import ImageData, load_dataset, to_model
 from diffusion import DiffusionProcess
-from evaluation import features
-from evaluation.metrics import figures
+from evaluation import classifier, classifier_training, reference
+from evaluation.classifier import load_feature_network
+from evaluation.classifier_training import ClassifierRecipe
+from evaluation.features import extract_features
+from evaluation.metrics import figures, torchmetrics_image
+from evaluation.reference import random_subset
 from models import create_model
+from samplers import image_noise
 
 pytest.importorskip("torchmetrics", reason="torchmetrics is missing: pip install -r requirements-eval.txt")
 SPLIT = 600  # images of each split that these tests look at
@@ -29,8 +34,8 @@ COUNT = 260
 @pytest.fixture
 def small(monkeypatch, data_dir):
     """Splits of SPLIT images, so that a whole evaluation takes a second; returns run(*flags) -> exit status."""
-    monkeypatch.setattr(evaluate, "load_dataset", lambda *args: load_dataset(*args).first(SPLIT))
-    monkeypatch.setattr(features, "load_dataset", lambda *args: load_dataset(*args).first(SPLIT))
+    for module in (evaluate, reference, classifier_training):
+        monkeypatch.setattr(module, "load_dataset", lambda *args: load_dataset(*args).first(SPLIT))
 
     def run(*flags):
         return evaluate.main([*map(str, flags), "--data_dir", str(data_dir), "--device", "cpu", "--precision", "fp32"])
@@ -64,13 +69,13 @@ def report(folder):
 @pytest.fixture(scope="module")
 def judge(data_dir):
     """judge(images, labels) -> figures against real test images of glyphs; judge.real: other real images."""
-    network = features.load_feature_network("glyphs")
-    reference = features.look(evaluate.some(load_dataset("glyphs", "test", data_dir), 800).images, network)
+    network = load_feature_network("glyphs")
+    real = extract_features(random_subset(load_dataset("glyphs", "test", data_dir), 800).images, network)
 
     def judge(images, labels=None):
-        result = figures(features.look(images, network), reference, labels)
+        result = figures(extract_features(images, network), real, labels)
         return {name: figure["value"] for name, figure in result.items()}
-    judge.real = evaluate.some(load_dataset("glyphs", "validation", data_dir), 600)
+    judge.real = random_subset(load_dataset("glyphs", "validation", data_dir), 600)
     return judge
 
 
@@ -88,9 +93,9 @@ def test_the_shipped_network_knows_real_images(name, request):
     folder = request.config.rootpath / "data"
     if not (folder / files[name]).is_dir():
         pytest.skip(f"{folder / files[name]} is missing: real {name} is not here")
-    data = evaluate.some(load_dataset(name, "test", folder), 500)
-    seen = features.look(data.images, features.load_feature_network(name))
-    accuracy = (seen.probabilities.argmax(1) == data.labels).double().mean().item()
+    data = random_subset(load_dataset(name, "test", folder), 500)
+    probabilities = extract_features(data.images, load_feature_network(name)).probabilities
+    accuracy = (probabilities.argmax(1) == data.labels).double().mean().item()
     assert accuracy > {"mnist": 0.98, "fashion_mnist": 0.9, "cifar10": 0.8}[name]
 
 
@@ -240,7 +245,8 @@ def test_folders_of_pngs_grey_or_grey_in_colour(tmp_path, data_dir):
 
 
 def test_cas_is_the_accuracy_of_a_classifier_that_saw_only_the_images(small, tmp_path, data_dir, monkeypatch):
-    monkeypatch.setitem(features.RECIPES, "glyphs", dict(epochs=8, batch_size=25, lr=0.1))
+    recipe = ClassifierRecipe(width=32, epochs=8, batch_size=25, augment=None)
+    monkeypatch.setitem(classifier_training.CLASSIFIER_RECIPES, "glyphs", recipe)
     data = load_dataset("glyphs", "train", data_dir).first(COUNT)
     good = write_npz(tmp_path / "x.npz", data.images, labels=data.labels.numpy())
     assert small("--images", good, "--dataset", "glyphs", "--cas", "--output_dir", tmp_path) == 0
@@ -248,16 +254,48 @@ def test_cas_is_the_accuracy_of_a_classifier_that_saw_only_the_images(small, tmp
     assert cas["value"] > 0.5 and cas["floor"] > 0.5 and cas["low"] < cas["value"] < cas["high"] and cas["n"] == COUNT
 
 
+@pytest.mark.parametrize("num_classes", [None, 10])
+def test_the_likelihood_is_the_bound_of_the_checkpoints_process(small, checkpoint, tmp_path, data_dir, monkeypatch,
+                                                                capsys, num_classes):
+    """The mean over the reference images, with their labels; the same in every batch size."""
+    monkeypatch.setattr(reference, "LIKELIHOOD_IMAGES", 40)
+    path, values = checkpoint(num_classes), []
+    for batch_size in (40, 7):
+        assert small("--checkpoint", path, "--num_images", COUNT, "--steps", 1, "--batch_size", batch_size, "--seed", 3,
+                     "--likelihood", "--output_dir", tmp_path) == 0
+        line = next(line for line in capsys.readouterr().out.splitlines() if line.startswith("bits_per_dim"))
+        values.append(report(tmp_path)["figures"]["bits_per_dim"])
+        assert line.split()[-2:] == ["-", "40"] and values[-1]["n"] == 40 and values[-1]["floor"] is None
+        assert values[-1]["low"] < values[-1]["value"] < values[-1]["high"]
+    assert values[0]["value"] == pytest.approx(values[1]["value"], rel=1e-4)
+    model, diffusion, _ = load_model(path)
+    data = random_subset(load_dataset("glyphs", "test", data_dir).first(SPLIT), 40)
+    noise = image_noise(range(40), 3, (1, 28, 28))()
+    with torch.no_grad():
+        bits = diffusion.bits_per_dim(model, to_model(data.images), noise, data.labels if num_classes else None)
+    assert values[0]["value"] == pytest.approx(bits.mean().item(), rel=1e-4)
+
+
+def test_a_data_set_without_a_row_has_a_recipe(data_dir):
+    """One row is all that a new data set can add, and the default one trains a classifier for any of them."""
+    real = load_dataset("glyphs", "train", data_dir)
+    data = ImageData("new", "train", real.images[:64].expand(-1, 3, -1, -1), real.labels[:64] % 3, tuple("abc"))
+    network = classifier_training.new_classifier(data, "cpu", seed=0, bf16=False)
+    assert network.head.out_features == 3 and classifier_training.accuracy(network, data.images, data.labels) > 0.5
+
+
 def test_train_features_writes_a_checked_network(small, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(features, "WEIGHTS", tmp_path)
-    monkeypatch.setitem(features.RECIPES, "glyphs", dict(epochs=1, batch_size=50, lr=0.1, augment=None))
+    for module in (classifier, classifier_training):
+        monkeypatch.setattr(module, "WEIGHTS", tmp_path)
+    recipe = ClassifierRecipe(width=32, epochs=1, batch_size=50, augment=None)
+    monkeypatch.setitem(classifier_training.CLASSIFIER_RECIPES, "glyphs", recipe)
     assert small("--train_features", "glyphs") == 0
     out = capsys.readouterr().out
-    assert features.weights_digest("glyphs") in out and "% on test" in out
-    assert features.load_feature_network("glyphs").head.out_features == 10
+    assert classifier.weights_digest("glyphs") in out and "% on test" in out
+    assert load_feature_network("glyphs").head.out_features == 10
     (tmp_path / "glyphs.pt").write_bytes((tmp_path / "glyphs.pt").read_bytes()[:-1])
     with pytest.raises(ValueError, match="damaged"):
-        features.load_feature_network("glyphs")
+        load_feature_network("glyphs")
 
 
 def refused(run, capsys, *flags):
@@ -320,6 +358,8 @@ def test_flags_that_do_not_go_together_are_refused(small, tmp_path, checkpoint, 
             (("--checkpoint", path, "--eta", 1), "--sampler ddim and heun"),
             (("--checkpoint", path, "--eta", 1, "--sweep"), "--sampler ddim and heun"),
             (("--checkpoint", path, "--sweep", 5, "--steps", 5), "after --sweep"),
+            (("--checkpoint", path, "--sweep", 5, "--likelihood"), "--likelihood and --sweep"),
+            ((*ready, "--likelihood"), "--likelihood needs --checkpoint"),
             *(((*ready, flag, 1), f"{flag} needs --checkpoint") for flag in ("--num_images", "--steps", "--batch_size",
                                                                              "--eta", "--guidance_scale")),
             ((*ready, "--sampler", "ddim"), "--sampler needs --checkpoint"),
@@ -330,7 +370,7 @@ def test_flags_that_do_not_go_together_are_refused(small, tmp_path, checkpoint, 
 
 def test_what_is_not_installed_is_named(small, tmp_path, checkpoint, capsys, monkeypatch):
     flags = ("--checkpoint", checkpoint(), "--output_dir", tmp_path)
-    if "torch_fidelity" not in sys.modules and not evaluate.torchmetrics_image().fid._TORCH_FIDELITY_AVAILABLE:
+    if "torch_fidelity" not in sys.modules and not torchmetrics_image().fid._TORCH_FIDELITY_AVAILABLE:
         assert "torch-fidelity" in refused(small, capsys, *flags, "--features", "inception")
     monkeypatch.setitem(sys.modules, "torchmetrics.image.fid", None)
     assert "pip install -r requirements-eval.txt" in refused(small, capsys, *flags)

@@ -6,20 +6,20 @@ import pytest
 import torch
 
 from evaluation import metrics
-from evaluation.features import Seen
 from evaluation.metrics import (
     GROUPS,
+    ImageFeatures,
     class_distance,
     closeness,
     estimate,
     figures,
     frechet_distance,
+    jackknife_means,
+    jackknife_radii,
     kernel_distance,
-    mean_without,
     nearest,
     neighbour_figures,
     radii,
-    radii_without,
     random_groups,
 )
 
@@ -31,10 +31,10 @@ def gaussian(count, seed, mean=0.0, std=1.0):
     return mean + std * torch.randn(count, D, generator=torch.Generator().manual_seed(seed))
 
 
-def seen(features):
-    """What a classifier of quadrants would see in points: a Seen whose classes are the signs of two coordinates."""
-    logits = torch.stack([sx * features[:, 0] + sy * features[:, 1] for sx in (-1, 1) for sy in (-1, 1)], 1)
-    return Seen(features, (4 * logits).softmax(1))
+def classified(points):
+    """ImageFeatures of points whose classes are the signs of two coordinates."""
+    logits = torch.stack([sx * points[:, 0] + sy * points[:, 1] for sx in (-1, 1) for sy in (-1, 1)], 1)
+    return ImageFeatures(points, (4 * logits).softmax(1))
 
 
 def test_the_frechet_distance_of_gaussians_is_the_closed_form():
@@ -57,7 +57,7 @@ def test_the_frechet_distance_of_two_sets_of_one_gaussian_shrinks_like_one_over_
 @pytest.mark.filterwarnings("ignore:Metric `Kernel Inception Distance`")
 def test_the_kernel_distance_is_torchmetrics_own():
     x, y = gaussian(200, 0, mean=0.2), gaussian(200, 1)
-    oracle = kid.KernelInceptionDistance(feature=metrics._as_they_are(x), subsets=1, subset_size=200)
+    oracle = kid.KernelInceptionDistance(feature=metrics._identity(x), subsets=1, subset_size=200)
     oracle.update(x.double(), real=False)
     oracle.update(y.double(), real=True)
     groups = random_groups(200)
@@ -73,9 +73,9 @@ def test_the_kernel_distance_is_unbiased():
     assert values.mean().abs() < 4 * values.std() / 10 and (values < 0).any()
 
 
-def test_radii_without_a_group_are_those_of_the_set_without_it():
+def test_jackknife_radii_a_group_are_those_of_the_set_without_it():
     x, groups = gaussian(130, 0), random_groups(130)
-    values = radii_without(x, 3, groups)
+    values = jackknife_radii(x, 3, groups)
     torch.testing.assert_close(values[0], radii(x, 3)[0])
     for group in (0, 7, GROUPS - 1):
         torch.testing.assert_close(values[1 + group, groups != group], radii(x[groups != group], 3)[0])
@@ -83,7 +83,7 @@ def test_radii_without_a_group_are_those_of_the_set_without_it():
 
 
 def test_neighbour_figures_are_their_definitions(monkeypatch):
-    monkeypatch.setattr(metrics, "CHUNK", 1000)  # several chunks
+    monkeypatch.setattr(metrics, "MAX_DISTANCES", 1000)  # several chunks
     x, y, groups = gaussian(90, 0, std=0.8), gaussian(70, 1), random_groups(90)
     values = neighbour_figures(x, y, groups)
     for keep, at in ((slice(None), 0), (groups != 5, 6)):
@@ -126,21 +126,21 @@ def test_class_distance_is_the_total_variation():
 
 def test_the_interval_of_a_mean_is_students():
     x = gaussian(400, 0)[:, 0].double()
-    result = estimate(mean_without(x, torch.arange(400) % GROUPS))
+    result = estimate(jackknife_means(x, torch.arange(400) % GROUPS))
     means = torch.stack([x[g::GROUPS].mean() for g in range(GROUPS)])
     assert result["value"] == pytest.approx(x.mean().item())
     assert result["high"] - result["value"] == pytest.approx(2.093 * means.std().item() / GROUPS**0.5)
 
 
 def test_intervals_cover_the_mean_of_fresh_sets_of_the_same_size():
-    n, trials, reference = 240, 200, seen(gaussian(600, 10**6))
+    n, trials, reference = 240, 200, classified(gaussian(600, 10**6))
 
     def trial(seed):
-        generated, groups = seen(gaussian(n, seed, mean=0.15, std=1.1)), random_groups(n)
+        generated, groups = classified(gaussian(n, seed, mean=0.15, std=1.1)), random_groups(n)
         values = dict(frechet_distance=frechet_distance(generated.features, reference.features, groups),
                       kernel_distance=kernel_distance(generated.features, reference.features, groups),
                       class_distance=class_distance(generated.probabilities, reference.probabilities, groups),
-                      confident=mean_without(generated.probabilities.amax(1) > 0.9, groups),
+                      confident=jackknife_means(generated.probabilities.amax(1) > 0.9, groups),
                       **neighbour_figures(generated.features, reference.features, groups))
         return {name: estimate(value) for name, value in values.items()}
     results = [trial(seed) for seed in range(trials)]
@@ -151,8 +151,8 @@ def test_intervals_cover_the_mean_of_fresh_sets_of_the_same_size():
 
 
 def test_figures_of_the_real_thing_are_near_their_best():
-    real = seen(gaussian(2000, 0))
-    result = figures(seen(gaussian(1000, 1)), real, real.probabilities.argmax(1)[:1000])
+    real = classified(gaussian(2000, 0))
+    result = figures(classified(gaussian(1000, 1)), real, real.probabilities.argmax(1)[:1000])
     assert set(result) == {"frechet_distance", "kernel_distance", "precision", "recall", "density", "coverage",
                            "confident", "class_distance", "asked_class"}
     assert all(f["low"] <= f["value"] <= f["high"] and f["n"] == 1000 for f in result.values())
@@ -162,13 +162,13 @@ def test_figures_of_the_real_thing_are_near_their_best():
 
 def test_too_few_images_are_refused():
     with pytest.raises(ValueError, match=r"at least 120 images .* not 100"):
-        figures(seen(gaussian(100, 0)), seen(gaussian(1000, 1)))
+        figures(classified(gaussian(100, 0)), classified(gaussian(1000, 1)))
 
 
 def test_the_nearest_image_is_found_exactly():
-    chance = torch.Generator().manual_seed(0)
-    points = torch.randint(0, 256, (5000, 1, 6, 6), generator=chance, dtype=torch.uint8)
-    queries = torch.cat([points[[17, 4321]], torch.randint(0, 256, (50, 1, 6, 6), generator=chance,
+    generator = torch.Generator().manual_seed(0)
+    points = torch.randint(0, 256, (5000, 1, 6, 6), generator=generator, dtype=torch.uint8)
+    queries = torch.cat([points[[17, 4321]], torch.randint(0, 256, (50, 1, 6, 6), generator=generator,
                                                            dtype=torch.uint8)])
     distance, index = nearest(queries, points)
     expected = torch.cdist(queries.flatten(1).double() / 255, points.flatten(1).double() / 255).min(1)

@@ -28,6 +28,7 @@ import evaluate
 import sample
 from checkpoint import load_checkpoint
 from data import load_dataset
+from evaluation import reference
 from runtime import distributed
 from training import run_folder
 from training.run import AGREE_STEPS
@@ -138,7 +139,8 @@ def measured(tmp_path, data_dir, monkeypatch):
         argv = list(map(str, ["--checkpoint", path, "--num_images", COUNT, "--data_dir", data_dir, "--device", "cpu",
                               "--precision", "fp32", *flags, "--output_dir"]))
         folders = [tmp_path / name for name in ("one", "two")]
-        monkeypatch.setattr(evaluate, "load_dataset", lambda *args: load_dataset(*args).first(SPLIT))
+        for module in (evaluate, reference):
+            monkeypatch.setattr(module, "load_dataset", lambda *args: load_dataset(*args).first(SPLIT))
         assert evaluate.main([*argv, str(folders[0])]) == 0
         log = tmp_path / "log"
         assert run_together([*argv, str(folders[1])], log, SmallSplits(SPLIT), script="evaluate") == [0, 0]

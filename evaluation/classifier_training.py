@@ -1,0 +1,168 @@
+"""How the classifiers that judge images are trained: augmentations, a recipe for each data set, the training loop."""
+
+import math
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from data import SPLITS, ImageData, load_dataset, to_model
+from evaluation.classifier import WEIGHTS, Classifier, save_feature_network
+from evaluation.metrics import Progress
+from runtime.files import check_writable
+
+
+def warp(images: Tensor, generator: torch.Generator) -> Tensor:
+    """Rotate, scale, shift and slightly bend each image of a batch (B, C, H, W) at random; for digits."""
+    count, _, height, width = images.shape
+
+    def uniform(*shape: int, limit: float) -> Tensor:
+        return limit * (2 * torch.rand(*shape, generator=generator, device=images.device) - 1)
+
+    angle, scale = uniform(count, limit=math.radians(10)), torch.exp(uniform(count, limit=0.1))
+    cosine, sine = scale * torch.cos(angle), scale * torch.sin(angle)
+    linear = torch.stack([cosine, -sine, sine, cosine], dim=1).view(count, 2, 2)
+    offset = uniform(count, 2, 1, limit=0.12)                                   # half an image is 1
+    grid = F.affine_grid(torch.cat([linear, offset], dim=2), list(images.shape), align_corners=False)
+    bends = F.interpolate(uniform(count, 2, 5, 5, limit=0.1), (height, width), mode="bicubic")
+    grid = grid + bends.permute(0, 2, 3, 1)                                     # (B, H, W, 2)
+    return F.grid_sample(images, grid, padding_mode="border", align_corners=False)
+
+
+def flip(images: Tensor, generator: torch.Generator) -> Tensor:
+    """Flip each image of a batch (B, C, H, W) horizontally with probability 1/2."""
+    mirrored = torch.rand(len(images), 1, 1, 1, generator=generator, device=images.device) < 0.5
+    return torch.where(mirrored, images.flip(3), images)
+
+
+def shift(images: Tensor, generator: torch.Generator, pixels: int) -> Tensor:
+    """Shift each image of a batch (B, C, H, W) by up to `pixels` in both directions; its edge is repeated."""
+    count, _, height, width = images.shape
+    moves = torch.randint(0, 2 * pixels + 1, (2, count, 1, 1), generator=generator, device=images.device)
+    rows = moves[0] + torch.arange(height, device=images.device).view(1, -1, 1)     # (B, H, 1)
+    columns = moves[1] + torch.arange(width, device=images.device)                  # (B, 1, W)
+    padded = F.pad(images, [pixels] * 4, mode="replicate").permute(0, 2, 3, 1)
+    index = torch.arange(count, device=images.device).view(-1, 1, 1)
+    return padded[index, rows, columns].permute(0, 3, 1, 2)                         # (B, C, H, W)
+
+
+def cut_out(images: Tensor, generator: torch.Generator, size: int) -> Tensor:
+    """Set a square of `size` pixels at a random place of each image (B, C, H, W) to 0 (mid-grey)."""
+    count, _, height, width = images.shape
+    corner = torch.rand(2, count, 1, 1, 1, generator=generator, device=images.device)
+    top, left = (corner[0] * (height - size + 1)).floor(), (corner[1] * (width - size + 1)).floor()
+    rows = torch.arange(height, device=images.device).view(-1, 1)
+    columns = torch.arange(width, device=images.device)
+    inside = (rows >= top) & (rows < top + size) & (columns >= left) & (columns < left + size)
+    return images.masked_fill(inside, 0.0)
+
+
+def augment_clothes(images: Tensor, generator: torch.Generator) -> Tensor:
+    """For clothes: flip, shift by up to 2 pixels, hide an 8x8 square."""
+    return cut_out(shift(flip(images, generator), generator, pixels=2), generator, size=8)
+
+
+def augment_photos(images: Tensor, generator: torch.Generator) -> Tensor:
+    """For photos: flip, shift by up to 4 pixels, hide an 8x8 square."""
+    return cut_out(shift(flip(images, generator), generator, pixels=4), generator, size=8)
+
+
+def augment_any(images: Tensor, generator: torch.Generator) -> Tensor:
+    """For pictures of any kind: shift by up to 2 pixels."""
+    return shift(images, generator, pixels=2)
+
+
+@dataclass(frozen=True)
+class ClassifierRecipe:
+    """How a data set's classifier is built and trained. The defaults are for a data set without a row below."""
+
+    width: int = 48  # of the network
+    epochs: int = 20
+    batch_size: int = 128
+    lr: float = 0.1  # the peak of the one-cycle learning rate
+    weight_decay: float = 5e-4
+    augment: Callable[[Tensor, torch.Generator], Tensor] | None = augment_any
+
+
+CLASSIFIER_RECIPES = {
+    "mnist": ClassifierRecipe(width=32, epochs=14, weight_decay=3e-4, augment=warp),
+    "glyphs": ClassifierRecipe(width=32, epochs=6, weight_decay=3e-4, augment=warp),
+    "fashion_mnist": ClassifierRecipe(epochs=18, augment=augment_clothes),
+    "cifar10": ClassifierRecipe(epochs=24, augment=augment_photos),
+}
+
+
+def classifier_recipe(dataset: str) -> ClassifierRecipe:
+    """The data set's row of CLASSIFIER_RECIPES, or the defaults."""
+    return CLASSIFIER_RECIPES.get(dataset, ClassifierRecipe())
+
+
+def train_classifier(model: Classifier, images: Tensor, labels: Tensor, recipe: ClassifierRecipe, *, seed: int = 0,
+                     bf16: bool = True, progress: Progress = iter) -> None:
+    """Train in place on uint8 images (N, C, H, W) and labels (N,): SGD with a one-cycle learning rate.
+
+    bf16: compute the network in bfloat16.
+    """
+    device, batch_size = next(model.parameters()).device, recipe.batch_size
+    generator = torch.Generator(device).manual_seed(seed)
+    images, labels = images.to(device), labels.to(device)
+    model.to(memory_format=torch.channels_last).train()
+    optimizer = torch.optim.SGD(model.parameters(), recipe.lr, momentum=0.9, nesterov=True,
+                                weight_decay=recipe.weight_decay)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, recipe.lr, pct_start=0.2, cycle_momentum=False,
+                                                   total_steps=recipe.epochs * math.ceil(len(images) / batch_size))
+    for _ in progress(range(recipe.epochs)):
+        for chosen in torch.randperm(len(images), generator=generator, device=device).split(batch_size):
+            batch = to_model(images[chosen])
+            batch = recipe.augment(batch, generator) if recipe.augment else batch
+            with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
+                logits = model(batch.contiguous(memory_format=torch.channels_last))
+            loss = F.cross_entropy(logits.float(), labels[chosen])
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            schedule.step()
+    model.eval()
+
+
+@torch.no_grad()
+def accuracy(model: Classifier, images: Tensor, labels: Tensor, batch_size: int = 500) -> float:
+    """Share of correctly classified uint8 images (N, C, H, W), in [0, 1]."""
+    model.eval()
+    device = next(model.parameters()).device
+    correct = 0
+    for batch, truth in zip(images.split(batch_size), labels.split(batch_size), strict=True):
+        guesses = model(to_model(batch.to(device))).argmax(dim=1)
+        correct += (guesses == truth.to(device)).sum().item()
+    return correct / len(images)
+
+
+def new_classifier(data: ImageData, device, seed: int, bf16: bool, progress: Progress = iter) -> Classifier:
+    """A classifier trained by the data set's recipe on these images and labels alone."""
+    recipe = classifier_recipe(data.name)
+    torch.manual_seed(seed)
+    model = Classifier(**_network_config(data, recipe)).to(device)
+    train_classifier(model, data.images, data.labels, recipe, seed=seed, bf16=bf16, progress=progress)
+    return model
+
+
+def _network_config(data: ImageData, recipe: ClassifierRecipe) -> dict:
+    """The arguments of `Classifier` for a data set."""
+    return dict(image_channels=data.images.shape[1], num_classes=len(data.class_names), width=recipe.width)
+
+
+def train_feature_network(dataset: str, data_dir, device, seed: int, bf16: bool, progress: Progress = iter) -> str:
+    """Train a data set's feature network on the training split and write it to WEIGHTS; returns a line about it."""
+    check_writable(WEIGHTS)
+    splits = {split: load_dataset(dataset, split, data_dir) for split in SPLITS}
+    train, recipe = splits.pop("train"), classifier_recipe(dataset)
+    model = new_classifier(train, device, seed, bf16, progress)
+    model.half().float()  # the precision of the file
+    accuracies = {split: round(accuracy(model, data.images, data.labels), 4) for split, data in splits.items()}
+    notes = asdict(recipe) | dict(augment=getattr(recipe.augment, "__name__", None), seed=seed, bf16=bf16,
+                                  training_images=len(train.images), torch=str(torch.__version__))
+    path, digest = save_feature_network(dataset, model, _network_config(train, recipe), notes, accuracies)
+    return (f"Saved {path}: accuracy {accuracies['test']:.2%} on test, {accuracies['validation']:.2%} on validation; "
+            f"sha256 {digest}")

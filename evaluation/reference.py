@@ -1,0 +1,143 @@
+"""Images measured against real images: the figures and their floors, the accuracy score, the search for copies."""
+
+from collections.abc import Callable, Iterator
+from functools import partial
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from data import ImageData, load_dataset, to_model
+from diffusion import DiffusionProcess
+from evaluation.classifier import Classifier, load_feature_network
+from evaluation.classifier_training import new_classifier
+from evaluation.features import INCEPTION_FEATURES, extract_features, load_inception
+from evaluation.metrics import (
+    ImageFeatures,
+    check_image_count,
+    closeness,
+    estimate,
+    figures,
+    jackknife_means,
+    nearest,
+    random_groups,
+)
+from samplers import image_noise
+from utils import save_images
+
+PAIRS = 16  # in nearest.png: as many of the closest images, and as many others
+LIKELIHOOD_IMAGES = 200  # real images of bits_per_dim
+
+
+class Reference(NamedTuple):
+    """The real images, the networks that extract features, and the floor: as many other real images, measured alike."""
+
+    classifier: Classifier
+    inception: nn.Module | None
+    data: ImageData
+    features: ImageFeatures
+    floor_data: ImageData
+    floor: dict[str, dict]  # the figures of floor_data
+
+    def extract(self, images: Tensor, title: str) -> ImageFeatures:
+        """Features and class probabilities of uint8 images, with a progress bar."""
+        return extract_features(images, self.classifier, self.inception, progress_bar(title))
+
+
+def progress_bar(title: str) -> Callable:
+    """A function that shows a progress bar for what is looped over."""
+    return partial(tqdm, desc=title, leave=False)
+
+
+def random_subset(data: ImageData, count: int) -> ImageData:
+    """`count` random images of a split, or all of it: always the same ones. The split may be sorted."""
+    chosen = torch.randperm(len(data.images), generator=torch.Generator().manual_seed(0))[:count]
+    return ImageData(data.name, data.split, data.images[chosen], data.labels[chosen], data.class_names)
+
+
+def open_networks(dataset: str, features: str, count: int, device) -> tuple[Classifier, nn.Module | None]:
+    """The data set's classifier and, for `features` "inception", Inception. UserError if `count` images are too few."""
+    classifier = load_feature_network(dataset, device)
+    inception = load_inception().to(device) if features == "inception" else None
+    check_image_count(count, INCEPTION_FEATURES if inception else classifier.head.in_features)
+    return classifier, inception
+
+
+def make_reference(data: ImageData, count: int, classifier: Classifier, inception: nn.Module | None,
+                   data_dir) -> Reference:
+    """The reference for `count` images. The floor is from another split on which no network was trained."""
+    other = load_dataset(data.name, "test" if data.split == "validation" else "validation", data_dir)
+    floor_data = random_subset(other, count)
+    features, floor_features = (extract_features(images, classifier, inception, progress_bar(title))
+                                for images, title in ((data.images, data.split), (floor_data.images, "floor")))
+    return Reference(classifier, inception, data, features, floor_data,
+                     figures(floor_features, features, floor_data.labels))
+
+
+def compare(reference: Reference, features: ImageFeatures, labels: Tensor | None) -> dict[str, dict]:
+    """The figures of generated images, each with its floor; labels (N,) that were requested, or None."""
+    result = figures(features, reference.features, labels)
+    return {name: dict(figure, floor=reference.floor[name]["value"]) for name, figure in result.items()}
+
+
+def classification_accuracy_score(reference: Reference, images: Tensor, labels: Tensor, device, seed: int,
+                                  bf16: bool) -> dict[str, float]:
+    """The accuracy on the reference images of a classifier that is trained on generated images alone.
+
+    Ravuri and Vinyals 2019. It is trained by the recipe of the feature network. The floor is the accuracy after
+    training on as many real images. The interval is over the reference images: the randomness of the training is not
+    in it.
+    """
+    data = reference.data
+
+    def correct(train: ImageData, title: str) -> Tensor:
+        model = new_classifier(train, device, seed, bf16, progress_bar(title))
+        return extract_features(data.images, model).probabilities.argmax(1) == data.labels
+
+    generated = ImageData(data.name, "generated", images, labels, data.class_names)
+    right = correct(generated, "training on generated images")
+    floor = correct(reference.floor_data, "training on real images")
+    result = estimate(jackknife_means(right, random_groups(len(right))), 0.0, 1.0)
+    return dict(result, n=len(images), floor=floor.double().mean().item())
+
+
+def memorisation(reference: Reference, images: Tensor, features: ImageFeatures, data_dir, device, path: Path) -> dict:
+    """How close images are to training images, compared with unseen real test images; draws pairs to `path`.
+
+    `path` shows image | nearest in pixels | nearest in features: first of the closest images, then of others.
+    """
+    train = load_dataset(reference.data.name, "train", data_dir).images
+    real = random_subset(load_dataset(reference.data.name, "test", data_dir), len(images)).images
+    queries = torch.cat([images, real]).to(device)
+    pixels, same_pixels = nearest(queries, train, progress_bar("nearest in pixels"))
+    query_features = torch.cat([features.features, reference.extract(real, "test").features])
+    train_features = reference.extract(train, "train").features
+    distance, same_features = nearest(query_features.to(device), train_features, progress_bar("nearest in features"))
+    closest = pixels[:len(images)].argsort()[:PAIRS]
+    shown = torch.cat([closest, torch.arange(min(PAIRS, len(images)))])
+    columns = [images[shown], train[same_pixels[shown]], train[same_features[shown]],
+               torch.full_like(images[shown], 64)]
+    save_images(torch.stack(columns, 1).flatten(0, 1), path, columns=16)
+    return dict(pixels=closeness(pixels[:len(images)], pixels[len(images):]),
+                features=closeness(distance[:len(images)], distance[len(images):]),
+                training_images=len(train), real_images=len(real))
+
+
+@torch.no_grad()
+def bits_per_dim(model, diffusion: DiffusionProcess, data: ImageData, seed: int, batch_size: int) -> dict[str, float]:
+    """The variational bound of -log2 p(x_0) per dimension over LIKELIHOOD_IMAGES real images. It has no floor.
+
+    In float32, with T network evaluations for an image. The noise of image k is that of `image_noise` for this seed.
+    """
+    data, device = random_subset(data, LIKELIHOOD_IMAGES), diffusion.device
+
+    def batches() -> Iterator[Tensor]:
+        for rows in progress_bar("likelihood")(torch.arange(len(data.images)).split(batch_size)):
+            noise = image_noise(rows.tolist(), seed, data.images.shape[1:], device)()
+            labels = data.labels[rows].to(device) if model.num_classes else None
+            yield diffusion.bits_per_dim(model, to_model(data.images[rows]).to(device), noise, labels).cpu()
+
+    bits = torch.cat(list(batches()))                                                       # (N,)
+    return dict(estimate(jackknife_means(bits, random_groups(len(bits)))), n=len(bits), floor=None)

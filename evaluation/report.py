@@ -1,0 +1,72 @@
+"""What evaluate.py prints, and the conditions of a measurement that it records."""
+
+import hashlib
+import platform
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from data import ImageData
+from evaluation.classifier import weights_digest
+from runtime import distributed
+from utils import get_device, pick_precision
+
+
+def file_digest(path: str | Path) -> str:
+    """The sha256 of a file."""
+    return hashlib.sha256(Path(path).read_bytes()).hexdigest()
+
+
+def conditions(args, argv: Sequence[str] | None, data: ImageData, floor_data: ImageData, count: int) -> dict:
+    """All that is needed to repeat a measurement of `count` images, apart from the machine."""
+    import torchmetrics
+    import torchvision
+
+    made = dict(images=args.images)
+    if args.checkpoint:
+        made = dict(checkpoint=args.checkpoint, use_ema=args.use_ema, seed=args.seed, sampler=args.sampler,
+                    steps=args.steps, spacing=args.spacing, eta=args.eta, guidance_scale=args.guidance_scale,
+                    guidance_interval=args.guidance_interval, batch_size=args.batch_size, processes=distributed.size(),
+                    checkpoint_sha256=file_digest(args.checkpoint))
+    device = get_device(args.device)
+    return dict(command=["evaluate.py", *(sys.argv[1:] if argv is None else argv)], **made,
+                dataset=data.name, num_images=count, reference=dict(split=data.split, n=len(data.images)),
+                floor=dict(split=floor_data.split, n=len(floor_data.images)),
+                features=args.features, feature_network_sha256=weights_digest(data.name),
+                device=device.type, precision=pick_precision(args.precision, device),
+                versions=dict(python=platform.python_version(), torch=str(torch.__version__), numpy=np.__version__,
+                              torchvision=torchvision.__version__, torchmetrics=torchmetrics.__version__))
+
+
+def print_heading(about: dict) -> None:
+    """Print what is compared with what; about: the `conditions`."""
+    print(f"{about['dataset']}: {about['num_images']:,} images against the {about['reference']['n']:,} of "
+          f"{about['reference']['split']}; floor: {about['floor']['n']:,} real images of {about['floor']['split']}; "
+          f"features: {about['features']}")
+
+
+def print_figures(figures: dict[str, dict]) -> None:
+    """Print the table: one line for each figure, "-" where it has no floor."""
+    print(f"{'':17} {'value':>9}   {'95 % interval':^19}   {'floor':>9} {'n':>7}")
+    for name, f in figures.items():
+        floor = "-" if f["floor"] is None else f"{f['floor']:.4f}"
+        print(f"{name:17} {f['value']:9.4f}   {f['low']:9.4f}{f['high']:10.4f}   {floor:>9} {f['n']:7,}")
+
+
+def print_classes(shares: dict[str, float]) -> None:
+    """Print the share of each class among the generated images."""
+    print("Classes: " + ", ".join(f"{name} {share:.1%}" for name, share in shares.items()))
+
+
+def print_memorisation(report: dict) -> None:
+    """Print the result of `memorisation`, in pixels and in features."""
+    print(f"Distance to the nearest of {report['training_images']:,} training images, compared with "
+          f"{report['real_images']:,} real test images:")
+    for space in ("pixels", "features"):
+        r = report[space]
+        print(f"  in {space:8}  closer than 99 % of them: {r['closer_than_99_percent']:.2%} (1 % is expected), "
+              f"than any of them: {r['closer_than_any_real']:.2%}, copies: {r['copies']:.2%}; "
+              f"median distance {r['median']:.3f}, of the real images {r['real_median']:.3f}")
