@@ -1,13 +1,13 @@
-"""See how images become noise, how a trained model finds its way back, and what goes on inside it.
+"""Draw the forward process, the reverse process of a trained model, and the activations inside it.
 
     python visualize_diffusion.py
     python visualize_diffusion.py --what schedules --save_path outputs/schedules.png
     python visualize_diffusion.py --what denoising --checkpoint outputs/model_final.pt
 
-    forward     images at growing t                 attention   where each position looks
-    schedules   the noise schedules                 features    what the levels of the U-Net hold
-    denoising   a trajectory from noise to image    embedding   time and bottleneck in two dimensions
-                                                    loss        error against t, beside a Gaussian's
+    forward     images at increasing t               attention   attention weights of some positions
+    schedules   the noise schedules                  features    activations of the U-Net's stages
+    denoising   a trajectory from noise to image     embedding   time and bottleneck features in 2-D
+                                                     loss        the error of x_0_hat against t
 """
 
 import sys
@@ -36,7 +36,7 @@ from runtime.files import check_writable
 from samplers import generate, image_noise
 from utils import evenly_spaced, generator_for, get_device, pyplot, save_figure
 
-COLUMNS = (0, 50, 100, 200, 400, 600, 800, 999)  # of 1,000 timesteps
+COLUMNS = (0, 50, 100, 200, 400, 600, 800, 999)  # times t of --what forward, if T is 1,000
 DENOISING_COLUMNS = 10
 WITHOUT_MODEL = ("forward", "schedules")
 WITH_MODEL = ("denoising", "attention", "features", "embedding", "loss")
@@ -47,24 +47,24 @@ def parse_args(argv: Sequence[str] | None):
     parser.add_argument("--what", choices=WITHOUT_MODEL + WITH_MODEL, default="forward",
                         help="which picture to draw")
     parser.add_argument("--num_images", type=number(int, 1, 64), default=8,
-                        help="rows; of features: how many images are averaged")
+                        help="how many images (rows); with features: how many are averaged")
     parser.add_argument("--save_path", help="the .png to write (default: outputs/forward_diffusion.png, or "
-                                            "outputs/ and the name of what is drawn)")
-    parser.add_argument("--schedule", choices=SCHEDULES, default="linear", help="of --what forward")
+                                            "outputs/ and the value of --what)")
+    parser.add_argument("--schedule", choices=SCHEDULES, default="linear", help="for --what forward")
     parser.add_argument("--timesteps", type=number(int, 1, 100_000), default=1000,
-                        help="T, of --what forward and schedules")
+                        help="T, for --what forward and schedules")
     parser.add_argument("--dataset", choices=tuple(DATASETS),
-                        help="of --what forward; a --checkpoint names its own (default: mnist)")
+                        help="for --what forward (default: mnist; of a --checkpoint: its own)")
     add_shared_flags(parser, "data_dir", "seed", "device")
     group = parser.add_argument_group(f"--what {', '.join(WITH_MODEL)}")
-    group.add_argument("--checkpoint", help="a file that train.py wrote; it names the data set")
+    group.add_argument("--checkpoint", help="a file that train.py wrote; its data set is used")
     add_shared_flags(group, "sampler", "spacing", "steps", "label", "guidance_scale")
-    group.add_argument("--projection", choices=("tsne", "pca"), default="tsne", help="of embedding")
+    group.add_argument("--projection", choices=("tsne", "pca"), default="tsne", help="for --what embedding")
     args = parser.parse_args(argv)
     if args.what in WITH_MODEL and not args.checkpoint:
         parser.error(f"--what {args.what} needs a trained model: add --checkpoint outputs/model_final.pt")
     if args.what in WITHOUT_MODEL and args.checkpoint:
-        parser.error(f"--what {args.what} shows no model: leave out --checkpoint, or choose --what "
+        parser.error(f"--what {args.what} does not use a model: leave out --checkpoint, or choose --what "
                      f"{', '.join(WITH_MODEL)}")
     name = "forward_diffusion" if args.what == "forward" else args.what
     args.save_path = Path(args.save_path or f"outputs/{name}.png")
@@ -74,12 +74,12 @@ def parse_args(argv: Sequence[str] | None):
 
 
 def shown_times(num_timesteps: int) -> list[int]:
-    """COLUMNS, scaled to T timesteps; a small T has fewer."""
+    """COLUMNS scaled to T timesteps: fewer for a small T."""
     return sorted({round(t * (num_timesteps - 1) / 999) for t in COLUMNS})
 
 
 def show_images(rows: Sequence[Tensor], titles: Sequence[str], labels: Sequence[str], caption: str):
-    """A figure with one line of pictures for each row (N, C, H, W), a title over each column, a label left of each."""
+    """A figure of rows of pictures (N, C, H, W), with a title above each column and a label left of each row."""
     height = 1.05 * len(rows) + 0.6
     figure, axes = pyplot().subplots(len(rows), len(titles), figsize=(1.05 * len(titles) + 0.6, height), squeeze=False,
                                      gridspec_kw=dict(wspace=0.04, hspace=0.04, top=1 - 0.6 / height, bottom=0))
@@ -96,13 +96,13 @@ def show_images(rows: Sequence[Tensor], titles: Sequence[str], labels: Sequence[
 
 
 def draw_forward(args):
-    """x_t of some images at growing t: one row an image."""
+    """x_t at increasing t: one row for each image."""
     diffusion = DiffusionProcess(args.timesteps, args.schedule)
     data = load_dataset(args.dataset or "mnist", "test", args.data_dir)
-    chance = generator_for(args.seed)
-    chosen = torch.randperm(len(data.images), generator=chance)[:args.num_images]
+    generator = generator_for(args.seed)
+    chosen = torch.randperm(len(data.images), generator=generator)[:args.num_images]
     x_0 = to_model(data.images[chosen])
-    noise = torch.randn(x_0.shape, generator=chance)
+    noise = torch.randn(x_0.shape, generator=generator)
     times = shown_times(diffusion.num_timesteps)
     frames = torch.stack([diffusion.q_sample(x_0, t, noise) for t in times], dim=1)         # (B, times, C, H, W)
     names = [data.class_names[label] for label in data.labels[chosen]]
@@ -128,10 +128,9 @@ def draw_schedules(args):
     return figure
 
 
-def followed(args, model, diffusion: DiffusionProcess, checkpoint: dict) -> tuple[list[Frame], Tensor | None]:
-    """The trajectory from noise to the images that sample.py makes, (t, x_t, x_0_hat for it) of each step, and their
-    labels (B,), None for a model without.
-    """
+def trajectory_frames(args, model, diffusion: DiffusionProcess,
+                      checkpoint: dict) -> tuple[list[Frame], Tensor | None]:
+    """The (t, x_t, x_0_hat) of each step to the images that sample.py makes, and their labels (B,) or None."""
     indices, data = range(args.num_images), checkpoint["config"]["data"]
     labels = image_labels(args, model.num_classes, data["class_names"])
     args.sampler, args.steps = sampler_and_steps(args, checkpoint)
@@ -151,9 +150,9 @@ def shown_frames(frames: Sequence[Frame]) -> list[Frame]:
 
 
 def draw_denoising(args, model, diffusion: DiffusionProcess, checkpoint: dict):
-    """A trajectory from noise to image: for each image x_t above the model's x_0_hat."""
-    frames, _ = followed(args, model, diffusion, checkpoint)
-    image = frames[-1][2]  # every sampler ends in its last x_0_hat
+    """A trajectory from noise to image: for each image a row of x_t above a row of x_0_hat."""
+    frames, _ = trajectory_frames(args, model, diffusion, checkpoint)
+    image = frames[-1][2]  # every sampler ends with its last x_0_hat
     shown = shown_frames([*frames, (-1, image, image)])
     rows = [torch.stack([frame[part][i] for frame in shown]) for i in range(args.num_images) for part in (1, 2)]
     titles = ["image" if t < 0 else f"t = {t:.0f}" for t, _, _ in shown]
@@ -161,13 +160,13 @@ def draw_denoising(args, model, diffusion: DiffusionProcess, checkpoint: dict):
                        f"{args.sampler}, {args.steps} steps: x_t and, below, the clean image expected from it")
 
 
-def draw_inside(args, model, diffusion: DiffusionProcess, checkpoint: dict):
-    """One of the pictures that need a trained model."""
+def draw_with_model(args, model, diffusion: DiffusionProcess, checkpoint: dict):
+    """A picture that needs a trained model."""
     name = args.dataset
     if args.what == "denoising":
         return draw_denoising(args, model, diffusion, checkpoint)
     if args.what in ("attention", "features"):
-        frames, labels = followed(args, model, diffusion, checkpoint)
+        frames, labels = trajectory_frames(args, model, diffusion, checkpoint)
         if args.what == "attention":
             return draw_attention(model, diffusion, shown_frames(frames), labels, args.num_images)
         return draw_features(model, diffusion, shown_frames(frames), labels)
@@ -180,7 +179,7 @@ def draw_inside(args, model, diffusion: DiffusionProcess, checkpoint: dict):
 @script
 def main(argv=None):
     args = parse_args(argv)
-    draw = {"forward": draw_forward, "schedules": draw_schedules}.get(args.what, draw_inside)
+    draw = {"forward": draw_forward, "schedules": draw_schedules}.get(args.what, draw_with_model)
     opened = ()
     if args.checkpoint:
         opened = load_model(args.checkpoint, get_device(args.device))

@@ -1,7 +1,7 @@
-"""What doctor.py looks for: each check is a function of tensors and numbers, and returns findings.
+"""The checks of doctor.py: functions of tensors and numbers that return findings.
 
-Every figure is formed so that more is worse, and has two limits: beyond the first it is a WARN, beyond the second a
-FAIL. Figures of generated images stand beside those of real ones, so that the limits hold for every data set.
+Every check computes a value of which more is worse, and has two limits: WARN above the first, FAIL above the second.
+Values of generated images are relative to those of real images, so that the limits hold for every data set.
 """
 
 import math
@@ -16,11 +16,11 @@ from torch.nn import functional as F
 from diffusion import DiffusionProcess
 from samplers import DEFAULT_STEPS
 
-LEVELS = 127.5  # grey levels in a difference of 1 between images in [-1, 1]
+LEVELS = 127.5  # a difference of 1 between images in [-1, 1], in grey levels
 
 
 class Finding(NamedTuple):
-    """What a check found: status OK, WARN or FAIL, a message with the likely cause, and the command that mends it."""
+    """The result of a check: its status OK, WARN or FAIL, a message, and the likely cause with how to fix it."""
 
     check: str
     status: str
@@ -29,7 +29,7 @@ class Finding(NamedTuple):
 
 
 def judge(check: str, value: float, warn: float, fail: float, message: str, fix: str) -> Finding:
-    """OK up to `warn`, WARN up to `fail`, and FAIL beyond it or where the value is no number."""
+    """OK up to `warn`, WARN up to `fail`, FAIL above it and for NaN."""
     status = "OK" if value <= warn else "WARN" if value <= fail else "FAIL"
     return Finding(check, status, message, "" if status == "OK" else fix)
 
@@ -38,15 +38,15 @@ def judge(check: str, value: float, warn: float, fail: float, message: str, fix:
 
 
 def check_versions(python: tuple[int, int], torch_version: str, torchvision_version: str,
-                   wanted: Sequence[str]) -> Finding:
-    """Whether torchvision's package, which says what it `wanted` ("torch==2.5.1", ...), was made for this torch.
+                   requirements: Sequence[str]) -> Finding:
+    """Whether torchvision was built for this torch; requirements: those of its package, such as "torch==2.5.1".
 
-    The builds ("+cu124", "+cpu"), where both have one, must be the same; the project needs Python 3.10.
+    If both versions name a build ("+cu124", "+cpu"), it must be the same. The project needs Python 3.10.
     """
     versions = f"Python {python[0]}.{python[1]}, torch {torch_version}, torchvision {torchvision_version}"
     if python < (3, 10):
         return Finding("versions", "FAIL", f"{versions}: Python is too old", "install Python 3.10 or newer")
-    broken = [text for text in wanted if (need := Requirement(text)).name == "torch"
+    broken = [text for text in requirements if (need := Requirement(text)).name == "torch"
               and not need.specifier.contains(torch_version, prereleases=True)]
     builds = [version.partition("+")[2] for version in (torch_version, torchvision_version)]
     reason = (f": this torchvision needs {broken[0]}" if broken else
@@ -62,28 +62,31 @@ def check_data(images: Tensor, labels: Tensor, class_names: Sequence[str]) -> li
     """The value range, channels, classes, copies and blanks of images (N, C, H, W) uint8 with labels (N,)."""
     if images.dtype != torch.uint8:
         return [Finding("value range", "FAIL", f"the images are {images.dtype} from {images.min():g} to "
-                        f"{images.max():g}, not uint8 from 0 to 255: networks would see another range than [-1, 1]",
+                        f"{images.max():g}, not uint8 from 0 to 255: networks would not get [-1, 1]",
                         "in data.py: (images * 255).round().to(torch.uint8) for images in 0..1")]
     return [check_range(images), check_channels(images), check_classes(labels, class_names),
             check_duplicates(images), check_constant(images)]
 
 
 def check_range(images: Tensor) -> Finding:
+    """Whether the levels fill 0..255."""
     low, high = images.min().item(), images.max().item()
     return judge("value range", 255 - (high - low), 127, 253, f"levels {low} to {high} of 0 to 255",
                  "the images were scaled before they became uint8: multiply by 255 in data.py, then round")
 
 
 def check_channels(images: Tensor) -> Finding:
+    """1 or 3 channels, the 3 not all equal."""
     channels = images.shape[1]
     grey = channels == 3 and bool((images == images[:, :1]).all())
     what = f"{len(images):,} images of {channels} × {images.shape[2]} × {images.shape[3]}"
     return judge("channels", 2 if channels not in (1, 3) else float(grey), 0, 1,
                  what + (", all grey in three equal channels" if grey else ""),
-                 "in data.py, keep one channel of grey images; 1 or 3 are possible")
+                 "in data.py, keep one channel of grey images; 1 or 3 channels are possible")
 
 
 def check_classes(labels: Tensor, class_names: Sequence[str]) -> Finding:
+    """Labels in range, and classes of similar size."""
     outside = int(((labels < 0) | (labels >= len(class_names))).sum())
     if outside:
         return Finding("classes", "FAIL", f"{outside:,} labels lie outside 0..{len(class_names) - 1}",
@@ -92,42 +95,44 @@ def check_classes(labels: Tensor, class_names: Sequence[str]) -> Finding:
     rare = class_names[int(counts.argmin())]
     return judge("classes", (counts.max() / counts.min()).item(), 5, math.inf,
                  f"{len(class_names)} classes of {counts.min():,} ({rare}) to {counts.max():,} images",
-                 f"class {rare!r} will be learnt badly: add images of it, or leave it out")
+                 f"class {rare!r} will be learned badly: add images of it, or leave it out")
 
 
 def check_duplicates(images: Tensor) -> Finding:
+    """Images that occur more than once."""
     different = len({hash(image.tobytes()) for image in images.cpu().numpy()})
     share = 1 - different / len(images)
     return judge("duplicates", share, 0.01, 0.5, f"{len(images) - different:,} images are exact copies of others "
-                 f"({share:.1%})", "delete copies: a model learns them by heart, and evaluation flatters it")
+                 f"({share:.1%})", "delete copies: a model memorises them, and its figures are too good")
 
 
 def check_constant(images: Tensor) -> Finding:
+    """Images of one colour."""
     flat = images.flatten(1)
     count = int((flat.amax(1) == flat.amin(1)).sum())
     return judge("blank images", count / len(images), 0, 0.01, f"{count:,} images are of one colour",
-                 "delete them: they are damaged or padding, and the model learns to draw them")
+                 "delete them: they are damaged or padding, and the model learns to make such images")
 
 
 # ----------------------------------------------------------------------------------------------------- the schedule
 
 
 def check_schedule(diffusion: DiffusionProcess, steps: int = DEFAULT_STEPS) -> list[Finding]:
-    """What is left of the image at T - 1, how much an error of the network counts there, and whether T is enough."""
+    """The signal left at T - 1, the error of x_0_hat per error of the network there, and whether T is large enough."""
     last = diffusion.num_timesteps - 1
     alpha, log_snr = diffusion.alpha(last).item(), diffusion.log_snr(last).item()
     one = torch.ones(1, 1, 1, 1, dtype=torch.float64)
     gain = (diffusion.to_x_0(one, 0 * one, last) - diffusion.to_x_0(0 * one, 0 * one, last)).abs().item()
     return [
-        judge("terminal SNR", alpha, 0.05, 0.3, f"at t = {last} alpha is {alpha:.2g} (log-SNR {log_snr:.1f}): so much "
-              f"of the image is left, while sampling starts from pure noise (Lin et al. 2024)",
+        judge("terminal SNR", alpha, 0.05, 0.3, f"at t = {last} alpha is {alpha:.2g} (log-SNR {log_snr:.1f}), the "
+              f"share of the image that is left; sampling starts from pure noise (Lin et al. 2024)",
               "brightness and contrast will be off: python train.py --schedule cosine, or --prediction v "
               "--zero_terminal_snr"),
-        judge("first step", gain, 1000, math.inf, f"at t = {last} an error of the network is one of x_0_hat times "
-              f"{gain:.3g}", "the first steps are guesses that only clipping holds: python train.py --prediction v, "
-              "or --schedule linear"),
+        judge("first step", gain, 1000, math.inf, f"at t = {last} an error of x_0_hat is {gain:.3g} times the "
+              f"error of the network", "the first steps have large errors that only clipping bounds: "
+              "python train.py --prediction v, or --schedule linear"),
         judge("timesteps", steps - last - 1, 0, steps - 1, f"T is {last + 1}; sample.py takes {steps} steps by default",
-              "too few steps make coarse images: python train.py --timesteps 1000"),
+              "too few steps make images worse: python train.py --timesteps 1000"),
     ]
 
 
@@ -135,45 +140,45 @@ def check_schedule(diffusion: DiffusionProcess, steps: int = DEFAULT_STEPS) -> l
 
 
 def check_ema(step: int, decay: float) -> Finding:
-    """A moving average of decay d looks back over 1 / (1 - d) steps: younger, it still holds the beginning."""
+    """A moving average of decay d covers 1 / (1 - d) steps; in a shorter run it still contains the initial weights."""
     window = 1 / max(1e-9, 1 - decay)
-    return judge("EMA", window / max(step, 1e-9), 1, math.inf, f"the average of the weights looks back over "
+    return judge("EMA", window / max(step, 1e-9), 1, math.inf, f"the average of the weights covers "
                  f"{window:,.0f} steps; the run has {step:,}",
-                 "a young average makes blurred or noisy images: train longer, lower --ema_decay, or "
+                 "with a short run the average makes blurred or noisy images: train longer, lower --ema_decay, or "
                  "python sample.py --no_use_ema")
 
 
 def check_tensors(weights: dict[str, Tensor], initial: dict[str, Tensor], step: int, part: str) -> Finding:
-    """Which tensors are constant (zero included) or are what they were before the first step."""
-    def is_dead(name: str, weight: Tensor) -> bool:
+    """Which tensors are constant (also zero) or equal to what they were before the first step."""
+    def is_untrained(name: str, weight: Tensor) -> bool:
         constant = weight.numel() > 1 and bool((weight == weight.flatten()[0]).all())
         return constant or torch.equal(weight, initial[name])
 
-    dead = [name for name, weight in weights.items() if is_dead(name, weight)]
-    listed = f" after {step:,} steps: {', '.join(dead[:3])}{' ...' * (len(dead) > 3)}" if dead else ""
-    return judge(f"tensors of {part}", (1 if step < 10 else 2) * bool(dead), 0, 1,
-                 f"{len(dead)} of {len(weights)} have learnt nothing{listed}",
-                 "a learning rate of 0, a layer that nothing uses, or an average that is never updated: train again, "
+    untrained = [name for name, weight in weights.items() if is_untrained(name, weight)]
+    listed = f" after {step:,} steps: {', '.join(untrained[:3])}{' ...' * (len(untrained) > 3)}" if untrained else ""
+    return judge(f"tensors of {part}", (1 if step < 10 else 2) * bool(untrained), 0, 1,
+                 f"{len(untrained)} of {len(weights)} have not been trained{listed}",
+                 "a learning rate of 0, an unused layer, or an average that is never updated: train again, "
                  "python train.py --lr 2e-3 --ema_decay 0.999")
 
 
 def check_label_rows(embedding: Tensor, initial: Tensor) -> Finding:
-    """Labels that were never shown have the embedding (classes + 1, D) of the first step; the last is "no label"."""
-    unseen = (embedding == initial).all(1).tolist()
-    classes = [str(label) for label, missing in enumerate(unseen[:-1]) if missing]
-    message = f"classes never shown: {', '.join(classes)}" if classes else "all classes were shown"
-    message += ", but never an image without its label" * unseen[-1]
-    return judge("labels shown", 2 * bool(classes) + unseen[-1], 0, 1, message,
-                 "labels were dropped for whole batches, or never (then guidance has nothing to compare with): "
+    """Labels that never occurred keep their initial row of the embedding (classes + 1, D); the last is "no label"."""
+    unchanged = (embedding == initial).all(1).tolist()
+    classes = [str(label) for label, missing in enumerate(unchanged[:-1]) if missing]
+    message = f"classes never trained on: {', '.join(classes)}" if classes else "all classes were trained on"
+    message += ", but never without a label" * unchanged[-1]
+    return judge("labels shown", 2 * bool(classes) + unchanged[-1], 0, 1, message,
+                 "labels were dropped for whole batches, or never (guidance needs a model without labels too): "
                  "python train.py --conditional --label_dropout 0.1")
 
 
 def check_history(losses: Sequence[float], val_losses: Sequence[float]) -> list[Finding]:
-    """Whether the loss became no number or rose, and whether that on unseen images rose while it fell."""
+    """Whether the training loss was not finite or rose, and whether the validation loss rose."""
     lower = "the learning rate is too high: python train.py --lr 5e-4 --muon_lr 0.005, or --max_grad_norm 0.5"
     bad = sum(not math.isfinite(loss) for loss in losses)
     if bad:
-        return [Finding("history of the loss", "FAIL", f"{bad} of {len(losses)} recorded losses are no numbers", lower)]
+        return [Finding("history of the loss", "FAIL", f"{bad} of {len(losses)} recorded losses are not finite", lower)]
     if len(losses) < 10:
         return [Finding("history of the loss", "OK", f"{len(losses)} records, too few to judge")]
     means = [part.mean().item() for part in torch.tensor(losses, dtype=torch.float64).chunk(10)]
@@ -183,13 +188,13 @@ def check_history(losses: Sequence[float], val_losses: Sequence[float]) -> list[
     if len(val_losses) >= 5:
         rise = val_losses[-1] / max(min(val_losses), 1e-12)
         findings.append(judge("validation loss", rise, 1.1, 2, f"the last is {rise:.2f} times the lowest",
-                              "it learns the training images by heart: fewer --epochs, more images or a smaller "
+                              "it memorises the training images: fewer --epochs, more images or a smaller "
                               "--base_channels"))
     return findings
 
 
 def check_error(error: Tensor, bound: Tensor, log_snr: Sequence[float], longer: str) -> Finding:
-    """The error of x_0_hat (K,) beside that of the best linear denoiser (K,), from little noise to much.
+    """The error of x_0_hat (K,) relative to that of the best linear denoiser (K,), from little to much noise.
 
     longer: the command that trains longer.
     """
@@ -197,17 +202,17 @@ def check_error(error: Tensor, bound: Tensor, log_snr: Sequence[float], longer: 
     listed = ", ".join(f"{ratio:.2f} at {snr:.0f}" for ratio, snr in zip(ratios, log_snr, strict=True))
     return judge("error against t", math.nan if any(map(math.isnan, ratios)) else max(ratios), 1.1, 1.5,
                  f"times the Gaussian bound, by log-SNR: {listed}",
-                 f"worse than a linear filter is broken or hardly trained: train longer ({longer}), else with a lower "
-                 f"--lr and on images in the range of data.py")
+                 f"a network worse than a linear filter is broken or hardly trained: train longer ({longer}), or with "
+                 f"a lower --lr and on images in the range of data.py")
 
 
 def check_labels_used(right: Tensor, wrong: Tensor, x_0: Tensor) -> Finding:
-    """x_0_hat of the same x_t (B, C, H, W) with the right labels and with wrong ones: does it matter?"""
+    """Whether x_0_hat (B, C, H, W) of the same x_t depends on the labels: with the right ones and with wrong ones."""
     change = ((right - wrong).square().mean().sqrt() / x_0.std()).item()
     gain = ((wrong - x_0).square().mean() / (right - x_0).square().mean()).item()
     if change > 0.05 and gain < 1:
         return Finding("labels used", "FAIL", f"wrong labels make the error smaller, by {1 - gain:.1%}",
-                       "the labels do not belong to the images: see that data.py does not reorder one of them")
+                       "the labels do not match the images: check that data.py keeps their order")
     return judge("labels used", 1 - change, 0.95, 0.99, f"another label changes x_0_hat by {change:.1%} of the images' "
                  f"standard deviation, and makes its error {gain:.2f} times as large",
                  "labels are ignored: python train.py --conditional --label_dropout 0.1, and train longer")
@@ -217,30 +222,33 @@ def check_labels_used(right: Tensor, wrong: Tensor, x_0: Tensor) -> Finding:
 
 
 def check_samples(images: Tensor, real: Tensor) -> list[Finding]:
-    """What is wrong with images (N, C, H, W) as a sampler left them, beside real ones (M, C, H, W) in [-1, 1]."""
+    """Defects of generated images (N, C, H, W), not clipped, compared with real ones (M, C, H, W) in [-1, 1]."""
     if not bool(images.isfinite().all()):
-        return [Finding("samples", "FAIL", "the images hold numbers that are not finite",
+        return [Finding("samples", "FAIL", "the images contain NaN or inf",
                         "the run diverged: python train.py --lr 5e-4 --muon_lr 0.005 --precision fp32")]
     images = images.clamp(-1, 1)
     blank = check_blank(images)
     if blank.status == "FAIL":
-        return [blank]  # the other figures would only repeat it
+        return [blank]  # the other checks would fail for the same reason
     pattern = check_pattern(images, real)
-    noise = [check_noise(images, real)] if pattern.status == "OK" else []  # a pattern passes for noise
+    noise = [check_noise(images, real)] if pattern.status == "OK" else []  # a pattern would count as noise
     return [blank, check_brightness(images, real), check_saturation(images, real), check_diversity(images, real),
             pattern, *noise]
 
 
 def check_blank(images: Tensor) -> Finding:
+    """Images of one colour."""
     blank = images.flatten(1).std(1) < 0.03
     mean = images[blank].mean().item() if blank.any() else 0.0
     colour = "black" if mean < -0.9 else "white" if mean > 0.9 else "grey"
     share = blank.double().mean().item()
     return judge("blank samples", share, 0, 0.1, f"{share:.0%} are of one colour" + f", {colour}" * bool(share),
-                 "hardly trained, diverged, or a young EMA: train longer, and compare python sample.py --no_use_ema")
+                 "hardly trained, diverged, or too few steps for the EMA: train longer, and compare python sample.py "
+                 "--no_use_ema")
 
 
 def check_brightness(images: Tensor, real: Tensor) -> Finding:
+    """The mean of the pixels."""
     shift = ((images.mean() - real.mean()) / real.std()).item()
     return judge("brightness", abs(shift), 0.25, 0.5, f"the mean is {images.mean():.2f}, that of real images "
                  f"{real.mean():.2f}: {shift:+.2f} standard deviations of a pixel",
@@ -249,6 +257,7 @@ def check_brightness(images: Tensor, real: Tensor) -> Finding:
 
 
 def check_saturation(images: Tensor, real: Tensor) -> Finding:
+    """The share of pixels that are neither black nor white."""
     between, real_between = ((x.abs() < 0.9).double().mean().item() for x in (images, real))
     lost = 1 - between / max(real_between, 1e-9)
     return judge("saturation", lost, 0.5, 0.8, f"{between:.0%} of the pixels are neither black nor white, of real "
@@ -262,25 +271,26 @@ def nearest_other(images: Tensor) -> Tensor:
 
 
 def check_diversity(images: Tensor, real: Tensor) -> Finding:
-    """The variance between images and the typical distance to the nearest other, of as many real images."""
+    """The variance between images and the median distance to the nearest other image."""
     real = real[:len(images)]
     spread = (images.var(0).mean() / real.var(0).mean()).sqrt().item()
     apart = (nearest_other(images).median() / nearest_other(real).median().clamp(min=1e-9)).item()
     return judge("diversity", 1 - min(spread, apart), 0.4, 0.75, f"the images differ {spread:.2f} times as much as "
                  f"real ones, and {apart:.2f} times from the nearest other",
-                 "nearly the same image again and again: train longer or on more images, lower --guidance_scale")
+                 "the images are nearly the same: train longer or on more images, lower --guidance_scale")
 
 
 def noise_level(images: Tensor) -> float:
     """The standard deviation of white noise in images: median |diagonal Haar coefficient| / 0.6745.
 
-    Donoho and Johnstone 1994, section 4.1: edges are few, so the median sees what lies on the flat parts.
+    Donoho and Johnstone 1994, section 4.1: edges are few, so that the median is that of the flat parts.
     """
     kernel = torch.tensor([[1.0, -1.0], [-1.0, 1.0]]).expand(images.shape[1], 1, 2, 2) / 2
     return F.conv2d(images, kernel, groups=images.shape[1]).abs().median().item() / 0.6745
 
 
 def check_noise(images: Tensor, real: Tensor) -> Finding:
+    """Noise that sampling did not remove."""
     left, normal = noise_level(images), noise_level(real)
     return judge("noise left", left - normal, 0.04, 0.12, f"noise of {left * LEVELS:.1f} grey levels, in real images "
                  f"{normal * LEVELS:.1f}", "too few steps or a network that is hardly trained: python sample.py "
@@ -288,71 +298,72 @@ def check_noise(images: Tensor, real: Tensor) -> Finding:
 
 
 def pattern_peaks(images: Tensor) -> Tensor:
-    """How far the spectrum stands out at periods 2 and 4, by frequency: power / median power of the 8 neighbours.
+    """Peaks of the spectrum at periods of 2 and 4 pixels: power / median power of the 8 neighbouring frequencies.
 
-    The spectrum is the median over the images: a striped shirt is no pattern of the network's.
+    The spectrum is the median over the images, so that a single striped shirt makes no peak.
     """
     height, width = images.shape[2:]
     power = torch.fft.fft2(images - images.mean((2, 3), keepdim=True)).abs().square().mean(1).median(0).values  # (H, W)
     around = [power.roll((i, j), (0, 1)) for i in (-1, 0, 1) for j in (-1, 0, 1) if (i, j) != (0, 0)]
     peaks = power / torch.stack(around).median(0).values.clamp(min=1e-9)
     period = 4 if height % 4 == 0 and width % 4 == 0 else 2 if height % 2 == 0 and width % 2 == 0 else 1
-    return peaks[::height // period, ::width // period].flatten()[1:]                       # without the mean
+    return peaks[::height // period, ::width // period].flatten()[1:]                       # without frequency 0
 
 
 def check_pattern(images: Tensor, real: Tensor) -> Finding:
+    """A regular grid in the images."""
     ratio = max((pattern_peaks(images) / pattern_peaks(real)).tolist(), default=1.0)
-    return judge("grid pattern", ratio, 4, 10, f"power at periods of 2 and 4 pixels stands out {ratio:.1f} times as "
-                 f"far as in real images", "the patches or the up-sampling show: train longer, or python train.py "
+    return judge("grid pattern", ratio, 4, 10, f"peaks of the spectrum at periods of 2 and 4 pixels are {ratio:.1f} "
+                 f"times those of real images", "patches or up-sampling are visible: train longer, or python train.py "
                  "--patch_size 1")
 
 
 def check_copies(closeness: dict[str, float]) -> Finding:
-    """metrics.closeness of samples to the training images, against that of unseen real ones: 1 % is expected."""
+    """Memorised training images; closeness: that of metrics.closeness. 1 % closer than 99 % is expected."""
     share, copies = closeness["closer_than_99_percent"], closeness["copies"]
     return judge("copies", max(share, 10 * copies), 0.25, 0.6, f"{share:.0%} are closer to a training image than 99 % "
                  f"of unseen real ones, {copies:.0%} are exact copies",
-                 "it has learnt images by heart: more images, fewer --epochs or a smaller --base_channels; "
+                 "it has memorised images: more images, fewer --epochs or a smaller --base_channels; "
                  "python evaluate.py shows the pairs")
 
 
 def check_steps(images: Tensor, more: Tensor, steps: int) -> Finding:
-    """The same images with `steps` and with twice as many: where they differ, `steps` are too few."""
+    """Images with `steps` and with twice as many steps: if they differ, `steps` is too small."""
     change = ((images - more).square().mean().sqrt() / more.std()).item()
     return judge("steps", change, 0.3, math.inf, f"twice as many as {steps} steps change the images by {change:.0%} of "
                  f"their standard deviation", f"too few steps: python sample.py --steps {5 * steps}, or --prediction v "
                  f"in training")
 
 
-# ----------------------------------------------------------------------------- what the data set's classifier sees
+# ----------------------------------------------------------------------------- what the classifier says
 
 
 def check_recognised(probabilities: Tensor, real: Tensor, labels: Tensor | None) -> list[Finding]:
-    """Class probabilities (N, K) of samples and (M, K) of real images; labels (N,) that were asked for, or None."""
-    sure, real_sure = probabilities.amax(1).mean().item(), real.amax(1).mean().item()
+    """Class probabilities (N, K) of samples and (M, K) of real images; requested labels (N,), or None."""
+    confidence, real_confidence = probabilities.amax(1).mean().item(), real.amax(1).mean().item()
     classes = probabilities.argmax(1).bincount(minlength=probabilities.shape[1])
     most = (classes.max() / classes.sum()).item()
-    findings = [judge("recognisable", real_sure - sure, 0.15, 0.3, f"the classifier is {sure:.0%} sure, of real images "
-                      f"{real_sure:.0%}", "shapes that belong to no class: train longer, or a larger "
-                      "--base_channels"),
+    findings = [judge("recognisable", real_confidence - confidence, 0.15, 0.3, f"the classifier is {confidence:.0%} "
+                      f"confident, {real_confidence:.0%} on real images", "shapes of no class: train longer, or a "
+                      "larger --base_channels"),
                 judge("classes made", most, 0.5, 0.9, f"{int((classes > 0).sum())} of {len(classes)} classes, "
-                      f"{most:.0%} of the images of one", "it makes little else: train longer, or --conditional")]
+                      f"{most:.0%} of the images of one", "one class is too frequent: train longer, or --conditional")]
     if labels is not None:
         wrong = (probabilities.argmax(1) != labels).double().mean().item()
-        findings.append(judge("labels obeyed", wrong, 0.25, 0.6, f"{wrong:.0%} show another class than asked for",
+        findings.append(judge("labels obeyed", wrong, 0.25, 0.6, f"{wrong:.0%} show another class than requested",
                               "labels are ignored: python train.py --conditional --label_dropout 0.1, train longer"))
     return findings
 
 
-def check_mirrored(sure: Tensor, mirrored: Tensor, real_sure: Tensor, real_mirrored: Tensor) -> list[Finding]:
-    """The classifier's confidence in samples (N,), in their mirror images, and in both of real images (M,).
+def check_mirrored(confidence: Tensor, mirrored: Tensor, real: Tensor, real_mirrored: Tensor) -> list[Finding]:
+    """The classifier's confidence in samples (N,) and their mirror images, and the same for real images (M,).
 
-    Real digits lose by mirroring. Samples of a network that learnt from flipped images do not. Nothing is said where
-    real images do not lose either, or the samples are not recognised.
+    Mirroring lowers the confidence in real digits, but not in samples of a network trained on flipped images. There is
+    no finding if mirroring does not matter for real images either, or if the samples are not recognised.
     """
-    gap, real_gap = (sure - mirrored).mean().item(), (real_sure - real_mirrored).mean().item()
-    if real_gap < 0.03 or sure.maximum(mirrored).mean() < real_sure.mean() - 0.15:
+    gap, real_gap = (confidence - mirrored).mean().item(), (real - real_mirrored).mean().item()
+    if real_gap < 0.03 or confidence.maximum(mirrored).mean() < real.mean() - 0.15:
         return []
-    return [judge("mirrored", 1 - gap / real_gap, 0.6, 0.9, f"mirroring costs the classifier {gap:.1%} of its "
-                  f"confidence, on real images {real_gap:.1%}",
-                  "trained with random flips, which digits do not survive: take them out of the training, train again")]
+    return [judge("mirrored", 1 - gap / real_gap, 0.6, 0.9, f"mirroring lowers the classifier's confidence by "
+                  f"{gap:.1%}, on real images by {real_gap:.1%}",
+                  "trained with random flips, after which digits are no digits: train again without them")]

@@ -1,7 +1,7 @@
-"""What goes on inside a trained network: where attention looks, what the levels hold, how time is seen, where it errs.
+"""Pictures of a trained network: attention, activations, embeddings of time and images, and the error against t.
 
-Forward hooks read the network as it works; nothing in it is changed. A `Frame` (t, x_t, x_0_hat) is what it saw in one
-step of a trajectory, and what it made of it.
+Forward hooks read the network's activations and change nothing. A `Frame` is one step of a trajectory: (t, x_t,
+x_0_hat).
 """
 
 import math
@@ -25,12 +25,9 @@ ERROR_IMAGES, ERROR_TIMES, GAUSSIAN_IMAGES = 512, 25, 10_000
 EMBEDDED_IMAGES, EMBEDDED_TIMES = 500, 200
 
 
-def captured(model, diffusion: DiffusionProcess, modules: dict[str, nn.Module], x_t: Tensor, t: Tensor,
+def capture_outputs(model, diffusion: DiffusionProcess, modules: dict[str, nn.Module], x_t: Tensor, t: Tensor,
              labels: Tensor | None = None) -> dict[str, Tensor]:
-    """The outputs of some of the model's modules, by name, as it looks at x_t (B, C, H, W) at the times t (B,).
-
-    labels (B,): what it is told that they show.
-    """
+    """The outputs of `modules` of the model, by name, for x_t (B, C, H, W) at the times t (B,), with labels (B,)."""
     outputs = {}
 
     def keep(name: str):
@@ -39,24 +36,24 @@ def captured(model, diffusion: DiffusionProcess, modules: dict[str, nn.Module], 
     hooks = [module.register_forward_hook(keep(name)) for name, module in modules.items()]
     try:
         with torch.no_grad():
-            seen = (part if part is None else part.to(diffusion.device) for part in (x_t, t, labels))
-            diffusion.predict(model, *seen)
+            inputs = (part if part is None else part.to(diffusion.device) for part in (x_t, t, labels))
+            diffusion.predict(model, *inputs)
     finally:
         for hook in hooks:
             hook.remove()
     return outputs
 
 
-def stacked(frames: Sequence[Frame], labels: Tensor | None,
+def stack_frames(frames: Sequence[Frame], labels: Tensor | None,
             count: int | None = None) -> tuple[Tensor, Tensor, Tensor | None]:
-    """(x_t, t, labels) of the first `count` images, or of all, in all frames as one batch, the first frame's first."""
+    """(x_t, t, labels) of the first `count` images (default: all) of all frames, as one batch in frame order."""
     x_t = torch.stack([x[:count] for _, x, _ in frames])                                    # (frames, B, C, H, W)
     t = torch.tensor([t for t, _, _ in frames], dtype=torch.float32).repeat_interleave(x_t.shape[1])
     return x_t.flatten(0, 1), t, labels if labels is None else labels[:count].repeat(len(frames))
 
 
-def batches(size: int, *parts: Tensor | None) -> Iterator[tuple[Tensor | None, ...]]:
-    """Tensors of one length, or None, cut into batches of `size`."""
+def split_batches(size: int, *parts: Tensor | None) -> Iterator[tuple[Tensor | None, ...]]:
+    """Batches of `size` of several tensors of one length, or None."""
     return (tuple(part if part is None else part[start:start + size] for part in parts)
             for start in range(0, len(parts[0]), size))
 
@@ -65,7 +62,7 @@ def batches(size: int, *parts: Tensor | None) -> Iterator[tuple[Tensor | None, .
 
 
 def attention_weights(qkv: Tensor, heads: int) -> Tensor:
-    """Where each position looks: softmax(q kᵀ / √d) over the positions (Vaswani et al. 2017, eq. 1).
+    """The attention of each position to all others: softmax(q kᵀ / √d) (Vaswani et al. 2017, eq. 1).
 
     qkv (B, 3·C, H, W), the output of an Attention layer's `qkv`; returns (B, heads, H·W, H·W), whose rows sum to 1.
     """
@@ -76,42 +73,42 @@ def attention_weights(qkv: Tensor, heads: int) -> Tensor:
 
 def attention_maps(model, diffusion: DiffusionProcess, x_t: Tensor, t: Tensor,
                    labels: Tensor | None = None) -> dict[str, Tensor]:
-    """The mean over the heads, for each attention layer by name: (B, H, W, H, W), the query's position first.
+    """The attention weights of each layer by name, averaged over the heads: (B, H, W of the query, H, W of the key).
 
     UserError for a network without attention.
     """
     layers = {name: module for name, module in model.named_modules() if isinstance(module, Attention)}
     if not layers:
-        raise UserError("this network has no attention to look at: train one with python train.py --attention 4, "
-                         "or see --what features")
-    outputs = captured(model, diffusion, {name: layer.qkv for name, layer in layers.items()}, x_t, t, labels)
+        raise UserError("this network has no attention layer: train one with python train.py --attention 4, or draw "
+                        "--what features")
+    outputs = capture_outputs(model, diffusion, {name: layer.qkv for name, layer in layers.items()}, x_t, t, labels)
     return {name: attention_weights(outputs[name], layer.heads).mean(1).unflatten(2, outputs[name].shape[2:])
             .unflatten(1, outputs[name].shape[2:]) for name, layer in layers.items()}
 
 
-def chosen_queries(image: Tensor, height: int, width: int, count: int) -> list[tuple[int, int]]:
-    """At most `count` cells (row, column) of a grid over the image (C, H, W) with much in them, no two neighbours."""
+def choose_queries(image: Tensor, height: int, width: int, count: int) -> list[tuple[int, int]]:
+    """At most `count` cells (row, column) of a grid over the image (C, H, W) with high contrast, no two adjacent."""
     pixels = image.mean(0)
     spread = F.adaptive_avg_pool2d((pixels - pixels.mean()).square()[None], (height, width))[0]
     chosen = []
     for best in spread.flatten().argsort(descending=True, stable=True).tolist():
         row, column = divmod(best, width)
-        much = spread[row, column] > 0.1 * spread.max() or not chosen
-        if much and all(max(abs(row - r), abs(column - c)) > 1 for r, c in chosen):
+        contrast = spread[row, column] > 0.1 * spread.max() or not chosen
+        if contrast and all(max(abs(row - r), abs(column - c)) > 1 for r, c in chosen):
             chosen.append((row, column))
     return sorted(chosen[:count])
 
 
 def draw_attention(model, diffusion: DiffusionProcess, frames: Sequence[Frame], labels: Tensor | None, rows: int):
-    """Where some positions of the first image look at the frames' times, over the x_0_hat of each.
+    """The attention of some positions of the first image in each frame, drawn over its x_0_hat.
 
-    `rows` lines in all, shared between the layers, one at the least for each.
+    `rows` positions in all, shared between the layers, at least one for each layer.
     """
-    maps = attention_maps(model, diffusion, *stacked(frames, labels, 1))
+    maps = attention_maps(model, diffusion, *stack_frames(frames, labels, 1))
     image, lines = frames[-1][2][0], []
     for name, weights in maps.items():
         height, width = weights.shape[1:3]
-        for row, column in chosen_queries(image, height, width, max(1, rows // len(maps))):
+        for row, column in choose_queries(image, height, width, max(1, rows // len(maps))):
             label = f"{name.replace('.stage', '').replace('.attention', '')}\n{height}×{width}"
             lines.append((label, (row, column), weights[:, row, column] * height * width))
     brightest = max(2.0, *(line.max().item() for _, _, line in lines))
@@ -131,10 +128,10 @@ def draw_attention(model, diffusion: DiffusionProcess, frames: Sequence[Frame], 
 
 
 def _attention_cell(axis, x_0_hat: Tensor, weight: Tensor, query: tuple[int, int], brightest: float):
-    """One picture: x_0_hat (C, H, W) in grey under weight (h, w), with a + at the query."""
+    """Draw weight (h, w) over a grey x_0_hat (C, H, W), with a + at the query."""
     height, width = x_0_hat.shape[1:]
     axis.imshow(to_uint8(x_0_hat).float().mean(0).numpy(), cmap="gray", vmin=0, vmax=255)
-    shown = axis.imshow(weight.numpy(), cmap=_see_through("plasma"), norm="log", clim=(1.0, brightest),
+    shown = axis.imshow(weight.numpy(), cmap=_transparent_at_zero("plasma"), norm="log", clim=(1.0, brightest),
                         interpolation="nearest", extent=(-0.5, width - 0.5, height - 0.5, -0.5))
     row, column = ((q + 0.5) * size / cells - 0.5
                    for q, size, cells in zip(query, (height, width), weight.shape, strict=True))
@@ -143,8 +140,8 @@ def _attention_cell(axis, x_0_hat: Tensor, weight: Tensor, query: tuple[int, int
     return shown
 
 
-def _see_through(name: str):
-    """A colour map of matplotlib's, clear at its lower end."""
+def _transparent_at_zero(name: str):
+    """A colour map of matplotlib that is transparent at its lower end."""
     from matplotlib.colors import ListedColormap
 
     colours = pyplot().get_cmap(name)(torch.linspace(0, 1, 256).numpy())                    # (256, 4)
@@ -155,19 +152,16 @@ def _see_through(name: str):
 # -------------------------------------------------------------------------------------------------------- features
 
 
-def levels(model) -> dict[str, nn.Module]:
-    """The stages of the U-Net in the order in which the image passes them, by name."""
+def unet_stages(model) -> dict[str, nn.Module]:
+    """The stages of the U-Net by name, in the order of the forward pass."""
     downs = {f"down {i}": block.stage for i, block in enumerate(model.downs, start=1)}
     ups = {f"up {i}": block.stage for i, block in zip(range(len(model.ups), 0, -1), model.ups, strict=True)}
     return {"stem": model.stem, **downs, "middle": model.middle, **ups}
 
 
 def draw_features(model, diffusion: DiffusionProcess, frames: Sequence[Frame], labels: Tensor | None):
-    """What each level holds at the frames' times: |activation|, the mean over the channels, of the first image.
-
-    Below, the mean over the positions of all images, against t.
-    """
-    outputs = captured(model, diffusion, levels(model), *stacked(frames, labels))
+    """Mean |activation| of each stage: a map of the first image in each frame and, below, the mean of all against t."""
+    outputs = capture_outputs(model, diffusion, unet_stages(model), *stack_frames(frames, labels))
     maps = {name: output.abs().mean(1).unflatten(0, (len(frames), -1)) for name, output in outputs.items()}
     figure = pyplot().figure(figsize=(1.1 * len(frames) + 1.8, 1.1 * (len(maps) + 1) + 3.6), layout="constrained")
     top, bottom = figure.subfigures(2, 1, height_ratios=(1.1 * (len(maps) + 1) + 0.8, 3.0))
@@ -177,14 +171,14 @@ def draw_features(model, diffusion: DiffusionProcess, frames: Sequence[Frame], l
         axis.plot([t for t, _, _ in frames], values.flatten(1).mean(1), "o-", markersize=3, label=name)
     axis.set(xlabel="t", ylabel="mean |activation|", yscale="log",
              title=f"Mean over channels, positions and {values.shape[1]} images")
-    axis.invert_xaxis()  # time runs as above: noise on the left
+    axis.invert_xaxis()  # noise on the left, as above
     axis.grid(alpha=0.3)
     axis.legend(fontsize=8)
     return figure
 
 
 def _feature_maps(figure, frames: Sequence[Frame], maps: dict[str, Tensor]) -> None:
-    """x_t, then a line for each level; each picture from the least of its values (dark) to the most (bright)."""
+    """Draw x_t and below it a row of maps for each stage; each map from its minimum (dark) to its maximum (bright)."""
     axes = figure.subplots(len(maps) + 1, len(frames), squeeze=False)
     for axis, (t, x_t, _) in zip(axes[0], frames, strict=True):
         axis.imshow(to_uint8(x_t[0]).permute(1, 2, 0).numpy(), cmap="gray", vmin=0, vmax=255)
@@ -205,9 +199,9 @@ def _feature_maps(figure, frames: Sequence[Frame], maps: dict[str, Tensor]) -> N
 # ------------------------------------------------------------------------------------------------------- embedding
 
 
-def project(points: Tensor, how: str = "tsne", seed: int = 0) -> Tensor:
-    """Points (N, D) in two dimensions (N, 2): "tsne" (van der Maaten and Hinton 2008) keeps neighbours together, "pca"
-    shows them from the side where they spread most. UserError where scikit-learn, which t-SNE needs, is missing.
+def project_to_2d(points: Tensor, how: str = "tsne", seed: int = 0) -> Tensor:
+    """Points (N, D) projected to (N, 2): "pca" on the two axes of largest variance; "tsne" (van der Maaten and Hinton
+    2008) keeps neighbours together. UserError if scikit-learn is missing, which t-SNE needs.
     """
     if how == "pca":
         centred = points.double() - points.double().mean(0)
@@ -216,31 +210,32 @@ def project(points: Tensor, how: str = "tsne", seed: int = 0) -> Tensor:
         from sklearn.manifold import TSNE
     except ImportError as error:
         raise UserError("t-SNE needs scikit-learn: pip install -r requirements-see.txt, or ask for "
-                         "--projection pca") from error
+                        "--projection pca") from error
     perplexity = min(30.0, (len(points) - 1) / 3)
     return torch.from_numpy(TSNE(perplexity=perplexity, init="pca", random_state=seed % 2**32).fit_transform(
         points.numpy()))
 
 
-def bottleneck(model, diffusion: DiffusionProcess, x_0: Tensor, t: Tensor, seed: int,
+def bottleneck_features(model, diffusion: DiffusionProcess, x_0: Tensor, t: Tensor, seed: int,
                labels: Tensor | None = None) -> Tensor:
-    """What the middle of the U-Net holds of images x_0 (B, C, H, W) noised to t (B,): (B, C'), mean over positions."""
+    """Activations of the U-Net's middle for images x_0 (B, C, H, W) noised to t (B,): (B, C'), mean over positions."""
     noise = torch.randn(x_0.shape, generator=generator_for(seed))
     x_t = diffusion.q_sample(x_0, t, noise)
-    return torch.cat([captured(model, diffusion, {"middle": model.middle}, *batch)["middle"].mean((2, 3))
-                      for batch in batches(100, x_t, t, labels)])
+    return torch.cat([capture_outputs(model, diffusion, {"middle": model.middle}, *batch)["middle"].mean((2, 3))
+                      for batch in split_batches(100, x_t, t, labels)])
 
 
 def draw_embedding(model, diffusion: DiffusionProcess, data: ImageData, how: str, seed: int):
-    """The time embeddings, and the bottleneck's features of images at all times and of little noised ones, in 2-D.
+    """Time embeddings and bottleneck features in 2-D: of images at all times, and of images with little noise.
 
     UserError for a process of fewer than 5 timesteps.
     """
     T, count = diffusion.num_timesteps, min(EMBEDDED_IMAGES, len(data.images))
     if T < 5:
-        raise UserError(f"this checkpoint's process has T = {T}, too few times to lay out: train with more timesteps")
+        raise UserError(f"this checkpoint's process has T = {T}, fewer than 5: train with more --timesteps")
     x_0, labels = to_model(data.images[:count]), data.labels[:count]
-    middle = partial(bottleneck, model, diffusion, x_0, seed=seed, labels=labels if model.num_classes else None)
+    middle = partial(bottleneck_features, model, diffusion, x_0, seed=seed,
+                     labels=labels if model.num_classes else None)
     times = torch.linspace(0, T - 1, min(T, EMBEDDED_TIMES)).round()
     with torch.no_grad():
         embedded = model.time_embedding(times.to(diffusion.device)).cpu()
@@ -250,15 +245,15 @@ def draw_embedding(model, diffusion: DiffusionProcess, data: ImageData, how: str
               (f"bottleneck, the same at t = {early[0]:.0f}", middle(early), None)]
     figure, axes = pyplot().subplots(1, 3, figsize=(15, 4.6), layout="constrained")
     for axis, (title, points, colours) in zip(axes, panels, strict=True):
-        _scatter(axis, project(points, how, seed), colours, labels, data.class_names)
+        _plot_points(axis, project_to_2d(points, how, seed), colours, labels, data.class_names)
         axis.set(title=title, xticks=[], yticks=[])
     figure.colorbar(axes[1].collections[0], ax=axes[:2], pad=0.01).ax.set_title("t")
     figure.suptitle({"tsne": "t-SNE: near points are alike", "pca": "The first two principal components"}[how])
     return figure
 
 
-def _scatter(axis, points: Tensor, times: Tensor | None, labels: Tensor, class_names: Sequence[str]) -> None:
-    """Points (N, 2) in the colours of their times or, without times, of their classes with a legend."""
+def _plot_points(axis, points: Tensor, times: Tensor | None, labels: Tensor, class_names: Sequence[str]) -> None:
+    """Plot points (N, 2), coloured by their times or, without times, by their classes, with a legend."""
     if times is not None:
         axis.scatter(*points.T.numpy(), c=times.numpy(), s=12, cmap="viridis")
         return
@@ -273,9 +268,9 @@ def _scatter(axis, points: Tensor, times: Tensor | None, labels: Tensor, class_n
 
 def x_0_errors(model, diffusion: DiffusionProcess, x_0: Tensor, times: Sequence[float], seed: int,
                labels: Tensor | None = None) -> Tensor:
-    """E |x_0_hat - x_0|² per pixel at each of the times (K,), with the same noise at all of them.
+    """E |x_0_hat - x_0|² per pixel at each of the times (K,), with the same noise at all times.
 
-    x_0 (N, C, H, W) in [-1, 1], labels (N,); x_0_hat as samplers get it, clipped, without guidance.
+    x_0 (N, C, H, W) in [-1, 1], labels (N,). x_0_hat is clipped, as for samplers, and without guidance.
     """
     x_0, labels = x_0.to(diffusion.device), labels if labels is None else labels.to(diffusion.device)
     noise = torch.randn(x_0.shape, generator=generator_for(seed)).to(x_0)
@@ -285,20 +280,20 @@ def x_0_errors(model, diffusion: DiffusionProcess, x_0: Tensor, times: Sequence[
         return (x_0_hat - x).square().flatten(1).mean(1)                                    # (B,)
 
     with torch.no_grad():
-        return torch.stack([torch.cat([error(t, *batch) for batch in batches(64, x_0, noise, labels)]).mean()
+        return torch.stack([torch.cat([error(t, *batch) for batch in split_batches(64, x_0, noise, labels)]).mean()
                             for t in times]).cpu()
 
 
-def draw_loss(model, diffusion: DiffusionProcess, images: ImageData, known: ImageData, seed: int):
-    """The error of x_0_hat against t on `images`, which nothing was learnt from, and the share of it that a Gaussian
-    with the mean and covariance of the training images `known` leaves.
+def draw_loss(model, diffusion: DiffusionProcess, unseen: ImageData, train: ImageData, seed: int):
+    """The error of x_0_hat against t on images that were not used in training, and its ratio to the error of the best
+    linear denoiser of the training images `train`.
     """
     T = diffusion.num_timesteps
     times = sorted({round(t) for t in torch.linspace(0, T - 1, ERROR_TIMES).tolist()})
-    x_0 = to_model(images.images[:ERROR_IMAGES])
-    labels = images.labels[:ERROR_IMAGES] if model.num_classes else None
+    x_0 = to_model(unseen.images[:ERROR_IMAGES])
+    labels = unseen.labels[:ERROR_IMAGES] if model.num_classes else None
     network = x_0_errors(model, diffusion, x_0, times, seed, labels)
-    bound = gaussian_bound(to_model(known.images[:GAUSSIAN_IMAGES]), diffusion, times)
+    bound = gaussian_bound(to_model(train.images[:GAUSSIAN_IMAGES]), diffusion, times)
     figure, (left, right) = pyplot().subplots(1, 2, figsize=(12, 4.2), layout="constrained")
     style = dict(marker="o", markersize=3)
     left.plot(times, bound, "--", color="tab:orange", label="Gaussian model of the data", **style)
@@ -311,5 +306,5 @@ def draw_loss(model, diffusion: DiffusionProcess, images: ImageData, known: Imag
     right.legend()
     for axis in (left, right):
         axis.grid(alpha=0.3, which="both")
-    figure.suptitle(f"{len(x_0)} images of {images.name}, {images.split} split")
+    figure.suptitle(f"{len(x_0)} images of {unseen.name}, {unseen.split} split")
     return figure

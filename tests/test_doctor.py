@@ -2,6 +2,7 @@
 
 import json
 import math
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -13,18 +14,15 @@ import sample
 from checkpoint import FIELDS, load_model, save_checkpoint
 from data import ImageData, load_dataset, to_model, to_uint8
 from diffusion import DiffusionProcess
-from evaluation import health_checks
+from evaluation import health_checks, machine_checks
 from evaluation.gaussian import gaussian_bound
 from evaluation.health_checks import check_history, check_samples, check_schedule, check_versions
 from models import create_model
-
-
-def chance(seed=0):
-    return torch.Generator().manual_seed(seed)
+from runtime.errors import UserError
 
 
 def normal(*shape, seed=0):
-    return torch.randn(*shape, generator=chance(seed))
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
 
 
 def statuses(findings):
@@ -37,7 +35,7 @@ def assert_healthy(findings):
 
 
 def assert_found(findings, check, status="FAIL"):
-    """The defect is found under this name, with a remedy."""
+    """The defect is found under this name, with a fix."""
     found = [finding for finding in findings if finding.check == check]
     assert [finding.status for finding in found] == [status] and found[0].fix and found[0].message, findings
 
@@ -89,7 +87,7 @@ def wiener(train, process):
 
 def test_the_error_of_the_best_linear_denoiser_is_the_bound(blobs):
     process = DiffusionProcess(prediction="x0")
-    (finding,) = doctor.look_at_error(wiener(blobs[0], process), process, *blobs, "train.py")
+    (finding,) = doctor.examine_error(wiener(blobs[0], process), process, *blobs, "train.py")
     ratios = [float(part.split(" at ")[0]) for part in finding.message.split(": ")[1].split(", ")]
     assert finding.status == "OK" and len(ratios) == 5 and all(0.9 < ratio < 1.1 for ratio in ratios)
 
@@ -100,7 +98,7 @@ def test_a_network_that_has_learnt_nothing_is_worse_than_the_bound(blobs, predic
         return torch.zeros_like(x_t)
     model.num_classes = None
     process = DiffusionProcess(prediction=prediction, data_std=0.4)
-    assert_found(doctor.look_at_error(model, process, *blobs, "train.py"), "error against t")
+    assert_found(doctor.examine_error(model, process, *blobs, "train.py"), "error against t")
 
 
 def test_an_error_that_is_no_number_is_a_failure():
@@ -122,27 +120,26 @@ def test_versions_that_do_not_belong_together(python, torch_version, vision, wan
 
 
 def test_full_disks_and_little_memory(tmp_path, monkeypatch):
-    assert doctor.measure_disk("output_dir", tmp_path / "not" / "there").status != "FAIL"
-    monkeypatch.setattr(doctor.shutil, "disk_usage", lambda _: doctor.shutil._ntuple_diskusage(10**9, 10**9, 10**6))
-    assert_found([doctor.measure_disk("output_dir", tmp_path)], "disk of output_dir")
+    assert machine_checks.check_disk("output_dir", tmp_path / "not" / "there").status != "FAIL"
+    monkeypatch.setattr(machine_checks.shutil, "disk_usage", lambda _: SimpleNamespace(free=10**6))
+    assert_found([machine_checks.check_disk("output_dir", tmp_path)], "disk of output_dir")
     (tmp_path / "file").touch()
-    assert_found([doctor.measure_disk("data_dir", tmp_path / "file")], "disk of data_dir")
+    assert_found([machine_checks.check_disk("data_dir", tmp_path / "file")], "disk of data_dir")
     for free, status in ((8e9, "OK"), (1e9, "WARN"), (1e8, "FAIL")):
-        monkeypatch.setattr(doctor, "main_memory", lambda free=free: (free, 16e9))
-        assert doctor.measure_memory(torch.device("cpu")).status == status
+        monkeypatch.setattr(machine_checks, "main_memory", lambda free=free: (free, 16e9))
+        assert machine_checks.check_memory(torch.device("cpu")).status == status
 
 
 def test_the_slower_precision_is_named(monkeypatch):
-    monkeypatch.setattr(doctor, "convolution_seconds", lambda _, dtype: 1.0 if dtype == torch.bfloat16 else 0.1)
+    monkeypatch.setattr(machine_checks, "convolution_seconds", lambda _, dtype: 1.0 if dtype == torch.bfloat16 else 0.1)
     for chosen, status in (("bf16", "WARN"), ("fp32", "OK")):
-        monkeypatch.setattr(doctor, "pick_precision", lambda *_, chosen=chosen: chosen)
-        finding = doctor.measure_precision(torch.device("cpu"))
+        monkeypatch.setattr(machine_checks, "pick_precision", lambda *_, chosen=chosen: chosen)
+        finding = machine_checks.check_precision(torch.device("cpu"))
         assert finding.status == status and (status == "OK" or "--precision fp32" in finding.fix)
 
 
 def test_this_machine_is_looked_at_without_a_failure_of_its_versions(tmp_path):
-    args = doctor.parse_args(["--output_dir", str(tmp_path), "--device", "cpu"])
-    found = statuses(doctor.look_at_machine(args))
+    found = statuses(machine_checks.examine_machine("cpu", dict(output_dir=tmp_path, data_dir=tmp_path / "data")))
     assert found["versions"] == "OK"
     assert {"device", "precision", "memory", "disk of output_dir", "disk of data_dir"} < found.keys()
 
@@ -232,8 +229,8 @@ def make_checkpoint(num_classes=10, **changes):
 
 
 def test_a_healthy_checkpoint():
-    assert_healthy(doctor.look_at_checkpoint(make_checkpoint()))
-    assert_healthy(doctor.look_at_checkpoint(make_checkpoint(num_classes=None)))
+    assert_healthy(doctor.examine_checkpoint(make_checkpoint()))
+    assert_healthy(doctor.examine_checkpoint(make_checkpoint(num_classes=None)))
 
 
 def changed_tensors(part, change):
@@ -266,11 +263,11 @@ def no_label_unseen(name, weight, first):
     ("model", lambda _, weight, __: torch.full_like(weight, 0.3), "tensors of model", "FAIL"),
     ("ema", class_3_unseen, "labels shown", "FAIL"), ("ema", no_label_unseen, "labels shown", "WARN")])
 def test_dead_tensors(part, change, check, status):
-    assert_found(doctor.look_at_checkpoint(changed_tensors(part, change)), check, status)
+    assert_found(doctor.examine_checkpoint(changed_tensors(part, change)), check, status)
 
 
 def test_a_young_average():
-    assert_found(doctor.look_at_checkpoint(make_checkpoint(step=500)), "EMA", "WARN")
+    assert_found(doctor.examine_checkpoint(make_checkpoint(step=500)), "EMA", "WARN")
 
 
 def test_losses_that_rise_or_are_no_numbers():
@@ -285,7 +282,7 @@ def test_losses_that_rise_or_are_no_numbers():
 def test_a_record_without_a_finite_loss_is_a_failure():
     checkpoint = make_checkpoint()
     checkpoint["history"]["records"][20]["loss"] = None
-    assert_found(doctor.look_at_checkpoint(checkpoint), "history of the loss")
+    assert_found(doctor.examine_checkpoint(checkpoint), "history of the loss")
 
 
 @pytest.mark.parametrize("training", [dict(), dict(ema_decay="slow"), dict(ema_decay=None), dict(ema_decay=-1),
@@ -293,8 +290,8 @@ def test_a_record_without_a_finite_loss_is_a_failure():
 def test_flags_that_are_no_numbers_are_taken_for_the_default(training):
     checkpoint = make_checkpoint(history={})
     checkpoint["config"]["training"] = training
-    assert_healthy(doctor.look_at_checkpoint(checkpoint))
-    assert_found(doctor.look_at_checkpoint(checkpoint | dict(step=500)), "EMA", "WARN")
+    assert_healthy(doctor.examine_checkpoint(checkpoint))
+    assert_found(doctor.examine_checkpoint(checkpoint | dict(step=500)), "EMA", "WARN")
 
 
 # ------------------------------------------------------------------------------------------------------ the samples
@@ -377,8 +374,8 @@ def process():
     return DiffusionProcess(prediction="x0")
 
 
-def look_at_samples(memory, process, train, unseen, **settings):
-    return list(doctor.look_at_samples(Memory(memory, process, **settings), process, train, unseen, UNTOLD))
+def examine_samples(memory, process, train, unseen, **settings):
+    return list(doctor.examine_samples(Memory(memory, process, **settings), process, train, unseen, UNTOLD))
 
 
 UNTOLD = dict(config=dict(training={}, diffusion=dict(num_timesteps=1000)))  # what a checkpoint says of its kind
@@ -390,28 +387,28 @@ def only(data, images, labels=None):
 
 def test_a_healthy_generator(glyphs, process):
     train, unseen, others = glyphs
-    found = look_at_samples(others, process, train, unseen)
+    found = examine_samples(others, process, train, unseen)
     assert_healthy(finding for finding in found if finding.check != "steps")  # a finite set leaves jumps between them
     assert {"copies", "recognisable", "classes made", "mirrored", "diversity"} < statuses(found).keys()
 
 
 def test_a_generator_that_copies(glyphs, process):
-    assert_found(look_at_samples(glyphs[0], process, *glyphs[:2]), "copies")
+    assert_found(examine_samples(glyphs[0], process, *glyphs[:2]), "copies")
 
 
 def test_a_generator_that_learnt_from_flipped_digits(glyphs, process):
     train, unseen, others = glyphs
     flipped = only(others, torch.cat([others.images[:1000], others.images[1000:].flip(-1)]))
-    found = statuses(look_at_samples(flipped, process, train, unseen))
+    found = statuses(examine_samples(flipped, process, train, unseen))
     assert found["mirrored"] != "OK"
     mirrored = only(others, others.images.flip(-1))
-    assert_found(look_at_samples(mirrored, process, train, unseen), "mirrored")
+    assert_found(examine_samples(mirrored, process, train, unseen), "mirrored")
 
 
 def test_a_generator_of_one_class(glyphs, process):
     others = glyphs[2]
     ones = only(others, others.images[others.labels == 1], others.labels[others.labels == 1])
-    assert_found(look_at_samples(ones, process, *glyphs[:2]), "classes made")
+    assert_found(examine_samples(ones, process, *glyphs[:2]), "classes made")
 
 
 def test_labels_that_are_obeyed_ignored_or_wrong(glyphs, process):
@@ -419,13 +416,13 @@ def test_labels_that_are_obeyed_ignored_or_wrong(glyphs, process):
     results = {}
     for name, settings in dict(heeds=dict(), ignores=dict(heed=False)).items():
         model = Memory(others, process, num_classes=10, **settings)
-        results[name] = {f.check: f for f in (*doctor.look_at_error(model, process, train, unseen, "train.py"),
-                                              *doctor.look_at_samples(model, process, train, unseen, UNTOLD))}
+        results[name] = {f.check: f for f in (*doctor.examine_error(model, process, train, unseen, "train.py"),
+                                              *doctor.examine_samples(model, process, train, unseen, UNTOLD))}
     for check in ("labels used", "labels obeyed"):
         assert_healthy([results["heeds"][check]])
         assert_found([results["ignores"][check]], check)
     wrong = Memory(only(others, others.images, (others.labels + 1) % 10), process, num_classes=10)
-    assert_found(doctor.look_at_error(wrong, process, train, unseen, "train.py"), "labels used")
+    assert_found(doctor.examine_error(wrong, process, train, unseen, "train.py"), "labels used")
 
 
 @pytest.mark.parametrize("student", [False, True])
@@ -437,7 +434,7 @@ def test_it_judges_the_images_that_sample_makes(glyphs, monkeypatch, tmp_path, s
                         "cpu", "--precision", "fp32", "--num_images", str(doctor.SAMPLES)]) == 0
     seen = []
     monkeypatch.setattr(doctor, "check_samples", lambda images, _: seen.append(images) or [])
-    found = doctor.look_at_samples(*load_model(tmp_path / "model.pt")[:2], *glyphs[:2], checkpoint)
+    found = doctor.examine_samples(*load_model(tmp_path / "model.pt")[:2], *glyphs[:2], checkpoint)
     assert ("steps" in statuses(found)) != student
     made = torch.from_numpy(np.load(tmp_path / "x.npz")["arr_0"]).permute(0, 3, 1, 2)
     assert (to_uint8(seen[0]).int() - made.int()).abs().max() <= 1 and made.float().std() > 10
@@ -450,7 +447,7 @@ def test_it_judges_the_images_that_sample_makes(glyphs, monkeypatch, tmp_path, s
 def run(monkeypatch, data_dir, tmp_path, capsys):
     """run(*flags) -> (exit status, findings), on short splits."""
     monkeypatch.setattr(doctor, "load_dataset", lambda *args: load_dataset(*args).first(2000))
-    monkeypatch.setattr(doctor, "look_at_machine", lambda args: iter(()))
+    monkeypatch.setattr(doctor, "examine_machine", lambda *_: iter(()))
 
     def call(*flags):
         status = doctor.main([*map(str, flags), "--json", "--data_dir", str(data_dir), "--device", "cpu"])
@@ -466,10 +463,10 @@ def test_a_healthy_data_set_ends_with_0(run):
 
 
 def test_json_is_all_that_is_printed(run, monkeypatch):
-    def chatty(args):
+    def chatty(*_):
         print("Drawing glyphs ...")
         return iter(())
-    monkeypatch.setattr(doctor, "look_at_machine", chatty)
+    monkeypatch.setattr(doctor, "examine_machine", chatty)
     assert run("--dataset", "glyphs")[0] == 0  # which reads the JSON
 
 
@@ -480,8 +477,8 @@ def test_a_checkpoint_that_draws_badly_ends_with_1(run, tmp_path):
     status, findings = run("--checkpoint", tmp_path / "checkpoints/model.pt")
     found = {f["check"]: f["status"] for f in findings}
     assert status == 1 and found["error against t"] == "FAIL"
-    [remedy] = [f["fix"] for f in findings if f["check"] == "error against t"]
-    assert f"python train.py --resume --output_dir {tmp_path} --data_dir" in remedy and "--epochs 60)" in remedy
+    [fix] = [f["fix"] for f in findings if f["check"] == "error against t"]
+    assert f"python train.py --resume --output_dir {tmp_path} --data_dir" in fix and "--epochs 60)" in fix
     assert found["tensors of ema"] == found["terminal SNR"] == found["value range"] == "OK"
 
 
@@ -501,7 +498,7 @@ def test_a_checkpoint_with_nan_or_of_another_data_set_is_a_finding(run, tmp_path
 
 def test_data_that_cannot_be_opened_is_a_finding(run, monkeypatch):
     def damaged(*args):
-        raise ValueError("train.npz is damaged")
+        raise UserError("train.npz is damaged")
     monkeypatch.setattr(doctor, "load_dataset", damaged)
     status, findings = run("--dataset", "glyphs")
     assert status == 1 and "damaged" in findings[-1]["message"]

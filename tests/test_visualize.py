@@ -14,11 +14,11 @@ from diffusion import DiffusionProcess
 from evaluation.network_plots import (
     attention_maps,
     attention_weights,
-    bottleneck,
-    captured,
-    chosen_queries,
-    levels,
-    project,
+    bottleneck_features,
+    capture_outputs,
+    choose_queries,
+    project_to_2d,
+    unet_stages,
     x_0_errors,
 )
 from models.layers import Attention
@@ -67,7 +67,7 @@ def test_a_network_without_attention_says_so(process, noisy):
 def test_looking_changes_nothing(process, noisy):
     model = small_model()
     before = process.denoiser(model)(*noisy)
-    captured(model, process, levels(model), *noisy)
+    capture_outputs(model, process, unet_stages(model), *noisy)
     assert torch.equal(process.denoiser(model)(*noisy), before)
     assert not any(module._forward_hooks for module in model.modules())
 
@@ -75,30 +75,30 @@ def test_looking_changes_nothing(process, noisy):
 def test_hooks_are_taken_off_when_the_network_fails(process):
     model = small_model()
     with pytest.raises(ValueError, match="divisible"):
-        captured(model, process, levels(model), torch.zeros(1, 1, 7, 7), torch.zeros(1))
+        capture_outputs(model, process, unet_stages(model), torch.zeros(1, 1, 7, 7), torch.zeros(1))
     assert not any(module._forward_hooks for module in model.modules())
 
 
 def test_levels_come_in_the_order_of_the_image(process, noisy):
     model = small_model(patch_size=1, channel_mults=[1, 2, 3])
-    outputs = captured(model, process, levels(model), *noisy)
-    assert list(outputs) == list(levels(model)) == ["stem", "down 1", "down 2", "middle", "up 2", "up 1"]
+    outputs = capture_outputs(model, process, unet_stages(model), *noisy)
+    assert list(outputs) == list(unet_stages(model)) == ["stem", "down 1", "down 2", "middle", "up 2", "up 1"]
     assert [output.shape[-1] for output in outputs.values()] == [16, 16, 8, 4, 8, 16]
 
 
 def test_queries_lie_apart_where_the_image_has_something():
     image = -torch.ones(1, 28, 28)
     image[:, 8:24, 12:16] = 1  # a stroke: rows 2 to 5 of 7, column 3
-    assert chosen_queries(image, 7, 7, 8) == [(2, 3), (4, 3)]
-    assert chosen_queries(image, 7, 7, 1) == [(2, 3)]
-    assert len(chosen_queries(torch.zeros(1, 28, 28), 7, 7, 8)) >= 1  # nothing to see: still something to ask
+    assert choose_queries(image, 7, 7, 8) == [(2, 3), (4, 3)]
+    assert choose_queries(image, 7, 7, 1) == [(2, 3)]
+    assert len(choose_queries(torch.zeros(1, 28, 28), 7, 7, 8)) >= 1  # nothing to see: still something to ask
 
 
 def test_the_bottleneck_depends_on_the_image_and_on_time(process):
     model, x_0 = small_model(), torch.rand(4, 1, 16, 16)
-    features = bottleneck(model, process, x_0, torch.tensor([0.0, 0.0, 30.0, 30.0]), seed=0)
+    features = bottleneck_features(model, process, x_0, torch.tensor([0.0, 0.0, 30.0, 30.0]), seed=0)
     assert features.shape == (4, 16) and len(features.unique(dim=0)) == 4
-    assert torch.equal(features, bottleneck(model, process, x_0, torch.tensor([0.0, 0.0, 30.0, 30.0]), seed=0))
+    assert torch.equal(features, bottleneck_features(model, process, x_0, torch.tensor([0.0, 0.0, 30.0, 30.0]), seed=0))
 
 
 def test_the_error_of_a_perfect_guess_is_the_variance(process):
@@ -109,13 +109,13 @@ def test_the_error_of_a_perfect_guess_is_the_variance(process):
 
 
 def test_the_network_is_seen_with_its_labels(process, noisy):
-    """captured, bottleneck and x_0_errors look at what the network makes of images whose labels it is told."""
+    """capture_outputs, bottleneck_features and x_0_errors pass the labels to the network."""
     model, labels = small_model(num_classes=5), torch.tensor([4, 0, 2])
-    seen = captured(model, process, {"all": model}, *noisy, labels)["all"]
+    seen = capture_outputs(model, process, {"all": model}, *noisy, labels)["all"]
     assert_close(seen, process.predict(model, *noisy, labels))
-    assert not torch.equal(seen, captured(model, process, {"all": model}, *noisy)["all"])
+    assert not torch.equal(seen, capture_outputs(model, process, {"all": model}, *noisy)["all"])
     x_0, t = noisy[0].clamp(-1, 1), noisy[1]
-    for look in (lambda known: bottleneck(model, process, x_0, t, 0, known),
+    for look in (lambda known: bottleneck_features(model, process, x_0, t, 0, known),
                  lambda known: x_0_errors(model, process, x_0, [20], 0, known)):
         assert not torch.equal(look(labels), look(None)) and not torch.equal(look(labels), look(labels.flip(0)))
 
@@ -127,7 +127,7 @@ def test_pca_keeps_the_distances_of_a_plane():
     generator = torch.Generator().manual_seed(0)
     flat = torch.randn(50, 2, generator=generator)
     into = torch.linalg.qr(torch.randn(20, 2, generator=generator))[0]
-    seen = project(flat @ into.T + 3, "pca")
+    seen = project_to_2d(flat @ into.T + 3, "pca")
     assert_close(torch.pdist(seen), torch.pdist(flat), rtol=1e-4, atol=1e-4)
 
 
@@ -136,8 +136,8 @@ def test_tsne_keeps_groups_apart():
     groups = torch.arange(60) % 3
     noise = torch.randn(60, 10, generator=torch.Generator().manual_seed(0))
     points = torch.nn.functional.one_hot(groups, 10) * 20 + noise
-    flat = project(points, "tsne")
-    assert flat.shape == (60, 2) and torch.equal(flat, project(points, "tsne"))
+    flat = project_to_2d(points, "tsne")
+    assert flat.shape == (60, 2) and torch.equal(flat, project_to_2d(points, "tsne"))
     nearest = torch.cdist(flat, flat).fill_diagonal_(torch.inf).argmin(1)
     assert (groups[nearest] == groups).float().mean() > 0.95
 
@@ -145,7 +145,7 @@ def test_tsne_keeps_groups_apart():
 def test_without_scikit_learn_the_error_names_the_file_and_the_other_way(monkeypatch):
     monkeypatch.setitem(sys.modules, "sklearn.manifold", None)
     with pytest.raises(ValueError, match=r"pip install -r requirements-see.txt.*--projection pca"):
-        project(torch.zeros(5, 3), "tsne")
+        project_to_2d(torch.zeros(5, 3), "tsne")
 
 
 # ------------------------------------------------------------------------------------------------------- the pictures
@@ -194,7 +194,7 @@ def test_what_is_followed_are_the_images_that_sample_makes(checkpoints, flags, l
                                            "--num_images", "3", "--steps", "4", *flags])
     model, diffusion, checkpoint = load_model(args.checkpoint)
     with torch.no_grad():
-        frames, known = visualize_diffusion.followed(args, model, diffusion, checkpoint)
+        frames, known = visualize_diffusion.trajectory_frames(args, model, diffusion, checkpoint)
         [(_, trajectory)] = generate(model, diffusion, (1, 28, 28), range(3), steps=4, labels=torch.tensor(labels),
                                      guidance_scale=scale)
         expected = final_image(trajectory)
