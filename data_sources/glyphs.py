@@ -1,6 +1,7 @@
 """Typeset digits: 28x28 images of 0-9 drawn from the typefaces that matplotlib ships.
 
-Every outline becomes a signed distance field once; an image samples one through a random smooth warp.
+Every outline is converted to a signed distance field once. An image is a distance field sampled with a random smooth
+warp.
 """
 
 from functools import lru_cache
@@ -19,7 +20,7 @@ FIELD_SIDE = 75  # samples along that side
 DIGIT_SIZE = 20.0  # larger side of an undistorted digit's bounding box, in pixels
 BLOCK = 1000  # images drawn from one random stream; a multiple of ten
 
-# The other files there hold symbols only, or no digits at all.
+# The other font files of matplotlib have no digits.
 TYPEFACES = (
     "DejaVuSans", "DejaVuSans-Bold", "DejaVuSans-BoldOblique", "DejaVuSans-Oblique",
     "DejaVuSansMono", "DejaVuSansMono-Bold", "DejaVuSansMono-BoldOblique", "DejaVuSansMono-Oblique",
@@ -30,7 +31,7 @@ TYPEFACES = (
 
 
 def _outline(typeface: str, digit: int) -> np.ndarray:
-    """Line segments (n, 2 ends, 2) of a digit in pixels, y downwards, centred on the origin, DIGIT_SIZE large."""
+    """Line segments (n, 2 ends, 2) of a digit in pixels: y downwards, centred at the origin, of size DIGIT_SIZE."""
     file = Path(matplotlib.get_data_path()) / "fonts" / "ttf" / f"{typeface}.ttf"
     path = TextPath((0, 0), str(digit), size=40, prop=FontProperties(fname=str(file)))
     rings = path.to_polygons()
@@ -49,7 +50,7 @@ def _distance_field(segments: np.ndarray) -> np.ndarray:
     along = ((x - x0) * dx + (y - y0) * dy) / np.maximum(dx**2 + dy**2, 1e-12)
     np.clip(along, 0, 1, out=along)
     squared = (x - x0 - along * dx) ** 2 + (y - y0 - along * dy) ** 2
-    # Winding number: signed crossings of the ray to the right, so that holes and overlaps both come out right.
+    # Winding number: signed crossings of the ray to the right, which is correct for holes and for overlaps.
     crossing_x = x0 + (y - y0) * dx / np.where(dy == 0, 1, dy)
     crossed = ((y0 <= y) != (y1 <= y)) & (crossing_x > x)
     inside = (crossed * np.sign(dy)).sum(axis=-1) != 0
@@ -62,7 +63,7 @@ def _tables() -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     outlines = [_outline(typeface, digit) for typeface in TYPEFACES for digit in range(10)]
     fields = torch.from_numpy(np.stack([_distance_field(outline) for outline in outlines]))
     boxes = torch.from_numpy(np.stack([outline.max(axis=(0, 1)) for outline in outlines]))
-    # Inside a stroke the distance rises linearly from the edge, so that its mean is half its peak.
+    # Inside a stroke the distance rises linearly from the edge: its maximum is twice its mean.
     strokes = 2 * fields.clamp(min=0).sum(dim=(1, 2)) / (fields > 0).sum(dim=(1, 2))
     return tuple(table.unflatten(0, (len(TYPEFACES), 10)) for table in (fields, boxes, strokes))
 
@@ -73,7 +74,7 @@ def _uniform(rng: np.random.Generator, low: float, high: float, *shape: int) -> 
 
 
 def _shapes(rng: np.random.Generator, boxes: torch.Tensor) -> torch.Tensor:
-    """Random linear maps (n, 2, 2), digit to image, that bring half boxes (n, 2) to 17.5-20.5 pixels overall."""
+    """Random linear maps (n, 2, 2), digit to image, that scale half boxes (n, 2) to 17.5-20.5 pixels in total."""
     n = len(boxes)
     angle, slant, aspect = rng.normal((0, 0.06, 0.1), (0.08, 0.16, 0.14), (n, 3)).clip(-0.35, 0.35).T
     cos, sin, wide = np.cos(angle), np.sin(angle), np.exp(aspect)
@@ -85,7 +86,7 @@ def _shapes(rng: np.random.Generator, boxes: torch.Tensor) -> torch.Tensor:
 
 
 def _displacements(rng: np.random.Generator, n: int) -> torch.Tensor:
-    """Smooth random displacements (n, SIDE, SIDE, 2) in pixels: a shift and a distortion, about 3 at most."""
+    """Smooth random displacements (n, SIDE, SIDE, 2) in pixels: a shift and a distortion, at most about 3."""
     strength = rng.uniform(0.1, 1.0, (n, 1, 1, 1))
     coarse = torch.from_numpy((rng.normal(size=(n, 2, 5, 5)).clip(-1.5, 1.5) * strength).astype(np.float32))
     coarse += _uniform(rng, -0.9, 0.9, n, 2, 1, 1)
@@ -93,7 +94,7 @@ def _displacements(rng: np.random.Generator, n: int) -> torch.Tensor:
 
 
 def _sample(fields: torch.Tensor, maps: torch.Tensor, displacements: torch.Tensor) -> torch.Tensor:
-    """Fields (n, FIELD_SIDE, FIELD_SIDE) seen through linear maps and displacements: (n, SIDE, SIDE) in pixels."""
+    """Fields (n, FIELD_SIDE, FIELD_SIDE) sampled at mapped, displaced pixels: distances (n, SIDE, SIDE) in pixels."""
     axis = torch.arange(SIDE) + 0.5 - SIDE / 2
     pixels = torch.stack(torch.meshgrid(axis, axis, indexing="xy"), dim=-1) + displacements
     inverse = torch.linalg.inv(maps) * (2 / FIELD_EXTENT)  # to grid_sample's coordinates, -1 to 1
@@ -103,13 +104,13 @@ def _sample(fields: torch.Tensor, maps: torch.Tensor, displacements: torch.Tenso
 
 
 def _draw_block(seed: int, block: int) -> tuple[np.ndarray, np.ndarray]:
-    """Images (BLOCK, SIDE, SIDE) uint8 and labels (BLOCK,) int64; each run of ten holds every digit once."""
+    """Images (BLOCK, SIDE, SIDE) uint8 and labels (BLOCK,) int64; each ten in a row hold every digit once."""
     rng = np.random.default_rng((seed, block))
     labels = rng.permuted(np.tile(np.arange(10), (BLOCK // 10, 1)), axis=1).ravel()
     typefaces = rng.integers(len(TYPEFACES), size=BLOCK)
     fields, boxes, strokes = (table[typefaces, labels] for table in _tables())
     distances = _sample(fields, _shapes(rng, boxes), _displacements(rng, BLOCK))
-    # Heavy faces lose little, lest their hairlines break; light ones gain little, lest their counters fill.
+    # Small changes only: heavy faces must keep their thin lines, and light ones their holes.
     thicker = (_uniform(rng, 1.1, 2.1, BLOCK) - strokes).clamp(-0.3, 0.75)
     edge = _uniform(rng, 0.9, 1.7, BLOCK)
     ink = ((distances + thicker[:, None, None]) / edge[:, None, None] + 0.5).clamp(0, 1)
@@ -119,8 +120,8 @@ def _draw_block(seed: int, block: int) -> tuple[np.ndarray, np.ndarray]:
 def draw_glyphs(count: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
     """Draw `count` typeset digits: images (count, 28, 28) uint8 and labels (count,) int64.
 
-    White on black as in MNIST, values 0-255. Digits 0-9 are balanced to within one, in random order. `seed` is a
-    non-negative integer; image k depends on the seed and k only, not on `count` or on the number of threads.
+    White on black as in MNIST, values 0-255, in random order; the numbers of images of two digits differ by at most
+    one. seed: a non-negative integer. Image k depends on the seed and k only, not on `count` or the number of threads.
     """
     images = np.empty((count, SIDE, SIDE), dtype=np.uint8)
     labels = np.empty(count, dtype=np.int64)

@@ -1,4 +1,4 @@
-"""Reading pictures that something else made: .npz files and folders of PNGs, checked before anything is done."""
+"""Read images from .npz files, folders of PNGs and picture files, with checks of their content."""
 
 import warnings
 import zipfile
@@ -12,19 +12,19 @@ from torch import Tensor
 from runtime.errors import UserError
 from runtime.files import check_archive
 
-MAX_PIXELS = 2**24  # of a picture
-MIN_BYTES, MAX_RATIO = 2**30, 100  # what may unpack to more than the first is at most so many times its file
+MAX_PIXELS = 2**24  # of one picture
+MIN_BYTES, MAX_RATIO = 2**30, 100  # an archive may unpack to MIN_BYTES, or to MAX_RATIO times its own size
 
 
 def read_images(path: Path, shape: Sequence[int], classes: int) -> tuple[Tensor, Tensor | None]:
-    """(images (N, C, H, W) uint8, labels (N,) or None) from a .npz or a folder of PNGs. UserError if they do not fit.
+    """(images (N, C, H, W) uint8, labels (N,) or None) from a .npz or a folder of PNGs. UserError if they do not match.
 
-    shape (C, H, W): of the data set.
+    shape (C, H, W) and classes: those of the data set.
     """
     images, labels = read_folder(path, shape[0]) if path.is_dir() else read_npz(path)
     if images.dtype != np.uint8:
         raise UserError(f"the images in {path} are {images.dtype}, not uint8: save round((x + 1) * 127.5) of images x "
-                         f"in [-1, 1]")
+                        f"in [-1, 1]")
     if images.ndim != 4 or images.shape[1:] != (shape[1], shape[2], shape[0]):
         raise UserError(f"the images in {path} have the shape {images.shape}, not (N, {shape[1]}, {shape[2]}, "
                          f"{shape[0]}), that of the data set: (N, H, W, C)")
@@ -37,7 +37,7 @@ def read_images(path: Path, shape: Sequence[int], classes: int) -> tuple[Tensor,
 
 
 def read_npz(path: Path) -> tuple[np.ndarray, np.ndarray | None]:
-    """(arr_0, labels or None) of a .npz file; nothing in it is executed."""
+    """(arr_0, labels or None) of a .npz file; pickled objects are not loaded."""
     if not path.is_file():
         raise UserError(f"there is no file or folder {path}")
     try:
@@ -45,35 +45,35 @@ def read_npz(path: Path) -> tuple[np.ndarray, np.ndarray | None]:
             check_archive(path, largest=max(MIN_BYTES, MAX_RATIO * path.stat().st_size))
         with path.open("rb") as opened, np.load(opened, allow_pickle=False) as file:
             return file["arr_0"], file.get("labels")
-    except Exception as error:  # zipfile, zlib and numpy each have their own for a damaged or foreign file
-        raise UserError(f"{path} is damaged or no .npz with an array arr_0: {str(error)[:120]}") from error
+    except Exception as error:  # zipfile, zlib and numpy raise different errors for damaged files
+        raise UserError(f"{path} is damaged or not a .npz with an array arr_0: {str(error)[:120]}") from error
 
 
 def read_picture(path: Path, shape: Sequence[int]) -> Tensor:
-    """A picture (C, H, W) uint8 of exactly this shape; colours become grey for C = 1. UserError if it does not fit."""
-    pixels = _open(path, "L" if shape[0] == 1 else "RGB")
+    """A picture (C, H, W) uint8 of exactly this shape; converted to grey for C = 1. UserError if it does not match."""
+    pixels = _read_pixels(path, "L" if shape[0] == 1 else "RGB")
     if pixels.shape[:2] != (shape[1], shape[2]):
         raise UserError(f"{path} has {pixels.shape[1]}×{pixels.shape[0]} pixels, the model makes "
-                         f"{shape[2]}×{shape[1]}: scale it to that size")
+                        f"{shape[2]}×{shape[1]}: scale it to that size")
     return torch.from_numpy(pixels.reshape(shape[1], shape[2], shape[0])).permute(2, 0, 1)
 
 
 def read_mask(path: Path, height: int, width: int) -> Tensor:
-    """A mask (1, 1, H, W) of 0 and 1 from a picture: 1 where it is white. UserError if it does not fit."""
+    """A mask (1, 1, H, W) of 0 and 1 from a picture: 1 where it is white. UserError if it does not match."""
     mask = read_picture(path, (1, height, width))
     if not bool(((mask == 0) | (mask == 255)).all()):
-        raise UserError(f"{path} is no mask: its pixels must be black (keep) or white (fill in), nothing in between")
+        raise UserError(f"{path} is not a mask: its pixels must be black (keep) or white (fill in), not grey")
     if not bool(mask.any()):
-        raise UserError(f"{path} is all black: it asks for nothing to be filled in")
+        raise UserError(f"{path} is all black: nothing in it is to be filled in")
     return (mask[None] > 0).float()
 
 
-def _opened(path: Path):
-    """PIL's image of a file, not yet unpacked. UserError if that would be more than MAX_PIXELS."""
+def _open_image(path: Path):
+    """A picture file opened by PIL, not yet decoded. UserError for more than MAX_PIXELS."""
     from PIL import Image
 
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # which begins far above this
+        warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # its limit is far above MAX_PIXELS
         image = Image.open(path)
     if image.width * image.height > MAX_PIXELS:
         image.close()
@@ -81,31 +81,31 @@ def _opened(path: Path):
     return image
 
 
-def _open(path: Path, mode: str) -> np.ndarray:
-    """The pixels of a picture file, uint8, converted to a mode of PIL's."""
+def _read_pixels(path: Path, mode: str) -> np.ndarray:
+    """The pixels of a picture file, uint8, converted to a PIL mode."""
     if not path.is_file():
         raise UserError(f"there is no picture {path}")
     try:
-        with _opened(path) as image:
+        with _open_image(path) as image:
             image.load()
-    except Exception as error:  # PIL has many for damaged and for giant files
-        raise UserError(f"{path} is damaged or no picture: {str(error)[:120]}") from error
+    except Exception as error:  # PIL raises different errors for damaged and for huge files
+        raise UserError(f"{path} is damaged or not a picture: {str(error)[:120]}") from error
     if image.mode[0] in "IF":
-        raise UserError(f"{path} has more than 8 bits for each pixel's colour: save it with 8")
+        raise UserError(f"{path} has more than 8 bits per channel: save it with 8")
     if image.has_transparency_data and image.convert("RGBA").getchannel("A").getextrema()[0] < 255:
         raise UserError(f"{path} has transparent pixels: save it without transparency")
     return np.array(image.convert(mode))
 
 
 def read_folder(folder: Path, channels: int) -> tuple[np.ndarray, None]:
-    """The PNGs of a folder in the order of their names, (N, H, W, C); colour PNGs of grey pixels pass for grey."""
+    """The PNGs of a folder in the order of their names, (N, H, W, C); colour PNGs of grey pixels count as grey."""
     images = []
     for path in sorted(folder.glob("*.png")):
         try:
-            with _opened(path) as image:
+            with _open_image(path) as image:
                 pixels = np.array(image)
         except Exception as error:
-            raise UserError(f"{path} is damaged or no PNG: {str(error)[:120]}") from error
+            raise UserError(f"{path} is damaged or not a PNG: {str(error)[:120]}") from error
         pixels = pixels[..., None] if pixels.ndim == 2 else pixels                          # (H, W, C)
         if channels == 1 and pixels.shape[2] == 3 and (pixels == pixels[..., :1]).all():
             pixels = pixels[..., :1]

@@ -340,7 +340,7 @@ def spoilt(folder, name):
 
 @pytest.mark.parametrize("flag, name, words", [
     ("--image", "large", ["32×20", "28×28"]), ("--image", "deep", ["8 bits"]), ("--image", "clear", ["transparen"]),
-    ("--image", "text", ["no picture"]), ("--image", "half", ["damaged"]), ("--image", "missing", ["missing.png"]),
+    ("--image", "text", ["not a picture"]), ("--image", "half", ["damaged"]), ("--image", "missing", ["missing.png"]),
     ("--mask", "large", ["32×20", "28×28"]), ("--mask", "grey", ["black", "white"]), ("--mask", "black", ["nothing"]),
     ("--mask", "deep", ["8 bits"]), ("--mask", "missing", ["left", "center", "missing.png"])])
 def test_pictures_that_do_not_fit_are_refused(call, tmp_path, capsys, flag, name, words):

@@ -314,7 +314,7 @@ def refused(run, capsys, *flags):
     (np.full((5, 28, 28, 1), np.nan), "not uint8"),
     (np.zeros((20, 28, 28, 1), np.uint8), "at least 256 .*not 20"),
     (np.zeros((0, 28, 28, 1), np.uint8), "at least 256 .*not 0"),
-    (np.array([None] * 300), "damaged or no .npz"),
+    (np.array([None] * 300), "damaged or not a .npz"),
 ])
 def test_wrong_arrays_are_refused_in_one_line(small, tmp_path, capsys, array, message):
     np.savez(tmp_path / "x.npz", arr_0=array)
