@@ -40,9 +40,10 @@ from benchmarks.peers import PEERS, installed
 from benchmarks.plots import PLOTS
 from checkpoint import load_checkpoint
 from data import load_dataset
-from runtime.cli import Parser, add_shared_flags, duration, number, script
 from runtime.errors import RunFailed, UserError
 from runtime.files import atomic_write, check_writable, write_json
+from runtime.parser import Parser, add_shared_flags, duration, number
+from runtime.script import script
 from samplers import DEFAULT_STEPS
 from utils import get_device
 

@@ -44,8 +44,10 @@ from evaluation.health_checks import (
 from evaluation.machine_checks import examine_machine
 from evaluation.metrics import closeness, nearest
 from models import create_model
-from runtime.cli import Parser, add_shared_flags, guidance, is_student, sampler_and_steps, script, trained_on
 from runtime.errors import UserError
+from runtime.parser import Parser, add_shared_flags
+from runtime.sampling import dataset_of, is_student, sampling_options
+from runtime.script import script
 from samplers import final_image, generate
 from training.flags import more_epochs, resume_command
 from utils import generator_for, get_device
@@ -141,16 +143,9 @@ def examine_error(model, diffusion: DiffusionProcess, train: ImageData, unseen: 
 # ------------------------------------------------------------------------------------------------------ the samples
 
 
-def default_sampling(checkpoint: dict, labels: Tensor | None) -> dict:
-    """The arguments of samplers.generate that sample.py without flags gives."""
-    sampler, steps = sampler_and_steps(Namespace(sampler=None, steps=None), checkpoint)
-    return dict(sampler=sampler, steps=steps, labels=labels,
-                guidance_scale=guidance(None, labels, is_student(checkpoint)))
-
-
-def make_images(model, diffusion: DiffusionProcess, shape, count: int, **how) -> Tensor:
-    """`count` images (N, C, H, W) on the CPU; how: more arguments of samplers.generate."""
-    batches = generate(model, diffusion, shape, range(count), **how)
+def make_images(model, diffusion: DiffusionProcess, shape, count: int, options: dict) -> Tensor:
+    """`count` images (N, C, H, W) on the CPU; options: the arguments of samplers.generate."""
+    batches = generate(model, diffusion, shape, range(count), **options)
     return torch.cat([final_image(trajectory).cpu() for _, trajectory in batches])
 
 
@@ -158,20 +153,19 @@ def examine_samples(model, diffusion: DiffusionProcess, train: ImageData, unseen
                     checkpoint: dict) -> Iterator[Finding]:
     """Generated images compared with real ones and with those of twice as many steps, and classified."""
     shape, real = train.images.shape[1:], unseen.first(REAL).images
-    labels = torch.arange(SAMPLES) % model.num_classes if model.num_classes else None
-    how = default_sampling(checkpoint, labels)
-    images = make_images(model, diffusion, shape, SAMPLES, **how)
+    options = sampling_options(checkpoint["config"], count=SAMPLES)
+    images = make_images(model, diffusion, shape, SAMPLES, options)
     findings = check_samples(images, to_model(real))
     yield from findings
     if any(finding.status == "FAIL" for finding in findings):
         return  # the other checks would fail for the same reason
-    if not is_student(checkpoint):  # more steps of a student make different images
-        twice = how | dict(steps=min(2 * how["steps"], diffusion.num_timesteps))
-        yield check_steps(images[:16], make_images(model, diffusion, shape, 16, **twice), how["steps"])
+    if not is_student(checkpoint["config"]):  # more steps of a student make different images
+        twice = options | dict(steps=min(2 * options["steps"], diffusion.num_timesteps))
+        yield check_steps(images[:16], make_images(model, diffusion, shape, 16, twice), options["steps"])
     device, generated = diffusion.device, to_uint8(images)
     distances = nearest(torch.cat([generated, real]).to(device), train.images)[0]
     yield check_copies(closeness(distances[:SAMPLES], distances[SAMPLES:]))
-    yield from examine_by_classifier(generated, real, labels, train.name, device)
+    yield from examine_by_classifier(generated, real, options["labels"], train.name, device)
 
 
 def examine_by_classifier(images: Tensor, real: Tensor, labels: Tensor | None, dataset: str,
@@ -209,7 +203,7 @@ def examine(args) -> Iterator[Finding]:
         except UserError as error:
             yield Finding("checkpoint", "FAIL", str(error), f"{resume_run(args)}: resumes from the newest valid one")
             return
-        name = trained_on(args, checkpoint)
+        name = dataset_of(checkpoint, args.dataset)
         yield from check_schedule(diffusion)
         yield from examine_checkpoint(checkpoint)
     if name:
@@ -230,7 +224,7 @@ def examine_data(args, name: str, model, diffusion: DiffusionProcess, checkpoint
     if problem := data_mismatch(checkpoint["config"], train):
         yield Finding("data set", "FAIL", problem, "give the --data_dir of the training")
         return
-    if not is_student(checkpoint):  # the x_0_hat of a student is an image, not a mean of many
+    if not is_student(checkpoint["config"]):  # the x_0_hat of a student is an image, not a mean of many
         epochs = max(checkpoint["epoch"], int(training_flag(checkpoint, "epochs", 0)))
         longer = resume_run(args, f"--epochs {more_epochs(epochs)}")
         yield from examine_error(model, diffusion, train, unseen, longer)

@@ -17,8 +17,10 @@ checkpoint, or an array `labels` in the .npz.
 import hashlib
 import sys
 import time
+from argparse import Namespace
 from collections.abc import Iterator, Sequence
 from functools import partial
+from itertools import product
 from pathlib import Path
 from typing import NamedTuple
 
@@ -36,9 +38,9 @@ from evaluation.metrics import class_shares, torchmetrics_image
 from evaluation.reference import (
     LIKELIHOOD_IMAGES,
     Reference,
-    bits_per_dim,
     classification_accuracy_score,
     compare,
+    likelihood,
     make_reference,
     memorisation,
     open_networks,
@@ -47,22 +49,13 @@ from evaluation.reference import (
 from evaluation.report import conditions, print_classes, print_figures, print_heading, print_memorisation
 from evaluation.sweep import GeneratedImages, plot_cells, plot_sweep, print_table_header, print_table_row, sweep
 from runtime import distributed
-from runtime.cli import (
-    SHARED_FLAGS,
-    Parser,
-    add_shared_flags,
-    check_useful,
-    guidance,
-    is_student,
-    number,
-    sampler_and_steps,
-    script,
-    trained_on,
-)
 from runtime.errors import UserError
 from runtime.files import check_writable, write_json
 from runtime.memory import within_memory
-from samplers import SAMPLERS, STUDENT_SAMPLER, final_image, generate, uniform_timesteps
+from runtime.parser import SHARED_FLAGS, Parser, add_shared_flags, number
+from runtime.sampling import dataset_of, is_student, sampling_options
+from runtime.script import script
+from samplers import SAMPLERS, STUDENT_SAMPLER, final_image, generate
 from utils import autocast, get_device, pick_precision
 
 SAMPLING_FLAGS = ("num_images", "use_ema", "sampler", "spacing", "steps", "eta", "guidance_interval", "batch_size")
@@ -72,7 +65,7 @@ SWEEP_STEPS = (5, 10, 20, 50)
 def parse_args(argv: Sequence[str] | None):
     parser = Parser(__doc__)
     group = parser.add_argument_group("what to measure (one of the three)").add_mutually_exclusive_group(required=True)
-    group.add_argument("--checkpoint", help="a file that train.py wrote: it makes the images")
+    group.add_argument("--checkpoint", help="a checkpoint of train.py or distill.py: it makes the images")
     group.add_argument("--images", help="existing images: a .npz with arr_0, uint8 (N, H, W, C), or a folder of PNGs")
     group.add_argument("--train_features", choices=tuple(DATASETS), metavar="DATASET",
                        help="train this data set's feature network again: evaluation/weights/DATASET.pt")
@@ -104,8 +97,6 @@ def parse_args(argv: Sequence[str] | None):
     add_shared_flags(group, "device", "precision", "seed")
     args = parser.parse_args(argv)
     check_flags(args, parser)
-    args.reference = args.reference or ("test" if args.sweep is None else "validation")
-    args.output_dir = args.output_dir or (Path(args.checkpoint).parent if args.checkpoint else "outputs")
     return args
 
 
@@ -131,53 +122,47 @@ def check_flags(args, parser: Parser) -> None:
 
 
 class LoadedCheckpoint(NamedTuple):
-    """A network that makes images, the labels (N,) to request or None, and the samplers to compare."""
+    """A network that makes images, and the arguments of samplers.generate for each set of images to measure."""
 
     model: nn.Module
     diffusion: DiffusionProcess
+    dataset: str
     shape: Sequence[int]
     labels: Tensor | None
-    samplers: Sequence[str]
+    options: list[dict]
 
 
-def open_checkpoint(args) -> LoadedCheckpoint:
-    """Load --checkpoint and set --dataset by it. UserError if it cannot do what the flags ask for."""
-    model, diffusion, checkpoint = load_model(args.checkpoint, get_device(args.device), args.use_ema)
-    data, student = checkpoint["config"]["data"], is_student(checkpoint)
-    args.dataset = trained_on(args, checkpoint)
-    if args.sweep is None:
-        args.sampler, args.steps = sampler_and_steps(args, checkpoint)
-    elif not args.sweep:
-        args.sweep = sorted({min(steps, diffusion.num_timesteps) for steps in SWEEP_STEPS})
-    for steps in args.sweep or [args.steps]:
-        uniform_timesteps(diffusion.num_timesteps, steps)
-    labels = None
+def open_checkpoint(args: Namespace, device: torch.device) -> LoadedCheckpoint:
+    """Load --checkpoint. UserError if it cannot do what the flags ask for."""
+    model, diffusion, checkpoint = load_model(args.checkpoint, device, args.use_ema)
+    config, dataset, labels = checkpoint["config"], dataset_of(checkpoint, args.dataset), None
     if model.num_classes:  # image k gets the label of training image k: the shares of the classes are the data's
-        known = load_dataset(args.dataset, "train", args.data_dir).labels
+        known = load_dataset(dataset, "train", args.data_dir).labels
         labels = known[torch.arange(args.num_images) % len(known)]
-    elif args.guidance_scale not in ([None], [1.0]):
-        raise UserError(f"{args.checkpoint} was trained without --conditional: leave out --guidance_scale")
-    args.guidance_scale = [guidance(scale, labels, student) for scale in args.guidance_scale]
-    samplers = [args.sampler] if args.sampler else [name for name in SAMPLERS if (name == STUDENT_SAMPLER) == student]
-    check_useful(args, samplers, guided=set(args.guidance_scale) != {1})
-    args.eta = args.eta or 0.0
-    return LoadedCheckpoint(model, diffusion, data["shape"], labels, samplers)
+    samplers, step_counts = [args.sampler], [args.steps]
+    if args.sweep is not None:
+        suitable = [name for name in SAMPLERS if (name == STUDENT_SAMPLER) == is_student(config)]
+        samplers = [args.sampler] if args.sampler else suitable
+        step_counts = args.sweep or sorted({min(steps, diffusion.num_timesteps) for steps in SWEEP_STEPS})
+    options = []
+    for sampler, scale, steps in product(samplers, args.guidance_scale, step_counts):
+        interval = None if scale == 1 and len(args.guidance_scale) > 1 else args.guidance_interval
+        flags = dict(sampler=sampler, guidance_scale=scale, steps=steps, guidance_interval=interval)
+        options.append(sampling_options(config, Namespace(**vars(args) | flags), labels=labels))
+    return LoadedCheckpoint(model, diffusion, dataset, config["data"]["shape"], labels, options)
 
 
-def make_images(args, loaded: LoadedCheckpoint, sampler: str, steps: int, scale: float,
-                count: int | None = None) -> GeneratedImages:
-    """Images made by the checkpoint; each process makes a part of them. UserError if they are not finite."""
-    evaluations, count, device = [], count or args.num_images, loaded.diffusion.device
-    mine = range(count)[distributed.share(count)]
-    batches = partial(generate, loaded.model, loaded.diffusion, loaded.shape, mine, seed=args.seed, sampler=sampler,
-                      steps=steps, spacing=args.spacing, eta=args.eta, labels=loaded.labels, guidance_scale=scale,
-                      guidance_interval=args.guidance_interval)
+def make_images(args: Namespace, loaded: LoadedCheckpoint, options: dict, count: int) -> GeneratedImages:
+    """`count` images made by the checkpoint, a part of them by each process. UserError if they are not finite."""
+    evaluations, device, mine = [], loaded.diffusion.device, range(count)[distributed.share(count)]
     counter = loaded.model.register_forward_hook(lambda _, inputs, __: evaluations.append(len(inputs[0])))
     start = time.perf_counter()
-    with (tqdm(total=len(mine), unit="image", desc=f"{sampler}, {steps} steps", leave=False,
+    with (tqdm(total=len(mine), unit="image", desc=f"{options['sampler']}, {options['steps']} steps", leave=False,
                disable=distributed.rank() > 0) as bar,
           autocast(device, pick_precision(args.precision, device))):
-        images = within_memory(partial(to_uint8_batches, bar), lambda n: batches(batch_size=n), args.batch_size, device)
+        images = within_memory(partial(to_uint8_batches, bar), lambda batch_size: generate(
+            loaded.model, loaded.diffusion, loaded.shape, mine, **options | dict(batch_size=batch_size)),
+            args.batch_size, device)
     counter.remove()
     if not distributed.gather(torch.tensor([images is not None])).all():
         raise UserError(f"{args.checkpoint} makes images that are not finite numbers: train it again")
@@ -201,19 +186,18 @@ def to_uint8_batches(bar: tqdm, batches: Iterator) -> list[Tensor] | None:
 # -------------------------------------------------------------------------------------------------------- measuring
 
 
-def evaluate(args, argv, reference: Reference, generated: GeneratedImages, loaded: LoadedCheckpoint | None,
-             output: Path) -> None:
+def evaluate(args: Namespace, command: Sequence[str], reference: Reference, generated: GeneratedImages,
+             loaded: LoadedCheckpoint | None, output: Path) -> None:
     """Measure one set of images: prints the tables, writes evaluation.json and nearest.png."""
-    device, (images, labels, *_) = get_device(args.device), generated
+    device, (images, labels, *_) = get_device(distributed.local_device(args.device)), generated
     features = reference.extract(images, "images")
     result = compare(reference, features, labels)
     if args.cas:
         bf16 = pick_precision(args.precision, device) == "bf16"
         result["cas"] = classification_accuracy_score(reference, images, labels, device, args.seed, bf16)
     if args.likelihood:
-        result["bits_per_dim"] = bits_per_dim(loaded.model, loaded.diffusion, reference.data, args.seed,
-                                              args.batch_size)
-    about = conditions(args, argv, reference.data, reference.floor_data, len(images))
+        result["bits_per_dim"] = likelihood(loaded.model, loaded.diffusion, reference.data, args.seed, args.batch_size)
+    about = conditions(args, command, device, reference, len(images), loaded.options[0] if loaded else None)
     memorised = memorisation(reference, images, features, args.data_dir, device, output / "nearest.png")
     shares = {name: dict(zip(reference.data.class_names, class_shares(probabilities).tolist(), strict=True))
               for name, (_, probabilities) in (("images", features), ("reference", reference.features))}
@@ -226,7 +210,8 @@ def evaluate(args, argv, reference: Reference, generated: GeneratedImages, loade
     print(f"Saved {output / 'evaluation.json'} and {output / 'nearest.png'}")
 
 
-def run_sweep(args, argv, reference: Reference | None, loaded: LoadedCheckpoint, output: Path) -> None:
+def run_sweep(args: Namespace, command: Sequence[str], reference: Reference | None, loaded: LoadedCheckpoint,
+              output: Path) -> None:
     """Measure the samplers at all step counts: prints a table, writes sweep.json, sweep.png and sweep_images.png.
 
     Without a reference: only make this process's part of the images, which another process measures.
@@ -237,12 +222,13 @@ def run_sweep(args, argv, reference: Reference | None, loaded: LoadedCheckpoint,
 
     make = partial(make_images, args, loaded)
     # A warm-up, so that the seconds of the first row are comparable:
-    make(loaded.samplers[0], 1, args.guidance_scale[0], min(args.batch_size, args.num_images))
-    run = partial(sweep, loaded.samplers, args.sweep, args.guidance_scale, make)
+    make(loaded.options[0] | dict(steps=1), min(args.batch_size, args.num_images))
+    run = partial(sweep, loaded.options, lambda options: make(options, args.num_images))
     if not reference:
         run(measure=lambda _: {}, show=lambda _: None)
         return
-    about = conditions(args, argv, reference.data, reference.floor_data, args.num_images)
+    device = get_device(distributed.local_device(args.device))
+    about = conditions(args, command, device, reference, args.num_images, None)
     print_heading(about)
     print_table_header()
     rows, pictures = run(measure, print_table_row)
@@ -253,11 +239,30 @@ def run_sweep(args, argv, reference: Reference | None, loaded: LoadedCheckpoint,
     print(f"Saved {output / 'sweep.json'}, {output / 'sweep.png'} and {output / 'sweep_images.png'}")
 
 
+# ------------------------------------------------------------------------------------------------------------- main
+
+
+def load_inputs(args: Namespace, device: torch.device, output: Path):
+    """(checkpoint or None, ready images or None, the real images of the reference, the feature networks)."""
+    loaded = open_checkpoint(args, device) if args.checkpoint else None
+    if distributed.rank() == 0:
+        check_writable(output)
+    split = args.reference or ("test" if args.sweep is None else "validation")
+    data = load_dataset(loaded.dataset if loaded else args.dataset, split, args.data_dir)
+    generated = None
+    if not loaded:
+        images, labels = read_images(Path(args.images), data.images.shape[1:], len(data.class_names))
+        generated = GeneratedImages(images, labels, nfe=0, seconds=0)
+    if args.cas and (loaded or generated).labels is None:
+        raise UserError("--cas needs labels: a checkpoint trained with --conditional, or `labels` in the .npz")
+    count = args.num_images if loaded else len(generated.images)
+    return loaded, generated, data, open_networks(data.name, args.features, count, device)
+
+
 @script
 def main(argv=None):
     args = parse_args(argv)
-    args.device = distributed.local_device(args.device)
-    device = get_device(args.device)
+    device = get_device(distributed.local_device(args.device))
     distributed.start(device)
     if distributed.size() > 1 and not args.checkpoint:
         raise UserError("several processes only help to make images: without --checkpoint leave torchrun out")
@@ -267,23 +272,18 @@ def main(argv=None):
                                     progress_bar("training")))
         return
     torchmetrics_image()  # an error now, not after the images are made
+    output = Path(args.output_dir or (Path(args.checkpoint).parent if args.checkpoint else "outputs"))
     with distributed.first_alone():  # a download happens once; an error is raised by all
-        loaded = open_checkpoint(args) if args.checkpoint else None
-        output = Path(args.output_dir) if distributed.rank() else check_writable(args.output_dir)
-        data = load_dataset(args.dataset, args.reference, args.data_dir)
-        shape, classes = data.images.shape[1:], len(data.class_names)
-        generated = None if loaded else GeneratedImages(*read_images(Path(args.images), shape, classes), 0, 0)
-        if args.cas and (loaded or generated).labels is None:
-            raise UserError("--cas needs labels: a checkpoint trained with --conditional, or `labels` in the .npz")
-        count = args.num_images if loaded else len(generated.images)
-        networks = open_networks(data.name, args.features, count, device)
+        loaded, generated, data, networks = load_inputs(args, device, output)
+    count = args.num_images if loaded else len(generated.images)
     reference = None if distributed.rank() else make_reference(data, count, *networks, args.data_dir)
-    if args.sweep:
-        run_sweep(args, argv, reference, loaded, output)
+    command = ["evaluate.py", *(sys.argv[1:] if argv is None else argv)]
+    if args.sweep is not None:
+        run_sweep(args, command, reference, loaded, output)
     else:
-        generated = generated or make_images(args, loaded, args.sampler, args.steps, *args.guidance_scale)
+        generated = generated or make_images(args, loaded, loaded.options[0], count)
         if reference:
-            evaluate(args, argv, reference, generated, loaded, output)
+            evaluate(args, command, reference, generated, loaded, output)
     distributed.finish()
 
 

@@ -11,7 +11,9 @@
 """
 
 import sys
+from argparse import Namespace
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -21,18 +23,10 @@ from checkpoint import load_model
 from data import DATASETS, load_dataset, to_model, to_uint8
 from diffusion import SCHEDULES, DiffusionProcess
 from evaluation.network_plots import Frame, draw_attention, draw_embedding, draw_features, draw_loss
-from runtime.cli import (
-    Parser,
-    add_shared_flags,
-    guidance,
-    image_labels,
-    is_student,
-    number,
-    sampler_and_steps,
-    script,
-    trained_on,
-)
-from runtime.files import check_writable
+from runtime.files import check_output
+from runtime.parser import Parser, add_shared_flags, number
+from runtime.sampling import dataset_of, sampling_options
+from runtime.script import script
 from samplers import generate, image_noise
 from utils import evenly_spaced, generator_for, get_device, pyplot, save_figure
 
@@ -57,7 +51,7 @@ def parse_args(argv: Sequence[str] | None):
                         help="for --what forward (default: mnist; of a --checkpoint: its own)")
     add_shared_flags(parser, "data_dir", "seed", "device")
     group = parser.add_argument_group(f"--what {', '.join(WITH_MODEL)}")
-    group.add_argument("--checkpoint", help="a file that train.py wrote; its data set is used")
+    group.add_argument("--checkpoint", help="a checkpoint of train.py or distill.py; its data set is used")
     add_shared_flags(group, "sampler", "spacing", "steps", "label", "guidance_scale")
     group.add_argument("--projection", choices=("tsne", "pca"), default="tsne", help="for --what embedding")
     args = parser.parse_args(argv)
@@ -66,10 +60,8 @@ def parse_args(argv: Sequence[str] | None):
     if args.what in WITHOUT_MODEL and args.checkpoint:
         parser.error(f"--what {args.what} does not use a model: leave out --checkpoint, or choose --what "
                      f"{', '.join(WITH_MODEL)}")
-    name = "forward_diffusion" if args.what == "forward" else args.what
-    args.save_path = Path(args.save_path or f"outputs/{name}.png")
-    if args.save_path.suffix != ".png":
-        parser.error(f"--save_path must end in .png, not {args.save_path.name!r}")
+    if args.save_path is not None and Path(args.save_path).suffix != ".png":
+        parser.error(f"--save_path must end in .png, not {Path(args.save_path).name!r}")
     return args
 
 
@@ -95,7 +87,7 @@ def show_images(rows: Sequence[Tensor], titles: Sequence[str], labels: Sequence[
     return figure
 
 
-def draw_forward(args):
+def draw_forward(args: Namespace):
     """x_t at increasing t: one row for each image."""
     diffusion = DiffusionProcess(args.timesteps, args.schedule)
     data = load_dataset(args.dataset or "mnist", "test", args.data_dir)
@@ -110,7 +102,7 @@ def draw_forward(args):
                        f"x_t = √ᾱ_t · x_0 + √(1 - ᾱ_t) · noise, {args.schedule} schedule, T = {args.timesteps}")
 
 
-def draw_schedules(args):
+def draw_schedules(args: Namespace):
     """ᾱ_t, signal and noise rates, and log-SNR of all schedules."""
     figure, axes = pyplot().subplots(1, 3, figsize=(13, 3.8))
     for i, name in enumerate(SCHEDULES):
@@ -128,20 +120,16 @@ def draw_schedules(args):
     return figure
 
 
-def trajectory_frames(args, model, diffusion: DiffusionProcess,
-                      checkpoint: dict) -> tuple[list[Frame], Tensor | None]:
-    """The (t, x_t, x_0_hat) of each step to the images that sample.py makes, and their labels (B,) or None."""
-    indices, data = range(args.num_images), checkpoint["config"]["data"]
-    labels = image_labels(args, model.num_classes, data["class_names"])
-    args.sampler, args.steps = sampler_and_steps(args, checkpoint)
-    [(_, trajectory)] = generate(model, diffusion, data["shape"], indices, seed=args.seed, sampler=args.sampler,
-                                 steps=args.steps, spacing=args.spacing, batch_size=args.num_images, labels=labels,
-                                 guidance_scale=guidance(args.guidance_scale, labels, is_student(checkpoint)))
-    t, x, frames = diffusion.num_timesteps - 1, image_noise(indices, args.seed, data["shape"])(), []
+def trajectory_frames(args: Namespace, model, diffusion: DiffusionProcess, config: dict) -> tuple[list[Frame], dict]:
+    """The (t, x_t, x_0_hat) of each step to the images that sample.py makes, and the options of samplers.generate."""
+    indices, shape = range(args.num_images), config["data"]["shape"]
+    options = sampling_options(config, args, args.num_images) | dict(batch_size=args.num_images)
+    [(_, trajectory)] = generate(model, diffusion, shape, indices, **options)
+    t, x, frames = diffusion.num_timesteps - 1, image_noise(indices, args.seed, shape)(), []
     for s, x_s, x_0_hat in trajectory:
         frames.append((t, x, x_0_hat.cpu()))
         t, x = s, x_s.cpu()
-    return frames, labels
+    return frames, options
 
 
 def shown_frames(frames: Sequence[Frame]) -> list[Frame]:
@@ -149,27 +137,28 @@ def shown_frames(frames: Sequence[Frame]) -> list[Frame]:
     return [frames[i] for i in evenly_spaced(len(frames), DENOISING_COLUMNS)]
 
 
-def draw_denoising(args, model, diffusion: DiffusionProcess, checkpoint: dict):
+def draw_denoising(args: Namespace, model, diffusion: DiffusionProcess, config: dict):
     """A trajectory from noise to image: for each image a row of x_t above a row of x_0_hat."""
-    frames, _ = trajectory_frames(args, model, diffusion, checkpoint)
+    frames, options = trajectory_frames(args, model, diffusion, config)
     image = frames[-1][2]  # every sampler ends with its last x_0_hat
     shown = shown_frames([*frames, (-1, image, image)])
     rows = [torch.stack([frame[part][i] for frame in shown]) for i in range(args.num_images) for part in (1, 2)]
     titles = ["image" if t < 0 else f"t = {t:.0f}" for t, _, _ in shown]
     return show_images(rows, titles, ["x_t", "x̂_0"] * args.num_images,
-                       f"{args.sampler}, {args.steps} steps: x_t and, below, the clean image expected from it")
+                       f"{options['sampler']}, {options['steps']} steps: x_t and, below, the clean image expected "
+                       "from it")
 
 
-def draw_with_model(args, model, diffusion: DiffusionProcess, checkpoint: dict):
+def draw_with_model(args: Namespace, model, diffusion: DiffusionProcess, config: dict):
     """A picture that needs a trained model."""
-    name = args.dataset
     if args.what == "denoising":
-        return draw_denoising(args, model, diffusion, checkpoint)
+        return draw_denoising(args, model, diffusion, config)
     if args.what in ("attention", "features"):
-        frames, labels = trajectory_frames(args, model, diffusion, checkpoint)
+        frames, options = trajectory_frames(args, model, diffusion, config)
         if args.what == "attention":
-            return draw_attention(model, diffusion, shown_frames(frames), labels, args.num_images)
-        return draw_features(model, diffusion, shown_frames(frames), labels)
+            return draw_attention(model, diffusion, shown_frames(frames), options["labels"], args.num_images)
+        return draw_features(model, diffusion, shown_frames(frames), options["labels"])
+    name = config["data"]["dataset"]
     validation = load_dataset(name, "validation", args.data_dir)
     if args.what == "embedding":
         return draw_embedding(model, diffusion, validation, args.projection, args.seed)
@@ -179,14 +168,17 @@ def draw_with_model(args, model, diffusion: DiffusionProcess, checkpoint: dict):
 @script
 def main(argv=None):
     args = parse_args(argv)
-    draw = {"forward": draw_forward, "schedules": draw_schedules}.get(args.what, draw_with_model)
-    opened = ()
-    if args.checkpoint:
-        opened = load_model(args.checkpoint, get_device(args.device))
-        args.dataset = trained_on(args, opened[2])
-    check_writable(args.save_path.parent)
-    save_figure(draw(args, *opened), args.save_path)
-    print(f"Saved {args.save_path}")
+    name = "forward_diffusion" if args.what == "forward" else args.what
+    path = Path(args.save_path or f"outputs/{name}.png")
+    if args.what in WITHOUT_MODEL:
+        draw = partial({"forward": draw_forward, "schedules": draw_schedules}[args.what], args)
+    else:
+        model, diffusion, checkpoint = load_model(args.checkpoint, get_device(args.device))
+        dataset_of(checkpoint, args.dataset)  # an error if --dataset names another
+        draw = partial(draw_with_model, args, model, diffusion, checkpoint["config"])
+    check_output(path)
+    save_figure(draw(), path)
+    print(f"Saved {path}")
 
 
 if __name__ == "__main__":

@@ -24,11 +24,11 @@ from evaluation.metrics import (
     nearest,
     random_groups,
 )
-from samplers import image_noise
-from utils import save_images
+from learned_variance import bits_per_dim
+from utils import generator_for, save_images
 
 PAIRS = 16  # in nearest.png: as many of the closest images, and as many others
-LIKELIHOOD_IMAGES = 200  # real images of bits_per_dim
+LIKELIHOOD_IMAGES, LIKELIHOOD_DRAWS = 2000, 4  # real images of bits_per_dim, and random times for each of them
 
 
 class Reference(NamedTuple):
@@ -125,19 +125,19 @@ def memorisation(reference: Reference, images: Tensor, features: ImageFeatures, 
                 training_images=len(train), real_images=len(real))
 
 
-@torch.no_grad()
-def bits_per_dim(model, diffusion: DiffusionProcess, data: ImageData, seed: int, batch_size: int) -> dict[str, float]:
-    """The variational bound of -log2 p(x_0) per dimension over LIKELIHOOD_IMAGES real images. It has no floor.
+def likelihood(model, diffusion: DiffusionProcess, data: ImageData, seed: int, batch_size: int) -> dict[str, float]:
+    """bits_per_dim, the variational bound of -log2 p(x_0) per dimension, over LIKELIHOOD_IMAGES real images.
 
-    In float32, with T network evaluations for an image. The noise of image k is that of `image_noise` for this seed.
+    In float32, by `learned_variance.bits_per_dim` with LIKELIHOOD_DRAWS + 1 network evaluations for an image. It has no
+    floor. The interval covers the choice of the images and of the noise.
     """
-    data, device = random_subset(data, LIKELIHOOD_IMAGES), diffusion.device
+    data, device, generator = random_subset(data, LIKELIHOOD_IMAGES), diffusion.device, generator_for(seed)
 
     def batches() -> Iterator[Tensor]:
         for rows in progress_bar("likelihood")(torch.arange(len(data.images)).split(batch_size)):
-            noise = image_noise(rows.tolist(), seed, data.images.shape[1:], device)()
             labels = data.labels[rows].to(device) if model.num_classes else None
-            yield diffusion.bits_per_dim(model, to_model(data.images[rows]).to(device), noise, labels).cpu()
+            yield bits_per_dim(model, diffusion, to_model(data.images[rows]).to(device), labels,
+                               draws=LIKELIHOOD_DRAWS, generator=generator).cpu()
 
     bits = torch.cat(list(batches()))                                                       # (N,)
     return dict(estimate(jackknife_means(bits, random_groups(len(bits)))), n=len(bits), floor=None)

@@ -2,17 +2,19 @@
 
 import hashlib
 import platform
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 import torch
 
-from data import ImageData
 from evaluation.classifier import weights_digest
+from evaluation.reference import Reference
 from runtime import distributed
-from utils import get_device, pick_precision
+from runtime.version import __version__
+from utils import pick_precision
+
+SAMPLING = ("seed", "sampler", "steps", "spacing", "eta", "guidance_scale", "guidance_interval", "batch_size")
 
 
 def file_digest(path: str | Path) -> str:
@@ -20,19 +22,23 @@ def file_digest(path: str | Path) -> str:
     return hashlib.sha256(Path(path).read_bytes()).hexdigest()
 
 
-def conditions(args, argv: Sequence[str] | None, data: ImageData, floor_data: ImageData, count: int) -> dict:
-    """All that is needed to repeat a measurement of `count` images, apart from the machine."""
+def conditions(args, command: Sequence[str], device: torch.device, reference: Reference, count: int,
+               options: dict | None) -> dict:
+    """All that is needed to repeat a measurement of `count` images, apart from the machine.
+
+    options: the arguments of samplers.generate; None for a sweep, whose rows have them, and for ready images.
+    """
     import torchmetrics
     import torchvision
 
     made = dict(images=args.images)
     if args.checkpoint:
-        made = dict(checkpoint=args.checkpoint, use_ema=args.use_ema, seed=args.seed, sampler=args.sampler,
-                    steps=args.steps, spacing=args.spacing, eta=args.eta, guidance_scale=args.guidance_scale,
-                    guidance_interval=args.guidance_interval, batch_size=args.batch_size, processes=distributed.size(),
-                    checkpoint_sha256=file_digest(args.checkpoint))
-    device = get_device(args.device)
-    return dict(command=["evaluate.py", *(sys.argv[1:] if argv is None else argv)], **made,
+        sampling = {name: getattr(args, name) for name in SAMPLING} | {
+            name: value for name, value in (options or {}).items() if name in SAMPLING}
+        made = dict(checkpoint=args.checkpoint, checkpoint_sha256=file_digest(args.checkpoint), use_ema=args.use_ema,
+                    processes=distributed.size(), **sampling)
+    data, floor_data = reference.data, reference.floor_data
+    return dict(command=list(command), version=__version__, **made,
                 dataset=data.name, num_images=count, reference=dict(split=data.split, n=len(data.images)),
                 floor=dict(split=floor_data.split, n=len(floor_data.images)),
                 features=args.features, feature_network_sha256=weights_digest(data.name),

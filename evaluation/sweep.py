@@ -1,7 +1,6 @@
 """Quality against cost: samplers at several step counts, all from the same starting noise."""
 
-from collections.abc import Callable, Iterable, Sequence
-from itertools import product
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 from torch import Tensor
@@ -21,17 +20,18 @@ class GeneratedImages(NamedTuple):
     seconds: float
 
 
-def sweep(samplers: Iterable[str], step_counts: Iterable[int], scales: Sequence[float],
-          make: Callable[[str, int, float], GeneratedImages], measure: Callable[[GeneratedImages], dict[str, dict]],
+def sweep(options: Sequence[dict], make: Callable[[dict], GeneratedImages],
+          measure: Callable[[GeneratedImages], dict[str, dict]],
           show: Callable[[dict], None]) -> tuple[list[dict], list[Tensor]]:
-    """(rows, pictures): figures and first images for each sampler, guidance scale and step count.
+    """(rows, pictures): figures and first images for each of the `options`, the arguments of samplers.generate.
 
     `show` is called with each row. A row's "series" names its line of the plot: the sampler and, if there are several,
     the guidance scale.
     """
-    rows, pictures = [], []
-    for sampler, scale, steps in product(samplers, scales, step_counts):
-        generated = make(sampler, steps, scale)
+    rows, pictures, scales = [], [], {each["guidance_scale"] for each in options}
+    for each in options:
+        sampler, scale, steps = each["sampler"], each["guidance_scale"], each["steps"]
+        generated = make(each)
         series = sampler if len(scales) == 1 else f"{sampler} ×{scale:g}"
         rows.append(dict(series=series, sampler=sampler, steps=steps, guidance_scale=scale, nfe=generated.nfe,
                          seconds=generated.seconds, figures=measure(generated)))
