@@ -87,8 +87,8 @@ def training_flag(checkpoint: dict, name: str, default):
     return value if isinstance(value, numbers.Real) and 0 <= value <= MAX_COUNT else default
 
 
-def resume_run(args, *more: str) -> str:
-    """The command that resumes the run in whose folder --checkpoint lies."""
+def command_to_resume(args, *more: str) -> str:
+    """The command that resumes the run of --checkpoint."""
     folder = Path(args.checkpoint).parent
     folder = folder.parent if folder.name == "checkpoints" else folder
     return " ".join([resume_command(Namespace(**vars(args) | dict(output_dir=folder))), *more])
@@ -201,7 +201,8 @@ def examine(args) -> Iterator[Finding]:
         try:
             model, diffusion, checkpoint = load_model(args.checkpoint, get_device(args.device))
         except UserError as error:
-            yield Finding("checkpoint", "FAIL", str(error), f"{resume_run(args)}: resumes from the newest valid one")
+            fix = f"{command_to_resume(args)}: resumes from the newest valid checkpoint"
+            yield Finding("checkpoint", "FAIL", str(error), fix)
             return
         name = dataset_of(checkpoint, args.dataset)
         yield from check_schedule(diffusion)
@@ -226,10 +227,10 @@ def examine_data(args, name: str, model, diffusion: DiffusionProcess, checkpoint
         return
     if not is_student(checkpoint["config"]):  # the x_0_hat of a student is an image, not a mean of many
         epochs = max(checkpoint["epoch"], int(training_flag(checkpoint, "epochs", 0)))
-        longer = resume_run(args, f"--epochs {more_epochs(epochs)}")
+        longer = command_to_resume(args, f"--epochs {more_epochs(epochs)}")
         yield from examine_error(model, diffusion, train, unseen, longer)
-    learnt = train.first(int(training_flag(checkpoint, "train_images", 0)) or len(train.images))
-    yield from examine_samples(model, diffusion, learnt, unseen, checkpoint)
+    train = train.first(int(training_flag(checkpoint, "train_images", 0)) or len(train.images))
+    yield from examine_samples(model, diffusion, train, unseen, checkpoint)
 
 
 @script

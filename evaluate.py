@@ -88,8 +88,8 @@ def parse_args(argv: Sequence[str] | None):
                        help="also the classification accuracy score, higher is better: train a classifier on the "
                             "generated images and test it on real images")
     group.add_argument("--likelihood", action="store_true",
-                       help=f"also bits_per_dim, lower is better: the variational bound of -log2 p per dimension of "
-                            f"{LIKELIHOOD_IMAGES} real images; T network evaluations for each image")
+                       help=f"also bits_per_dim, lower is better: the variational upper bound of -log2 p(x_0) per "
+                            f"dimension, of {LIKELIHOOD_IMAGES} real images; T network evaluations for each image")
     group = parser.add_argument_group("run")
     add_shared_flags(group, "data_dir")
     group.add_argument("--output_dir", help="where results are written (default: the folder of --checkpoint; "

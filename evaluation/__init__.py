@@ -1,1 +1,1 @@
-"""What judges images: networks that look at them, figures, reports, checks, and views into a network."""
+"""Measure images and examine networks: features, figures, reports, checks and plots."""

@@ -1,4 +1,4 @@
-"""doctor.py: each defect is planted and found under its name, and nothing is found in what is healthy."""
+"""doctor.py: every planted defect is found under its name, and healthy input gives no finding."""
 
 import json
 import math
@@ -64,7 +64,7 @@ def test_the_bound_is_the_error_of_a_linear_regression(t):
     assert_close(gaussian_bound(x_0, process, [t])[0], error.square().mean(), rtol=0.02, atol=0)
 
 
-def test_the_bound_goes_from_nothing_to_the_variance():
+def test_the_bound_rises_from_0_to_the_variance():
     x_0 = normal(500, 1, 4, 4) * 0.5
     bound = gaussian_bound(x_0, DiffusionProcess(100, "cosine", prediction="v", zero_terminal_snr=True),
                            torch.arange(-1, 100))
@@ -93,7 +93,7 @@ def test_the_error_of_the_best_linear_denoiser_is_the_bound(blobs):
 
 
 @pytest.mark.parametrize("prediction", ["eps", "x0", "v", "edm"])
-def test_a_network_that_has_learnt_nothing_is_worse_than_the_bound(blobs, prediction):
+def test_an_untrained_network_is_worse_than_the_bound(blobs, prediction):
     def model(x_t, t):
         return torch.zeros_like(x_t)
     model.num_classes = None
@@ -212,12 +212,12 @@ def test_defects_of_the_schedule(settings, check, status):
 
 
 def make_checkpoint(num_classes=10, **changes):
-    """A checkpoint, conditional by default, whose tensors are not those of its beginning; of a long, calm run."""
+    """A checkpoint, conditional by default, of a long run: all tensors differ from the initial ones, the loss falls."""
     torch.manual_seed(5)
     model = create_model(base_channels=8, time_emb_dim=16, patch_size=4, num_classes=num_classes)
-    learnt = {name: weight + 0.01 * normal(*weight.shape, seed=i + 1)
+    trained = {name: weight + 0.01 * normal(*weight.shape, seed=i + 1)
               for i, (name, weight) in enumerate(model.state_dict().items())}
-    average = {name: weight + 0.0001 * normal(*weight.shape, seed=99) for name, weight in learnt.items()}
+    average = {name: weight + 0.0001 * normal(*weight.shape, seed=99) for name, weight in trained.items()}
     config = dict(model=model.config, diffusion=DiffusionProcess(prediction="edm", data_std=0.6).config,
                   data=dict(dataset="glyphs", shape=[1, 28, 28], class_names=list("0123456789")),
                   training=dict(ema_decay=0.999))
@@ -225,7 +225,7 @@ def make_checkpoint(num_classes=10, **changes):
     history = dict(records=[dict(step=100 * i, loss=loss, val_loss=loss + 0.01, seconds=float(i))
                             for i, loss in enumerate(losses)])
     fields = {name: kind() for name, kind in FIELDS.items()}
-    return fields | dict(config=config, model=learnt, ema=average, history=history, step=5000, seed=5) | changes
+    return fields | dict(config=config, model=trained, ema=average, history=history, step=5000, seed=5) | changes
 
 
 def test_a_healthy_checkpoint():
@@ -245,7 +245,7 @@ def head_at_zero(name, weight, _):
     return torch.zeros_like(weight) if name == "head.2.weight" else weight
 
 
-def one_not_learnt(name, weight, first):
+def one_untrained(name, weight, first):
     return first if name == "stem.1.weight" else weight
 
 
@@ -259,7 +259,7 @@ def no_label_unseen(name, weight, first):
 
 @pytest.mark.parametrize("part, change, check, status", [
     ("model", head_at_zero, "tensors of model", "FAIL"), ("ema", head_at_zero, "tensors of ema", "FAIL"),
-    ("model", one_not_learnt, "tensors of model", "FAIL"), ("ema", lambda *three: three[2], "tensors of ema", "FAIL"),
+    ("model", one_untrained, "tensors of model", "FAIL"), ("ema", lambda *three: three[2], "tensors of ema", "FAIL"),
     ("model", lambda _, weight, __: torch.full_like(weight, 0.3), "tensors of model", "FAIL"),
     ("ema", class_3_unseen, "labels shown", "FAIL"), ("ema", no_label_unseen, "labels shown", "WARN")])
 def test_dead_tensors(part, change, check, status):
@@ -396,7 +396,7 @@ def test_a_generator_that_copies(glyphs, process):
     assert_found(examine_samples(glyphs[0], process, *glyphs[:2]), "copies")
 
 
-def test_a_generator_that_learnt_from_flipped_digits(glyphs, process):
+def test_a_generator_trained_on_flipped_digits(glyphs, process):
     train, unseen, others = glyphs
     flipped = only(others, torch.cat([others.images[:1000], others.images[1000:].flip(-1)]))
     found = statuses(examine_samples(flipped, process, train, unseen))
@@ -432,12 +432,12 @@ def test_it_judges_the_images_that_sample_makes(glyphs, monkeypatch, tmp_path, s
     save_checkpoint(tmp_path / "model.pt", **checkpoint)
     assert sample.main(["--checkpoint", str(tmp_path / "model.pt"), "--output", str(tmp_path / "x.npz"), "--device",
                         "cpu", "--precision", "fp32", "--num_images", str(doctor.SAMPLES)]) == 0
-    seen = []
-    monkeypatch.setattr(doctor, "check_samples", lambda images, _: seen.append(images) or [])
+    checked = []
+    monkeypatch.setattr(doctor, "check_samples", lambda images, _: checked.append(images) or [])
     found = doctor.examine_samples(*load_model(tmp_path / "model.pt")[:2], *glyphs[:2], checkpoint)
     assert ("steps" in statuses(found)) != student
     made = torch.from_numpy(np.load(tmp_path / "x.npz")["arr_0"]).permute(0, 3, 1, 2)
-    assert (to_uint8(seen[0]).int() - made.int()).abs().max() <= 1 and made.float().std() > 10
+    assert (to_uint8(checked[0]).int() - made.int()).abs().max() <= 1 and made.float().std() > 10
 
 
 # ------------------------------------------------------------------------------------------------------- the script

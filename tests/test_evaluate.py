@@ -1,4 +1,4 @@
-"""evaluate.py from end to end on glyphs: what it reports of good, bad and copied images, and what it refuses."""
+"""evaluate.py from end to end on glyphs: its figures for good, bad and copied images, and what it refuses."""
 
 import hashlib
 import json
@@ -27,7 +27,7 @@ from models import create_model
 from samplers import image_noise
 
 pytest.importorskip("torchmetrics", reason="torchmetrics is missing: pip install -r requirements-eval.txt")
-SPLIT = 600  # images of each split that these tests look at
+SPLIT = 600  # images of each split
 COUNT = 260
 
 
@@ -176,7 +176,7 @@ def test_a_checkpoint_and_its_images_agree_to_the_digit_and_so_do_two_runs(small
 
 def test_a_conditional_checkpoint_is_asked_for_the_classes_of_the_data(small, checkpoint, tmp_path):
     assert small("--checkpoint", checkpoint(10), "--num_images", COUNT, "--steps", 1, "--output_dir", tmp_path) == 0
-    assert report(tmp_path)["figures"]["asked_class"]["value"] < 0.5  # it has learned nothing
+    assert report(tmp_path)["figures"]["asked_class"]["value"] < 0.5  # it is untrained
 
 
 def test_a_sweep_compares_samplers_step_counts_and_scales(small, checkpoint, tmp_path, monkeypatch, capsys):

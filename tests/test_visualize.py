@@ -1,4 +1,4 @@
-"""Seeing inside: what the hooks read is what the network computes, and every picture is drawn."""
+"""visualize_diffusion.py: the hooks read what the network computes, and every picture is drawn."""
 
 import sys
 
@@ -91,7 +91,7 @@ def test_queries_lie_apart_where_the_image_has_something():
     image[:, 8:24, 12:16] = 1  # a stroke: rows 2 to 5 of 7, column 3
     assert choose_queries(image, 7, 7, 8) == [(2, 3), (4, 3)]
     assert choose_queries(image, 7, 7, 1) == [(2, 3)]
-    assert len(choose_queries(torch.zeros(1, 28, 28), 7, 7, 8)) >= 1  # nothing to see: still something to ask
+    assert len(choose_queries(torch.zeros(1, 28, 28), 7, 7, 8)) >= 1  # no contrast: still one query
 
 
 def test_the_bottleneck_depends_on_the_image_and_on_time(process):
@@ -102,7 +102,7 @@ def test_the_bottleneck_depends_on_the_image_and_on_time(process):
 
 
 def test_the_error_of_a_perfect_guess_is_the_variance(process):
-    """A network that says 0 under "x0" leaves |x_0|²."""
+    """With prediction "x0", a network that returns 0 has the error |x_0|²."""
     x_0 = torch.rand(6, 1, 8, 8) - 0.5
     errors = x_0_errors(lambda x, t: torch.zeros_like(x), DiffusionProcess(40, prediction="x0"), x_0, [0, 20, 39], 0)
     assert_close(errors, x_0.square().mean().expand(3))
@@ -111,13 +111,13 @@ def test_the_error_of_a_perfect_guess_is_the_variance(process):
 def test_the_network_is_seen_with_its_labels(process, noisy):
     """capture_outputs, bottleneck_features and x_0_errors pass the labels to the network."""
     model, labels = small_model(num_classes=5), torch.tensor([4, 0, 2])
-    seen = capture_outputs(model, process, {"all": model}, *noisy, labels)["all"]
-    assert_close(seen, process.predict(model, *noisy, labels))
-    assert not torch.equal(seen, capture_outputs(model, process, {"all": model}, *noisy)["all"])
+    outputs = capture_outputs(model, process, {"all": model}, *noisy, labels)["all"]
+    assert_close(outputs, process.predict(model, *noisy, labels))
+    assert not torch.equal(outputs, capture_outputs(model, process, {"all": model}, *noisy)["all"])
     x_0, t = noisy[0].clamp(-1, 1), noisy[1]
-    for look in (lambda known: bottleneck_features(model, process, x_0, t, 0, known),
-                 lambda known: x_0_errors(model, process, x_0, [20], 0, known)):
-        assert not torch.equal(look(labels), look(None)) and not torch.equal(look(labels), look(labels.flip(0)))
+    for result in (lambda known: bottleneck_features(model, process, x_0, t, 0, known),
+                   lambda known: x_0_errors(model, process, x_0, [20], 0, known)):
+        assert not torch.equal(result(labels), result(None)) and not torch.equal(result(labels), result(labels.flip(0)))
 
 
 # -------------------------------------------------------------------------------------------------------- projection
@@ -127,8 +127,8 @@ def test_pca_keeps_the_distances_of_a_plane():
     generator = torch.Generator().manual_seed(0)
     flat = torch.randn(50, 2, generator=generator)
     into = torch.linalg.qr(torch.randn(20, 2, generator=generator))[0]
-    seen = project_to_2d(flat @ into.T + 3, "pca")
-    assert_close(torch.pdist(seen), torch.pdist(flat), rtol=1e-4, atol=1e-4)
+    plane = project_to_2d(flat @ into.T + 3, "pca")
+    assert_close(torch.pdist(plane), torch.pdist(flat), rtol=1e-4, atol=1e-4)
 
 
 def test_tsne_keeps_groups_apart():
@@ -168,7 +168,7 @@ def call(checkpoint, data_dir, path, *flags):
 
 @pytest.fixture
 def few(monkeypatch):
-    """Less to compute: what is tested is that the pictures are drawn."""
+    """Few images and times: the tests only check that the pictures are drawn."""
     for name, value in dict(ERROR_IMAGES=8, ERROR_TIMES=4, GAUSSIAN_IMAGES=100, EMBEDDED_IMAGES=30,
                             EMBEDDED_TIMES=20).items():
         monkeypatch.setattr(f"evaluation.network_plots.{name}", value)

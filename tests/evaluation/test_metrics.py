@@ -1,4 +1,4 @@
-"""The figures against closed forms, against torchmetrics, and against one's eyes: worse images get worse figures."""
+"""The figures compared with closed forms, with torchmetrics and with their definitions."""
 
 import math
 
