@@ -124,8 +124,8 @@ def check_schedule(diffusion: DiffusionProcess, steps: int = DEFAULT_STEPS) -> l
     one = torch.ones(1, 1, 1, 1, dtype=torch.float64)
     gain = (diffusion.to_x_0(one, 0 * one, last) - diffusion.to_x_0(0 * one, 0 * one, last)).abs().item()
     return [
-        judge("terminal SNR", alpha, 0.05, 0.3, f"at t = {last} alpha is {alpha:.2g} (log-SNR {log_snr:.1f}), the "
-              f"share of the image that is left; sampling starts from pure noise (Lin et al. 2024)",
+        judge("terminal SNR", alpha, 0.05, 0.3, f"at t = {last} the signal rate alpha is {alpha:.2g} (log-SNR "
+              f"{log_snr:.1f}), while sampling starts from pure noise (Lin et al. 2024)",
               "brightness and contrast will be off: python train.py --schedule cosine, or --prediction v "
               "--zero_terminal_snr"),
         judge("first step", gain, 1000, math.inf, f"at t = {last} an error of x_0_hat is {gain:.3g} times the "
