@@ -154,7 +154,7 @@ def open_checkpoint(args: Namespace, device: torch.device) -> LoadedCheckpoint:
 
 def make_images(args: Namespace, loaded: LoadedCheckpoint, options: dict, count: int) -> GeneratedImages:
     """`count` images made by the checkpoint, a part of them by each process. UserError if they are not finite."""
-    evaluations, device, mine = [], loaded.diffusion.device, range(count)[distributed.share(count)]
+    evaluations, device, mine = [], loaded.diffusion.device, range(count)[distributed.rank_slice(count)]
     counter = loaded.model.register_forward_hook(lambda _, inputs, __: evaluations.append(len(inputs[0])))
     start = time.perf_counter()
     with (tqdm(total=len(mine), unit="image", desc=f"{options['sampler']}, {options['steps']} steps", leave=False,
@@ -164,10 +164,10 @@ def make_images(args: Namespace, loaded: LoadedCheckpoint, options: dict, count:
             loaded.model, loaded.diffusion, loaded.shape, mine, **options | dict(batch_size=batch_size)),
             args.batch_size, device)
     counter.remove()
-    if not distributed.gather(torch.tensor([images is not None])).all():
+    if not distributed.all_gather(torch.tensor([images is not None])).all():
         raise UserError(f"{args.checkpoint} makes images that are not finite numbers: train it again")
-    images = distributed.gather(torch.cat([torch.empty(0, *loaded.shape, dtype=torch.uint8), *images]))
-    evaluated = distributed.gather(torch.tensor([sum(evaluations)])).sum().item()
+    images = distributed.all_gather(torch.cat([torch.empty(0, *loaded.shape, dtype=torch.uint8), *images]))
+    evaluated = distributed.all_gather(torch.tensor([sum(evaluations)])).sum().item()
     return GeneratedImages(images, loaded.labels, evaluated / count, time.perf_counter() - start)
 
 
@@ -263,8 +263,8 @@ def load_inputs(args: Namespace, device: torch.device, output: Path):
 def main(argv=None):
     args = parse_args(argv)
     device = get_device(distributed.local_device(args.device))
-    distributed.start(device)
-    if distributed.size() > 1 and not args.checkpoint:
+    distributed.init_process_group(device)
+    if distributed.world_size() > 1 and not args.checkpoint:
         raise UserError("several processes only help to make images: without --checkpoint leave torchrun out")
     if args.train_features:
         bf16 = pick_precision(args.precision, device) == "bf16"
@@ -273,7 +273,7 @@ def main(argv=None):
         return
     torchmetrics_image()  # an error now, not after the images are made
     output = Path(args.output_dir or (Path(args.checkpoint).parent if args.checkpoint else "outputs"))
-    with distributed.first_alone():  # a download happens once; an error is raised by all
+    with distributed.local_rank_0_first():  # a download happens once; an error is raised by all
         loaded, generated, data, networks = load_inputs(args, device, output)
     count = args.num_images if loaded else len(generated.images)
     reference = None if distributed.rank() else make_reference(data, count, *networks, args.data_dir)
@@ -284,7 +284,7 @@ def main(argv=None):
         generated = generated or make_images(args, loaded, loaded.options[0], count)
         if reference:
             evaluate(args, command, reference, generated, loaded, output)
-    distributed.finish()
+    distributed.destroy_process_group()
 
 
 if __name__ == "__main__":

@@ -104,8 +104,8 @@ def make_images(args: Namespace, steps: int, film: Film | None, shape: Sequence[
                     film.add_pair(x, x_0_hat)
             images.append(x.cpu())
     if film:
-        film.frames = {t: [distributed.gather(torch.cat(parts))] for t, parts in film.frames.items()}
-    return distributed.gather(torch.cat(images))
+        film.frames = {t: [distributed.all_gather(torch.cat(parts))] for t, parts in film.frames.items()}
+    return distributed.all_gather(torch.cat(images))
 
 
 def rows_by_class(images: torch.Tensor, counts: Sequence[int], columns: int) -> torch.Tensor:
@@ -137,9 +137,9 @@ def save(images: torch.Tensor, labels: torch.Tensor | None, by_class: bool, outp
 def main(argv=None):
     args = parse_args(argv)
     output, device = Path(args.output), get_device(distributed.local_device(args.device))
-    distributed.start(device)
-    if args.num_images < distributed.size():
-        raise UserError(f"{args.num_images} images do not divide among {distributed.size()} processes: choose more")
+    distributed.init_process_group(device)
+    if args.num_images < distributed.world_size():
+        raise UserError(f"{args.num_images} images do not divide among {distributed.world_size()} processes: choose more")
     model, diffusion, checkpoint = load_model(args.checkpoint, device, args.use_ema)
     config, shape = checkpoint["config"], checkpoint["config"]["data"]["shape"]
     options = sampling_options(config, args, args.num_images)
@@ -147,7 +147,7 @@ def main(argv=None):
         check_output(output)
     print(f"Using device: {diffusion.device}")
     start, film = time.perf_counter(), Film() if args.show_intermediate or args.gif else None
-    mine = range(args.num_images)[distributed.share(args.num_images)]
+    mine = range(args.num_images)[distributed.rank_slice(args.num_images)]
     make = partial(make_images, args, options["steps"], film, shape, diffusion.num_timesteps, len(mine))
     with autocast(device, pick_precision(args.precision, device)):
         images = within_memory(make, lambda batch_size: generate(
@@ -155,7 +155,7 @@ def main(argv=None):
     print(f"{len(images)} images by {options['sampler']} in {options['steps']} steps: "
           f"{time.perf_counter() - start:.2f} s")
     if distributed.rank():
-        return distributed.finish()
+        return distributed.destroy_process_group()
     save(images, options["labels"], args.label is not None, output)
     written = [output, *(film.save(output) if args.show_intermediate else [])]
     if args.gif:
@@ -163,7 +163,7 @@ def main(argv=None):
         written.append(output.with_suffix(".gif"))
     for path in written:
         print(f"Saved {path}")
-    distributed.finish()
+    distributed.destroy_process_group()
 
 
 if __name__ == "__main__":

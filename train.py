@@ -56,10 +56,10 @@ def parse_args(argv: Sequence[str] | None) -> tuple[Namespace, dict | None]:
     args = parser.parse_args(argv)
     parser.set_defaults(**RECIPES[args.recipe])
     args = parser.parse_args(argv)
-    if not (args.resume or distributed.restarts()):
+    if not (args.resume or distributed.restart_count()):
         return args, None
-    distributed.start(get_device(distributed.local_device(args.device)))
-    found = distributed.from_first(None if distributed.rank() else run_folder.newest_valid(Path(args.output_dir)))
+    distributed.init_process_group(get_device(distributed.local_device(args.device)))
+    found = distributed.broadcast(None if distributed.rank() else run_folder.newest_valid(Path(args.output_dir)))
     if not found:
         print(f"Nothing to resume in {args.output_dir}: starting a new run")
         return args, None
@@ -125,12 +125,12 @@ def epoch_summary(records: Sequence[dict], epoch: int, first_step: int, val_loss
 def save_preview(run: Run, path: Path) -> None:
     """Write a grid of the images that sample.py makes with this seed; the starting noise is always the same."""
     trainer, data = run.trainer, run.config["data"]
-    indices = range(PREVIEW_IMAGES)[distributed.share(PREVIEW_IMAGES)]
+    indices = range(PREVIEW_IMAGES)[distributed.rank_slice(PREVIEW_IMAGES)]
     options = sampling_options(run.config, Namespace(seed=trainer.seed), PREVIEW_IMAGES)
     with autocast(trainer.device, trainer.precision):
         images = [final_image(trajectory) for _, trajectory in generate(
             trainer.ema, trainer.diffusion, data["shape"], indices, **options)]
-    images = distributed.gather(torch.cat(images) if images else torch.empty(0, *data["shape"]))
+    images = distributed.all_gather(torch.cat(images) if images else torch.empty(0, *data["shape"]))
     if distributed.rank() == 0:
         with warn_of_failed_writes():
             save_images(to_uint8(images), path)
@@ -147,7 +147,7 @@ def make_run(args: Namespace, checkpoint: dict | None, start: float) -> tuple[Ru
     device = get_device(distributed.local_device(args.device))
     autotune.set_up_cuda(device)
     settings = make_settings(args, device)
-    with distributed.first_alone():
+    with distributed.local_rank_0_first():
         data = load_dataset(args.dataset, "train", args.data_dir).first(args.train_images or sys.maxsize)
     validation = load_dataset(args.dataset, "validation", args.data_dir)
     config = make_config(settings, data, checkpoint and checkpoint["config"]["diffusion"]["data_std"])
@@ -178,9 +178,9 @@ def make_trainer(settings: Namespace, data: ImageData, model, diffusion) -> tupl
     steps = settings.epochs * len(data.images) // size if settings.epochs else math.inf
     precision, layout = autotune.fastest_arithmetic(
         settings.precision, settings.layout, model, diffusion, data, settings.conditional,
-        -(-size // distributed.size()), autotune.seconds_for_race(steps, settings.budget))
+        -(-size // distributed.world_size()), autotune.seconds_for_race(steps, settings.budget))
     settings = Namespace(**vars(settings) | dict(precision=precision, layout=layout, batch_size=batch_size))
-    cuda_graph = device.type == "cuda" and distributed.size() == 1 and settings.compile is not False
+    cuda_graph = device.type == "cuda" and distributed.world_size() == 1 and settings.compile is not False
     trainer = Trainer(data, model.to(memory_format=autotune.LAYOUTS[layout]), diffusion, cuda_graph=cuda_graph,
                       **{name: getattr(settings, name) for name in TRAINER_FLAGS})
     if measure:
@@ -210,7 +210,7 @@ def complete_message(run: Run, checkpoint: dict | None, args: Namespace) -> str 
         return None
     over = (checkpoint["epoch"] >= (run.config["training"]["epochs"] or math.inf)
             or run.budget.seconds_used >= (args.budget or math.inf) - run.budget.reserve)
-    if not distributed.from_first(over and run_folder.is_complete(run.folder)):
+    if not distributed.broadcast(over and run_folder.is_complete(run.folder)):
         return None
     return (f"The run in {run.folder} is complete, with {checkpoint['epoch']:,} epochs in "
             f"{checkpoint['seconds']:.0f} seconds: continue it with {resume_command(args)} --epochs "
@@ -223,7 +223,7 @@ def complete_message(run: Run, checkpoint: dict | None, args: Namespace) -> str 
 @script
 def main(argv=None):
     args, checkpoint = parse_args(argv)
-    distributed.start(get_device(distributed.local_device(args.device)))
+    distributed.init_process_group(get_device(distributed.local_device(args.device)))
     start = time.perf_counter() - (time.process_time() if argv is None else 0.0)  # with the time of the imports
     with run_folder.claim(args.output_dir) as folder:
         run, validation, settings = make_run(args, checkpoint, start)
@@ -234,7 +234,7 @@ def main(argv=None):
             run.carry_out(partial(train, run, validation, settings), partial(memory_advice, run.trainer))
             if run.stopped:
                 path = run.save_step()
-                distributed.from_first(None)  # wait for the file: torchrun ends all processes when one has ended
+                distributed.broadcast(None)  # wait for the file: torchrun ends all processes when one has ended
                 print(f"Stopped by a signal after {run.trainer.step:,} steps; saved {path}: continue with "
                       f"{resume_command(args)}")
                 return 128 + run.stopped
@@ -242,7 +242,7 @@ def main(argv=None):
             if distributed.rank() == 0:
                 plot_losses(run.records, folder / "training_loss.png")
             print(f"Saved {path}: python sample.py --checkpoint {shlex.quote(str(path))}")
-    distributed.finish()
+    distributed.destroy_process_group()
 
 
 def prepare_folder(run: Run, resumed: bool) -> None:

@@ -36,7 +36,7 @@ def conditions(args, command: Sequence[str], device: torch.device, reference: Re
         sampling = {name: getattr(args, name) for name in SAMPLING} | {
             name: value for name, value in (options or {}).items() if name in SAMPLING}
         made = dict(checkpoint=args.checkpoint, checkpoint_sha256=file_digest(args.checkpoint), use_ema=args.use_ema,
-                    processes=distributed.size(), **sampling)
+                    processes=distributed.world_size(), **sampling)
     data, floor_data = reference.data, reference.floor_data
     return dict(command=list(command), version=__version__, **made,
                 dataset=data.name, num_images=count, reference=dict(split=data.split, n=len(data.images)),

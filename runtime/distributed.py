@@ -16,13 +16,13 @@ from torch import Tensor
 from runtime.errors import UserError
 
 
-def start(device: torch.device) -> None:
+def init_process_group(device: torch.device) -> None:
     """Join the other processes, if torchrun started this one; NCCL between GPUs, gloo between CPUs. Rank 0 speaks."""
     if "WORLD_SIZE" in os.environ and not dist.is_initialized():
         if device.type == "cuda":
             torch.cuda.set_device(device)
         store, number, count = next(dist.rendezvous("env://"))
-        attempt = dist.PrefixStore(f"attempt {restarts()}", store)  # torchrun keeps the addresses of those that ended
+        attempt = dist.PrefixStore(f"attempt {restart_count()}", store)  # torchrun keeps old addresses
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo", store=attempt, rank=number,
                                 world_size=count)
         warnings.filterwarnings("ignore", "Grad strides do not match")  # of 1×1 convolutions: only a little slower
@@ -30,18 +30,18 @@ def start(device: torch.device) -> None:
             sys.stdout = open(os.devnull, "w")  # noqa: SIM115 (until the process ends)
 
 
-def restarts() -> int:
+def restart_count() -> int:
     """How often torchrun --max_restarts has started this process in the place of one that ended."""
     return int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0))
 
 
-def lost(error: BaseException) -> bool:
+def process_lost(error: BaseException) -> bool:
     """Whether this is what is raised where another process has ended."""
     words = ("Connection", "gloo", "NCCL", "socket", "timeout", "Timeout", "Broken pipe")
-    return size() > 1 and isinstance(error, RuntimeError) and any(word in str(error) for word in words)
+    return world_size() > 1 and isinstance(error, RuntimeError) and any(word in str(error) for word in words)
 
 
-def finish() -> None:
+def destroy_process_group() -> None:
     """Leave the other processes."""
     if dist.is_initialized():
         dist.destroy_process_group()
@@ -52,7 +52,7 @@ def rank() -> int:
     return dist.get_rank() if dist.is_initialized() else 0
 
 
-def size() -> int:
+def world_size() -> int:
     """How many processes there are."""
     return dist.get_world_size() if dist.is_initialized() else 1
 
@@ -71,67 +71,67 @@ def local_device(name: str) -> str:
     return "cpu" if name == "auto" else name
 
 
-def share(count: int) -> slice:
+def rank_slice(count: int) -> slice:
     """This process's part of `count` things: contiguous, and all parts of the same size where that divides."""
-    return slice(count * rank() // size(), count * (rank() + 1) // size())
+    return slice(count * rank() // world_size(), count * (rank() + 1) // world_size())
 
 
-def total(value: Tensor) -> Tensor:
+def all_reduce_sum(value: Tensor) -> Tensor:
     """The sum of a tensor over all processes."""
-    if size() > 1:
+    if world_size() > 1:
         dist.all_reduce(value)
     return value
 
 
-def mean(value: Tensor) -> Tensor:
+def all_reduce_mean(value: Tensor) -> Tensor:
     """The mean of a tensor over all processes."""
-    return total(value.clone()) / size() if size() > 1 else value
+    return all_reduce_sum(value.clone()) / world_size() if world_size() > 1 else value
 
 
-def gather(part: Tensor) -> Tensor:
+def all_gather(part: Tensor) -> Tensor:
     """The parts of all processes, in the order of their ranks, joined along the first axis, on the CPU."""
-    if size() == 1:
+    if world_size() == 1:
         return part.cpu()
-    parts = [None] * size()
+    parts = [None] * world_size()
     dist.all_gather_object(parts, part.cpu())
     return torch.cat(parts)
 
 
-def from_first(value):
+def broadcast(value):
     """What rank 0 holds, on every process."""
-    if size() == 1:
+    if world_size() == 1:
         return value
     box = [value]
     dist.broadcast_object_list(box)
     return box[0]
 
 
-def smallest(value: int) -> int:
+def all_reduce_min(value: int) -> int:
     """The least of the numbers that the processes hold, on every process."""
-    values = [value] * size()
-    if size() > 1:
+    values = [value] * world_size()
+    if world_size() > 1:
         dist.all_gather_object(values, value)
     return min(values)
 
 
-def largest(values: Tensor) -> Tensor:
+def all_reduce_max(values: Tensor) -> Tensor:
     """The greatest of the values that the processes hold at each place of a tensor, on every process."""
-    if size() > 1:
+    if world_size() > 1:
         dist.all_reduce(values, dist.ReduceOp.MAX)
     return values
 
 
 @contextlib.contextmanager
-def first_alone():
+def local_rank_0_first():
     """Let one process of each machine through before its others, so that a download or a drawing happens once.
 
     What the first cannot do the others try too: all end alike.
     """
-    waits = size() > 1 and int(os.environ.get("LOCAL_RANK", 0)) > 0
+    waits = world_size() > 1 and int(os.environ.get("LOCAL_RANK", 0)) > 0
     if waits:
         dist.barrier()
     try:
         yield
     finally:
-        if size() > 1 and not waits:
+        if world_size() > 1 and not waits:
             dist.barrier()

@@ -47,7 +47,7 @@ def script(main: Callable[[Sequence[str] | None], int | None]) -> Callable[..., 
 
 def outside_cause(error: Exception) -> str | None:
     """A message for an exception that the machine caused; None for a bug."""
-    if distributed.lost(error):
+    if distributed.process_lost(error):
         return "another process of this run has ended"
     if out_of_memory(error):
         return f"out of memory ({one_line(error, 100)}): try a smaller --batch_size"

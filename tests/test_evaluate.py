@@ -415,7 +415,7 @@ def test_where_fewer_at_a_time_would_not_help_that_is_said(checkpoint, tmp_path,
     def fail(_):
         raise MemoryError
     with monkeypatch.context() as patch:
-        patch.setattr(sample.distributed, "gather", fail)
+        patch.setattr(sample.distributed, "all_gather", fail)
         assert draw(checkpoint(), tmp_path) == 1
     assert "ask for fewer images in all" in capsys.readouterr().err.splitlines()[-1]
     limit_memory(monkeypatch, 0)

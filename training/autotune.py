@@ -110,7 +110,7 @@ def fastest_arithmetic(precision: str, layout: str | None, model: nn.Module, dif
         taken, rates = race(options, trial, count, seconds)
         found = ", ".join(f"{' '.join(option)} {rate:,.0f}" for option, rate in rates.items())
         print(f"Measured, images a second: {found}; taking {' '.join(taken)}", flush=True)
-    return distributed.from_first(taken)
+    return distributed.broadcast(taken)
 
 
 # ---------------------------------------------------------------------------------------------- settings and compiler

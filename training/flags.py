@@ -180,7 +180,7 @@ OWN_FLAGS = ("output_dir", "data_dir", "device", "resume")  # a resumed run does
 
 def resume_command(args: Namespace) -> str:
     """The command that resumes the run in args.output_dir, with the OWN_FLAGS that differ from the defaults."""
-    start = "python" if distributed.size() == 1 else f"torchrun --nproc_per_node={distributed.size()}"
+    start = "python" if distributed.world_size() == 1 else f"torchrun --nproc_per_node={distributed.world_size()}"
     own = [f"--{name} {shlex.quote(str(getattr(args, name)))}" for name in OWN_FLAGS[:3]
            if name == "output_dir" or getattr(args, name) != SHARED_FLAGS[name]["default"]]
     return " ".join([start, "train.py --resume", *own])

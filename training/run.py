@@ -64,10 +64,10 @@ class Run:
     def update(self) -> None:
         """Set `progress` and `stopped` by the clock and by the signal, on which several processes agree."""
         step, time_share, signal = self.trainer.step, self.budget.time_share, self.signal
-        if distributed.size() > 1:
+        if distributed.world_size() > 1:
             if step % AGREE_STEPS == 0:
                 mine = torch.tensor([time_share, signal or 0], device=self.trainer.device)
-                self.agreed = distributed.largest(mine).tolist()
+                self.agreed = distributed.all_reduce_max(mine).tolist()
             time_share, signal = self.agreed
         self.progress, self.stopped = self.budget.progress(step, time_share), int(signal or 0)
 
@@ -162,7 +162,7 @@ class Run:
                 self.save_step()
             raise
         except (RuntimeError, MemoryError) as error:
-            if distributed.lost(error):
+            if distributed.process_lost(error):
                 raise RunFailed(f"another process of this run has ended; {self.advice}") from error
             if not out_of_memory(error):
                 raise

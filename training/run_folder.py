@@ -35,7 +35,7 @@ def claim(folder: str | Path) -> Iterator[Path]:
             _lock(lock, folder)
         except UserError as error:
             problem = str(error)
-    problem = distributed.from_first(problem)
+    problem = distributed.broadcast(problem)
     if problem:
         raise UserError(problem)
     try:

@@ -42,14 +42,14 @@ class Trainer:
                  precision: str = "fp32", seed: int = 0, cuda_graph: bool = False):
         self.data, self.model, self.diffusion, self.device = data, model, diffusion, data.images.device
         self.batch_size = min(batch_size, len(data.images))
-        if self.batch_size % distributed.size():
-            raise UserError(f"a batch of {self.batch_size} does not divide among {distributed.size()} processes: "
+        if self.batch_size % distributed.world_size():
+            raise UserError(f"a batch of {self.batch_size} does not divide among {distributed.world_size()} processes: "
                             f"choose a --batch_size that does")
         self.warmup, self.lr_schedule = warmup, lr_schedule
         self.max_grad_norm, self.ema_decay = max_grad_norm, ema_decay
         self.conditional, self.label_dropout = conditional, label_dropout
         self.precision, self.seed, self.step = precision, seed, 0
-        self.network = DistributedDataParallel(model) if distributed.size() > 1 else model
+        self.network = DistributedDataParallel(model) if distributed.world_size() > 1 else model
         self.ema = copy.deepcopy(model).requires_grad_(False)
         self.optimizers = make_optimizers(model, optimizer, lr, muon_lr, weight_decay, cuda_graph)
         self.cuda_graph, self.learn = cuda_graph, CudaGraph(self._learn) if cuda_graph else self._learn
@@ -99,7 +99,7 @@ class Trainer:
         generator = generator_for(self.seed, NOISE, self.step, device=self.device)
         t = self.diffusion.sample_timesteps(len(x_0), generator)
         noise = torch.randn(x_0.shape, generator=generator, device=self.device)
-        mine = distributed.share(len(x_0))
+        mine = distributed.rank_slice(len(x_0))
         loss = self.learn(x_0[mine], t[mine], noise[mine], None if labels is None else labels[mine])
         self.step += 1
         torch._foreach_lerp_(list(self.ema.parameters()), [weight.detach() for weight in self.model.parameters()],
@@ -112,7 +112,7 @@ class Trainer:
         with autocast(self.device, self.precision):
             loss = self.diffusion.loss(self.network, x_0, t, noise, labels)
         loss.backward()
-        loss = distributed.mean(loss.detach())
+        loss = distributed.all_reduce_mean(loss.detach())
         norm = nn.utils.clip_grad_norm_(self.model.parameters(), self.max_grad_norm)
         bad = (~(torch.isfinite(norm) & torch.isfinite(loss))).float()
         self.skipped.copy_(torch.stack([self.skipped[0] + bad, (self.skipped[1] + bad) * bad]))
@@ -129,7 +129,7 @@ class Trainer:
     def compile(self, required: bool) -> None:
         """Compile the network. Where that fails: UserError if `required`, else a line that says so."""
         self.network = autotune.compiled(self.network, lambda network: self._forward_backward(
-            network, self.batch_size // distributed.size()), required)
+            network, self.batch_size // distributed.world_size()), required)
 
     def rehearse(self, count: int) -> None:
         """Use as much memory as a step with `count` images in this process, and change nothing."""
@@ -174,10 +174,10 @@ def fitting_batch(trainer: Trainer, count: int, agree: bool = True) -> int:
 
     agree: it must fit for all processes, and all of them must call this; else only for this one.
     """
-    while count >= distributed.size():
-        count -= count % distributed.size()
-        fits = fits_in_memory(trainer.rehearse, count // distributed.size(), trainer.device)
-        if distributed.smallest(fits) if agree else fits:
+    while count >= distributed.world_size():
+        count -= count % distributed.world_size()
+        fits = fits_in_memory(trainer.rehearse, count // distributed.world_size(), trainer.device)
+        if distributed.all_reduce_min(fits) if agree else fits:
             return count
         count //= 2
     raise RunFailed("out of memory even for one image: choose a smaller --base_channels, or --patch_size 4")
@@ -194,7 +194,7 @@ def validation_loss(trainer: Trainer, validation: ImageData) -> float:
     u = (torch.arange(count) + torch.rand(count, generator=generator)) / count
     t = (u * trainer.diffusion.num_timesteps).long()
     noise = torch.randn((count, *validation.images.shape[1:]), generator=generator)
-    mine, losses = distributed.share(count), torch.zeros(1, device=device)
+    mine, losses = distributed.rank_slice(count), torch.zeros(1, device=device)
     batch_size = 128 if device.type == "cpu" else 512  # 128: no more memory than a training step
     for rows in torch.arange(count)[mine].split(batch_size):
         parts = (to_model(validation.images[rows]), t[rows], noise[rows], validation.labels[rows])
@@ -202,4 +202,4 @@ def validation_loss(trainer: Trainer, validation: ImageData) -> float:
         with autocast(device, trainer.precision):
             losses += trainer.diffusion.simple_loss(trainer.ema, x_0, times, noises,
                                                     labels if trainer.conditional else None, reduction="none").sum()
-    return (distributed.total(losses) / count).item()
+    return (distributed.all_reduce_sum(losses) / count).item()

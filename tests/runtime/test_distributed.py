@@ -193,23 +193,23 @@ def test_several_processes_without_a_checkpoint_are_refused(tmp_path):
 @given(count=st.integers(0, 200), size=st.integers(1, 30))
 def test_shares_are_a_partition_in_order_and_as_even_as_can_be(count, size):
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(distributed, "size", lambda: size)
+        patch.setattr(distributed, "world_size", lambda: size)
         shares = []
         for rank in range(size):
             patch.setattr(distributed, "rank", lambda rank=rank: rank)
-            shares.append(range(count)[distributed.share(count)])
+            shares.append(range(count)[distributed.rank_slice(count)])
     assert [i for share in shares for i in share] == list(range(count))
     assert max(map(len, shares)) - min(map(len, shares)) <= 1
 
 
 def test_one_process_alone_does_nothing():
     value = torch.tensor([1.0, 2.0])
-    assert (distributed.rank(), distributed.size()) == (0, 1)
-    assert distributed.total(value) is value and distributed.mean(value) is value
-    assert torch.equal(distributed.gather(value), value) and distributed.from_first("x") == "x"
-    assert distributed.smallest(3) == 3 and distributed.largest(value) is value
-    assert not distributed.restarts() and not distributed.lost(RuntimeError("Connection lost"))
-    with distributed.first_alone():
+    assert (distributed.rank(), distributed.world_size()) == (0, 1)
+    assert distributed.all_reduce_sum(value) is value and distributed.all_reduce_mean(value) is value
+    assert torch.equal(distributed.all_gather(value), value) and distributed.broadcast("x") == "x"
+    assert distributed.all_reduce_min(3) == 3 and distributed.all_reduce_max(value) is value
+    assert not distributed.restart_count() and not distributed.process_lost(RuntimeError("Connection lost"))
+    with distributed.local_rank_0_first():
         pass
 
 

@@ -64,7 +64,7 @@ def test_the_command_that_goes_on_names_what_a_checkpoint_does_not_know(own, mon
     args = flags.make_parser("").parse_args(argv)
     assert args.resume and {name: getattr(args, name) for name in given} == given
     assert len(argv) == 3 + 2 * len(own.keys() - {"output_dir"})
-    monkeypatch.setattr(flags.distributed, "size", lambda: 2)
+    monkeypatch.setattr(flags.distributed, "world_size", lambda: 2)
     assert resume_command(SimpleNamespace(**given)).startswith("torchrun --nproc_per_node=2 train.py --resume ")
 
 
