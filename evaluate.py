@@ -51,7 +51,7 @@ from evaluation.sweep import GeneratedImages, plot_cells, plot_sweep, print_tabl
 from runtime import distributed
 from runtime.errors import UserError
 from runtime.files import check_writable, write_json
-from runtime.memory import within_memory
+from runtime.memory import run_or_suggest_batch_size
 from runtime.parser import SHARED_FLAGS, Parser, add_shared_flags, number
 from runtime.sampling import dataset_of, is_student, sampling_options
 from runtime.script import script
@@ -160,7 +160,7 @@ def make_images(args: Namespace, loaded: LoadedCheckpoint, options: dict, count:
     with (tqdm(total=len(mine), unit="image", desc=f"{options['sampler']}, {options['steps']} steps", leave=False,
                disable=distributed.rank() > 0) as bar,
           autocast(device, pick_precision(args.precision, device))):
-        images = within_memory(partial(to_uint8_batches, bar), lambda batch_size: generate(
+        images = run_or_suggest_batch_size(partial(to_uint8_batches, bar), lambda batch_size: generate(
             loaded.model, loaded.diffusion, loaded.shape, mine, **options | dict(batch_size=batch_size)),
             args.batch_size, device)
     counter.remove()

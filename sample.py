@@ -25,7 +25,7 @@ from data import to_uint8
 from runtime import distributed
 from runtime.errors import UserError
 from runtime.files import atomic_write, check_output
-from runtime.memory import within_memory
+from runtime.memory import run_or_suggest_batch_size
 from runtime.parser import SHARED_FLAGS, Parser, add_shared_flags
 from runtime.sampling import sampling_options
 from runtime.script import script
@@ -139,7 +139,8 @@ def main(argv=None):
     output, device = Path(args.output), get_device(distributed.local_device(args.device))
     distributed.init_process_group(device)
     if args.num_images < distributed.world_size():
-        raise UserError(f"{args.num_images} images do not divide among {distributed.world_size()} processes: choose more")
+        raise UserError(f"{args.num_images} images do not divide among {distributed.world_size()} processes: choose "
+                        f"more")
     model, diffusion, checkpoint = load_model(args.checkpoint, device, args.use_ema)
     config, shape = checkpoint["config"], checkpoint["config"]["data"]["shape"]
     options = sampling_options(config, args, args.num_images)
@@ -150,7 +151,7 @@ def main(argv=None):
     mine = range(args.num_images)[distributed.rank_slice(args.num_images)]
     make = partial(make_images, args, options["steps"], film, shape, diffusion.num_timesteps, len(mine))
     with autocast(device, pick_precision(args.precision, device)):
-        images = within_memory(make, lambda batch_size: generate(
+        images = run_or_suggest_batch_size(make, lambda batch_size: generate(
             model, diffusion, shape, mine, **options | dict(batch_size=batch_size)), args.batch_size, device)
     print(f"{len(images)} images by {options['sampler']} in {options['steps']} steps: "
           f"{time.perf_counter() - start:.2f} s")

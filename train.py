@@ -26,7 +26,7 @@ from learned_variance import create_process
 from models import create_model
 from runtime import distributed
 from runtime.errors import UserError, checking_user_input
-from runtime.memory import give_memory_back
+from runtime.memory import trim_heap
 from runtime.sampling import is_student, sampling_options
 from runtime.script import script
 from samplers import DEFAULT_STEPS, final_image, generate
@@ -97,7 +97,7 @@ def train(run: Run, validation: ImageData, settings: Namespace) -> None:
 def end_epoch(run: Run, validation: ImageData, settings: Namespace) -> None:
     """Validate, print a line, and write the samples and the checkpoint that are due after this epoch."""
     speed, start, trainer = run.speed(), time.perf_counter(), run.trainer
-    give_memory_back()
+    trim_heap()
     val_loss = validation_loss(trainer, validation)
     run.record(speed, val_loss)
     epoch = -(-trainer.step // trainer.steps_per_epoch)  # an epoch that the budget cut short counts
@@ -166,7 +166,7 @@ def make_run(args: Namespace, checkpoint: dict | None, start: float) -> tuple[Ru
     if checkpoint:
         check_resumable(checkpoint, config, resume_command(args))
         run.restore(checkpoint)
-    give_memory_back()
+    trim_heap()
     return run, validation, settings
 
 

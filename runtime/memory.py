@@ -16,7 +16,7 @@ import torch
 
 from runtime.errors import RunFailed
 
-DONE, TOO_SMALL, OTHER = 0, 1, 2  # how a copy of the process ends
+SUCCEEDED, OUT_OF_MEMORY, FAILED = 0, 1, 2  # how a copy of the process ends
 
 
 def out_of_memory(error: BaseException) -> bool:
@@ -34,13 +34,13 @@ def fits_in_memory(rehearse: Callable[[int], object], count: int, device: torch.
     """
     work = partial(rehearse, count + count // 8)
     gc.collect()
-    give_memory_back()
+    trim_heap()
     if device.type == "cuda":
         torch.cuda.empty_cache()
     if device.type == "cpu" and sys.platform == "linux":
-        ended = _status_of_a_copy(work)
-        if ended != OTHER:
-            return ended == DONE
+        ended = _exit_status_of_fork(work)
+        if ended != FAILED:
+            return ended == SUCCEEDED
     try:
         work()
     except (RuntimeError, MemoryError) as error:
@@ -50,8 +50,8 @@ def fits_in_memory(rehearse: Callable[[int], object], count: int, device: torch.
     return True
 
 
-def _status_of_a_copy(work: Callable[[], object]) -> int:
-    """The exit status of a copy of this process that does `work`: DONE, TOO_SMALL, OTHER; less than 0: by a signal.
+def _exit_status_of_fork(work: Callable[[], object]) -> int:
+    """The exit status of a copy of this process that does `work`: or -N if signal N ended it.
 
     Where a host's memory ends, the system kills (so do containers' limits), and oneDNN does not expect a null pointer
     everywhere: this process shall outlive it. The copy has one thread, since OpenMP's do not survive a fork.
@@ -61,10 +61,10 @@ def _status_of_a_copy(work: Callable[[], object]) -> int:
         try:
             child = os.fork()
         except OSError:
-            return OTHER
+            return FAILED
     if child:
         return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
-    status = OTHER
+    status = FAILED
     try:
         import resource
         faulthandler.disable()
@@ -76,20 +76,21 @@ def _status_of_a_copy(work: Callable[[], object]) -> int:
             Path("/proc/self/oom_score_adj").write_text("1000")  # the first that the system kills
         torch.set_num_threads(1)
         work()
-        status = DONE
+        status = SUCCEEDED
     except (RuntimeError, MemoryError) as error:
-        status = TOO_SMALL if out_of_memory(error) else OTHER
+        status = OUT_OF_MEMORY if out_of_memory(error) else FAILED
     finally:
         os._exit(status)
 
 
-def give_memory_back() -> None:
+def trim_heap() -> None:
     """Let the system have what was freed: glibc keeps it, in pieces that what comes next may not fit into."""
     with contextlib.suppress(OSError, AttributeError, TypeError):  # where there is no glibc
         ctypes.CDLL(None).malloc_trim(0)
 
 
-def within_memory(make: Callable, batches: Callable[[int], Iterator], batch_size: int, device: torch.device):
+def run_or_suggest_batch_size(make: Callable, batches: Callable[[int], Iterator], batch_size: int,
+                              device: torch.device):
     """make(batches(batch_size)); where the memory is too small RunFailed with the batch size that fits, measured.
 
     batches(n): samplers.generate with n images at a time.

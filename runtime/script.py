@@ -13,7 +13,7 @@ from pathlib import Path
 from runtime import distributed
 from runtime.errors import RunFailed, UserError
 from runtime.files import one_line
-from runtime.memory import give_memory_back, out_of_memory
+from runtime.memory import out_of_memory, trim_heap
 
 # Errors of the system that no flag and no line of this program causes: full or failing disks, closed pipes, limits.
 SYSTEM_ERRORS = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EROFS, errno.EPIPE, errno.ENOMEM,
@@ -41,7 +41,7 @@ def script(main: Callable[[Sequence[str] | None], int | None]) -> Callable[..., 
         except Exception as error:
             return _print_error(message, 1) if (message := outside_cause(error)) else _report_bug(argv)
         finally:
-            give_memory_back()  # torch needs some more memory while it exits
+            trim_heap()  # torch needs some more memory while it exits
     return run
 
 
