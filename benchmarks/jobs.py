@@ -1,41 +1,45 @@
-"""What benchmark.py measures, one job in a process of its own, so that memory and threads are that job's alone.
+"""The jobs of benchmark.py. Each runs in a process of its own, so that its memory and threads are its own.
 
-A job is a function of JSON values that returns a dict of them; `work` adds the memory that its process took.
+    python -m benchmarks.jobs '{"job": "imports"}'
+
+A job is a function of JSON values and returns a dict of JSON values; `run` adds the peak memory of the process.
 """
 
 import contextlib
 import inspect
 import io
 import json
-import resource
 import runpy
 import statistics
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
 import torch
 
-from benchmarks.peers import BATCH, make_peer
+from benchmarks.peers import SAMPLE_BATCH, make_peer
+from benchmarks.processes import ROOT
 from checkpoint import load_model
 from data import ImageData, load_dataset
 from learned_variance import create_process
 from models import create_model
 from runtime.files import atomic_write
+from runtime.script import script as entry_point
 from samplers import final_image, generate
-from training.autotune import LAYOUTS, Recorded, now, prepare
+from training.autotune import LAYOUTS, now, set_up_cuda
+from training.cuda_graph import CudaGraph
 from training.trainer import Trainer
 from utils import autocast, count_parameters, get_device
 
-ROOT = Path(__file__).resolve().parent.parent
-WARM_UP, LEAST_STEPS = 2, 3
-ARITHMETIC = ("conv", "mm", "gemm", "matmul", "attention", "flash", "cutlass", "xmma")  # in names of operations
+WARM_UP, LEAST_CALLS = 2, 3
+# Parts of the names of operations that are convolutions, matrix products or attention.
+ARITHMETIC = ("conv", "mm", "gemm", "matmul", "attention", "flash", "cutlass", "xmma")
 
 
-def work(text: str) -> dict:
-    """Do the job that a JSON text describes."""
+def run(text: str) -> dict:
+    """Run the job that a JSON text describes."""
     fields = json.loads(text)
     result = JOBS[fields.pop("job")](**fields)
     if torch.cuda.is_available() and torch.cuda.is_initialized():
@@ -43,33 +47,37 @@ def work(text: str) -> dict:
     return dict(result, peak_mb=peak_memory())
 
 
-def peak_memory() -> float:
-    """The most memory that this process has held, in 10^6 bytes.
+def peak_memory() -> float | None:
+    """The peak memory of this process in 10^6 bytes; None on Windows.
 
-    From /proc where there is one: ru_maxrss counts what the parent held when it started this process.
+    From /proc where it exists, because ru_maxrss also counts what the parent held when it started this process.
     """
     with contextlib.suppress(OSError):
         for line in Path("/proc/self/status").read_text().splitlines():
             if line.startswith("VmHWM:"):
                 return int(line.split()[1]) * 1024 / 1e6
-    most = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return most / 1e6 if sys.platform == "darwin" else most * 1024 / 1e6
+    try:
+        import resource
+    except ImportError:
+        return None
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak / 1e6 if sys.platform == "darwin" else peak * 1024 / 1e6
 
 
-def times(step, device: torch.device, seconds: float) -> list[float]:
-    """Seconds of each call of step(), after WARM_UP calls, for about `seconds`, but LEAST_STEPS calls."""
-    for _ in range(WARM_UP + Recorded.WARM_UP * (device.type == "cuda")):
+def time_calls(step: Callable, device: torch.device, seconds: float) -> list[float]:
+    """The seconds of each call of step(), repeated for about `seconds`, but LEAST_CALLS times, after a warm-up."""
+    for _ in range(WARM_UP + CudaGraph.WARM_UP * (device.type == "cuda")):
         step()
-    taken, end = [], now(device) + seconds
-    while len(taken) < LEAST_STEPS or time.perf_counter() < end:
+    times, end = [], now(device) + seconds
+    while len(times) < LEAST_CALLS or time.perf_counter() < end:
         start = now(device)
         step()
-        taken.append(now(device) - start)
-    return taken
+        times.append(now(device) - start)
+    return times
 
 
-def nothing() -> dict:
-    """What every process takes that has imported torch and this project."""
+def imports() -> dict:
+    """Do nothing: for the peak memory of a process that has imported torch and this project."""
     return {}
 
 
@@ -77,7 +85,7 @@ def nothing() -> dict:
 
 
 def script(name: str, argv: list[str]) -> dict:
-    """Run a script of this project as a shell would, in this process; returns what it printed."""
+    """Run a script of this project in this process, as from a shell; returns its "output"."""
     sys.argv, output = [name, *argv], io.StringIO()
     with contextlib.redirect_stdout(output):
         try:
@@ -89,9 +97,9 @@ def script(name: str, argv: list[str]) -> dict:
 
 
 def make_trainer(config: dict, image_size: int | None, batch_size: int | None, device: torch.device,
-                 recorded: bool = False) -> Trainer:
-    """A trainer by a checkpoint's config, on random images: what they show changes no time. recorded: as Trainer's."""
-    prepare(device)
+                 cuda_graph: bool = False) -> Trainer:
+    """A Trainer as the config of a checkpoint says, but on random images, which take the same time."""
+    set_up_cuda(device)
     training, (channels, height, width) = dict(config["training"]), config["data"]["shape"]
     training["batch_size"] = batch_size or training["batch_size"]
     shape = (2 * training["batch_size"], channels, image_size or height, image_size or width)
@@ -101,24 +109,24 @@ def make_trainer(config: dict, image_size: int | None, batch_size: int | None, d
     accepted = inspect.signature(Trainer).parameters
     model = create_model(**config["model"]).to(device, memory_format=LAYOUTS[training.get("layout") or "nchw"])
     diffusion = create_process(model.learn_variance, **config["diffusion"]).to(device)
-    return Trainer(data, model, diffusion, recorded=recorded,
+    return Trainer(data, model, diffusion, cuda_graph=recorded,
                    **{name: value for name, value in training.items() if name in accepted})
 
 
 def train_steps(config: dict, device: str, seconds: float, batch_size: int | None = None,
                 base_channels: int | None = None, image_size: int | None = None) -> dict:
-    """Seconds of a training step: the median."""
+    """The median of the seconds of a training step."""
     if base_channels:
         config["model"]["base_channels"] = base_channels
     device = get_device(device)
-    trainer = make_trainer(config, image_size, batch_size, device, recorded=device.type == "cuda")
-    taken = times(lambda: trainer.train_step(0.5), trainer.device, seconds)
-    return dict(seconds=statistics.median(taken), batch_size=trainer.batch_size,
+    trainer = make_trainer(config, image_size, batch_size, device, cuda_graph=device.type == "cuda")
+    times = time_calls(lambda: trainer.train_step(*trainer.batch(), 0.5), trainer.device, seconds)
+    return dict(seconds=statistics.median(times), batch_size=trainer.batch_size,
                 parameters=count_parameters(trainer.model))
 
 
 def sample_steps(checkpoint: str, device: str, images: int, steps: int) -> dict:
-    """Seconds for some images in so many steps, by a sampler that has been warmed up by two."""
+    """Seconds of sampling, after a warm-up of two steps."""
     model, diffusion, saved = load_model(checkpoint, get_device(device))
 
     def make(steps: int) -> None:
@@ -132,19 +140,20 @@ def sample_steps(checkpoint: str, device: str, images: int, steps: int) -> dict:
         return dict(seconds=now(diffusion.device) - start, images=images, steps=steps)
 
 
-# ------------------------------------------------------------------------------------------------- share of the peak
+# ------------------------------------------------------------------------------------------------- FLOP/s, peak FLOP/s
 
 
-def matrix_product(size: int, dtype: torch.dtype, device: torch.device, seconds: float) -> float:
-    """GFLOP/s of the fastest product of two size × size matrices: 2 · size³ operations."""
+def matrix_product_gflops(size: int, dtype: torch.dtype, device: torch.device, seconds: float) -> float:
+    """GFLOP/s of the fastest of several products of two size × size matrices, 2 · size³ operations each."""
     a, b = (torch.randn(size, size, device=device).to(dtype) for _ in range(2))
-    return 2 * size**3 / min(times(lambda: a @ b, device, seconds)) / 1e9
+    return 2 * size**3 / min(time_calls(lambda: a @ b, device, seconds)) / 1e9
 
 
-def count_flops(step) -> dict[str, int]:
-    """Floating-point operations of step() by the operation: a multiplication and an addition count as two.
+def count_flops(step: Callable) -> dict[str, int]:
+    """FLOPs of step() for each kind of operation; a multiplication and an addition count as two.
 
-    Convolutions and matrix products, the backward pass included; attention is done by its formula, so that it counts.
+    Counts convolutions and matrix products, also in the backward pass. Attention is computed by its formula, because
+    the counter does not see the fused kernels.
     """
     from torch.nn.attention import SDPBackend, sdpa_kernel
     from torch.utils.flop_counter import FlopCounterMode
@@ -154,8 +163,8 @@ def count_flops(step) -> dict[str, int]:
     return {str(name).removeprefix("aten."): flops for name, flops in counter.get_flop_counts()["Global"].items()}
 
 
-def spent_on(step, device: torch.device) -> dict[str, float]:
-    """Which operations take the time of step(), in shares of all of it, the longest first: what limits the speed."""
+def time_by_operation(step: Callable, device: torch.device) -> dict[str, float]:
+    """The share of the time of step() that each operation takes, the largest first."""
     from torch.profiler import ProfilerActivity, profile
 
     cuda = device.type == "cuda"
@@ -169,97 +178,109 @@ def spent_on(step, device: torch.device) -> dict[str, float]:
 
 
 def peak(config: dict, device: str, seconds: float, size: int) -> dict:
-    """GFLOP/s of the best matrix product and of a training step, in this one process, and what the step spends.
+    """GFLOP/s of the fastest matrix product and of a training step, and which operations take the time of the step.
 
-    `arithmetic` is the share of the time in the operations that are counted, and `share_within` what these reach of the
-    peak: where the first is small, memory and overhead limit the speed, where the second is, the shapes do.
+    "arithmetic": the share of the time in the operations whose FLOPs are counted; if it is small, memory and overhead
+    limit the speed. "share_within": the share of the peak that these operations reach; if it is small, the shapes of
+    the tensors limit the speed.
     """
     device = get_device(device)
-    prepare(device)
-    products = {"fp32": matrix_product(size, torch.float32, device, seconds / 4),
-                "bf16": matrix_product(size, torch.bfloat16, device, seconds / 4)}
-    trainer = make_trainer(config, None, None, device, recorded=device.type == "cuda")
-    taken = statistics.median(times(lambda: trainer.train_step(0.5), device, seconds / 2))
-    trainer = make_trainer(config, None, None, device)  # nothing can be counted within a CUDA graph
+    set_up_cuda(device)
+    products = {"fp32": matrix_product_gflops(size, torch.float32, device, seconds / 4),
+                "bf16": matrix_product_gflops(size, torch.bfloat16, device, seconds / 4)}
+    trainer = make_trainer(config, None, None, device, cuda_graph=device.type == "cuda")
+    step_seconds = statistics.median(time_calls(lambda: trainer.train_step(*trainer.batch(), 0.5), device, seconds / 2))
+    trainer = make_trainer(config, None, None, device)  # FLOPs cannot be counted inside a CUDA graph
 
     def step():
-        return trainer.train_step(0.5)
+        return trainer.train_step(*trainer.batch(), 0.5)
 
     step()
-    flops, spent = count_flops(step), spent_on(step, device)
-    reached, best = sum(flops.values()) / taken / 1e9, max(products.values())
-    arithmetic = sum(share for name, share in spent.items() if any(word in name.lower() for word in ARITHMETIC))
+    flops, shares = count_flops(step), time_by_operation(step, device)
+    gflops, best = sum(flops.values()) / step_seconds / 1e9, max(products.values())
+    arithmetic = sum(share for name, share in shares.items() if any(word in name.lower() for word in ARITHMETIC))
     return dict(matrix_size=size, matrix_gflops=products, step_flops=sum(flops.values()), by_operation=flops,
-                step_seconds=taken, batch_size=trainer.batch_size, precision=trainer.precision, step_gflops=reached,
-                share_of_best=reached / best, share_of_own=reached / products[trainer.precision],
-                arithmetic=arithmetic, share_within=reached / best / max(arithmetic, 1e-9),
-                slowest=dict(list(spent.items())[:8]))
+                step_seconds=step_seconds, batch_size=trainer.batch_size, precision=trainer.precision,
+                step_gflops=gflops, share_of_best=gflops / best, share_of_own=gflops / products[trainer.precision],
+                arithmetic=arithmetic, share_within=gflops / best / max(arithmetic, 1e-9),
+                slowest=dict(list(shares.items())[:8]))
 
 
 # ------------------------------------------------------------------------------------------------------------- peers
 
 
-def batches(images: torch.Tensor, batch_size: int):
-    """Random batches of the images without end, all images once before any comes again."""
+def batches(images: torch.Tensor, batch_size: int) -> Iterator[torch.Tensor]:
+    """Endless random batches: epochs in a new order each time, without the incomplete batch at the end."""
     while True:
         order = torch.randperm(len(images)).to(images.device)
         yield from (images[rows] for rows in order.split(batch_size) if len(rows) == min(batch_size, len(images)))
 
 
-def open_peer(peer: str, dataset: str, data_dir: str, device: str, batch_size: int):
-    """(the peer, its batches, device) on the training images of a data set."""
+def prepare_peer(name: str, dataset: str, data_dir: str, device: str, batch_size: int):
+    """(peer, endless batches of the training images of a data set, device)."""
     device = get_device(device)
     data = load_dataset(dataset, "train", data_dir).to(device)
-    made = make_peer(peer, data.images.shape[1:], device, len(data.images), batch_size)
-    return made, batches(data.images, batch_size), device
+    peer = make_peer(name, data.images.shape[1:], device, len(data.images), batch_size)
+    return peer, batches(data.images, batch_size), device
 
 
-def peer_train(peer: str, dataset: str, data_dir: str, device: str, batch_size: int, seconds: float) -> dict:
-    """A peer's images a second in training, step by step."""
-    made, source, device = open_peer(peer, dataset, data_dir, device, batch_size)
-    taken = times(lambda: made.train_step(next(source)), device, seconds)
-    return dict(speeds=[batch_size / each for each in taken], parameters=count_parameters(made.network))
+def peer_train(name: str, dataset: str, data_dir: str, device: str, batch_size: int, seconds: float) -> dict:
+    """The training speed of a peer, in images per second for each step."""
+    peer, source, device = prepare_peer(name, dataset, data_dir, device, batch_size)
+    times = time_calls(lambda: peer.train_step(next(source)), device, seconds)
+    return dict(speeds=[batch_size / step_seconds for step_seconds in times],
+                parameters=count_parameters(peer.network))
 
 
-def peer_sample(peer: str, shape: list[int], device: str, images: int, sampler: str, steps: int) -> dict:
-    """Seconds that a peer takes for images, its first call included."""
-    made = make_peer(peer, shape, get_device(device))
-    start = now(made.device)
-    made.sample(images, sampler, steps)
-    return dict(seconds=now(made.device) - start)
+def peer_sample(name: str, shape: list[int], device: str, images: int, sampler: str, steps: int) -> dict:
+    """Seconds of sampling with a peer, without a warm-up."""
+    peer = make_peer(name, shape, get_device(device))
+    start = now(peer.device)
+    peer.sample(images, sampler, steps)
+    return dict(seconds=now(peer.device) - start)
 
 
-def images_in_time(made, images: int, steps: int, weights, seconds: float) -> Iterator[torch.Tensor]:
-    """Parts of so many images by a peer's fast sampler; none that would begin after `seconds`."""
-    start, count = now(made.device), 0
-    while count < images and (not count or now(made.device) - start < seconds):
-        part = made.sample(min(BATCH, images - count), "few", steps, weights)
+def images_in_time(peer, images: int, steps: int, weights, seconds: float) -> Iterator[torch.Tensor]:
+    """Batches of up to `images` images by the fast sampler of a peer; starts no batch after `seconds`."""
+    start, count = now(peer.device), 0
+    while count < images and (not count or now(peer.device) - start < seconds):
+        part = peer.sample(min(SAMPLE_BATCH, images - count), "few", steps, weights)
         count += len(part)
         yield part
 
 
-def peer_quality(peer: str, dataset: str, data_dir: str, device: str, batch_size: int, budgets: list[float],
+def peer_quality(name: str, dataset: str, data_dir: str, device: str, batch_size: int, budgets: list[float],
                  images: int, steps: int, image_seconds: float, folder: str, started: float) -> dict:
-    """Train a peer until each of the budgets, counted from `started`, and write the images that it makes then.
+    """Train a peer, keep its EMA weights at each budget (seconds since `started`), then write images made with each.
 
-    One run serves all budgets, for nothing in a peer's training depends on how long it will be. Images are made after
-    all of it, in image_seconds for each budget, out of the averaged weights that were kept there.
+    One run serves all budgets, because the training of a peer does not depend on how long it will last. image_seconds:
+    the sampling time for each budget.
     """
-    made, source, _ = open_peer(peer, dataset, data_dir, device, batch_size)
-    rows, kept, step = [], [], 0
+    peer, source, _ = prepare_peer(name, dataset, data_dir, device, batch_size)
+    rows, snapshots, step = [], [], 0
     for budget in sorted(budgets):
         while time.time() - started < budget:
-            made.train_step(next(source))
+            peer.train_step(next(source))
             step += 1
         rows.append(dict(budget=budget, seconds=time.time() - started, images_seen=step * batch_size))
-        kept.append(made.snapshot())
-    for row, weights in zip(rows, kept, strict=True):
-        row["images"] = f"{folder}/{peer}_{row['budget']:g}s.npz"
-        made_images = torch.cat(list(images_in_time(made, images, steps, weights, image_seconds)))
+        snapshots.append(peer.snapshot())
+    for row, weights in zip(rows, snapshots, strict=True):
+        row["images"] = f"{folder}/{name}_{row['budget']:g}s.npz"
+        samples = torch.cat(list(images_in_time(peer, images, steps, weights, image_seconds)))
         with atomic_write(row["images"]) as file:
-            np.savez_compressed(file, arr_0=made_images.permute(0, 2, 3, 1).numpy())
-    return dict(rows=rows, parameters=count_parameters(made.network))
+            np.savez_compressed(file, arr_0=samples.permute(0, 2, 3, 1).numpy())
+    return dict(rows=rows, parameters=count_parameters(peer.network))
 
 
-JOBS = {job.__name__: job for job in (nothing, script, train_steps, sample_steps, peak, peer_train, peer_sample,
+JOBS = {job.__name__: job for job in (imports, script, train_steps, sample_steps, peak, peer_train, peer_sample,
                                       peer_quality)}
+
+
+@entry_point
+def main(argv: Sequence[str] | None = None) -> None:
+    [text] = sys.argv[1:] if argv is None else argv
+    print(json.dumps(run(text)))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

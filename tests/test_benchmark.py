@@ -1,6 +1,7 @@
-"""benchmark.py: what it counts is right, what it promises is in the JSON, and what cannot be is told in one line."""
+"""benchmark.py: its figures are right, its JSON has what it promises, and its errors take one line."""
 
 import json
+import os
 import subprocess
 import sys
 from importlib.util import find_spec
@@ -14,12 +15,19 @@ from torch import nn
 from torch.testing import assert_close
 
 import benchmark
-from benchmarks import jobs, peers
+from benchmarks import jobs, machine, peers, plots, processes, quality, scaling, speed, tables
+from benchmarks.context import OURS, Context
+from runtime.errors import RunFailed
 from training import flags
 
 
 def call(*argv):
     return benchmark.main([str(argument) for argument in argv])
+
+
+def make_context(folder, *argv):
+    args = benchmark.parse_args([*argv, "--output_dir", str(folder)])
+    return Context(args, "cpu", benchmark.FULL, folder)
 
 
 @pytest.fixture(scope="module")
@@ -82,37 +90,38 @@ def test_attention_counts():
 
 def test_a_power_law_is_found():
     xs = [1, 2, 4, 8]
-    assert_close(benchmark.power(xs, [3 * x**1.5 for x in xs]), 1.5)
+    assert_close(scaling.power(xs, [3 * x**1.5 for x in xs]), 1.5)
 
 
 def test_ratios_are_above_one_where_the_first_wins():
-    assert benchmark.ratios({"a": 10.0, "b": 2.0}, smaller_is_better=False) == {"a against b": 5.0}
-    assert benchmark.ratios({"a": 10.0, "b": 2.0}, smaller_is_better=True) == {"a against b": 0.2}
-    assert benchmark.ratios({"a": 10.0}, smaller_is_better=True) == {}
-    assert benchmark.ratios({"a": 0.1, "b": -0.1, "c": 0.2}, smaller_is_better=True) == {"a against c": 2.0}
-    assert benchmark.ratios({"a": -0.1, "b": 0.1}, smaller_is_better=True) == {}
+    assert tables.ratios({"a": 10.0, "b": 2.0}, smaller_is_better=False) == {"a against b": 5.0}
+    assert tables.ratios({"a": 10.0, "b": 2.0}, smaller_is_better=True) == {"a against b": 0.2}
+    assert tables.ratios({"a": 10.0}, smaller_is_better=True) == {}
+    assert tables.ratios({"a": 0.1, "b": -0.1, "c": 0.2}, smaller_is_better=True) == {"a against c": 2.0}
+    assert tables.ratios({"a": -0.1, "b": 0.1}, smaller_is_better=True) == {}
+    assert tables.ratios({"a": 0.1, "b": None, "c": 0.2}, smaller_is_better=True) == {"a against c": 2.0}
 
 
 def test_the_speed_of_an_epoch_is_that_of_all_its_records():
     """Two epochs of 60 steps, the second at half the speed at first and at the same in its last ten steps."""
     records = [dict(step=50, epoch=0, images_per_second=100.0), dict(step=60, epoch=1, images_per_second=100.0),
                dict(step=110, epoch=1, images_per_second=50.0), dict(step=120, epoch=2, images_per_second=100.0)]
-    assert_close(benchmark.epoch_speeds(records, 60), [100.0, 60 / (50 / 50 + 10 / 100)])
+    assert_close(speed.epoch_speeds(records, 60), [100.0, 60 / (50 / 50 + 10 / 100)])
 
 
-@pytest.mark.parametrize("images, sampler, speed, from_images, from_steps", [
+@pytest.mark.parametrize("images, sampler, rate, from_images, from_steps", [
     (64, "few", 1e9, None, None),           # fast: all of it is measured
     (64, "ddpm", 150, 64, 70),              # 4,500 evaluations in 30 s: fewer steps
     (10_000, "few", 150, 448, 10),          # fewer images, whole batches
     (10_000, "few", 1, 64, 10),             # never fewer than a batch
 ])
-def test_a_time_beyond_the_limit_is_extrapolated_and_marked(images, sampler, speed, from_images, from_steps, tmp_path,
+def test_a_time_beyond_the_limit_is_extrapolated_and_marked(images, sampler, rate, from_images, from_steps, tmp_path,
                                                              monkeypatch):
-    """With a sampler whose time is exactly images · steps / speed, the extrapolation is exact."""
-    run = benchmark.Benchmark(benchmark.parse_args(["--limit", "30", "--output_dir", str(tmp_path)]), tmp_path)
-    monkeypatch.setattr(run, "sample", lambda name, images, sampler, steps: dict(seconds=images * steps / speed))
-    row = run.sample_row("fast", images, sampler, speed)
-    assert_close(row["seconds"], images * row["steps"] / speed)
+    """With a sampler whose time is exactly images · steps / rate, the extrapolation is exact."""
+    context = make_context(tmp_path, "--limit", "30")
+    monkeypatch.setattr(context, "sample", lambda name, images, sampler, steps: dict(seconds=images * steps / rate))
+    row = speed.sample_row(context, "fast", images, sampler, rate)
+    assert_close(row["seconds"], images * row["steps"] / rate)
     source = row["extrapolated_from"]
     assert (source and source["images"], source and source["steps"]) == (from_images, from_steps)
 
@@ -131,9 +140,9 @@ def test_a_peer_makes_the_images_that_its_time_allows(monkeypatch):
         assert sum(map(len, jobs.images_in_time(Peer(), 1000, 20, None, seconds))) == expected
 
 
-def stub_run(monkeypatch, tmp_path, *flags, made=None):
-    """A Benchmark whose evaluate.py reports on `made` images, or on --num_images; and what it was asked for."""
-    run, asked = benchmark.Benchmark(benchmark.parse_args([*flags, "--output_dir", str(tmp_path)]), tmp_path), []
+def stub_scripts(monkeypatch, tmp_path, *argv, made=None):
+    """A Context, and the scripts that it calls; evaluate.py reports on `made` images, or on --num_images."""
+    context, asked = make_context(tmp_path, *argv), []
 
     def script(name, argv):
         asked.append([name, *argv])
@@ -145,33 +154,34 @@ def stub_run(monkeypatch, tmp_path, *flags, made=None):
             found = dict(figures=figures, num_images=made or int(flag["--num_images"]))
             (folder / "evaluation.json").write_text(json.dumps(found))
         return dict(output="64 images by x in 20 steps: 0.50 s", process_seconds=1.0)
-    monkeypatch.setattr(benchmark, "run_script", script)
-    monkeypatch.setattr(benchmark, "load_checkpoint", lambda _: dict(images_seen=7))
-    return run, asked
+    monkeypatch.setattr(processes, "run_script", script)
+    monkeypatch.setattr(quality, "load_checkpoint", lambda _: dict(images_seen=7))
+    return context, asked
 
 
 def test_fewer_images_than_asked_for_are_told_of(monkeypatch, tmp_path, capsys):
-    run, asked = stub_run(monkeypatch, tmp_path, "quality", "--contestants", "fast", "--budgets", "5m", "--num_images",
-                          "1000", "--image_time", "2s")
+    context, asked = stub_scripts(monkeypatch, tmp_path, "quality", "--contestants", "fast", "--budgets", "5m",
+                                  "--num_images", "1000", "--image_time", "2s")
     (tmp_path / "model_final.pt").write_bytes(b"weights")
-    monkeypatch.setattr(run, "train", lambda *_, **__: dict(folder=tmp_path, process_seconds=1.0))
-    [row] = run.measure_quality()["rows"]
+    monkeypatch.setattr(context, "train", lambda *_, **__: dict(folder=tmp_path, process_seconds=1.0))
+    [row] = quality.measure_quality(context)["rows"]
     assert (tmp_path / "quality" / "fast_300s" / "model_final.pt").read_bytes() == b"weights"
     assert (row["num_images"], row["budget"], row["above_floor"]) == (256, 300, 2.0)  # 64 take half a second
     assert "--num_images 256" in " ".join(asked[-1]) and "only 256 of 1,000 images" in capsys.readouterr().out
 
 
 def test_the_ratios_of_quality_take_the_first_at_the_upper_end_of_its_interval(monkeypatch, tmp_path):
-    run, _ = stub_run(monkeypatch, tmp_path, "quality", "--contestants", "fast", "ddpm", "--budgets", "1m", "2m")
+    context, _ = stub_scripts(monkeypatch, tmp_path, "quality", "--contestants", "fast", "ddpm", "--budgets", "1m",
+                              "2m")
     (tmp_path / "model_final.pt").write_bytes(b"weights")
-    monkeypatch.setattr(run, "train", lambda *_, **__: dict(folder=tmp_path, process_seconds=1.0))
+    monkeypatch.setattr(context, "train", lambda *_, **__: dict(folder=tmp_path, process_seconds=1.0))
     pair = {"fast against ddpm": (3.0 - 1.0) / (3.5 - 1.0)}  # values and upper end above the floor
-    assert run.measure_quality()["ratios"] == {"60 s, at least": pair, "120 s, at least": pair}
+    assert quality.measure_quality(context)["ratios"] == {"60 s, at least": pair, "120 s, at least": pair}
 
 
 def test_the_seconds_of_the_gpu_part_are_those_of_training(monkeypatch, tmp_path):
     """A run whose start and end take 7 s, and an epoch's log that begins after 50 steps."""
-    run, _ = stub_run(monkeypatch, tmp_path, "gpu")
+    context, _ = stub_scripts(monkeypatch, tmp_path, "gpu")
     budgets = []
 
     def train(name, *flags):
@@ -179,11 +189,12 @@ def test_the_seconds_of_the_gpu_part_are_those_of_training(monkeypatch, tmp_path
         first = dict(seconds=5.0 + 6400 / 1e4, images_seen=6400, images_per_second=1e4)
         last = dict(seconds=flags[-1] - 2.0, images_seen=1, images_per_second=1.0)
         return dict(folder=tmp_path, process_seconds=1.0, records=[first, last])
-    monkeypatch.setattr(run, "train", train)
-    rows = run.measure_gpu()["rows"]
+    monkeypatch.setattr(context, "train", train)
+    rows = quality.measure_gpu(context)["rows"]
     assert budgets == [20, 17, 70, 67]
     assert [(row["budget"], row["sampling_seconds"]) for row in rows.values()] == [(10, 0.5), (60, 0.5)]
-    assert "gpu" not in benchmark.parse_args(["--device", "cpu"]).what and benchmark.parse_args(["gpu"]).what == ["gpu"]
+    assert "gpu" in benchmark.chosen_parts([], "cuda") and "gpu" not in benchmark.chosen_parts([], "cpu")
+    assert benchmark.chosen_parts(["gpu"], "cpu") == ["gpu"]
 
 
 def test_memory_is_that_of_this_process_alone():
@@ -196,12 +207,40 @@ def test_memory_is_that_of_this_process_alone():
         assert int(child.split("VmHWM:")[1].split()[0]) * 1024 < len(ballast)
 
 
+def test_where_memory_and_load_cannot_be_measured_they_are_null(monkeypatch, tmp_path, capsys):
+    """As on Windows, which has neither resource nor os.getloadavg()."""
+    monkeypatch.setattr(jobs, "Path", lambda _: tmp_path / "missing")
+    monkeypatch.setitem(sys.modules, "resource", None)
+    assert json.loads(json.dumps(jobs.run('{"job": "imports"}')))["peak_mb"] is None
+    monkeypatch.delattr(os, "getloadavg", raising=False)
+    described = machine.describe_machine("cpu")
+    assert described["load"] is None
+    benchmark.print_machine(described, False)
+    tables.print_row("steps", 5, 1.0, None)
+    assert "load unknown" in (said := capsys.readouterr().out) and said.rstrip().endswith("unknown")
+    points = [dict(value=value, seconds=1.0 * value, peak_mb=None) for value in (5, 10)]
+    found = dict(contestant="fast", axes=dict(steps=dict(points=points, power=dict(
+        seconds=scaling.power([5, 10], [5.0, 10.0]), peak_mb=scaling.power([5, 10], [None, None])))))
+    plots.plot_scaling(found, tmp_path / "scaling.png")
+    assert found["axes"]["steps"]["power"]["peak_mb"] is None and (tmp_path / "scaling.png").stat().st_size
+
+
+def test_a_job_finds_its_modules_from_every_folder(monkeypatch, tmp_path):
+    """Even from a folder that has a module of the same name; a failed job tells its last line."""
+    (tmp_path / "utils.py").write_text("raise SystemExit('the wrong utils')")
+    monkeypatch.chdir(tmp_path)
+    assert processes.run_job("imports")["peak_mb"] != 0
+    with pytest.raises(RunFailed, match="--device auto"):
+        processes.run_job("peer_sample", name="diffusers", shape=[1, 8, 8], device="abacus", images=1, sampler="few",
+                          steps=1)
+
+
 def test_the_named_configurations_are_flags_of_train():
     parser = flags.make_parser("")
-    assert benchmark.CONFIGS["first_try"]
-    for config in benchmark.CONFIGS.values():
-        parser.parse_args(config)
-    args = parser.parse_args(benchmark.CONFIGS["first_try"])
+    assert OURS["first_try"]
+    for argv in OURS.values():
+        parser.parse_args(argv)
+    args = parser.parse_args(OURS["first_try"])
     assert (args.base_channels, args.depth, args.patch_size, args.optimizer, args.lr) == (32, 2, 2, "adamw", 2e-3)
     assert (args.middle_depth, args.noise_mean, args.noise_std, args.conditional) == (2, -0.5, 1.2, False)
 
@@ -224,23 +263,23 @@ def test_missing_peers_are_told_of_and_left_out(data_dir, tmp_path, capsys, monk
     monkeypatch.setattr(peers, "find_spec", lambda name: None)
     args = benchmark.parse_args(["train", "--dataset", "glyphs", "--data_dir", str(data_dir), "--output_dir",
                                  str(tmp_path)])
-    benchmark.check(args)
+    benchmark.check(args, ["train"])
     assert capsys.readouterr().err == ("Left out diffusers and denoising-diffusion-pytorch: pip install -r "
                                        "requirements-bench.txt\n")
-    assert benchmark.Benchmark(args, tmp_path).contestants == ["fast", "ddpm", "first_try"]
+    assert Context(args, "cpu", benchmark.FULL, tmp_path).contestants == ["fast", "ddpm", "first_try"]
     assert call("train", "--contestants", "diffusers", "--dataset", "glyphs", "--data_dir", data_dir, "--output_dir",
                 tmp_path) == 2
 
 
 def test_a_job_that_fails_is_told_of_and_does_not_stop_the_rest(tmp_path, capsys):
-    run = benchmark.Benchmark(benchmark.parse_args(["--output_dir", str(tmp_path)]), tmp_path)
+    context = make_context(tmp_path)
 
     def measure(name):
         if name == "ddpm":
-            raise benchmark.RunFailed("it broke")
+            raise RunFailed("it broke")
         return 1
-    assert run.each("train", measure, ["fast", "ddpm"]) == {"fast": 1}
-    assert run.errors == {"train ddpm": "it broke"} and "ddpm failed: it broke" in capsys.readouterr().err
+    assert context.measure_each("train", measure, ["fast", "ddpm"]) == {"fast": 1}
+    assert context.errors == {"train ddpm": "it broke"} and "ddpm failed: it broke" in capsys.readouterr().err
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")  # the peers' own

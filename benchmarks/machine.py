@@ -1,0 +1,39 @@
+"""Describe the machine that the figures were measured on."""
+
+import os
+import platform
+import re
+from datetime import datetime
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+
+import torch
+
+from benchmarks.peers import PEERS
+
+
+def describe_machine(device: str) -> dict:
+    """Processor, cores, GPU, versions and date. "load": the load average of the last minute (None on Windows)."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    return dict(date=datetime.now().astimezone().isoformat(timespec="seconds"), system=platform.platform(),
+                cpu=cpu_name(), cores=cores, threads=torch.get_num_threads(),
+                load=os.getloadavg()[0] if hasattr(os, "getloadavg") else None, device=device,
+                gpu=torch.cuda.get_device_name() if device.startswith("cuda") else None,
+                python=platform.python_version(), **{name: package_version(name) for name in ("torch", *PEERS)})
+
+
+def cpu_name() -> str:
+    """The name of the processor's model."""
+    try:
+        names = re.findall(r"^model name\s*:\s*(.+)$", Path("/proc/cpuinfo").read_text(), re.MULTILINE)
+    except OSError:
+        names = []
+    return names[0] if names else platform.processor() or platform.machine()
+
+
+def package_version(package: str) -> str | None:
+    """The installed version of a package, or None."""
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None
