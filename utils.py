@@ -1,5 +1,6 @@
 """Devices, seeds, image grids and plots: what several scripts need."""
 
+import contextlib
 import math
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -50,7 +51,16 @@ def pick_precision(precision: str, device: torch.device) -> str:
         return precision
     if device.type == "cuda":
         return "bf16" if torch.cuda.is_bf16_supported() else "fp32"
-    return "bf16" if device.type == "cpu" and torch.cpu._is_avx512_bf16_supported() else "fp32"
+    return "bf16" if device.type == "cpu" and has_bf16_instructions() else "fp32"
+
+
+def has_bf16_instructions() -> bool:
+    """Whether the CPU has the AVX-512 instructions for bfloat16."""
+    if hasattr(torch.cpu, "get_capabilities"):  # not in older versions of torch
+        return torch.cpu.get_capabilities().get("avx512_bf16", False)
+    with contextlib.suppress(OSError):
+        return "avx512_bf16" in Path("/proc/cpuinfo").read_text()
+    return False
 
 
 def autocast(device: torch.device, precision: str) -> torch.autocast:

@@ -1,6 +1,8 @@
 """What the scripts share: devices, seeds and pictures."""
 
 import math
+import platform
+import sys
 
 import numpy as np
 import pytest
@@ -56,6 +58,19 @@ def test_precision_is_that_of_the_networks_arithmetic(precision, dtype):
     assert utils.pick_precision("auto", cpu) in ("fp32", "bf16")
     with utils.autocast(cpu, precision):
         assert torch.nn.Linear(2, 2)(torch.zeros(1, 2)).dtype == dtype
+
+
+def test_bf16_instructions_are_found_without_torchs_newer_function(monkeypatch):
+    """/proc/cpuinfo, which only Linux has, says the same as torch."""
+    if sys.platform != "linux" or platform.machine() != "x86_64" or not hasattr(torch.cpu, "get_capabilities"):
+        pytest.skip("needs Linux on x86-64, and a torch with get_capabilities")
+    expected = utils.has_bf16_instructions()
+    assert expected == torch.cpu.get_capabilities().get("avx512_bf16", False)
+    monkeypatch.delattr(torch.cpu, "get_capabilities")
+    assert utils.has_bf16_instructions() == expected
+    for flags in ("flags : avx512_bf16 amx_bf16", "flags : avx2"):
+        monkeypatch.setattr(utils.Path, "read_text", lambda _, flags=flags: flags)
+        assert utils.has_bf16_instructions() == ("avx512_bf16" in flags)
 
 
 def test_count_parameters_counts_what_learns():

@@ -9,6 +9,7 @@ import copy
 import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
+from torch.optim.swa_utils import get_ema_multi_avg_fn
 
 from data import ImageData, to_model
 from diffusion import DiffusionProcess
@@ -102,8 +103,8 @@ class Trainer:
         mine = distributed.rank_slice(len(x_0))
         loss = self.learn(x_0[mine], t[mine], noise[mine], None if labels is None else labels[mine])
         self.step += 1
-        torch._foreach_lerp_(list(self.ema.parameters()), [weight.detach() for weight in self.model.parameters()],
-                             1 - ema_decay_at(self.step, self.ema_decay))
+        update_ema = get_ema_multi_avg_fn(ema_decay_at(self.step, self.ema_decay))
+        update_ema(list(self.ema.parameters()), [weight.detach() for weight in self.model.parameters()], None)
         return loss
 
     def _learn(self, x_0: Tensor, t: Tensor, noise: Tensor, labels: Tensor | None) -> Tensor:
