@@ -1,7 +1,7 @@
-"""More than one process: `torchrun --nproc_per_node=N train.py ...` starts them, and these functions let them agree.
+"""Several processes, started by `torchrun --nproc_per_node=N train.py ...`: torch.distributed for the scripts.
 
-With one process everything here does nothing. Every process draws the randomness of the whole batch and keeps its
-share, so the number of processes changes no result beyond rounding; only rank 0 writes files.
+With one process these functions do nothing. Each process draws the random numbers of the whole batch and keeps its
+slice, so the number of processes changes results only by rounding. Only rank 0 writes files.
 """
 
 import contextlib
@@ -17,50 +17,50 @@ from runtime.errors import UserError
 
 
 def init_process_group(device: torch.device) -> None:
-    """Join the other processes, if torchrun started this one; NCCL between GPUs, gloo between CPUs. Rank 0 speaks."""
+    """Join the other processes if torchrun started this one (NCCL on GPUs, gloo on CPUs). Only rank 0 prints."""
     if "WORLD_SIZE" in os.environ and not dist.is_initialized():
         if device.type == "cuda":
             torch.cuda.set_device(device)
         store, number, count = next(dist.rendezvous("env://"))
-        attempt = dist.PrefixStore(f"attempt {restart_count()}", store)  # torchrun keeps old addresses
+        attempt = dist.PrefixStore(f"attempt {restart_count()}", store)  # the store keeps old addresses
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo", store=attempt, rank=number,
                                 world_size=count)
-        warnings.filterwarnings("ignore", "Grad strides do not match")  # of 1×1 convolutions: only a little slower
+        warnings.filterwarnings("ignore", "Grad strides do not match")  # 1×1 convolutions; costs little time
         if rank():
             sys.stdout = open(os.devnull, "w")  # noqa: SIM115 (until the process ends)
 
 
 def restart_count() -> int:
-    """How often torchrun --max_restarts has started this process in the place of one that ended."""
+    """How often torchrun --max_restarts has restarted this process."""
     return int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0))
 
 
 def process_lost(error: BaseException) -> bool:
-    """Whether this is what is raised where another process has ended."""
+    """Whether this error was raised because another process has ended."""
     words = ("Connection", "gloo", "NCCL", "socket", "timeout", "Timeout", "Broken pipe")
     return world_size() > 1 and isinstance(error, RuntimeError) and any(word in str(error) for word in words)
 
 
 def destroy_process_group() -> None:
-    """Leave the other processes."""
+    """Leave the process group, if there is one."""
     if dist.is_initialized():
         dist.destroy_process_group()
 
 
 def rank() -> int:
-    """The number of this process, 0 for the one that writes."""
+    """The rank of this process."""
     return dist.get_rank() if dist.is_initialized() else 0
 
 
 def world_size() -> int:
-    """How many processes there are."""
+    """The number of processes."""
     return dist.get_world_size() if dist.is_initialized() else 1
 
 
 def local_device(name: str) -> str:
-    """The device of this process: with --device auto, cuda:i for process i of its machine, or else the CPU.
+    """The device of this process: for auto and cuda the GPU cuda:(local rank), for auto without a GPU the CPU.
 
-    UserError for mps, through which processes cannot talk.
+    Without torchrun the name is returned as it is. UserError for mps, which torch.distributed does not support.
     """
     if "LOCAL_RANK" not in os.environ:
         return name
@@ -72,12 +72,12 @@ def local_device(name: str) -> str:
 
 
 def rank_slice(count: int) -> slice:
-    """This process's part of `count` things: contiguous, and all parts of the same size where that divides."""
+    """The slice of `count` items that this rank works on; the slices of all ranks differ in length by at most 1."""
     return slice(count * rank() // world_size(), count * (rank() + 1) // world_size())
 
 
 def all_reduce_sum(value: Tensor) -> Tensor:
-    """The sum of a tensor over all processes."""
+    """The sum of a tensor over all processes; overwrites `value`."""
     if world_size() > 1:
         dist.all_reduce(value)
     return value
@@ -89,7 +89,7 @@ def all_reduce_mean(value: Tensor) -> Tensor:
 
 
 def all_gather(part: Tensor) -> Tensor:
-    """The parts of all processes, in the order of their ranks, joined along the first axis, on the CPU."""
+    """The tensors of all processes, concatenated along the first axis in the order of the ranks, on the CPU."""
     if world_size() == 1:
         return part.cpu()
     parts = [None] * world_size()
@@ -98,16 +98,16 @@ def all_gather(part: Tensor) -> Tensor:
 
 
 def broadcast(value):
-    """What rank 0 holds, on every process."""
+    """The value of rank 0, on every process."""
     if world_size() == 1:
         return value
-    box = [value]
-    dist.broadcast_object_list(box)
-    return box[0]
+    values = [value]
+    dist.broadcast_object_list(values)
+    return values[0]
 
 
 def all_reduce_min(value: int) -> int:
-    """The least of the numbers that the processes hold, on every process."""
+    """The smallest of the numbers of all processes."""
     values = [value] * world_size()
     if world_size() > 1:
         dist.all_gather_object(values, value)
@@ -115,7 +115,7 @@ def all_reduce_min(value: int) -> int:
 
 
 def all_reduce_max(values: Tensor) -> Tensor:
-    """The greatest of the values that the processes hold at each place of a tensor, on every process."""
+    """The elementwise maximum of a tensor over all processes; overwrites `values`."""
     if world_size() > 1:
         dist.all_reduce(values, dist.ReduceOp.MAX)
     return values
@@ -123,9 +123,9 @@ def all_reduce_max(values: Tensor) -> Tensor:
 
 @contextlib.contextmanager
 def local_rank_0_first():
-    """Let one process of each machine through before its others, so that a download or a drawing happens once.
+    """Run the block on local rank 0 first, then on the other processes of the machine, so that a download happens once.
 
-    What the first cannot do the others try too: all end alike.
+    If the block fails on local rank 0, the others run it too and fail in the same way.
     """
     waits = world_size() > 1 and int(os.environ.get("LOCAL_RANK", 0)) > 0
     if waits:

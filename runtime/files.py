@@ -1,4 +1,4 @@
-"""Writing files so that a crash, a full disk or a second reader never meets half of one, and checking archives."""
+"""Write files as a whole or not at all, and check archives before they are read."""
 
 import contextlib
 import io
@@ -12,16 +12,16 @@ from pathlib import Path
 from runtime.errors import UserError
 
 
-def one_line(said: object, most: int | None = 120) -> str:
-    """What an error says, on one line: at most so many characters of it, or all (None)."""
-    return " ".join(str(said).split())[:most]
+def one_line(message: object, length: int | None = 120) -> str:
+    """A message on one line, cut to `length` characters (None: not cut)."""
+    return " ".join(str(message).split())[:length]
 
 
 @contextlib.contextmanager
 def atomic_write(path: str | Path, mode: str = "wb") -> Iterator:
-    """Open a temporary file beside `path`; when the block ends well, sync it and rename it to `path`.
+    """Open a temporary file beside `path`; at the end of the block, sync it and rename it to `path`.
 
-    If the block raises, `path` is as it was and the temporary file is gone. The folder is made where it is missing.
+    If the block raises, `path` is unchanged and the temporary file is deleted. Makes the folder if it is missing.
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -41,12 +41,12 @@ def atomic_write(path: str | Path, mode: str = "wb") -> Iterator:
 
 
 def temporaries(path: Path) -> list[Path]:
-    """What processes that were killed while they wrote `path` (its name may be a pattern) left beside it."""
+    """The temporary files left by processes killed while they wrote `path`, whose name may be a glob pattern."""
     return list(path.parent.glob(f".{path.name}.????????.tmp"))
 
 
 def _sync_folder(folder: Path) -> None:
-    """Make a rename in `folder` outlast a power cut, where the system can."""
+    """Make renames in `folder` survive a power cut, if the system supports it."""
     with contextlib.suppress(OSError):
         descriptor = os.open(folder, os.O_RDONLY)
         try:
@@ -62,7 +62,7 @@ def _umask() -> int:
 
 
 def check_writable(folder: str | Path) -> Path:
-    """Make `folder` and see that files can be made in it, before any work is done. UserError if not."""
+    """Make `folder` and write a test file to it. UserError if that fails."""
     folder = Path(folder)
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -84,7 +84,7 @@ def check_output(path: str | Path) -> Path:
 
 
 def check_archive(path: str | Path, largest: int) -> None:
-    """UserError if a zip archive says that it unpacks to more than `largest` bytes; nothing of it is unpacked."""
+    """UserError if a zip archive states an unpacked size of more than `largest` bytes. Unpacks nothing."""
     with zipfile.ZipFile(path) as archive:
         unpacked = sum(part.file_size for part in archive.infolist())
     if unpacked > largest:
@@ -92,15 +92,15 @@ def check_archive(path: str | Path, largest: int) -> None:
 
 
 def verified_archive(path: str | Path) -> io.BytesIO:
-    """The parts of a zip archive, each compared with its CRC, in a new one: no header of the old one has a say.
+    """A copy of a zip archive with new headers; the CRC of each member is checked.
 
-    ValueError or zipfile's own error for what has changed since it was written.
+    UserError or an error of zipfile if the archive is damaged.
     """
     check_archive(path, largest=Path(path).stat().st_size)
     verified = io.BytesIO()
     with zipfile.ZipFile(path) as archive, zipfile.ZipFile(verified, "w") as new:
         for part in archive.infolist():
-            new.writestr(part.filename, archive.read(part))  # which compares
+            new.writestr(part.filename, archive.read(part))  # read checks the CRC
     verified.seek(0)
     return verified
 

@@ -1,4 +1,4 @@
-"""Memory that is too small: knowing it by what is raised, measuring what fits, and giving back what was freed."""
+"""Running out of memory: recognise it, measure what fits, return freed memory to the system."""
 
 import contextlib
 import ctypes
@@ -16,11 +16,11 @@ import torch
 
 from runtime.errors import RunFailed
 
-SUCCEEDED, OUT_OF_MEMORY, FAILED = 0, 1, 2  # how a copy of the process ends
+SUCCEEDED, OUT_OF_MEMORY, FAILED = 0, 1, 2  # exit statuses of a fork
 
 
 def out_of_memory(error: BaseException) -> bool:
-    """Whether this is what a device, or the host, raises when its memory is too small."""
+    """Whether this error says that the memory of the device or of the host is too small."""
     words = ("out of memory", "not enough memory", "can't allocate memory", "bad_alloc", "failed to allocate",
              "could not create a primitive", "could not create a memory", "could not execute a primitive")  # oneDNN
     return isinstance(error, torch.OutOfMemoryError | MemoryError) or (
@@ -28,9 +28,9 @@ def out_of_memory(error: BaseException) -> bool:
 
 
 def fits_in_memory(rehearse: Callable[[int], object], count: int, device: torch.device) -> bool:
-    """Whether the memory, with all freed that can be, suffices for rehearse(count), which changes nothing.
+    """Whether the free memory suffices for rehearse(count), a trial that must change nothing.
 
-    What is rehearsed is an eighth more, for no two steps lay their memory out alike.
+    Tries an eighth more than `count`, because no two steps need exactly the same memory.
     """
     work = partial(rehearse, count + count // 8)
     gc.collect()
@@ -51,13 +51,13 @@ def fits_in_memory(rehearse: Callable[[int], object], count: int, device: torch.
 
 
 def _exit_status_of_fork(work: Callable[[], object]) -> int:
-    """The exit status of a copy of this process that does `work`: or -N if signal N ended it.
+    """Fork this process, let the fork do `work`, and return its exit status, or -N if signal N ended it.
 
-    Where a host's memory ends, the system kills (so do containers' limits), and oneDNN does not expect a null pointer
-    everywhere: this process shall outlive it. The copy has one thread, since OpenMP's do not survive a fork.
+    Out of memory on the host, the system or a container kills the process, and oneDNN may crash: that must happen to
+    the fork only. The fork has one thread, because OpenMP threads do not survive a fork.
     """
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore", DeprecationWarning)  # Python 3.12 warns of locks that other threads hold
+        warnings.simplefilter("ignore", DeprecationWarning)  # Python 3.12 warns of other threads
         try:
             child = os.fork()
         except OSError:
@@ -73,7 +73,7 @@ def _exit_status_of_fork(work: Callable[[], object]) -> int:
         os.dup2(silence, 2)
         resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
         with contextlib.suppress(OSError):
-            Path("/proc/self/oom_score_adj").write_text("1000")  # the first that the system kills
+            Path("/proc/self/oom_score_adj").write_text("1000")  # kill the fork first
         torch.set_num_threads(1)
         work()
         status = SUCCEEDED
@@ -84,16 +84,16 @@ def _exit_status_of_fork(work: Callable[[], object]) -> int:
 
 
 def trim_heap() -> None:
-    """Let the system have what was freed: glibc keeps it, in pieces that what comes next may not fit into."""
-    with contextlib.suppress(OSError, AttributeError, TypeError):  # where there is no glibc
+    """Return freed heap memory to the system; glibc would keep it."""
+    with contextlib.suppress(OSError, AttributeError, TypeError):  # without glibc
         ctypes.CDLL(None).malloc_trim(0)
 
 
 def run_or_suggest_batch_size(make: Callable, batches: Callable[[int], Iterator], batch_size: int,
                               device: torch.device):
-    """make(batches(batch_size)); where the memory is too small RunFailed with the batch size that fits, measured.
+    """Return make(batches(batch_size)). If memory runs out, measure which batch size fits and name it in a RunFailed.
 
-    batches(n): samplers.generate with n images at a time.
+    batches(n): an iterator as of samplers.generate, with n images at a time.
     """
     try:
         return make(batches(batch_size))
@@ -105,7 +105,7 @@ def run_or_suggest_batch_size(make: Callable, batches: Callable[[int], Iterator]
         _, trajectory = next(batches(count))
         list(islice(trajectory, 2))
 
-    fits = batch_size  # measured out here, where what the error held is free again
+    fits = batch_size  # measured outside the except block: there the error keeps tensors alive
     while fits and not fits_in_memory(rehearse, fits, device):
         fits //= 2
     advice = {0: ", and even for one: close other programs, or choose another --device",
