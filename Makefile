@@ -29,7 +29,7 @@ $(VENV)/demo: requirements.txt | $(BIN)/python
 	$(BIN)/python -m pip install -q -r requirements.txt
 	touch $@
 
-$(VENV)/dev: requirements.txt requirements-dev.txt requirements-eval.txt requirements-see.txt | $(BIN)/python
+$(VENV)/dev: requirements.txt requirements-dev.txt requirements-eval.txt | $(BIN)/python
 	$(BIN)/python -m pip install -q -r requirements-dev.txt
 	touch $@
 

@@ -209,7 +209,7 @@ def project_to_2d(points: Tensor, how: str = "tsne", seed: int = 0) -> Tensor:
     try:
         from sklearn.manifold import TSNE
     except ImportError as error:
-        raise UserError("t-SNE needs scikit-learn: pip install -r requirements-see.txt, or ask for "
+        raise UserError("t-SNE needs scikit-learn: pip install -r requirements-eval.txt, or ask for "
                         "--projection pca") from error
     perplexity = min(30.0, (len(points) - 1) / 3)
     return torch.from_numpy(TSNE(perplexity=perplexity, init="pca", random_state=seed % 2**32).fit_transform(

@@ -132,7 +132,7 @@ def test_pca_keeps_the_distances_of_a_plane():
 
 
 def test_tsne_keeps_groups_apart():
-    pytest.importorskip("sklearn", reason="scikit-learn is missing: pip install -r requirements-see.txt")
+    pytest.importorskip("sklearn", reason="scikit-learn is missing: pip install -r requirements-eval.txt")
     groups = torch.arange(60) % 3
     noise = torch.randn(60, 10, generator=torch.Generator().manual_seed(0))
     points = torch.nn.functional.one_hot(groups, 10) * 20 + noise
@@ -144,7 +144,7 @@ def test_tsne_keeps_groups_apart():
 
 def test_without_scikit_learn_the_error_names_the_file_and_the_other_way(monkeypatch):
     monkeypatch.setitem(sys.modules, "sklearn.manifold", None)
-    with pytest.raises(ValueError, match=r"pip install -r requirements-see.txt.*--projection pca"):
+    with pytest.raises(ValueError, match=r"pip install -r requirements-eval.txt.*--projection pca"):
         project_to_2d(torch.zeros(5, 3), "tsne")
 
 
@@ -225,7 +225,7 @@ def test_the_folder_is_tried_before_any_work(checkpoints, data_dir, tmp_path, mo
 
 
 def test_the_embedding_is_drawn_by_tsne(few, checkpoints, data_dir, tmp_path):
-    pytest.importorskip("sklearn", reason="scikit-learn is missing: pip install -r requirements-see.txt")
+    pytest.importorskip("sklearn", reason="scikit-learn is missing: pip install -r requirements-eval.txt")
     assert call(checkpoints["plain"], data_dir, tmp_path / "x.png", "--what", "embedding") == 0
     assert (tmp_path / "x.png").exists()
 
