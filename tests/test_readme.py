@@ -1,54 +1,152 @@
-"""The README's commands are ones that the scripts take, and its code runs."""
+"""The documents are true: commands parse, code runs, links and pictures are there, and so are all named files."""
 
 import importlib
 import re
 import shlex
+from pathlib import Path
 
 import pytest
+from PIL import Image
 from small import small_checkpoint
 
 COMMAND = re.compile(r"(?:python|torchrun [^`\n]*?) (\w+)\.py([^`\n#]*)")
+WITH_COMMANDS = ("README.md", "CONTRIBUTING.md", "benchmarks/RESULTS.md")
+WITH_LINKS = (*WITH_COMMANDS, "CHANGELOG.md", "benchmarks/RECORDS.md")
+LINK = re.compile(r"!?\[[^]]*\]\(([^)\s]+)\)|<img[^>]* src=\"([^\"]+)\"")
+FILE = re.compile(r"(?<![\w./-])[\w./-]*\w(?:\.(?:py|md|txt|cff|toml|png|gif)\b|/(?!\w))")
+MADE_BY_RUNS = ("outputs/", "images.", "nearest.png", "previous/", "data/", "evaluation.")  # not in the repository
 
 
-def commands(root):
-    """(script, arguments) of every command in the README, in code blocks and in backticks."""
-    text = re.sub(r"(?<!`)`[^`]+`(?!`)", lambda quoted: quoted[0].replace("\n", " "), (root / "README.md").read_text())
-    found = COMMAND.findall(text)
-    return sorted({(name, arguments.strip()) for name, arguments in found})
+def commands(text):
+    """{(script, arguments)} of every command in a document, in code blocks and in backticks."""
+    text = re.sub(r"(?<!`)`[^`]+`(?!`)", lambda quoted: quoted[0].replace("\n", " "), text.replace("\\\n", " "))
+    return {(name, arguments.strip()) for name, arguments in COMMAND.findall(text)}
+
+
+def parse(name, arguments):
+    importlib.import_module(name).parse_args(shlex.split(arguments.replace("...", "outputs/model_final.pt")
+                                                         .replace("NAME", "mnist")))
+
+
+def links(text):
+    """The targets of every link and picture in a document."""
+    return [link or picture for link, picture in LINK.findall(text)]
+
+
+def anchors(text):
+    """The names that GitHub gives to the headings of a document."""
+    headings = re.findall(r"^#+ (.*)", text, re.MULTILINE)
+    return {re.sub(r"[^\w -]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
+def broken_links(root, name):
+    """The links of a document that lead nowhere; those into the network are not followed."""
+    broken = []
+    for target in links((root / name).read_text()):
+        path, _, anchor = target.partition("#")
+        file = (root / name).parent / path if path else root / name
+        if "://" not in target and not (file.exists() and (not anchor or anchor in anchors(file.read_text()))):
+            broken.append(target)
+    return broken
+
+
+def missing_files(root, text):
+    """The files and folders that a text names and the repository has not got, looked for as git shows them."""
+    return [name for name in FILE.findall(text)
+            if not name.startswith(MADE_BY_RUNS) and not any((root / folder / name).exists() for folder in
+                                                             (".", "benchmarks", "models"))]
 
 
 def pytest_generate_tests(metafunc):
     if "command" in metafunc.fixturenames:
-        found = commands(metafunc.config.rootpath)
+        texts = [(metafunc.config.rootpath / name).read_text() for name in WITH_COMMANDS]
+        found = sorted(set().union(*map(commands, texts)))
         metafunc.parametrize("command", found, ids=[f"{name} {arguments}"[:60] for name, arguments in found])
 
 
-def test_every_command_of_the_readme_is_understood(command, tmp_path, monkeypatch):
+@pytest.fixture
+def readme(root):
+    return (root / "README.md").read_text()
+
+
+def test_every_command_of_the_documents_is_understood(command, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "outputs").mkdir()
     (tmp_path / "outputs/model_final.pt").touch()
-    name, arguments = command
-    given = arguments.replace("...", "outputs/model_final.pt").replace("NAME", "mnist")
-    importlib.import_module(name).parse_args(shlex.split(given))
+    parse(*command)
 
 
-def test_the_readme_names_every_script(root):
-    named = {name for name, _ in commands(root)}
+@pytest.mark.parametrize("name", WITH_COMMANDS)
+def test_the_documents_have_commands(root, name):
+    assert commands((root / name).read_text())
+
+
+def test_the_readme_names_every_script(root, readme):
     scripts = {path.stem for path in root.glob("*.py") if "\n@script\n" in path.read_text()}
-    assert scripts == named
+    assert scripts == {name for name, _ in commands(readme)}
 
 
-def test_the_code_of_the_readme_runs(root, tmp_path, monkeypatch, capsys):
+def test_the_code_of_the_readme_runs(readme, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "outputs").mkdir()
     small_checkpoint(tmp_path / "outputs/model_final.pt", num_timesteps=100, conditional=True)
-    [code] = re.findall(r"```python\n(.*?)```", (root / "README.md").read_text(), re.DOTALL)
+    [code] = re.findall(r"```python\n(.*?)```", readme, re.DOTALL)
     names = {}
     exec(code, names)
     assert names["images"].shape == (16, 1, 28, 28) and names["images"].abs().max() <= 1
 
 
-def test_a_command_that_there_is_not_would_be_found(tmp_path, monkeypatch):
+@pytest.mark.parametrize("name", WITH_LINKS)
+def test_links_and_pictures_resolve(root, name):
+    assert broken_links(root, name) == []
+
+
+def test_the_tree_of_the_readme_is_the_repository(root, readme):
+    """Every file and folder that it names is there, and every Python file and package at the top stands in it."""
+    [tree] = re.findall(r"```text\n(.*?)```", readme, re.DOTALL)
+    assert missing_files(root, tree) == []
+    top = {path.name for path in root.glob("*.py")} | {f"{path.parent.name}/" for path in root.glob("*/__init__.py")}
+    assert top - set(FILE.findall(tree)) == set()
+
+
+@pytest.mark.parametrize("name", ["README.md", "CONTRIBUTING.md"])
+def test_files_that_the_documents_name_exist(root, name):
+    assert missing_files(root, (root / name).read_text()) == []
+
+
+def test_contributing_names_tests_and_tables_that_there_are(root):
+    text = (root / "CONTRIBUTING.md").read_text()
+    source = "\n".join(path.read_text() for path in [*root.glob("*.py"), *root.glob("evaluation/*.py"),
+                                                     *root.glob("tests/**/*.py")])
+    named = re.findall(r"`(test_\w+|[A-Z]{2,}(?:_[A-Z]+)*)`", text)
+    assert len(named) >= 10
+    assert [name for name in named if not re.search(rf"^(def )?{name}\b", source, re.MULTILINE)] == []
+
+
+def test_the_readme_is_short_and_begins_with_pictures(readme):
+    lines = readme.splitlines()
+    assert len(lines) <= 130
+    assert links("\n".join(line for line in lines[:15] if "<img" in line or line.startswith("![")))
+
+
+def test_pictures_are_small(root, readme):
+    pictures = [Path(target) for target in links(readme) if target.endswith((".gif", ".png"))]
+    assert {path.suffix for path in pictures} == {".gif", ".png"}
+    for path in pictures:
+        assert (root / path).stat().st_size < 1_000_000, path
+        assert (Image.open(root / path).format or "").lower() == path.suffix[1:]
+        assert (Image.open(root / path).n_frames > 1) == (path.suffix == ".gif")
+
+
+def test_every_picture_of_docs_is_shown(root, readme):
+    assert {f"docs/{path.name}" for path in (root / "docs").iterdir()} <= set(links(readme))
+
+
+def test_wrong_documents_would_be_found(tmp_path):
     """The tests above can fail."""
     with pytest.raises(ValueError):
-        test_every_command_of_the_readme_is_understood(("sample", "--chekpoint x"), tmp_path, monkeypatch)
+        parse("sample", "--chekpoint x")
+    text = "# One\n[a](#one) [b](#two) [c](no.md) ![d](no.png) <img src=\"no.gif\"> `no.py` folder/ data/x.py"
+    (tmp_path / "README.md").write_text(text)
+    assert broken_links(tmp_path, "README.md") == ["#two", "no.md", "no.png", "no.gif"]
+    assert set(missing_files(tmp_path, text)) == {"no.md", "no.png", "no.gif", "no.py", "folder/"}
