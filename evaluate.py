@@ -88,8 +88,8 @@ def parse_args(argv: Sequence[str] | None):
                        help="also the classification accuracy score, higher is better: train a classifier on the "
                             "generated images and test it on real images")
     group.add_argument("--likelihood", action="store_true",
-                       help=f"also bits_per_dim, lower is better: the variational upper bound of -log2 p(x_0) per "
-                            f"dimension, of {LIKELIHOOD_IMAGES} real images; T network evaluations for each image")
+                       help=f"also bits_per_dim, lower is better: the variational bound of -log2 p per dimension, "
+                            f"over {LIKELIHOOD_IMAGES:,} real images")
     group = parser.add_argument_group("run")
     add_shared_flags(group, "data_dir")
     group.add_argument("--output_dir", help="where results are written (default: the folder of --checkpoint; "
@@ -196,7 +196,7 @@ def evaluate(args: Namespace, command: Sequence[str], reference: Reference, gene
         bf16 = pick_precision(args.precision, device) == "bf16"
         result["cas"] = classification_accuracy_score(reference, images, labels, device, args.seed, bf16)
     if args.likelihood:
-        result["bits_per_dim"] = likelihood(loaded.model, loaded.diffusion, reference.data, args.seed, args.batch_size)
+        result["bits_per_dim"] = likelihood(loaded.model, loaded.diffusion, reference.data, args.seed)
     about = conditions(args, command, device, reference, len(images), loaded.options[0] if loaded else None)
     memorised = memorisation(reference, images, features, args.data_dir, device, output / "nearest.png")
     shares = {name: dict(zip(reference.data.class_names, class_shares(probabilities).tolist(), strict=True))
@@ -242,6 +242,11 @@ def run_sweep(args: Namespace, command: Sequence[str], reference: Reference | No
 # ------------------------------------------------------------------------------------------------------------- main
 
 
+def output_folder(args: Namespace) -> Path:
+    """--output_dir, else the folder of the checkpoint, else outputs/."""
+    return Path(args.output_dir or (Path(args.checkpoint).parent if args.checkpoint else "outputs"))
+
+
 def load_inputs(args: Namespace, device: torch.device, output: Path):
     """(checkpoint or None, ready images or None, the real images of the reference, the feature networks)."""
     loaded = open_checkpoint(args, device) if args.checkpoint else None
@@ -272,7 +277,7 @@ def main(argv=None):
                                     progress_bar("training")))
         return
     torchmetrics_image()  # an error now, not after the images are made
-    output = Path(args.output_dir or (Path(args.checkpoint).parent if args.checkpoint else "outputs"))
+    output = output_folder(args)
     with distributed.local_rank_0_first():  # a download happens once; an error is raised by all
         loaded, generated, data, networks = load_inputs(args, device, output)
     count = args.num_images if loaded else len(generated.images)

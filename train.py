@@ -43,7 +43,15 @@ from training.flags import (
     resume_command,
     saved_flags,
 )
-from training.run import CLOSING_SECONDS, LOG_STEPS, Run, progress_bar, warn_of_failed_writes
+from training.run import (
+    CLOSING_SECONDS,
+    LOG_STEPS,
+    Run,
+    is_complete,
+    newest_valid,
+    progress_bar,
+    warn_of_failed_writes,
+)
 from training.trainer import VALIDATION_LOSS_IMAGES, Trainer, fitting_batch, validation_loss
 from utils import autocast, count_parameters, get_device, plot_losses, save_images, set_seed
 
@@ -59,7 +67,7 @@ def parse_args(argv: Sequence[str] | None) -> tuple[Namespace, dict | None]:
     if not (args.resume or distributed.restart_count()):
         return args, None
     distributed.init_process_group(get_device(distributed.local_device(args.device)))
-    found = distributed.broadcast(None if distributed.rank() else run_folder.newest_valid(Path(args.output_dir)))
+    found = distributed.broadcast(None if distributed.rank() else newest_valid(Path(args.output_dir)))
     if not found:
         print(f"Nothing to resume in {args.output_dir}: starting a new run")
         return args, None
@@ -210,7 +218,7 @@ def complete_message(run: Run, checkpoint: dict | None, args: Namespace) -> str 
         return None
     over = (checkpoint["epoch"] >= (run.config["training"]["epochs"] or math.inf)
             or run.budget.seconds_used >= (args.budget or math.inf) - run.budget.reserve)
-    if not distributed.broadcast(over and run_folder.is_complete(run.folder)):
+    if not distributed.broadcast(over and is_complete(run.folder)):
         return None
     return (f"The run in {run.folder} is complete, with {checkpoint['epoch']:,} epochs in "
             f"{checkpoint['seconds']:.0f} seconds: continue it with {resume_command(args)} --epochs "

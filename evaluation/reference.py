@@ -29,6 +29,7 @@ from utils import generator_for, save_images
 
 PAIRS = 16  # in nearest.png: as many of the closest images, and as many others
 LIKELIHOOD_IMAGES, LIKELIHOOD_DRAWS = 2000, 4  # real images of bits_per_dim, and random times for each of them
+LIKELIHOOD_BATCH = 100  # images at a time; fixed, because the random times depend on it
 
 
 class Reference(NamedTuple):
@@ -125,7 +126,7 @@ def memorisation(reference: Reference, images: Tensor, features: ImageFeatures, 
                 training_images=len(train), real_images=len(real))
 
 
-def likelihood(model, diffusion: DiffusionProcess, data: ImageData, seed: int, batch_size: int) -> dict[str, float]:
+def likelihood(model, diffusion: DiffusionProcess, data: ImageData, seed: int) -> dict[str, float]:
     """bits_per_dim, the variational bound of -log2 p(x_0) per dimension, over LIKELIHOOD_IMAGES real images.
 
     In float32, by `learned_variance.bits_per_dim` with LIKELIHOOD_DRAWS + 1 network evaluations for an image. It has no
@@ -134,7 +135,7 @@ def likelihood(model, diffusion: DiffusionProcess, data: ImageData, seed: int, b
     data, device, generator = random_subset(data, LIKELIHOOD_IMAGES), diffusion.device, generator_for(seed)
 
     def batches() -> Iterator[Tensor]:
-        for rows in progress_bar("likelihood")(torch.arange(len(data.images)).split(batch_size)):
+        for rows in progress_bar("likelihood")(torch.arange(len(data.images)).split(LIKELIHOOD_BATCH)):
             labels = data.labels[rows].to(device) if model.num_classes else None
             yield bits_per_dim(model, diffusion, to_model(data.images[rows]).to(device), labels,
                                draws=LIKELIHOOD_DRAWS, generator=generator).cpu()

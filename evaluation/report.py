@@ -9,7 +9,6 @@ import numpy as np
 import torch
 
 from evaluation.classifier import weights_digest
-from evaluation.reference import Reference
 from runtime import distributed
 from runtime.version import __version__
 from utils import pick_precision
@@ -22,10 +21,11 @@ def file_digest(path: str | Path) -> str:
     return hashlib.sha256(Path(path).read_bytes()).hexdigest()
 
 
-def conditions(args, command: Sequence[str], device: torch.device, reference: Reference, count: int,
+def conditions(args, command: Sequence[str], device: torch.device, reference, count: int,
                options: dict | None) -> dict:
     """All that is needed to repeat a measurement of `count` images, apart from the machine.
 
+    reference: a `Reference`.
     options: the arguments of samplers.generate; None for a sweep, whose rows have them, and for ready images.
     """
     import torchmetrics

@@ -375,10 +375,13 @@ def process():
 
 
 def examine_samples(memory, process, train, unseen, **settings):
-    return list(doctor.examine_samples(Memory(memory, process, **settings), process, train, unseen, UNTOLD))
+    model = Memory(memory, process, **settings)
+    return list(doctor.examine_samples(model, process, train, unseen, checkpoint_of(model)))
 
 
-UNTOLD = dict(config=dict(training={}, diffusion=dict(num_timesteps=1000)))  # what a checkpoint says of its kind
+def checkpoint_of(model):
+    """As much of a checkpoint as the examination of samples reads."""
+    return dict(config=dict(training={}, diffusion=dict(num_timesteps=1000), model=dict(num_classes=model.num_classes)))
 
 
 def only(data, images, labels=None):
@@ -417,7 +420,8 @@ def test_labels_that_are_obeyed_ignored_or_wrong(glyphs, process):
     for name, settings in dict(heeds=dict(), ignores=dict(heed=False)).items():
         model = Memory(others, process, num_classes=10, **settings)
         results[name] = {f.check: f for f in (*doctor.examine_error(model, process, train, unseen, "train.py"),
-                                              *doctor.examine_samples(model, process, train, unseen, UNTOLD))}
+                                              *doctor.examine_samples(model, process, train, unseen,
+                                                                       checkpoint_of(model)))}
     for check in ("labels used", "labels obeyed"):
         assert_healthy([results["heeds"][check]])
         assert_found([results["ignores"][check]], check)

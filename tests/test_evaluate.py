@@ -23,8 +23,9 @@ from evaluation.classifier_training import ClassifierRecipe
 from evaluation.features import extract_features
 from evaluation.metrics import figures, torchmetrics_image
 from evaluation.reference import random_subset
+from learned_variance import bits_per_dim
 from models import create_model
-from samplers import image_noise
+from utils import generator_for
 
 pytest.importorskip("torchmetrics", reason="torchmetrics is missing: pip install -r requirements-eval.txt")
 SPLIT = 600  # images of each split
@@ -222,9 +223,9 @@ def test_eta_and_the_last_weights_are_measured_as_sample_makes_them(small, check
 
 def test_results_lie_beside_the_checkpoint(monkeypatch):
     asked = ["--checkpoint", "outputs/student/model_final.pt"]
-    assert Path(evaluate.parse_args(asked).output_dir) == Path("outputs/student")
-    assert Path(evaluate.parse_args([*asked, "--output_dir", "x"]).output_dir) == Path("x")
-    assert Path(evaluate.parse_args(["--images", "x.npz", "--dataset", "glyphs"]).output_dir) == Path("outputs")
+    assert evaluate.output_folder(evaluate.parse_args(asked)) == Path("outputs/student")
+    assert evaluate.output_folder(evaluate.parse_args([*asked, "--output_dir", "x"])) == Path("x")
+    assert evaluate.output_folder(evaluate.parse_args(["--images", "x.npz", "--dataset", "glyphs"])) == Path("outputs")
 
 
 def test_no_folder_is_made_for_a_checkpoint_that_is_missing(small, tmp_path, capsys):
@@ -270,9 +271,8 @@ def test_the_likelihood_is_the_bound_of_the_checkpoints_process(small, checkpoin
     assert values[0]["value"] == pytest.approx(values[1]["value"], rel=1e-4)
     model, diffusion, _ = load_model(path)
     data = random_subset(load_dataset("glyphs", "test", data_dir).first(SPLIT), 40)
-    noise = image_noise(range(40), 3, (1, 28, 28))()
-    with torch.no_grad():
-        bits = diffusion.bits_per_dim(model, to_model(data.images), noise, data.labels if num_classes else None)
+    bits = bits_per_dim(model, diffusion, to_model(data.images), data.labels if num_classes else None,
+                        draws=reference.LIKELIHOOD_DRAWS, generator=generator_for(3))
     assert values[0]["value"] == pytest.approx(bits.mean().item(), rel=1e-4)
 
 

@@ -29,7 +29,7 @@ import visualize_diffusion
 from checkpoint import FORMAT, load_checkpoint, load_model, saved_step
 from data_sources import pictures
 from data_sources.pictures import read_folder, read_mask, read_npz, read_picture
-from training.run_folder import newest_valid
+from training.run import newest_valid
 
 SECONDS = 10  # of the processor's time that a refusal may take
 

@@ -275,20 +275,18 @@ def flags():
 
 @pytest.mark.parametrize("name", SCRIPTS)
 def test_every_flag_is_read(name, flags, root):
-    """In the script, or in a function of utils.py that it, or another of them, hands args to."""
-    read, handed = set(), set()
+    """In the script, where flags become a sampler, or where those of train.py become a config."""
+    read = set()
 
     class Reader(ast.NodeVisitor):
-        def visit_Attribute(self, node):  # args.flag and self.args.flag
+        def visit_Attribute(self, node):  # args.flag, settings.flag
             owner = node.value
-            if getattr(owner, "id", getattr(owner, "attr", None)) == "args":
+            if getattr(owner, "id", getattr(owner, "attr", None)) in ("args", "settings"):
                 read.add(node.attr)
             self.generic_visit(node)
 
         def visit_Call(self, node):  # not where the flags are defined
-            called = getattr(node.func, "attr", getattr(node.func, "id", None))
-            if called not in ("add_argument", "add_shared_flags"):
-                handed.update({called} if any(getattr(part, "id", None) == "args" for part in node.args) else ())
+            if getattr(node.func, "attr", getattr(node.func, "id", None)) not in ("add_argument", "add_shared_flags"):
                 self.generic_visit(node)
 
         def visit_Assign(self, node):  # lists of names that getattr reads, but not those that it must not
@@ -298,12 +296,10 @@ def test_every_flag_is_read(name, flags, root):
         def visit_Constant(self, node):
             read.add(node.value)
 
-    Reader().visit(ast.parse((root / f"{name}.py").read_text()))
-    parsed = ast.parse((root / "runtime/sampling.py").read_text())
-    shared = {part.name: part for part in parsed.body if hasattr(part, "name")}
-    while found := handed & shared.keys():
-        for each in found:
-            Reader().visit(shared.pop(each))
+    others = {"train": ["training/flags.py"], "sample": ["runtime/sampling.py"],
+              "visualize_diffusion": ["runtime/sampling.py"]}
+    for path in (f"{name}.py", *others[name]):
+        Reader().visit(ast.parse((root / path).read_text()))
     assert not flags[name] - read
 
 

@@ -194,11 +194,11 @@ def test_what_is_followed_are_the_images_that_sample_makes(checkpoints, flags, l
                                            "--num_images", "3", "--steps", "4", *flags])
     model, diffusion, checkpoint = load_model(args.checkpoint)
     with torch.no_grad():
-        frames, known = visualize_diffusion.trajectory_frames(args, model, diffusion, checkpoint)
+        frames, options = visualize_diffusion.trajectory_frames(args, model, diffusion, checkpoint["config"])
         [(_, trajectory)] = generate(model, diffusion, (1, 28, 28), range(3), steps=4, labels=torch.tensor(labels),
                                      guidance_scale=scale)
         expected = final_image(trajectory)
-    assert len(frames) == 4 and torch.equal(frames[-1][2], expected) and known.tolist() == labels
+    assert len(frames) == 4 and torch.equal(frames[-1][2], expected) and options["labels"].tolist() == labels
 
 
 @pytest.mark.parametrize("what", INSIDE)

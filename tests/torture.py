@@ -48,7 +48,7 @@ from test_fuzz import (  # noqa: F401 (these run here too, with more cases)
 from test_hostile import loads_the_same_or_is_refused
 
 from checkpoint import load_checkpoint
-from training import run_folder
+from training.run import newest_valid
 
 KILLS = int(os.environ.get("KILLS", 40))
 EVERY_STEP = ("--checkpoint_minutes", "0.000001")
@@ -113,7 +113,7 @@ def test_stopped_at_any_step_and_resumed_it_ends_the_same(data_dir, tmp_path, st
     for step in range(1, 2 * STEPS + 1):
         folder = tmp_path / str(step)
         assert run(tiny(data_dir, folder), log, StopAt(step, stop)) == 128 + stop
-        assert run_folder.newest_valid(folder)[1]["step"] == step
+        assert newest_valid(folder)[1]["step"] == step
         assert run(tiny(data_dir, folder, "--resume"), log) == 0
         assert_same_run(whole, folder)
         TRIED[f"{stop.name} at every step, then --resume"] += 1

@@ -11,12 +11,11 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from checkpoint import save_checkpoint
+from checkpoint import load_checkpoint, save_checkpoint, saved_step
 from runtime import distributed
-from runtime.errors import RunFailed
-from runtime.files import write_json_lines
+from runtime.errors import RunFailed, UserError
+from runtime.files import one_line, write_json_lines
 from runtime.memory import out_of_memory
-from training import run_folder
 from training.autotune import now
 from training.budget import Budget
 
@@ -131,7 +130,7 @@ class Run:
             save_checkpoint(self.folder / name, config=self.config, seconds=self.budget.seconds_used, history=history,
                             **self.trainer.state())
             if self.keep_checkpoints:
-                run_folder.prune(self.folder, self.keep_checkpoints)
+                prune(self.folder, self.keep_checkpoints)
             self.save_records()
         return self.folder / name
 
@@ -185,3 +184,58 @@ def warn_of_failed_writes() -> Iterator[None]:
     except OSError as error:
         with contextlib.suppress(OSError):
             tqdm.write(f"Warning: a file could not be written ({error}); the run continues", file=sys.stderr)
+
+
+# ------------------------------------------------------------------------------------- the checkpoints in the folder
+
+
+def checkpoints(folder: Path) -> list[Path]:
+    """The checkpoints of a run by their steps, the latest first; unreadable ones come before all others.
+
+    The step in the file counts, not its date: a copied folder has the dates of the copying.
+    """
+    found = [*folder.glob("checkpoints/model_*.pt"), *folder.glob("model_final.pt")]
+    return sorted(found, key=lambda path: (saved_step(path), path.stat().st_mtime_ns, path.name), reverse=True)
+
+
+def newest_valid(folder: Path) -> tuple[Path, dict] | None:
+    """The path and the content of the latest checkpoint that loads; prints a line for each one that does not."""
+    for path in checkpoints(folder):
+        try:
+            return path, load_checkpoint(path)
+        except UserError as error:
+            print(f"Skipping {one_line(error, None)}")
+    return None
+
+
+def is_complete(folder: Path) -> bool:
+    """Whether the latest checkpoint is the end of a run: model_final.pt, and after it the plot."""
+    final, plot = folder / "model_final.pt", folder / "training_loss.png"
+    return (final.exists() and plot.exists() and plot.stat().st_mtime_ns >= final.stat().st_mtime_ns
+            and saved_step(final) == max((step for step in map(saved_step, checkpoints(folder)) if step < math.inf),
+                                         default=0))
+
+
+def is_valid(path: Path) -> bool:
+    """Whether a checkpoint loads."""
+    try:
+        load_checkpoint(path)
+    except UserError:
+        return False
+    return True
+
+
+def prune(folder: Path, keep: int) -> None:
+    """Delete all but `keep` files in checkpoints/: unreadable ones first, then those within epochs, then the oldest.
+
+    The newest file and the newest valid one always stay: --resume needs them.
+    """
+    numbered = [path for path in checkpoints(folder) if path.parent != folder]
+    readable = [path for path in numbered if saved_step(path) < math.inf]
+    epochs_first = readable[:1] + sorted(readable[1:], key=lambda path: path.name.startswith("model_step_"))
+    kept, surplus = epochs_first[:keep], epochs_first[keep:]
+    broken = [path for path in numbered if path not in readable][max(0, keep - len(kept)):]
+    spared = next(filter(is_valid, readable), None) if surplus else None
+    for path in [*surplus, *broken]:
+        if path != spared:
+            path.unlink(missing_ok=True)

@@ -1,7 +1,6 @@
-"""The folder of a run: a lock, signals, free space, an older run's results, and the checkpoints in it."""
+"""The folder of a run: its lock, signals that stop the run, free space, and the results of an older run."""
 
 import contextlib
-import math
 import os
 import shutil
 import signal
@@ -11,10 +10,9 @@ from pathlib import Path
 
 from filelock import FileLock, Timeout
 
-from checkpoint import load_checkpoint, saved_step
 from runtime import distributed
 from runtime.errors import UserError
-from runtime.files import check_writable, one_line, temporaries
+from runtime.files import check_writable, temporaries
 
 # What a run writes into its folder. Everything else there is the user's and stays untouched.
 WRITTEN = ("samples/epoch_*.png", "checkpoints/model_*.pt", "model_final.pt", "training_loss.png", "metrics.jsonl",
@@ -112,58 +110,3 @@ def set_aside(folder: Path) -> Path | None:
         target.parent.mkdir(parents=True, exist_ok=True)
         os.replace(path, target)
     return place
-
-
-# --------------------------------------------------------------------------------------------------------- checkpoints
-
-
-def checkpoints(folder: Path) -> list[Path]:
-    """The checkpoints of a run by their steps, the latest first; unreadable ones come before all others.
-
-    The step in the file counts, not its date: a copied folder has the dates of the copying.
-    """
-    found = [*folder.glob("checkpoints/model_*.pt"), *folder.glob("model_final.pt")]
-    return sorted(found, key=lambda path: (saved_step(path), path.stat().st_mtime_ns, path.name), reverse=True)
-
-
-def newest_valid(folder: Path) -> tuple[Path, dict] | None:
-    """The path and the content of the latest checkpoint that loads; prints a line for each one that does not."""
-    for path in checkpoints(folder):
-        try:
-            return path, load_checkpoint(path)
-        except UserError as error:
-            print(f"Skipping {one_line(error, None)}")
-    return None
-
-
-def is_complete(folder: Path) -> bool:
-    """Whether the latest checkpoint is the end of a run: model_final.pt, and after it the plot."""
-    final, plot = folder / "model_final.pt", folder / "training_loss.png"
-    return (final.exists() and plot.exists() and plot.stat().st_mtime_ns >= final.stat().st_mtime_ns
-            and saved_step(final) == max((step for step in map(saved_step, checkpoints(folder)) if step < math.inf),
-                                         default=0))
-
-
-def is_valid(path: Path) -> bool:
-    """Whether a checkpoint loads."""
-    try:
-        load_checkpoint(path)
-    except UserError:
-        return False
-    return True
-
-
-def prune(folder: Path, keep: int) -> None:
-    """Delete all but `keep` files in checkpoints/: unreadable ones first, then those within epochs, then the oldest.
-
-    The newest file and the newest valid one always stay: --resume needs them.
-    """
-    numbered = [path for path in checkpoints(folder) if path.parent != folder]
-    readable = [path for path in numbered if saved_step(path) < math.inf]
-    epochs_first = readable[:1] + sorted(readable[1:], key=lambda path: path.name.startswith("model_step_"))
-    kept, surplus = epochs_first[:keep], epochs_first[keep:]
-    broken = [path for path in numbered if path not in readable][max(0, keep - len(kept)):]
-    spared = next(filter(is_valid, readable), None) if surplus else None
-    for path in [*surplus, *broken]:
-        if path != spared:
-            path.unlink(missing_ok=True)

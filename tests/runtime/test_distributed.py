@@ -30,8 +30,7 @@ from checkpoint import load_checkpoint
 from data import load_dataset
 from evaluation import reference
 from runtime import distributed
-from training import run_folder
-from training.run import AGREE_STEPS
+from training.run import AGREE_STEPS, newest_valid
 
 pytestmark = needs_fork
 ADAMW = ("--optimizer", "adamw")  # muon rounds to bfloat16 on its way, and makes more of a difference in rounding
@@ -118,7 +117,7 @@ def test_two_processes_make_the_images_of_one(tmp_path):
 def test_a_signal_to_any_process_stops_all_of_them_at_the_same_step(data_dir, tmp_path, rank, stop):
     argv, log = argv_of(data_dir, tmp_path / "run", "--epochs", 6, "--sample_interval", 0), tmp_path / "log"
     assert run_together(argv, log, OnRank(rank, StopAt(3, stop))) == [128 + stop] * 2
-    assert run_folder.newest_valid(tmp_path / "run")[1]["step"] == AGREE_STEPS
+    assert newest_valid(tmp_path / "run")[1]["step"] == AGREE_STEPS
     said, silent = (log.with_suffix(f".{rank}").read_text() for rank in (0, 1))
     assert "continue with torchrun --nproc_per_node=2 train.py --resume --output_dir" in said and silent == ""
 

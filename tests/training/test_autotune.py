@@ -119,7 +119,7 @@ def test_precision_and_layout_are_noted_and_a_resumed_run_has_them(monkeypatch, 
     args, saved = train.parse_args(["--resume", "--output_dir", str(tmp_path), "--epochs", "3"])
     assert (saved["precision"], args.precision, args.layout, args.compile) == ("fp32", "fp32", "channels_last", None)
     del saved["config"]["training"]["layout"]  # as in files from before there was a choice
-    monkeypatch.setattr(train.run_folder, "newest_valid", lambda _: (tmp_path / "model_final.pt", saved))
+    monkeypatch.setattr(train, "newest_valid", lambda _: (tmp_path / "model_final.pt", saved))
     args, _ = train.parse_args(["--resume", "--output_dir", str(tmp_path)])
     assert autotune.options_left_open(args.precision, args.layout, torch.device("cpu")) == [("fp32", "nchw")]
 

@@ -41,6 +41,7 @@ import train
 from checkpoint import FORMAT, load_checkpoint
 from runtime.files import atomic_write
 from training import run_folder
+from training.run import checkpoints, is_valid, newest_valid, prune
 
 EVERY_STEP = ("--checkpoint_minutes", "0.000001")
 
@@ -77,7 +78,7 @@ def test_a_run_killed_at_random_moments_ends_as_one_that_was_not(whole, data_dir
 def test_a_signal_ends_the_step_saves_and_has_its_exit_status(whole, data_dir, tmp_path, stop):
     folder, log = tmp_path / "run", tmp_path / "log"
     assert run(tiny(data_dir, folder), log, StopAt(3, stop)) == 128 + stop
-    assert run_folder.newest_valid(folder)[1]["step"] == 3
+    assert newest_valid(folder)[1]["step"] == 3
     [told] = [line for line in log.read_text().splitlines() if "Stopped by a signal" in line]
     assert run(shlex.split(told.split("continue with python train.py ")[1]), log) == 0  # as it is told
     assert "Resuming" in log.read_text()
@@ -105,7 +106,7 @@ def test_a_second_signal_leaves_at_once(data_dir, tmp_path):
 def test_a_broken_newest_checkpoint_is_named_and_passed_over(whole, half, capsys, damage):
     newest = half / "checkpoints/model_step_00000006.pt"
     newest.write_bytes(damage((whole / "checkpoints/model_epoch_002.pt").read_bytes()))
-    path, saved = run_folder.newest_valid(half)
+    path, saved = newest_valid(half)
     assert path == half / "checkpoints/model_epoch_001.pt" and saved["step"] == STEPS
     assert f"Skipping {newest}" in capsys.readouterr().out
 
@@ -124,7 +125,7 @@ def test_the_furthest_checkpoint_is_the_newest_whatever_the_dates_say(whole, tmp
     for age, path in enumerate(sorted((tmp_path / "run/checkpoints").iterdir(), reverse=True)):
         os.utime(path, (2e9 + age, 2e9 + age))  # the first epoch's is the last to be copied
     (tmp_path / "run/model_final.pt").unlink()
-    assert run_folder.newest_valid(tmp_path / "run")[1]["step"] == 2 * STEPS
+    assert newest_valid(tmp_path / "run")[1]["step"] == 2 * STEPS
 
 
 @needs_fork
@@ -333,26 +334,26 @@ def test_pruning_keeps_so_many_and_never_deletes_the_last_valid_one(tmp_path_fac
     for path in made:
         date = data.draw(st.integers(10**9, 2 * 10**9))
         os.utime(path, (date, date))
-    run_folder.prune(folder, keep)
+    prune(folder, keep)
     left = [path for path in made if path.exists()]
     assert set(made[-keep:]) <= set(left) and len(left) <= keep + 1
-    assert any(map(run_folder.is_valid, left)) == any(valid)
-    assert len(left) <= keep or not any(map(run_folder.is_valid, made[-keep:]))
+    assert any(map(is_valid, left)) == any(valid)
+    assert len(left) <= keep or not any(map(is_valid, made[-keep:]))
 
 
 def test_files_within_epochs_go_before_those_of_epochs(tmp_path):
     kinds = ["epoch_005", "step_2", "step_3", "epoch_010", "step_5", "step_6"]
     for step, kind in enumerate(kinds, 1):
         fake(tmp_path / f"checkpoints/model_{kind}.pt", step)
-        run_folder.prune(tmp_path, 3)
-        assert run_folder.newest_valid(tmp_path)[1]["step"] == step
-    names = {path.stem for path in run_folder.checkpoints(tmp_path)}
+        prune(tmp_path, 3)
+        assert newest_valid(tmp_path)[1]["step"] == step
+    names = {path.stem for path in checkpoints(tmp_path)}
     assert names == {"model_epoch_005", "model_epoch_010", "model_step_6"}
     fake(tmp_path / "checkpoints/model_step_7.pt", 7, valid=False)
-    run_folder.prune(tmp_path, 3)
-    assert run_folder.newest_valid(tmp_path)[1]["step"] == 6
-    run_folder.prune(tmp_path, 1)
-    names = {path.stem for path in run_folder.checkpoints(tmp_path)}
+    prune(tmp_path, 3)
+    assert newest_valid(tmp_path)[1]["step"] == 6
+    prune(tmp_path, 1)
+    names = {path.stem for path in checkpoints(tmp_path)}
     assert names == {"model_step_7", "model_step_6"}
 
 
@@ -370,7 +371,7 @@ def test_on_a_full_disk_the_last_good_checkpoint_stays_and_the_run_ends_with_one
         load_checkpoint(path)
     if (folder / "metrics.jsonl").exists():
         assert_steps_once(folder)
-    before = run_folder.newest_valid(folder)
+    before = newest_valid(folder)
     assert run(tiny(data_dir, folder, "--resume"), log) == 0
     assert not before or "Resuming" in log.read_text()
 
