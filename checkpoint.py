@@ -1,6 +1,7 @@
-"""The file format: everything that a run has learned and everything needed to go on or to make images, in one dict.
+"""The file format: one dict with everything that is needed to continue a run or to make images.
 
     format            FORMAT
+    version           of the program that wrote the file; missing in files from before version 1.0.0
     config            {"model", "diffusion", "data", "training"}: JSON types only; the first two rebuild both
     model, ema        weights by name, the second their exponential moving average: the same keys
     optimizer         the optimiser's state_dict
@@ -22,6 +23,7 @@ from learned_variance import create_process
 from models import create_model
 from runtime.errors import UserError
 from runtime.files import atomic_write, check_archive, one_line, verified_archive
+from runtime.version import __version__
 from utils import is_tensor_like
 
 FORMAT = "tiny-diffusion-1"
@@ -51,7 +53,7 @@ def save_checkpoint(path: str | Path, **fields) -> None:
         raise ValueError(f"a checkpoint's config must be made of JSON types: {error}") from error
     with atomic_write(path) as file:
         try:
-            torch.save({"format": FORMAT, **fields}, file)
+            torch.save({"format": FORMAT, "version": __version__, **fields}, file)
         except RuntimeError as error:  # torch's writer hides why a write failed behind its own error
             if isinstance(error.__context__, OSError):
                 raise error.__context__ from None
@@ -67,7 +69,7 @@ def load_checkpoint(path: str | Path) -> dict:
     path = Path(path)
     if not path.is_file():
         raise UserError(f"there is no checkpoint {path}: train one with python train.py, "
-                         f"which writes outputs/model_final.pt")
+                        f"which writes outputs/model_final.pt")
     try:
         verified = verified_archive(path)  # torch compares no CRC, and believes headers that a flipped bit can change
         with warnings.catch_warnings():
@@ -118,6 +120,8 @@ def _problem(checkpoint, file_size: int) -> str | None:
 def _wrong_form(checkpoint) -> str | None:
     if not isinstance(checkpoint, dict) or checkpoint.get("format") != FORMAT:
         return f"its format is not {FORMAT!r}"
+    if type(checkpoint.get("version", "")) is not str:
+        return f"its version is {_shown(checkpoint['version'])}"
     for name, kind in FIELDS.items():
         if not isinstance(checkpoint.get(name), kind):
             return f"the field {name!r} is missing or not of type {kind.__name__}"

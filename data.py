@@ -130,7 +130,7 @@ def _download(kind: str, data_dir: Path, train: bool) -> None:
         getattr(datasets, kind)(data_dir, train=train, download=True)
     except (RuntimeError, OSError, HTTPException) as error:
         raise UserError(f"could not download {kind} into {data_dir} ({one_line(error)}): check the network, "
-                         f"give the folder that holds it with --data_dir, or use --dataset glyphs") from error
+                        f"give the folder that holds it with --data_dir, or use --dataset glyphs") from error
 
 
 def _checked(path: Path, digest: str, algorithm: str = "sha256") -> np.ndarray:
@@ -157,7 +157,7 @@ def _glyphs(data_dir: Path, train: bool) -> tuple[Tensor, Tensor]:
             raise UserError(f"it holds {images.dtype} {images.shape}")
     except Exception as error:  # zipfile, zlib and numpy each have their own for a damaged file
         raise UserError(f"{path} is damaged ({one_line(error)}): delete it and run again, "
-                         f"and it is drawn anew") from error
+                        f"and it is drawn anew") from error
     return torch.from_numpy(images)[:, None], torch.from_numpy(labels).long()
 
 

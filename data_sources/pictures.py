@@ -27,11 +27,11 @@ def read_images(path: Path, shape: Sequence[int], classes: int) -> tuple[Tensor,
                         f"in [-1, 1]")
     if images.ndim != 4 or images.shape[1:] != (shape[1], shape[2], shape[0]):
         raise UserError(f"the images in {path} have the shape {images.shape}, not (N, {shape[1]}, {shape[2]}, "
-                         f"{shape[0]}), that of the data set: (N, H, W, C)")
+                        f"{shape[0]}), that of the data set: (N, H, W, C)")
     if labels is not None and (labels.shape != (len(images),) or labels.dtype.kind not in "iu"
                                or (len(labels) and not 0 <= labels.min() <= labels.max() < classes)):
         raise UserError(f"the labels in {path} must be {len(images)} whole numbers in 0..{classes - 1}, "
-                         f"not {labels.dtype} {labels.shape}")
+                        f"not {labels.dtype} {labels.shape}")
     images = torch.from_numpy(np.ascontiguousarray(images.transpose(0, 3, 1, 2)))
     return images, None if labels is None else torch.from_numpy(labels.astype(np.int64))
 
@@ -111,7 +111,7 @@ def read_folder(folder: Path, channels: int) -> tuple[np.ndarray, None]:
             pixels = pixels[..., :1]
         if images and (pixels.shape, pixels.dtype) != (images[0].shape, images[0].dtype):
             raise UserError(f"{path} is {pixels.dtype} {pixels.shape}, but the images before it are "
-                             f"{images[0].dtype} {images[0].shape}")
+                            f"{images[0].dtype} {images[0].shape}")
         images.append(pixels)
     if not images:
         raise UserError(f"there are no .png files in {folder}")

@@ -4,6 +4,7 @@ import os
 import pickle
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from harness import assert_identical
@@ -11,9 +12,13 @@ from test_trainer import make_trainer
 from torch.testing import assert_close
 
 import checkpoint
+import sample
+import train
 from checkpoint import FIELDS, load_checkpoint, load_model, save_checkpoint
 from diffusion import DiffusionProcess
 from models import create_model
+from runtime.errors import UserError
+from runtime.version import __version__
 
 
 def fields(**changes):
@@ -168,3 +173,38 @@ def test_no_file_says_how_to_make_one(tmp_path):
     for path in (tmp_path / "model.pt", tmp_path):
         with pytest.raises(ValueError, match=r"no checkpoint.*train\.py"):
             load_checkpoint(path)
+
+
+# ------------------------------------------------------------------------------------------------- released versions
+
+RELEASED = sorted((Path(__file__).parent / "checkpoints").glob("*.pt"))  # one tiny run, as each version wrote it
+
+
+def test_every_released_version_has_a_checkpoint_here_and_this_one_too():
+    assert {path.stem for path in RELEASED} >= {"before_1.0.0", __version__}
+    assert [load_checkpoint(path).get("version") for path in RELEASED] == [
+        None if path.stem.startswith("before") else path.stem for path in RELEASED]
+
+
+@pytest.mark.parametrize("path", RELEASED, ids=lambda path: path.stem)
+def test_a_checkpoint_of_a_released_version_draws_what_it_drew(path, tmp_path):
+    argv = ["--checkpoint", str(path), "--num_images", "4", "--seed", "5", "--device", "cpu", "--precision", "fp32"]
+    assert sample.main([*argv, "--output", str(tmp_path / "x.npz")]) == 0
+    drawn, expected = (np.load(file)["arr_0"].astype(int) for file in (tmp_path / "x.npz", path.parent / "images.npz"))
+    assert np.abs(drawn - expected).max() <= 1 and expected.std() > 10
+
+
+@pytest.mark.parametrize("path", RELEASED, ids=lambda path: path.stem)
+def test_a_run_of_a_released_version_is_resumed(path, data_dir, tmp_path):
+    (tmp_path / "model_final.pt").write_bytes(path.read_bytes())
+    assert train.main(["--resume", "--epochs", "2", "--output_dir", str(tmp_path), "--data_dir", str(data_dir),
+                       "--device", "cpu"]) == 0
+    saved = load_checkpoint(tmp_path / "model_final.pt")
+    assert (saved["epoch"], saved["step"], saved["version"]) == (2, 8, __version__)
+
+
+def test_a_version_that_is_no_name_is_refused(tmp_path):
+    content = torch.load(RELEASED[0], weights_only=True) | dict(version=7)
+    torch.save(content, tmp_path / "x.pt")
+    with pytest.raises(UserError, match="version is 7"):
+        load_checkpoint(tmp_path / "x.pt")
