@@ -13,7 +13,7 @@ demo: $(VENV)/demo
 	@echo "Look at outputs/demo/generated_samples.png: a row for each digit, as this machine learnt to draw it."
 
 test: $(VENV)/dev
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n auto
 
 torture: $(VENV)/dev
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/torture.py

@@ -30,7 +30,7 @@ FORMAT = "tiny-diffusion-1"
 FIELDS = {"config": dict, "model": dict, "ema": dict, "optimizer": dict, "step": int, "epoch": int,
           "images_seen": int, "seconds": float, "precision": str, "seed": int, "history": dict}
 CONFIG_PARTS = ("model", "diffusion", "data", "training")
-# What a config from a stranger may ask for: type and largest value. Nothing is allocated beyond it.
+# The types and the largest values that a config from an unknown file may have, so that little memory is allocated.
 LIMITS = {
     "model": {"image_channels": (int, 3), "base_channels": (int, 4096), "time_emb_dim": (int, 65536),
               "depth": (int, 64), "middle_depth": (int, 64), "patch_size": (int, 4), "num_classes": (int, 100_000),
@@ -41,7 +41,7 @@ MAX_IMAGE_SIDE, MAX_MULT, MAX_SIZE, MAX_COUNT = 1024, 64, 100_000, 2**53
 
 
 def save_checkpoint(path: str | Path, **fields) -> None:
-    """Write a checkpoint with exactly the FIELDS to `path`; whatever happens, `path` holds a whole file or the old one.
+    """Write a checkpoint with the FIELDS to `path`. If that fails, the old file stays.
 
     ValueError for missing or unknown fields and for a config that is not made of JSON types.
     """
@@ -61,25 +61,25 @@ def save_checkpoint(path: str | Path, **fields) -> None:
 
 
 def load_checkpoint(path: str | Path) -> dict:
-    """Read a checkpoint and check all of it; its tensors lie on the CPU.
+    """Read a checkpoint and check all of it; its tensors are on the CPU.
 
-    Nothing in the file is executed (weights_only), and nothing is allocated that is not in it. UserError, with the
-    reason, for whatever is not a checkpoint, has changed since it was written, or does not fit its own config.
+    Nothing in the file is executed (weights_only), and no more memory is allocated than the file has. UserError, with
+    the reason, for a file that is not a checkpoint, was changed after it was written, or does not fit its own config.
     """
     path = Path(path)
     if not path.is_file():
         raise UserError(f"there is no checkpoint {path}: train one with python train.py, "
                         f"which writes outputs/model_final.pt")
     try:
-        verified = verified_archive(path)  # torch compares no CRC, and believes headers that a flipped bit can change
+        verified = verified_archive(path)  # torch checks no CRC and trusts the headers
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # what is wrong is said below, in one line
+            warnings.simplefilter("ignore")  # the error below says the same in one line
             checkpoint = torch.load(verified, map_location="cpu", weights_only=True)
-    except Exception as error:  # torch, zipfile and pickle each raise their own for a damaged or foreign file
+    except Exception as error:  # torch, zipfile and pickle have different errors for a damaged or foreign file
         raise UserError(f"{path} is damaged or no checkpoint: {_first_sentence(error)}") from error
     try:
         problem = _problem(checkpoint, path.stat().st_size)
-    except Exception as error:  # a stranger's objects can make any comparison fail
+    except Exception as error:  # objects from an unknown file can make any comparison fail
         problem = _first_sentence(error)
     if problem:
         raise UserError(f"{path} is no checkpoint of this project: {problem}")
@@ -87,9 +87,9 @@ def load_checkpoint(path: str | Path) -> dict:
 
 
 def load_model(path: str | Path, device="cpu", use_ema: bool = True) -> tuple[nn.Module, DiffusionProcess, dict]:
-    """(model, diffusion, checkpoint): network and process rebuilt from the file's own config, in eval mode on `device`.
+    """(model, diffusion, checkpoint): network and process as the config in the file says, in eval mode on `device`.
 
-    use_ema: the moving average of the weights, which makes the better images. UserError: as load_checkpoint.
+    use_ema: take the moving average of the weights, which makes better images. UserError: as load_checkpoint.
     """
     checkpoint = load_checkpoint(path)
     model = create_model(**checkpoint["config"]["model"])
@@ -99,12 +99,12 @@ def load_model(path: str | Path, device="cpu", use_ema: bool = True) -> tuple[nn
 
 
 def saved_step(path: Path) -> float:
-    """The step that a checkpoint was written at, without reading its weights; infinity where it cannot be read."""
+    """The step of a checkpoint, read without its weights; infinity if the file cannot be read."""
     try:
         check_archive(path, largest=path.stat().st_size)
         step = torch.load(path, map_location="cpu", weights_only=True, mmap=True)["step"]
         return step if type(step) is int else math.inf
-    except Exception:  # as in load_checkpoint, which will say what it is
+    except Exception:  # load_checkpoint gives the reason
         return math.inf
 
 
@@ -112,9 +112,9 @@ def saved_step(path: Path) -> float:
 
 
 def _problem(checkpoint, file_size: int) -> str | None:
-    """What is wrong with a loaded object, or None; found without allocating what it asks for."""
+    """What is wrong with a loaded object, or None; found before anything is allocated for it."""
     return (_wrong_form(checkpoint) or _wrong_numbers(checkpoint) or _wrong_limits(checkpoint["config"])
-            or _wrong_data(checkpoint["config"]) or _misfit(checkpoint, file_size))
+            or _wrong_data(checkpoint["config"]) or _wrong_network(checkpoint, file_size))
 
 
 def _wrong_form(checkpoint) -> str | None:
@@ -132,7 +132,7 @@ def _wrong_form(checkpoint) -> str | None:
 
 
 def _wrong_numbers(checkpoint: dict) -> str | None:
-    """Counts that are none, and a history that is not made of records and losses."""
+    """Invalid counts, and a history that is not made of records and losses."""
     for name in ("step", "epoch", "images_seen", "seconds"):
         if not 0 <= checkpoint[name] <= MAX_COUNT:
             return f"the field {name!r} is {_shown(checkpoint[name])}"
@@ -146,7 +146,7 @@ def _wrong_numbers(checkpoint: dict) -> str | None:
 
 
 def _is_record(record) -> bool:
-    """Whether this can stand in metrics.jsonl."""
+    """Whether this is a valid line of metrics.jsonl."""
     return (type(record) is dict and record.keys() >= {"step", "loss", "seconds"} and type(record["step"]) is int
             and type(record["seconds"]) is float
             and all(type(name) is str and (value is None or (type(value) in (int, float) and math.isfinite(value)))
@@ -170,13 +170,13 @@ def _wrong_limits(config: dict) -> str | None:
 
 
 def _is_plain(value) -> bool:
-    """Whether a stranger's value is small: safe to compare and to show."""
+    """Whether a value from an unknown file is small: safe to compare and to print."""
     return (value is None or type(value) in (bool, float) or (type(value) is str and len(value) <= 100)
             or (type(value) is int and abs(value) <= MAX_SIZE))
 
 
 def _wrong_data(config: dict) -> str | None:
-    """What the config says of the images, by itself and beside what the network makes."""
+    """An image shape or class names that are invalid or do not fit the network."""
     shape, names = config["data"].get("shape"), config["data"].get("class_names")
     classes = config["model"].get("num_classes")
     if type(shape) is not list or len(shape) != 3 or any(
@@ -193,8 +193,8 @@ def _wrong_data(config: dict) -> str | None:
     return None
 
 
-def _misfit(checkpoint: dict, file_size: int) -> str | None:
-    """Why the config cannot be built, or how the tensors are not those of its network."""
+def _wrong_network(checkpoint: dict, file_size: int) -> str | None:
+    """Why no network can be built from the config, or which tensor does not fit it."""
     config, depth = checkpoint["config"], checkpoint["config"]["model"].get("depth") or 1
     if depth * len(config["model"].get("channel_mults") or [1]) > len(checkpoint["model"]):
         return "its config asks for more layers than it has tensors"
@@ -231,7 +231,7 @@ def _wrong_weights(checkpoint: dict, expected: dict) -> str | None:
 
 
 def data_mismatch(config: dict, data: ImageData) -> str | None:
-    """How the images or the classes of a checkpoint's config are not those of the data set that it names, or None."""
+    """How the images or the classes of a checkpoint's config differ from those of the data set, or None."""
     shape, classes = list(data.images.shape[1:]), config["model"].get("num_classes")
     if config["data"]["shape"] == shape and classes in (None, len(data.class_names)):
         return None
@@ -240,7 +240,7 @@ def data_mismatch(config: dict, data: ImageData) -> str | None:
 
 
 def _shown(value) -> str:
-    """A stranger's value in a message: what is not plain may be endless, and shows only its type."""
+    """A value from an unknown file for a message: only its type if it could be long."""
     plain = value is None or type(value) in (bool, float) or (type(value) is int and abs(value) < 1e30)
     return repr(value[:40]) if type(value) is str else repr(value) if plain else f"of type {type(value).__name__}"
 

@@ -1,8 +1,8 @@
-"""A data set by its name: all images in memory as uint8, with labels; the only place that knows the value range.
+"""Data sets by name: images in memory as uint8, with labels. Only this module knows the value range of the networks.
 
-    train        all training images but the last 5,000
-    validation   those 5,000: no network learns from them, and every choice is made with them
-    test         only for what is reported
+    train        all training images except the last 5,000
+    validation   these 5,000: no network is trained on them; every choice is made with them
+    test         only for results that are reported
 """
 
 import hashlib
@@ -57,9 +57,9 @@ def to_uint8(images: Tensor) -> Tensor:
 
 
 def load_dataset(name: str, split: str = "train", data_dir: str | Path = "data") -> ImageData:
-    """Load a split of `name` from `data_dir`, downloading (or, for glyphs, drawing) it first where it is missing.
+    """Load a split of the data set `name` from `data_dir`; if it is missing, download it (or draw it: glyphs).
 
-    UserError for an unknown name or split, a damaged file (which is named) and a download that fails.
+    UserError for an unknown name or split, a damaged file, and a download that fails.
     """
     if name not in DATASETS:
         raise UserError(f"unknown dataset {name!r}: choose one of {', '.join(DATASETS)}")
@@ -72,14 +72,14 @@ def load_dataset(name: str, split: str = "train", data_dir: str | Path = "data")
     return ImageData(name, split, images, labels, DATASETS[name].class_names)
 
 
-@lru_cache(maxsize=1)  # train and validation are parts of the same files: what the one has read and checked serves both
+@lru_cache(maxsize=1)  # train and validation are parts of the same files: read and checked once
 def _read(name: str, data_dir: Path, train: bool) -> tuple[Tensor, Tensor]:
     return DATASETS[name].read(data_dir, train)
 
 
 # ------------------------------------------------------------------------------------------------ from torchvision
 
-# sha256 of the unpacked files: a damaged or half-written file is found and named before anything is learned from it.
+# sha256 of the unpacked files: a damaged or incomplete file is found before it is used.
 MNIST_FILES = {
     "train-images-idx3-ubyte": "ba891046e6505d7aadcbbe25680a0738ad16aec93bde7f9b65e87a2fc25776db",
     "train-labels-idx1-ubyte": "65a50cbbf4e906d70832878ad85ccda5333a97f0f4c3dd2ef09a8a9eef7101c5",
@@ -97,8 +97,8 @@ FASHION_FILES = {
 def _mnist(kind: str, digests: dict[str, str], data_dir: Path, train: bool) -> tuple[Tensor, Tensor]:
     """Images (N, 1, 28, 28) uint8 and labels (N,) of MNIST or one in its format.
 
-    torchvision fetches the files. They are read here, for its import takes a second and 160 MB, and what the checksums
-    vouch for needs no parser: the values follow a head of 4 bytes and 4 for each dimension.
+    torchvision only downloads the files: its import takes a second and 160 MB. Reading them is simple once the checksum
+    is right: the values follow a header of 4 bytes and 4 more for each dimension.
     """
     folder = data_dir / kind / "raw"
     if not all((folder / name).is_file() for name in digests):
@@ -123,7 +123,7 @@ def _cifar10(data_dir: Path, train: bool) -> tuple[Tensor, Tensor]:
 
 
 def _download(kind: str, data_dir: Path, train: bool) -> None:
-    """Have torchvision fetch its data set `kind`. UserError with what to do where it cannot."""
+    """Download a data set of torchvision, `kind`. UserError, with what to do, if that fails."""
     from torchvision import datasets
 
     try:
@@ -155,9 +155,9 @@ def _glyphs(data_dir: Path, train: bool) -> tuple[Tensor, Tensor]:
             images, labels = file["images"], file["labels"]
         if images.shape != (count, 28, 28) or images.dtype != np.uint8 or labels.shape != (count,):
             raise UserError(f"it holds {images.dtype} {images.shape}")
-    except Exception as error:  # zipfile, zlib and numpy each have their own for a damaged file
+    except Exception as error:  # zipfile, zlib and numpy have different errors for a damaged file
         raise UserError(f"{path} is damaged ({one_line(error)}): delete it and run again, "
-                        f"and it is drawn anew") from error
+                        f"then it is drawn again") from error
     return torch.from_numpy(images)[:, None], torch.from_numpy(labels).long()
 
 
@@ -166,7 +166,7 @@ def _draw_glyphs(path: Path, count: int, seed: int) -> None:
 
     print(f"Drawing {count:,} glyphs into {path} (once) ...", flush=True)
     threads = torch.get_num_threads()
-    torch.set_num_threads(1)  # its tensors are small: threads would only wait for each other
+    torch.set_num_threads(1)  # with small tensors several threads are slower
     try:
         images, labels = draw_glyphs(count, seed)
     finally:

@@ -19,7 +19,7 @@ GREY = 64  # the level of the lines between the pictures of a grid
 
 
 def get_device(name: str = "auto") -> torch.device:
-    """The device by its name; "auto" is CUDA where there is one, then MPS, then the CPU. UserError if missing."""
+    """The device with this name; "auto": CUDA if there is one, else MPS, else the CPU. UserError if it is missing."""
     available = ["cpu"]
     if torch.backends.mps.is_available():
         available.insert(0, "mps")
@@ -40,13 +40,13 @@ def set_seed(seed: int) -> None:
 
 
 def generator_for(seed: int, *key: int, device="cpu") -> torch.Generator:
-    """A random generator that depends on (seed, *key) alone, so that no hidden state has to be saved to go on."""
+    """A random generator that depends on (seed, *key) only: to resume a run no state has to be saved."""
     state = int(np.random.SeedSequence(seed, spawn_key=key).generate_state(1, np.uint64)[0])
     return torch.Generator(device).manual_seed(state)
 
 
 def pick_precision(precision: str, device: torch.device) -> str:
-    """fp32 or bf16; "auto" is bf16 where the processor multiplies in it."""
+    """fp32 or bf16; "auto": bf16 if the processor has instructions for it."""
     if precision != "auto":
         return precision
     if device.type == "cuda":
@@ -76,7 +76,7 @@ def is_tensor_like(value, expected: Tensor) -> bool:
 
 
 def count_parameters(model: nn.Module) -> int:
-    """How many numbers the model learns."""
+    """The number of trained parameters."""
     return sum(p.numel() for p in model.parameters() if p.requires_grad)
 
 
@@ -115,7 +115,7 @@ def save_images(images: Tensor, path: str | Path, columns: int = 8, scale: int =
 
 def save_gif(frames: Sequence[Tensor], path: str | Path, columns: int = 8, scale: int = 3,
              seconds: float = 3.0) -> None:
-    """Write a film of frames, each a grid of uint8 images (B, C, H, W): `seconds` in all, then a pause of two."""
+    """Write an animated GIF of frames, each a grid of uint8 images (B, C, H, W): `seconds` long, then two of pause."""
     from PIL import Image
 
     pictures = [Image.fromarray(tile(images, columns, scale)).quantize(64) for images in frames]
@@ -133,7 +133,7 @@ def save_figure(figure, path: str | Path) -> None:
 
 
 def pyplot():
-    """matplotlib.pyplot with the backend that needs no screen."""
+    """matplotlib.pyplot with a backend that needs no screen."""
     import matplotlib
 
     matplotlib.use("Agg")

@@ -21,7 +21,7 @@ def small_model(**config):
 
 def small_checkpoint(path, dataset="glyphs", conditional=False, num_timesteps=40, **config):
     """Write a checkpoint of such a network for 28×28 grey images of `dataset`; returns its path."""
-    class_names = DATASETS[dataset][1]
+    class_names = DATASETS[dataset].class_names
     model = small_model(num_classes=len(class_names) if conditional else None, **config)
     diffusion = DiffusionProcess(num_timesteps, "cosine", prediction="edm", data_std=0.6)
     data = dict(dataset=dataset, shape=[1, 28, 28], class_names=list(class_names))

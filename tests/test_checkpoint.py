@@ -47,7 +47,8 @@ def path(tmp_path):
 
 def test_what_is_saved_is_loaded_exactly(path):
     loaded, saved = load_checkpoint(path), fields()
-    assert loaded.pop("format") == checkpoint.FORMAT and loaded.keys() == saved.keys()
+    assert (loaded.pop("format"), loaded.pop("version")) == (checkpoint.FORMAT, __version__)
+    assert loaded.keys() == saved.keys()
     assert_identical(loaded, saved)
 
 

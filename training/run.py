@@ -94,7 +94,7 @@ class Run:
             val_loss=val_loss if val_loss is not None and math.isfinite(val_loss) else None,
             lr=trainer.lr, images_per_second=round(speed, 1), seconds=round(self.budget.seconds_used, 3)))
         self.losses = []
-        if self.closing_images is not None:
+        if self.closing_images is not None and speed:  # a resumed run may end without a step
             self.budget.reserve = CLOSING_SECONDS + self.closing_images / speed
         self.check_gradients()
         self.mark()

@@ -222,6 +222,15 @@ def test_the_budget_counts_the_earlier_sittings(clock, data_dir, tmp_path):
     assert (second.trainer.step, second.budget.seconds_used) == (26, 40)  # as of one that was not interrupted
 
 
+def test_a_run_that_is_resumed_when_its_time_is_over_ends_without_a_step(clock, data_dir, tmp_path):
+    first = sitting(data_dir, tmp_path, 9)
+    first.losses = [torch.tensor(0.5)]  # of a step since the last record
+    first.save("checkpoints/model_step_00000003.pt")
+    second = sitting(data_dir, tmp_path, 9, "--resume")
+    assert second.trainer.step == first.trainer.step
+    assert (second.records[-1]["loss"], second.records[-1]["images_per_second"]) == (0.5, 0)
+
+
 @pytest.mark.parametrize("flags", [[], ["--no-conditional"]], ids=str)
 def test_a_preview_shows_the_images_that_sample_makes(data_dir, tmp_path, flags):
     assert train.main(tiny(data_dir, tmp_path, "--epochs", 1, "--sample_interval", 1, "--lr", 0.02, *flags)) == 0
