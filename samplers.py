@@ -270,8 +270,12 @@ def spaced_timesteps(diffusion: DiffusionProcess, steps: int, spacing: str = "un
         raise ValueError(f"unknown spacing {spacing!r}: choose one of {', '.join(SPACINGS)}")
     uniform_timesteps(diffusion.num_timesteps, steps)  # raises for an impossible number of steps
     times = SPACINGS[spacing](diffusion, steps)
+    gap = 1 / (2 * steps)
     for i in reversed(range(1, steps)):  # where T is small, several noise levels can have the same time
-        times[i] = max(times[i], times[i + 1] + 1 / (2 * steps) if i + 1 < steps else 0)
+        times[i] = max(times[i], times[i + 1] + gap if i + 1 < steps else 0)
+    if diffusion.alphas_cumprod[-1] == 0:  # no signal at T-1, and by interpolation none after T-2: no second time there
+        for i in range(1, steps):
+            times[i] = min(times[i], diffusion.num_timesteps - 2 - (i - 1) * gap)
     return times
 
 

@@ -6,7 +6,7 @@ element k gets a one as its k-th noise and zeros elsewhere, and sum the squares 
 
 import inspect
 import math
-from itertools import pairwise
+from itertools import pairwise, product
 
 import numpy as np
 import pytest
@@ -280,6 +280,29 @@ def test_times_fall_strictly_within_the_process_by_every_spacing(spacing, schedu
                 times = spaced_timesteps(process, steps, spacing)
                 assert len(times) == steps and times[0] == T - 1 and times[-1] >= 0
                 assert all(t > s for t, s in pairwise(times))
+
+
+@pytest.mark.parametrize("spacing", SPACINGS)
+@pytest.mark.parametrize("schedule", SCHEDULES)
+def test_without_terminal_signal_only_the_first_time_has_none(spacing, schedule):
+    """Between T-2 and T-1 the log-SNR is -inf too, and a step from one such time to another is not defined."""
+    for T in range(1, 31):
+        process = DiffusionProcess(T, schedule, prediction="v", zero_terminal_snr=True, data_std=0.6)
+        for steps in range(1, T + 1):
+            times = spaced_timesteps(process, steps, spacing)
+            assert times[0] == T - 1 and times[-1] >= 0 and all(t > s for t, s in pairwise(times))
+            assert all(math.isfinite(process.log_snr(t).item()) for t in times[1:]), (T, steps, times)
+
+
+@pytest.mark.parametrize("name", SAMPLERS)
+def test_without_terminal_signal_images_are_finite_in_processes_of_every_length(name):
+    for T in range(1, 31):
+        process = DiffusionProcess(T, "cosine", prediction="v", zero_terminal_snr=True, data_std=0.6)
+        for steps, spacing in product({1, 2, 3, T // 2, T - 1, T} & {*range(1, T + 1)}, SPACINGS):
+            x_T, eta = torch.ones(1, 1, 1, 1), float(SAMPLERS[name].reads_eta)
+            times = spaced_timesteps(process, steps, spacing)
+            image = final_image(SAMPLERS[name].function(lambda x, t: x / 2, x_T, times, process, eta=eta))
+            assert image.isfinite().all(), (T, steps, spacing)
 
 
 @pytest.mark.parametrize("spacing", SPACINGS)
