@@ -62,6 +62,11 @@ class Trainer:
         return len(self.data.images) // self.batch_size
 
     @property
+    def safe_batch(self) -> int:
+        """A number of images that this process can evaluate at a time: guided, they are no more than in a step."""
+        return max(1, self.batch_size // distributed.world_size() // (2 if self.conditional else 1))
+
+    @property
     def epoch(self) -> int:
         """The number of complete epochs."""
         return self.step // self.steps_per_epoch
@@ -196,8 +201,7 @@ def validation_loss(trainer: Trainer, validation: ImageData) -> float:
     t = (u * trainer.diffusion.num_timesteps).long()
     noise = torch.randn((count, *validation.images.shape[1:]), generator=generator)
     mine, losses = distributed.rank_slice(count), torch.zeros(1, device=device)
-    batch_size = 128 if device.type == "cpu" else 512  # 128: no more memory than a training step
-    for rows in torch.arange(count)[mine].split(batch_size):
+    for rows in torch.arange(count)[mine].split(trainer.safe_batch):
         parts = (to_model(validation.images[rows]), t[rows], noise[rows], validation.labels[rows])
         x_0, times, noises, labels = (part.to(device) for part in parts)
         with autocast(device, trainer.precision):

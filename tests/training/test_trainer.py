@@ -349,3 +349,17 @@ def test_measuring_passes_other_errors_on(monkeypatch):
     monkeypatch.setattr(trainer, "rehearse", lambda _: (_ for _ in ()).throw(MemoryError()))
     with pytest.raises(RunFailed, match="even for one image"):
         fitting_batch(trainer, 8)
+
+
+@pytest.mark.parametrize("conditional", [False, True])
+def test_validation_and_previews_evaluate_no_more_images_at_a_time_than_a_step(tmp_path, monkeypatch, conditional):
+    """What fits in a step with its gradients fits without them; guidance evaluates every image twice."""
+    trainer, seen = make_trainer(conditional=conditional), []
+    trainer.ema.register_forward_hook(lambda _, inputs, __: seen.append(len(inputs[0])))
+    validation_loss(trainer, trainer.data)
+    assert sum(seen) == 16
+    config = dict(model=dict(trainer.model.config, num_classes=2 if conditional else None), training={},
+                  diffusion=trainer.diffusion.config, data=dict(shape=[1, 8, 8], class_names=["even", "odd"]))
+    monkeypatch.setattr(train, "PREVIEW_IMAGES", 20)
+    train.save_preview(SimpleNamespace(trainer=trainer, config=config), tmp_path / "x.png")
+    assert (tmp_path / "x.png").exists() and max(seen) <= trainer.batch_size
