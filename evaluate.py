@@ -38,6 +38,7 @@ from evaluation.metrics import class_shares, torchmetrics_image
 from evaluation.reference import (
     LIKELIHOOD_IMAGES,
     Reference,
+    choose_floor_data,
     classification_accuracy_score,
     compare,
     likelihood,
@@ -50,7 +51,7 @@ from evaluation.report import conditions, print_classes, print_figures, print_he
 from evaluation.sweep import GeneratedImages, plot_cells, plot_sweep, print_table_header, print_table_row, sweep
 from runtime import distributed
 from runtime.errors import UserError
-from runtime.files import check_writable, write_json
+from runtime.files import check_inputs_stay, check_writable, write_json
 from runtime.memory import run_or_suggest_batch_size
 from runtime.parser import SHARED_FLAGS, Parser, add_shared_flags, number
 from runtime.sampling import dataset_of, is_student, sampling_options
@@ -60,6 +61,7 @@ from utils import autocast, get_device, pick_precision
 
 SAMPLING_FLAGS = ("num_images", "use_ema", "sampler", "spacing", "steps", "eta", "guidance_interval", "batch_size")
 SWEEP_STEPS = (5, 10, 20, 50)
+RESULTS = ("evaluation.json", "nearest.png", "sweep.json", "sweep.png", "sweep_images.png")
 
 
 def parse_args(argv: Sequence[str] | None):
@@ -248,9 +250,10 @@ def output_folder(args: Namespace) -> Path:
 
 
 def load_inputs(args: Namespace, device: torch.device, output: Path):
-    """(checkpoint or None, ready images or None, the real images of the reference, the feature networks)."""
+    """(checkpoint or None, ready images or None, the reference's images, those of the floor, the feature networks)."""
     loaded = open_checkpoint(args, device) if args.checkpoint else None
     if distributed.rank() == 0:
+        check_inputs_stay([output / name for name in RESULTS], [args.checkpoint, args.images])
         check_writable(output)
     split = args.reference or ("test" if args.sweep is None else "validation")
     data = load_dataset(loaded.dataset if loaded else args.dataset, split, args.data_dir)
@@ -261,7 +264,8 @@ def load_inputs(args: Namespace, device: torch.device, output: Path):
     if args.cas and (loaded or generated).labels is None:
         raise UserError("--cas needs labels: a checkpoint trained with --conditional, or `labels` in the .npz")
     count = args.num_images if loaded else len(generated.images)
-    return loaded, generated, data, open_networks(data.name, args.features, count, device)
+    networks = open_networks(data.name, args.features, count, device)
+    return loaded, generated, data, choose_floor_data(data, count, args.data_dir), networks
 
 
 @script
@@ -279,9 +283,9 @@ def main(argv=None):
     torchmetrics_image()  # an error now, not after the images are made
     output = output_folder(args)
     with distributed.local_rank_0_first():  # a download happens once; an error is raised by all
-        loaded, generated, data, networks = load_inputs(args, device, output)
+        loaded, generated, data, floor_data, networks = load_inputs(args, device, output)
     count = args.num_images if loaded else len(generated.images)
-    reference = None if distributed.rank() else make_reference(data, count, *networks, args.data_dir)
+    reference = None if distributed.rank() else make_reference(data, floor_data, *networks)
     command = ["evaluate.py", *(sys.argv[1:] if argv is None else argv)]
     if args.sweep is not None:
         run_sweep(args, command, reference, loaded, output)

@@ -25,6 +25,7 @@ from evaluation.metrics import (
     random_groups,
 )
 from learned_variance import bits_per_dim
+from runtime.errors import UserError
 from utils import generator_for, save_images
 
 PAIRS = 16  # in nearest.png: as many of the closest images, and as many others
@@ -66,11 +67,24 @@ def open_networks(dataset: str, features: str, count: int, device) -> tuple[Clas
     return classifier, inception
 
 
-def make_reference(data: ImageData, count: int, classifier: Classifier, inception: nn.Module | None,
-                   data_dir) -> Reference:
-    """The reference for `count` images. The floor is from another split on which no network was trained."""
+def choose_floor_data(data: ImageData, count: int, data_dir) -> ImageData:
+    """`count` real images of another split than `data`, one on which no network was trained.
+
+    UserError if it has fewer: figures are biased by their n (a Fréchet distance by about 1/n), so that a floor of fewer
+    images would be too high, and a bad generator could seem to be as good as real images.
+    """
     other = load_dataset(data.name, "test" if data.split == "validation" else "validation", data_dir)
-    floor_data = random_subset(other, count)
+    if count > len(other.images):
+        enough = other.split == "validation" and count <= len(data.images)
+        raise UserError(f"{count:,} images cannot be measured: their floor takes as many real images that no network "
+                        f"was trained on, and {other.split} has {len(other.images):,}: measure {len(other.images)}, as "
+                        f"with --num_images {len(other.images)}{', or take --reference validation' if enough else ''}")
+    return random_subset(other, count)
+
+
+def make_reference(data: ImageData, floor_data: ImageData, classifier: Classifier,
+                   inception: nn.Module | None) -> Reference:
+    """The reference for as many images as floor_data has."""
     features, floor_features = (extract_features(images, classifier, inception, progress_bar(title))
                                 for images, title in ((data.images, data.split), (floor_data.images, "floor")))
     return Reference(classifier, inception, data, features, floor_data,

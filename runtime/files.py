@@ -6,7 +6,8 @@ import json
 import os
 import tempfile
 import zipfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from itertools import product
 from pathlib import Path
 
 from runtime.errors import UserError
@@ -74,13 +75,26 @@ def check_writable(folder: str | Path) -> Path:
     return folder
 
 
-def check_output(path: str | Path) -> Path:
-    """Check, before any work is done, that the file `path` can be written. UserError if not."""
+def check_output(path: str | Path, *inputs: str | Path | None) -> Path:
+    """Check, before any work is done, that the file `path` can be written. UserError if not.
+
+    inputs: what the script reads, which must stay as it is (`check_inputs_stay`).
+    """
     path = Path(path)
+    check_inputs_stay([path], inputs)
     check_writable(path.parent)
     if path.is_dir():
         raise UserError(f"{path} is a folder: name a file in it")
     return path
+
+
+def check_inputs_stay(outputs: Iterable[Path], inputs: Iterable[str | Path | None]) -> None:
+    """UserError if one of the files to write is one of the inputs, also by a link, or lies in an input folder."""
+    for path, given in product(outputs, (Path(given) for given in inputs if given is not None)):
+        place = path.parent if given.is_dir() else path
+        if place.exists() and given.exists() and place.samefile(given):
+            happens = f"be written into the input {given}" if given.is_dir() else "overwrite an input"
+            raise UserError(f"{path} would {happens}: choose another place for the output")
 
 
 def check_archive(path: str | Path, largest: int) -> None:

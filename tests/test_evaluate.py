@@ -175,6 +175,33 @@ def test_a_checkpoint_and_its_images_agree_to_the_digit_and_so_do_two_runs(small
     assert first["seed"] == 5 and len(first["checkpoint_sha256"]) == 64
 
 
+def test_results_are_not_written_among_the_images_that_are_read(small, tmp_path, capsys):
+    from PIL import Image
+    Image.new("L", (28, 28)).save(tmp_path / "one.png")
+    assert small("--images", tmp_path, "--dataset", "glyphs", "--output_dir", tmp_path) == 2
+    assert "written into the input" in capsys.readouterr().err and len(list(tmp_path.iterdir())) == 1
+
+
+def test_the_floor_has_as_many_images_as_the_figure_or_the_measurement_is_refused(small, checkpoint, tmp_path,
+                                                                                  data_dir, monkeypatch, capsys):
+    """Also before any image is made; the validation split, as the reference, has the larger test split as its floor."""
+    path = write_npz(tmp_path / "x.npz", load_dataset("glyphs", "train", data_dir).images[:COUNT + 40])
+    sizes = {"train": SPLIT, "validation": COUNT, "test": SPLIT}
+    for module in (evaluate, reference):
+        monkeypatch.setattr(module, "load_dataset", lambda name, split, *where: load_dataset(name, split, *where).first(
+            sizes[split]))
+    ready = ["--images", path, "--dataset", "glyphs", "--output_dir", tmp_path / "out"]
+    monkeypatch.setattr(evaluate, "generate", None)
+    for flags in (ready, ["--checkpoint", checkpoint(), "--num_images", COUNT + 40, "--output_dir", tmp_path / "out"]):
+        assert small(*flags) == 2
+        error = capsys.readouterr().err
+        assert len(error.splitlines()) == 1 and f"--num_images {COUNT}" in error and "--reference validation" in error
+    assert not (tmp_path / "out/evaluation.json").exists()
+    small(*ready, "--reference", "validation")
+    result = report(tmp_path / "out")
+    assert result["floor"] == {"split": "test", "n": COUNT + 40} and result["num_images"] == COUNT + 40
+
+
 def test_a_conditional_checkpoint_is_asked_for_the_classes_of_the_data(small, checkpoint, tmp_path):
     assert small("--checkpoint", checkpoint(10), "--num_images", COUNT, "--steps", 1, "--output_dir", tmp_path) == 0
     assert report(tmp_path)["figures"]["asked_class"]["value"] < 0.5  # it is untrained

@@ -6,7 +6,8 @@ import stat
 
 import pytest
 
-from runtime.files import atomic_write, check_writable, write_json, write_json_lines
+from runtime.errors import UserError
+from runtime.files import atomic_write, check_output, check_writable, write_json, write_json_lines
 
 
 def test_what_is_written_is_there_when_the_block_ends(tmp_path):
@@ -71,6 +72,19 @@ def test_check_writable_names_a_folder_that_cannot_be(tmp_path):
         with pytest.raises(ValueError, match="cannot write to") as caught:
             check_writable(folder)
         assert str(folder) in str(caught.value)
+
+
+def test_an_output_that_is_an_input_is_refused_by_any_name(tmp_path):
+    mine, link, folder = tmp_path / "mine.png", tmp_path / "link.png", tmp_path / "pictures"
+    mine.write_text("mine")
+    link.symlink_to(mine)
+    folder.mkdir()
+    for path, given in ((mine, mine), (tmp_path / "pictures/../mine.png", mine), (link, mine), (mine, link),
+                        (folder / "new.png", folder)):
+        with pytest.raises(UserError, match=r"would (overwrite|be written into)"):
+            check_output(path, None, given)
+    assert check_output(tmp_path / "other.png", mine, None, tmp_path / "missing.png", folder)
+    assert mine.read_text() == "mine" and not any(folder.iterdir())
 
 
 def test_json_is_read_back_whole_or_line_by_line(tmp_path):
