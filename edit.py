@@ -1,18 +1,18 @@
-"""Change a picture with a trained model, or make the images between two seeds.
+"""Change a picture with a trained model, or make the images between two pictures or two seeds.
 
     python edit.py inpaint --checkpoint outputs/model_final.pt --mask left
     python edit.py vary --checkpoint outputs/model_final.pt --image my_digit.png --strength 0.6
     python edit.py vary --checkpoint outputs/model_final.pt --label 7 --guidance_scale 2
-    python edit.py interpolate --checkpoint outputs/model_final.pt --seeds 3 8 --frames 16
+    python edit.py interpolate --checkpoint outputs/model_final.pt --image two.png seven.png --gif
     python edit.py invert --checkpoint outputs/model_final.pt --index 5
 
-Without --image, the picture is number --index of the data set's test split. Without --label, no class is asked for.
-Every command writes the picture and the results side by side to --output.
+Without --image, the picture is number --index of the data set's test split. A picture may have any size. Without
+--label, no class is asked for. Every command writes the picture and the results side by side to --output.
 """
 
 import math
 import sys
-from argparse import Namespace
+from argparse import ArgumentTypeError, Namespace
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
@@ -22,11 +22,11 @@ from tqdm import tqdm
 
 from checkpoint import load_model
 from data import load_dataset, to_model, to_uint8
-from data_sources.pictures import read_mask, read_picture
+from data_sources.pictures import FITS, read_mask, read_picture
 from diffusion import Denoise
 from editing import ddim_inversion, inpaint, slerp
 from runtime.errors import UserError
-from runtime.files import check_output
+from runtime.files import check_inputs_stay, check_output
 from runtime.parser import SHARED_FLAGS, Parser, add_shared_flags, number
 from runtime.sampling import is_student, sampling_options
 from runtime.script import script
@@ -43,6 +43,8 @@ from samplers import (
 from utils import autocast, evenly_spaced, get_device, pick_precision, save_gif, save_images
 
 FILM_FRAMES, FILM_IMAGES = 40, 8
+MEAN_IMAGES = 32  # x_0_hat of as many noises gives the mean of the model's images
+DEFAULT_SEEDS = [3, 8]  # of interpolate
 DEFAULT_STEPS = {"inpaint": 50, "vary": 20, "interpolate": 20, "invert": 100}
 SIDES = ("left", "right", "top", "bottom", "center")
 
@@ -70,44 +72,83 @@ def parse_args(argv: Sequence[str] | None) -> Namespace:
                      help="how much may change, from 0 (nothing) to 1 (everything)")
     sub.add_argument("--num_images", **few)
     add_shared_flags(sub, "seed")
-    sub = add_command(commands, "interpolate", "the images between those of two seeds", takes_image=False)
-    sub.add_argument("--seeds", type=number(int, 0, 2**63 - 1), nargs=2, default=[3, 8], metavar=("A", "B"),
-                     help="the seeds of the first and the last image")
+    sub = add_command(commands, "interpolate", "the images between two pictures, or between those of two seeds",
+                      pictures=2)
     sub.add_argument("--frames", type=number(int, 2, 1000), default=16, help="the number of images, both ends included")
     add_command(commands, "invert", "the noise that leads to a picture, and the picture that it leads to (DDIM "
                                     "inversion)")
     args = parser.parse_args(argv)
     if Path(args.output).suffix != ".png":
         parser.error(f"--output must end in .png, not {args.output!r}")
+    read = [args.image and "--image", getattr(args, "mask", SIDES[0]) not in SIDES and "--mask"]
+    for name in {"fit", "background", "invert_colors"} & commands.choices[args.command].typed:
+        if not any(read if name == "fit" else read[:1]):
+            parser.error(f"--{name} needs --image{', or a --mask from a file' if name == 'fit' else ''}: it sets how a "
+                         f"picture is read")
     return args
 
 
-def add_command(commands, name: str, text: str, takes_image: bool = True) -> Parser:
+def colour(text: str) -> str:
+    """A type for add_argument: a colour that PIL knows."""
+    from PIL import ImageColor
+
+    try:
+        ImageColor.getrgb(text)
+    except ValueError as error:
+        raise ArgumentTypeError(f"must be a colour such as white, black or #ff8000, not {text!r}") from error
+    return text
+
+
+def add_command(commands, name: str, text: str, pictures: int = 1) -> Parser:
     """The parser of a command, with the flags that all commands share."""
     sub = commands.add_parser(name, description=text, help=text)
     sub.add_argument("--checkpoint", required=True, help="a checkpoint of train.py")
     sub.add_argument("--output", default=f"outputs/{name}.png", help="a .png file")
     sub.add_argument("--gif", action="store_true", help="also write an animation of the steps beside the output")
     sub.add_argument("--steps", **SHARED_FLAGS["steps"] | dict(
-        help=f"steps of the sampler, at most the checkpoint's T (default: {DEFAULT_STEPS[name]}, or T if that is "
-             f"less)"))
+        help=f"steps of the sampler, at most the checkpoint's T (default: {DEFAULT_STEPS[name]}"
+             f"{', with --image ' + str(DEFAULT_STEPS['invert']) if pictures == 2 else ''}, or T if that is less)"))
     add_shared_flags(sub, "label")
     sub.add_argument("--guidance_scale", **SHARED_FLAGS["guidance_scale"] | dict(
         help="strength of the guidance by --label: 1 is none, more gives clearer and less varied images (default: "
              f"{DEFAULT_GUIDANCE})"))
-    if takes_image:
-        which = sub.add_mutually_exclusive_group()
-        which.add_argument("--image", help="a picture of the model's size (default: one of the test split)")
+    which = sub.add_mutually_exclusive_group()
+    if pictures == 2:
+        which.add_argument("--image", nargs=2, metavar=("A", "B"),
+                           help="the first and the last picture, files of any size; between the noises that lead to "
+                                "them (DDIM inversion) lies the noise of the other images")
+        which.add_argument("--seeds", type=number(int, 0, 2**63 - 1), nargs=2, default=DEFAULT_SEEDS,
+                           metavar=("A", "B"), help="the seeds of the first and the last image")
+    else:
+        which.add_argument("--image", help="a picture, a file of any size (default: one of the test split)")
         which.add_argument("--index", type=number(int, 0), help="the number of an image of the test split (default: 0)")
         add_shared_flags(sub, "data_dir")
+    sub.add_argument("--fit", choices=FITS, default="crop",
+                     help="how a picture or a mask of another shape than the model's is scaled: cut off what is too "
+                          "much, add --background at two sides, or stretch it")
+    sub.add_argument("--background", type=colour, default="white", metavar="COLOUR",
+                     help="what shows through the transparent parts of --image")
+    sub.add_argument("--invert_colors", action="store_true",
+                     help="turn dark into light in --image: for a dark drawing on light paper and a model of light "
+                          "digits on a dark ground")
     add_shared_flags(sub, "device", "precision")
     return sub
 
 
-def chosen_image(args, config: dict) -> Tensor:
-    """The picture to change (1, C, H, W) in [-1, 1]."""
+def read_image(args, path: str, shape: Sequence[int]) -> Tensor:
+    """The picture at `path` as the flags say (1, C, H, W) in [-1, 1]."""
+    picture = to_model(read_picture(Path(path), shape, args.fit, args.background)[None])
+    if picture.min() == picture.max():
+        raise UserError(f"{path} has one colour everywhere; its transparent parts, if there are any, are shown on "
+                        f"--background {args.background}: choose another")
+    return -picture if args.invert_colors else picture
+
+
+def chosen_images(args, config: dict) -> Tensor:
+    """The pictures to change (1 or 2, C, H, W) in [-1, 1]."""
     if args.image:
-        return to_model(read_picture(Path(args.image), config["shape"])[None])
+        paths = [args.image] if isinstance(args.image, str) else args.image
+        return torch.cat([read_image(args, path, config["shape"]) for path in paths])
     images, index = load_dataset(config["dataset"], "test", args.data_dir).images, args.index or 0
     if index >= len(images):
         raise UserError(f"--index must be less than {len(images)}, the size of the test split, not {index}")
@@ -120,7 +161,7 @@ def chosen_mask(args, shape: Sequence[int]) -> Tensor:
     if args.mask not in SIDES:
         if not Path(args.mask).is_file():
             raise UserError(f"--mask must be one of {', '.join(SIDES)}, or a picture; there is no file {args.mask}")
-        return read_mask(Path(args.mask), height, width)
+        return read_mask(Path(args.mask), height, width, args.fit)
     rows, columns = slice(None), slice(None)
     if args.mask in ("left", "right"):
         columns = slice(0, width // 2) if args.mask == "left" else slice(width // 2, None)
@@ -144,9 +185,10 @@ class Editor:
             raise UserError(f"{args.checkpoint} is a student, which only makes images from pure noise: edit with its "
                             f"teacher")
         self.shape, self.frames = config["data"]["shape"], []
-        self.picture = chosen_image(args, config["data"]) if hasattr(args, "image") else None
+        self.picture = chosen_images(args, config["data"]) if args.image or hasattr(args, "index") else None
         self.mask = chosen_mask(args, self.shape) if hasattr(args, "mask") else None
-        steps = args.steps or min(DEFAULT_STEPS[args.command], num_timesteps)
+        command = "invert" if args.command == "interpolate" and args.image else args.command
+        steps = args.steps or min(DEFAULT_STEPS[command], num_timesteps)
         options = sampling_options(config, Namespace(**vars(args) | dict(steps=steps)), self.count, label_all=False)
         self.steps, self.labels, self.guidance_scale = steps, options["labels"], options["guidance_scale"]
         self.times = uniform_timesteps(num_timesteps, steps)
@@ -156,11 +198,20 @@ class Editor:
         """The number of images that are made at the same time."""
         return getattr(self.args, "num_images", getattr(self.args, "frames", 1))
 
-    def denoiser(self, clip: bool = True) -> Denoise:
-        """denoise(x_t, t) -> x_0_hat of the network, guided if --label is given."""
+    def denoiser(self, clip: bool = True, count: int | None = None) -> Denoise:
+        """denoise(x_t, t) -> x_0_hat of the network for `count` images (default: all); guided if --label is given."""
         if self.labels is None:
             return self.diffusion.denoiser(self.model, clip=clip)
-        return guide(self.diffusion, self.model, self.labels.to(self.diffusion.device), self.guidance_scale, clip=clip)
+        labels = self.labels[:count].to(self.diffusion.device)
+        return guide(self.diffusion, self.model, labels, self.guidance_scale, clip=clip)
+
+    @torch.no_grad()
+    def looks_negative(self) -> list[bool]:
+        """Whether the negative of each picture is clearly closer to the mean of the model's images than the picture."""
+        noise = self.noise(range(MEAN_IMAGES), 0)()
+        mean = self.diffusion.denoiser(self.model)(noise, self.diffusion.num_timesteps - 1).mean(0).cpu()
+        as_it_is, negative = ((sign * self.picture - mean).square().flatten(1).mean(1) for sign in (1, -1))
+        return (as_it_is > 2 * negative).tolist()
 
     def noise(self, indices, seed: int):
         return image_noise(indices, seed, self.shape, self.diffusion.device)
@@ -204,11 +255,19 @@ def do_vary(args: Namespace, editor: Editor) -> Tensor:
 
 
 def do_interpolate(args: Namespace, editor: Editor) -> Tensor:
-    """Image 0 of seed A, the images between, and image 0 of seed B."""
-    first, last = (editor.noise([0], seed)() for seed in args.seeds)
-    times = spaced_timesteps(editor.diffusion, editor.steps, SAMPLERS["dpmpp_2m"].spacing)
-    x = torch.cat([slerp(first, last, i / (args.frames - 1)) for i in range(args.frames)])
-    images = editor.follow(dpmpp_2m(editor.denoiser(), x, times, editor.diffusion), editor.steps)
+    """The images whose noise lies between that of two ends: the pictures A and B, or image 0 of the seeds A and B.
+
+    Noise is found and followed by ddim for pictures, whose ends come back only so; for seeds by sample.py's sampler.
+    """
+    if editor.picture is not None:
+        up = ddim_inversion(editor.denoiser(clip=False, count=2), editor.picture.to(editor.diffusion.device),
+                            editor.times, editor.diffusion)
+        ends, times, sampler = editor.follow(up, editor.steps).to(editor.diffusion.device), editor.times, ddim
+    else:
+        ends = torch.cat([editor.noise([0], seed)() for seed in args.seeds])
+        times, sampler = spaced_timesteps(editor.diffusion, editor.steps, SAMPLERS["dpmpp_2m"].spacing), dpmpp_2m
+    x = torch.cat([slerp(ends[:1], ends[1:], i / (args.frames - 1)) for i in range(args.frames)])
+    images = editor.follow(sampler(editor.denoiser(clip=sampler is dpmpp_2m), x, times, editor.diffusion), editor.steps)
     editor.frames = [(image[None],) for image in images]  # the animation goes from A to B
     return images
 
@@ -229,13 +288,27 @@ def do_invert(args: Namespace, editor: Editor) -> Tensor:
     return torch.cat([picture, noise / 3, back])
 
 
+def tell_of_negatives(args: Namespace, paths: Sequence[str], editor: Editor) -> None:
+    """Print a line for each picture that is light where the model's images are dark."""
+    for path, negative in zip(paths, editor.looks_negative(), strict=True):
+        if negative:
+            what = "leave out" if args.invert_colors else "add"
+            print(f"Note: {path} looks like a negative of what this model makes (dark where that is light): if so, "
+                  f"{what} --invert_colors")
+
+
 @script
 def main(argv=None):
     args = parse_args(argv)
     output = Path(args.output)
+    paths = [args.image] if isinstance(args.image, str) else args.image or []
+    for path in [output, *([output.with_suffix(".gif")] if args.gif else [])]:
+        check_inputs_stay([path], [args.checkpoint, *paths, getattr(args, "mask", None)])
     editor = Editor(args)
     check_output(output)
     print(f"Using device: {editor.diffusion.device}")
+    if args.image:
+        tell_of_negatives(args, paths, editor)
     with torch.no_grad():
         do = {"inpaint": do_inpaint, "vary": do_vary, "interpolate": do_interpolate, "invert": do_invert}[args.command]
         pictures = do(args, editor)

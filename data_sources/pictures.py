@@ -49,23 +49,42 @@ def read_npz(path: Path) -> tuple[np.ndarray, np.ndarray | None]:
         raise UserError(f"{path} is damaged or not a .npz with an array arr_0: {str(error)[:120]}") from error
 
 
-def read_picture(path: Path, shape: Sequence[int]) -> Tensor:
-    """A picture (C, H, W) uint8 of exactly this shape; converted to grey for C = 1. UserError if it does not match."""
-    pixels = _read_pixels(path, "L" if shape[0] == 1 else "RGB")
-    if pixels.shape[:2] != (shape[1], shape[2]):
-        raise UserError(f"{path} has {pixels.shape[1]}×{pixels.shape[0]} pixels, the model makes "
-                        f"{shape[2]}×{shape[1]}: scale it to that size")
-    return torch.from_numpy(pixels.reshape(shape[1], shape[2], shape[0])).permute(2, 0, 1)
+FITS = ("crop", "pad", "stretch")
 
 
-def read_mask(path: Path, height: int, width: int) -> Tensor:
-    """A mask (1, 1, H, W) of 0 and 1 from a picture: 1 where it is white. UserError if it does not match."""
-    mask = read_picture(path, (1, height, width))
-    if not bool(((mask == 0) | (mask == 255)).all()):
-        raise UserError(f"{path} is not a mask: its pixels must be black (keep) or white (fill in), not grey")
+def read_picture(path: Path, shape: Sequence[int], fit: str = "crop", background: str = "white") -> Tensor:
+    """A picture (C, H, W) uint8 of this shape, converted to grey for C = 1. UserError if it cannot be read.
+
+    fit           how a picture of another size is scaled: "crop" cuts off what is too much on two sides, "pad" adds
+                  `background` on two sides, "stretch" changes the ratio of width and height
+    background    a colour, by a name or number of PIL's; it shows through transparent parts
+    """
+    from PIL import ImageColor, ImageOps
+    from PIL.Image import Resampling
+
+    image, (_, height, width) = _flat_image(path, background), shape
+    image = image.convert("L" if shape[0] == 1 else "RGB")
+    if image.size != (width, height):
+        if fit == "pad" and max(image.size) > max(width, height) * min(image.size):
+            raise UserError(f"{path} has {image.width}×{image.height} pixels, too narrow for --fit pad: choose --fit "
+                            f"crop or --fit stretch")
+        smooth = Resampling.LANCZOS  # averages over the pixels that become one
+        colour = ImageColor.getcolor(background, image.mode)
+        image = {"crop": lambda: ImageOps.fit(image, (width, height), smooth),
+                 "pad": lambda: ImageOps.pad(image, (width, height), smooth, colour),
+                 "stretch": lambda: image.resize((width, height), smooth)}[fit]()
+    return torch.from_numpy(np.array(image).reshape(height, width, shape[0])).permute(2, 0, 1)
+
+
+def read_mask(path: Path, height: int, width: int, fit: str = "crop") -> Tensor:
+    """A mask (1, 1, H, W) of 0 and 1 from a picture, scaled as by `read_picture`: 1 where it is lighter than half grey.
+
+    UserError if that is nowhere.
+    """
+    mask = read_picture(path, (1, height, width), fit, background="black") > 127
     if not bool(mask.any()):
-        raise UserError(f"{path} is all black: nothing in it is to be filled in")
-    return (mask[None] > 0).float()
+        raise UserError(f"{path} is dark everywhere, so nothing is to be filled in: make that part white")
+    return mask[None].float()
 
 
 def _open_image(path: Path):
@@ -81,20 +100,24 @@ def _open_image(path: Path):
     return image
 
 
-def _read_pixels(path: Path, mode: str) -> np.ndarray:
-    """The pixels of a picture file, uint8, converted to a PIL mode."""
+def _flat_image(path: Path, background: str):
+    """A picture file as an image of PIL without transparency, turned as its camera says."""
+    from PIL import Image, ImageOps
+
     if not path.is_file():
         raise UserError(f"there is no picture {path}")
     try:
-        with _open_image(path) as image:
-            image.load()
+        with _open_image(path) as file:
+            file.load()
+            image = ImageOps.exif_transpose(file)
     except Exception as error:  # PIL raises different errors for damaged and for huge files
         raise UserError(f"{path} is damaged or not a picture: {str(error)[:120]}") from error
     if image.mode[0] in "IF":
         raise UserError(f"{path} has more than 8 bits per channel: save it with 8")
-    if image.has_transparency_data and image.convert("RGBA").getchannel("A").getextrema()[0] < 255:
-        raise UserError(f"{path} has transparent pixels: save it without transparency")
-    return np.array(image.convert(mode))
+    if not image.has_transparency_data:
+        return image
+    image = image.convert("RGBA")
+    return Image.alpha_composite(Image.new("RGBA", image.size, background), image).convert("RGB")
 
 
 def read_folder(folder: Path, channels: int) -> tuple[np.ndarray, None]:

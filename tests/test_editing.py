@@ -12,6 +12,7 @@ from torch.testing import assert_close
 import edit
 import sample
 from data import load_dataset, to_model, to_uint8
+from data_sources.pictures import read_mask, read_picture
 from diffusion import DiffusionProcess
 from editing import ddim_inversion, inpaint, keep_known, slerp
 from samplers import SAMPLERS, ddim, final_image, uniform_timesteps
@@ -320,8 +321,8 @@ def test_an_image_between_seeds_has_the_label_that_sample_gives_it(call, labelle
 def spoilt(folder, name):
     """A picture that does not fit, by its name."""
     path, grey = folder / f"{name}.png", np.zeros((28, 28), np.uint8)
-    if name == "large":
-        Image.new("L", (32, 20)).save(path)
+    if name == "narrow":
+        Image.fromarray(np.arange(4000, dtype=np.uint8)[:, None]).save(path)
     elif name == "deep":
         Image.fromarray(np.full((28, 28), 1000, np.uint16)).save(path)
     elif name == "clear":
@@ -332,19 +333,20 @@ def spoilt(folder, name):
         Image.fromarray(np.random.default_rng(0).integers(0, 255, (28, 28), np.uint8)).save(path)
         path.write_bytes(path.read_bytes()[:200])
     elif name == "grey":
-        Image.fromarray(grey + 128).save(path)
+        Image.fromarray(grey + 127).save(path)
     elif name == "black":
         Image.fromarray(grey).save(path)
     return path
 
 
 @pytest.mark.parametrize("flag, name, words", [
-    ("--image", "large", ["32×20", "28×28"]), ("--image", "deep", ["8 bits"]), ("--image", "clear", ["transparen"]),
+    ("--image", "narrow", ["1×4000", "--fit stretch"]), ("--image", "deep", ["8 bits"]),
+    ("--image", "clear", ["one colour", "transparen", "--background white"]),
     ("--image", "text", ["not a picture"]), ("--image", "half", ["damaged"]), ("--image", "missing", ["missing.png"]),
-    ("--mask", "large", ["32×20", "28×28"]), ("--mask", "grey", ["black", "white"]), ("--mask", "black", ["nothing"]),
+    ("--mask", "grey", ["dark", "white"]), ("--mask", "black", ["dark", "white"]),
     ("--mask", "deep", ["8 bits"]), ("--mask", "missing", ["left", "center", "missing.png"])])
 def test_pictures_that_do_not_fit_are_refused(call, tmp_path, capsys, flag, name, words):
-    assert_refused(call("inpaint", flag, spoilt(tmp_path, name)), capsys, words, tmp_path / "x.png")
+    assert_refused(call("inpaint", "--fit", "pad", flag, spoilt(tmp_path, name)), capsys, words, tmp_path / "x.png")
 
 
 @pytest.mark.parametrize("command, flags, words", [
@@ -357,6 +359,13 @@ def test_pictures_that_do_not_fit_are_refused(call, tmp_path, capsys, flag, name
     ("interpolate", ["--frames", 1], ["--frames"]),
     ("interpolate", ["--seeds", 1], ["--seeds"]),
     ("interpolate", ["--index", 1], ["--index"]),
+    ("interpolate", ["--image", "a.png"], ["--image"]),
+    ("interpolate", ["--image", "a.png", "b.png", "--seeds", 1, 2], ["--seeds", "not allowed", "--image"]),
+    ("interpolate", ["--invert_colors"], ["--invert_colors", "--image"]),
+    ("vary", ["--fit", "pad"], ["--fit", "--image"]),
+    ("inpaint", ["--mask", "left", "--fit", "pad"], ["--fit", "--mask"]),
+    ("vary", ["--background", "beige"], ["--background", "--image"]),
+    ("vary", ["--background", "loud"], ["--background", "loud", "white"]),
     ("interpolate", ["--seed", 1], ["--seed", "did you mean --seeds?"]),
     ("invert", ["--seed", 1], ["--seed"]),
     ("invert", ["--image", "x.png", "--index", 0], ["--index", "not allowed", "--image"]),
@@ -407,3 +416,95 @@ def test_help_is_there_for_every_command(argv, capsys):
 def test_pictures_go_through_the_model_range_unchanged():
     levels = torch.arange(256, dtype=torch.uint8)
     assert torch.equal(to_uint8(to_model(levels)), levels)
+
+
+# ----------------------------------------------------------------------------------------------- pictures of any kind
+
+
+def framed(picture):
+    """A picture (28, 28) ten times as large, as one may draw it."""
+    return np.kron(picture, np.ones((10, 10), np.uint8))
+
+
+def test_pictures_of_any_size_are_scaled_smoothly(call, tmp_path, picture):
+    """Ten times as large and cut, or with a frame: the digit comes back; two sizes of pixels would differ more."""
+    Image.fromarray(framed(picture)).save(tmp_path / "large.png")
+    wide = np.concatenate([framed(picture)[:, :1] + 99, framed(picture), framed(picture)[:, :1] + 99], axis=1)
+    Image.fromarray(wide).save(tmp_path / "wide.png")
+    for name in ("large", "wide"):
+        assert call("vary", "--strength", 0, "--num_images", 1, "--image", tmp_path / f"{name}.png") == 0
+        assert np.abs(cells(tmp_path / "x.png", 2)[0].astype(int) - picture).max() < 40  # the filter rounds edges off
+    half = Image.fromarray(np.tile(np.uint8([0, 255]), (280, 140)))  # columns of one pixel
+    half.save(tmp_path / "fine.png")
+    assert call("inpaint", "--num_images", 1, "--resample", 1, "--image", tmp_path / "fine.png") == 0
+    assert np.abs(cells(tmp_path / "x.png", 4)[0].astype(int) - 127).max() < 30  # grey, without stripes
+
+
+@pytest.mark.parametrize("fit, expected", [("crop", (0, 0)), ("stretch", (1, 0)), ("pad", (1, 7))])
+def test_each_fit_keeps_its_part_of_the_picture(fit, expected, tmp_path):
+    """A picture twice as wide as high, with a white square left and black elsewhere; padded: 7 white rows on top."""
+    pixels = np.zeros((280, 560), np.uint8)
+    pixels[:, :140] = 255
+    Image.fromarray(pixels).save(tmp_path / "wide.png")
+    read = read_picture(tmp_path / "wide.png", (1, 28, 28), fit)[0]
+    left, top = expected
+    assert bool((read[14, 0] > 200) == left) and int((read[:14, 20] > 200).sum()) == top
+
+
+def test_transparency_is_laid_on_the_background(tmp_path):
+    layer = np.zeros((28, 28, 4), np.uint8)
+    layer[:14, :, 3] = 255  # black above, nothing below
+    Image.fromarray(layer).save(tmp_path / "layer.png")
+    for background, level in (("white", 255), ("black", 0), ("#808080", 128)):
+        read = read_picture(tmp_path / "layer.png", (1, 28, 28), background=background)[0]
+        assert bool((read[:14] == 0).all() and (read[14:] == level).all())
+
+
+def test_masks_are_cut_at_one_half(tmp_path):
+    Image.fromarray(np.linspace(0, 255, 280).round().astype(np.uint8)[None].repeat(280, 0)).save(tmp_path / "soft.png")
+    mask = read_mask(tmp_path / "soft.png", 28, 28)
+    assert mask.shape == (1, 1, 28, 28) and torch.equal(mask[0, 0], (torch.arange(28) >= 14).float().expand(28, -1))
+
+
+@pytest.mark.parametrize("flag", ["--image", "--mask", "--checkpoint"])
+def test_no_input_is_overwritten(call, tmp_path, picture, checkpoint, capsys, flag):
+    mine = tmp_path / "x.png"  # the output of `call`
+    (tmp_path / "new").mkdir()
+    Image.fromarray(picture).save(mine)
+    if flag == "--checkpoint":
+        mine.write_bytes(checkpoint.read_bytes())
+    before = mine.read_bytes()
+    link = tmp_path / "link.png"
+    link.symlink_to(mine)
+    for path in (mine, tmp_path / "new/../x.png", link):
+        assert call("inpaint", flag, path) == 2
+        assert "overwrite an input" in capsys.readouterr().err
+    mine.rename(tmp_path / "x.gif")
+    assert call("inpaint", flag, tmp_path / "x.gif", "--gif") == 2
+    assert "overwrite an input" in capsys.readouterr().err and (tmp_path / "x.gif").read_bytes() == before
+
+
+def test_a_negative_is_noticed_and_inverted(call, tmp_path, picture, monkeypatch, capsys):
+    """The model's mean image is that of the digits; only a clear negative gives the line."""
+    digits = to_model(torch.from_numpy(picture))
+    monkeypatch.setattr(DiffusionProcess, "denoiser", lambda *_, **__: lambda x, t: digits.expand_as(x) * 0.7 - 0.3)
+    Image.fromarray(255 - picture).save(tmp_path / "paper.png")
+    Image.fromarray(picture).save(tmp_path / "screen.png")
+    for name, flags, words in (("paper", [], "add --invert_colors"), ("paper", ["--invert_colors"], None),
+                               ("screen", [], None), ("screen", ["--invert_colors"], "leave out --invert_colors")):
+        assert call("vary", "--num_images", 1, "--image", tmp_path / f"{name}.png", *flags) == 0
+        told = capsys.readouterr().out
+        assert (words in told if words else "looks like" not in told), (name, flags, told)
+        shown = cells(tmp_path / "x.png", 2)[0]
+        assert np.array_equal(shown, 255 - picture if (name == "paper") != bool(flags) else picture)
+
+
+def test_the_ends_of_an_interpolation_are_what_inversion_makes_of_the_two_pictures(call, tmp_path, picture):
+    Image.fromarray(picture).save(tmp_path / "a.png")
+    Image.fromarray(picture.T).save(tmp_path / "b.png")
+    assert call("interpolate", "--image", tmp_path / "a.png", tmp_path / "b.png", "--frames", 4) == 0
+    walk = cells(tmp_path / "x.png", 4)
+    for name, end in (("a", walk[0]), ("b", walk[-1])):
+        assert call("invert", "--image", tmp_path / f"{name}.png") == 0
+        assert np.abs(cells(tmp_path / "x.png", 3)[2].astype(int) - end).max() <= 1
+    assert not np.array_equal(walk[1], walk[0]) and not np.array_equal(walk[2], walk[3])

@@ -376,7 +376,6 @@ PNGS = {
     "empty": lambda path: path.write_bytes(b""), "no data": lambda path: png(path, 28, 28),
     "a claim": lambda path: png(path, 2**31 - 1, 2**31 - 1), "a pickle": lambda path: path.write_bytes(
         pickle.dumps(Evil())),
-    "another size": lambda path: Image.new("L", (29, 28)).save(path),
 }
 
 
@@ -391,9 +390,8 @@ def test_pictures_and_masks_that_are_damaged_or_vast_are_refused(tmp_path, capfd
             with pytest.raises(ValueError) as caught:
                 read()
             assert str(path) in str(caught.value) and "\n" not in str(caught.value)
-        if kind != "another size":
-            with pytest.raises(ValueError):
-                read_folder(tmp_path, 1)
+        with pytest.raises(ValueError):
+            read_folder(tmp_path, 1)
     assert time.process_time() - start < SECONDS
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - peak < 200_000
 
