@@ -32,6 +32,7 @@ from runtime.script import script
 from samplers import generate, image_noise
 from utils import GREY, autocast, evenly_spaced, get_device, pick_precision, save_gif, save_images
 
+DEFAULT_OUTPUT = "outputs/generated_samples.png"
 MAX_COLUMNS = 16  # of a grid with a row for each class
 FILM_FRAMES, FILM_IMAGES = 10, 8
 GIF_FRAMES, GIF_IMAGES = 40, 16
@@ -42,9 +43,10 @@ def parse_args(argv: Sequence[str] | None):
     group = parser.add_argument_group("what")
     group.add_argument("--checkpoint", required=True, help="a checkpoint of train.py or distill.py")
     add_shared_flags(group, "use_ema", "num_images", "label")
-    group.add_argument("--output", default="outputs/generated_samples.png", help="a .png or .npz file")
+    group.add_argument("--output", default=DEFAULT_OUTPUT, help="a .png or .npz file")
     group.add_argument("--show_intermediate", action="store_true",
-                       help="also write intermediate/step_XXXX.png beside the output, and a film strip")
+                       help="also write intermediate/step_XXXX.png beside the output, and film_strip.png; for "
+                            "--output x.png they are x_intermediate/ and x_film_strip.png")
     group.add_argument("--gif", action="store_true", help="also write an animation of the steps: x_t beside x_0_hat")
     group = parser.add_argument_group("how")
     add_shared_flags(group, "sampler", "spacing")
@@ -72,16 +74,18 @@ class Film:
     def save(self, output: Path) -> list[Path]:
         """Write intermediate/step_XXXX.png, named by t, and film_strip.png, a row for each of the first images.
 
-        Files of an earlier trajectory in intermediate/ are deleted.
+        For an output that has not the default name, x.png: x_intermediate/ and x_film_strip.png. Files of an earlier
+        trajectory in the folder are deleted.
         """
         frames = {t: torch.cat(parts) for t, parts in sorted(self.frames.items(), reverse=True)}
-        folder = output.parent / "intermediate"
+        prefix = "" if output.stem == Path(DEFAULT_OUTPUT).stem else f"{output.stem}_"
+        folder = output.parent / f"{prefix}intermediate"
         for old in (*folder.glob("step_[0-9]*.png"), folder / "final.png"):
             old.unlink(missing_ok=True)
         for t, images in frames.items():
             save_images(to_uint8(images), folder / ("final.png" if t < 0 else f"step_{t:04.0f}.png"))
         rows = torch.stack([images[:FILM_IMAGES] for images in frames.values()], dim=1).flatten(0, 1)
-        strip = output.parent / "film_strip.png"
+        strip = output.parent / f"{prefix}film_strip.png"
         save_images(to_uint8(rows), strip, columns=len(frames))
         return [folder, strip]
 
@@ -145,7 +149,7 @@ def main(argv=None):
     config, shape = checkpoint["config"], checkpoint["config"]["data"]["shape"]
     options = sampling_options(config, args, args.num_images)
     if distributed.rank() == 0:
-        check_output(output)
+        check_output(output, args.checkpoint)
     print(f"Using device: {diffusion.device}")
     start, film = time.perf_counter(), Film() if args.show_intermediate or args.gif else None
     mine = range(args.num_images)[distributed.rank_slice(args.num_images)]

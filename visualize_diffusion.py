@@ -36,6 +36,14 @@ WITHOUT_MODEL = ("forward", "schedules")
 WITH_MODEL = ("denoising", "attention", "features", "embedding", "loss")
 
 
+TRAJECTORY_FLAGS = ("num_images", "seed", "sampler", "spacing", "steps", "label", "guidance_scale")
+READ_FLAGS = {  # the flags that each picture reads, besides those of files and devices
+    "forward": ("num_images", "seed", "schedule", "timesteps", "dataset"), "schedules": ("timesteps",),
+    "denoising": TRAJECTORY_FLAGS, "attention": TRAJECTORY_FLAGS, "features": TRAJECTORY_FLAGS,
+    "embedding": ("seed", "projection"), "loss": ("seed",),
+}
+
+
 def parse_args(argv: Sequence[str] | None):
     parser = Parser(__doc__)
     parser.add_argument("--what", choices=WITHOUT_MODEL + WITH_MODEL, default="forward",
@@ -60,6 +68,11 @@ def parse_args(argv: Sequence[str] | None):
     if args.what in WITHOUT_MODEL and args.checkpoint:
         parser.error(f"--what {args.what} does not use a model: leave out --checkpoint, or choose --what "
                      f"{', '.join(WITH_MODEL)}")
+    for name in sorted({flag for flags in READ_FLAGS.values() for flag in flags} & parser.typed):
+        readers = [what for what, flags in READ_FLAGS.items() if name in flags]
+        if args.what not in readers and not (name == "dataset" and args.checkpoint):
+            parser.error(f"--{name} changes nothing with --what {args.what}: leave it out (it is for --what "
+                         f"{', '.join(readers)})")
     if args.save_path is not None and Path(args.save_path).suffix != ".png":
         parser.error(f"--save_path must end in .png, not {Path(args.save_path).name!r}")
     return args
@@ -176,7 +189,7 @@ def main(argv=None):
         model, diffusion, checkpoint = load_model(args.checkpoint, get_device(args.device))
         dataset_of(checkpoint, args.dataset)  # an error if --dataset names another
         draw = partial(draw_with_model, args, model, diffusion, checkpoint["config"])
-    check_output(path)
+    check_output(path, args.checkpoint)
     save_figure(draw(), path)
     print(f"Saved {path}")
 

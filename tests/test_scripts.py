@@ -186,10 +186,14 @@ def draw(checkpoint, output, *more):
 
 
 def test_sample_writes_a_picture_and_the_way_to_it(trained, tmp_path):
-    draw(trained / "model_final.pt", tmp_path / "x.png", "--show_intermediate")
+    draw(trained / "model_final.pt", tmp_path / "generated_samples.png", "--show_intermediate")
     names = written(tmp_path)
-    assert {"x.png", "film_strip.png", "intermediate/step_0999.png"} <= set(names)
+    assert {"generated_samples.png", "film_strip.png", "intermediate/step_0999.png"} <= set(names)
     assert len([name for name in names if re.fullmatch(r"intermediate/step_\d{4}\.png", name)]) == 5
+    first = {name: (tmp_path / name).read_bytes() for name in names}
+    draw(trained / "model_final.pt", tmp_path / "x.png", "--show_intermediate", "--seed", 1)
+    assert all((tmp_path / name).read_bytes() == content for name, content in first.items())  # another output's stay
+    assert {"x.png", "x_film_strip.png", "x_intermediate/step_0999.png"} <= set(written(tmp_path))
     for name in names:
         assert_picture(tmp_path / name)
 
@@ -199,7 +203,8 @@ def test_the_way_of_an_earlier_run_goes_and_other_files_stay(trained, tmp_path):
     folder.mkdir()
     for name in ("step_0123.png", "step_12345.png", "final.png", "mine.png", "step_by_step.png"):
         (folder / name).write_text("old")
-    draw(trained / "model_final.pt", tmp_path / "x.png", "--num_images", 2, "--steps", 2, "--show_intermediate")
+    draw(trained / "model_final.pt", tmp_path / "generated_samples.png", "--num_images", 2, "--steps", 2,
+         "--show_intermediate")
     names = written(folder)
     assert {"mine.png", "step_by_step.png", "final.png"} < set(names) and len(names) == 5  # two times, and the end
     assert not {"step_0123.png", "step_12345.png"} & set(names)
@@ -235,11 +240,15 @@ def test_samplers_steps_and_weights_make_a_difference(trained, tmp_path):
 # ---------------------------------------------------------------------------------------------------------- visualize
 
 
-@pytest.mark.parametrize("argv", [["--what", "forward", "--num_images", 3], ["--schedule", "cosine", "--timesteps", 3],
+GLYPHS = ["--dataset", "glyphs"]
+
+
+@pytest.mark.parametrize("argv", [[*GLYPHS, "--what", "forward", "--num_images", 3],
+                                  [*GLYPHS, "--schedule", "cosine", "--timesteps", 3],
                                   ["--what", "schedules"], ["--what", "schedules", "--timesteps", 1]], ids=str)
 def test_visualize_draws_without_a_model(data_dir, tmp_path, argv):
     path = tmp_path / "new" / "picture.png"
-    assert call("visualize_diffusion", "--dataset", "glyphs", "--data_dir", data_dir, "--save_path", path, *argv) == 0
+    assert call("visualize_diffusion", "--data_dir", data_dir, "--save_path", path, *argv) == 0
     assert written(tmp_path) == ["new/picture.png"]
     assert_picture(path)
 

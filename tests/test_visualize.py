@@ -161,9 +161,9 @@ def checkpoints(tmp_path_factory):
 
 
 def call(checkpoint, data_dir, path, *flags):
+    few = [] if {"embedding", "loss", "forward", "schedules"} & {*flags} else ["--num_images", 3]
     return visualize_diffusion.main(list(map(str, [
-        "--checkpoint", checkpoint, "--data_dir", data_dir, "--save_path", path, "--device", "cpu", "--num_images", 3,
-        *flags])))
+        "--checkpoint", checkpoint, "--data_dir", data_dir, "--save_path", path, "--device", "cpu", *few, *flags])))
 
 
 @pytest.fixture
@@ -209,7 +209,7 @@ def test_a_model_with_labels_is_never_asked_without(few, checkpoints, data_dir, 
         told.append(labels)
         return predict(self, model, x_t, t, labels)
     monkeypatch.setattr(DiffusionProcess, "predict", watched)
-    flags = ["--what", what, "--projection", "pca", *([] if what in ("embedding", "loss") else ["--steps", 2])]
+    flags = ["--what", what, *{"embedding": ["--projection", "pca"], "loss": []}.get(what, ["--steps", 2])]
     assert call(checkpoints["labels"], data_dir, tmp_path / "x.png", *flags) == 0
     assert told and all(labels is not None for labels in told)
 
@@ -248,3 +248,31 @@ def test_a_look_inside_needs_a_checkpoint(what, tmp_path, capsys):
     assert visualize_diffusion.main(["--what", what, "--save_path", str(tmp_path / "x.png")]) == 2
     error = capsys.readouterr().err
     assert len(error.splitlines()) == 1 and "--checkpoint" in error and what in error
+
+
+WHAT = ("forward", "schedules", "denoising", "attention", "features", "embedding", "loss")
+
+
+@pytest.mark.parametrize("flag, value, readers", [
+    ("--schedule", "cosine", ["forward"]), ("--timesteps", 30, ["forward", "schedules"]),
+    ("--sampler", "ddim", ["denoising", "attention", "features"]),
+    ("--label", 3, ["denoising", "attention", "features"]),
+    ("--num_images", 3, ["forward", "denoising", "attention", "features"]), ("--projection", "pca", ["embedding"]),
+    ("--seed", 0, [what for what in WHAT if what != "schedules"])])
+def test_a_flag_that_changes_nothing_is_refused_and_its_readers_are_named(checkpoints, capsys, flag, value, readers):
+    for what in WHAT:
+        model = [] if what in visualize_diffusion.WITHOUT_MODEL else ["--checkpoint", str(checkpoints["labels"])]
+        argv = ["--what", what, *model, flag, str(value)]
+        if what in readers:
+            assert getattr(visualize_diffusion.parse_args(argv), flag[2:]) is not None
+        else:
+            assert visualize_diffusion.main(argv) == 2
+            error = capsys.readouterr().err
+            assert len(error.splitlines()) == 1 and flag in error and ", ".join(readers) in error
+
+
+def test_the_checkpoint_is_not_overwritten(checkpoints, data_dir, tmp_path, capsys):
+    path = tmp_path / "model.png"
+    path.write_bytes(checkpoints["plain"].read_bytes())
+    assert call(path, data_dir, path, "--what", "features", "--steps", 1) == 2
+    assert "overwrite" in capsys.readouterr().err and path.read_bytes() == checkpoints["plain"].read_bytes()
