@@ -105,6 +105,9 @@ def add_command(commands, name: str, text: str, pictures: int = 1) -> Parser:
     sub.add_argument("--checkpoint", required=True, help="a checkpoint of train.py")
     sub.add_argument("--output", default=f"outputs/{name}.png", help="a .png file")
     sub.add_argument("--gif", action="store_true", help="also write an animation of the steps beside the output")
+    sub.add_argument("--columns", **SHARED_FLAGS["columns"] | dict(help="pictures in a row (default: 16)"))
+    sub.add_argument("--scale", **SHARED_FLAGS["scale"] | dict(help="each pixel of a picture is drawn N×N large "
+                                                                    "(default: 4)"))
     sub.add_argument("--steps", **SHARED_FLAGS["steps"] | dict(
         help=f"steps of the sampler, at most the checkpoint's T (default: {DEFAULT_STEPS[name]}"
              f"{', with --image ' + str(DEFAULT_STEPS['invert']) if pictures == 2 else ''}, or T if that is less)"))
@@ -184,7 +187,7 @@ class Editor:
         if is_student(config):
             raise UserError(f"{args.checkpoint} is a student, which only makes images from pure noise: edit with its "
                             f"teacher")
-        self.shape, self.frames = config["data"]["shape"], []
+        self.shape, self.frames, self.titles = config["data"]["shape"], [], []  # a title for each frame
         self.picture = chosen_images(args, config["data"]) if args.image or hasattr(args, "index") else None
         self.mask = chosen_mask(args, self.shape) if hasattr(args, "mask") else None
         command = "invert" if args.command == "interpolate" and args.image else args.command
@@ -220,41 +223,60 @@ class Editor:
         """The last images of a trajectory, on the CPU; all its steps become frames."""
         device = self.diffusion.device
         with autocast(device, pick_precision(self.args.precision, device)):
-            for _, x, x_0_hat in tqdm(trajectory, total=steps, unit="step", desc=self.args.command, leave=False):
+            for t, x, x_0_hat in tqdm(trajectory, total=steps, unit="step", desc=self.args.command, leave=False):
                 self.frames.append((x[:FILM_IMAGES].cpu(), x_0_hat[:FILM_IMAGES].cpu()))
+                self.titles.append("image" if t < 0 else f"t = {t:.0f}")
         return x.cpu()
 
-    def film(self) -> list[Tensor]:
-        """At most FILM_FRAMES frames, uint8, evenly spaced up to the last: x_t of each image beside its x_0_hat."""
+    def film(self) -> tuple[list[Tensor], list[str]]:
+        """At most FILM_FRAMES frames, uint8, evenly spaced up to the last, and their captions.
+
+        A frame is x_t of each image beside its x_0_hat.
+        """
         steps = evenly_spaced(len(self.frames) + 1, FILM_FRAMES + 1, math.ceil)[1:]  # frame k - 1 follows step k
-        return [to_uint8(torch.stack(self.frames[step - 1], 1).flatten(0, 1)) for step in steps]
+        return [to_uint8(torch.stack(self.frames[step - 1], 1).flatten(0, 1)) for step in steps], [
+            self.titles[step - 1] for step in steps]
 
 
-def do_inpaint(args: Namespace, editor: Editor) -> Tensor:
-    """The picture, the mask, what is kept, and then the filled-in pictures."""
+def numbered(*names: str, count: int) -> list[str]:
+    """The captions `names`, and then the numbers of `count` results."""
+    return [*names, *(str(i + 1) for i in range(count))]
+
+
+def chequered(height: int, width: int) -> Tensor:
+    """The usual sign for "nothing is here": squares of two greys, neither of which is that of the grid (H, W)."""
+    rows, columns = torch.arange(height)[:, None] // 2, torch.arange(width) // 2
+    return 0.5 - 0.5 * ((rows + columns) % 2)
+
+
+def do_inpaint(args: Namespace, editor: Editor) -> tuple[Tensor, list[str]]:
+    """The picture, the mask, what is kept, and then the filled-in pictures; and their captions."""
     picture, mask, device = editor.picture, editor.mask, editor.diffusion.device
     randn = editor.noise(range(args.num_images), args.seed)
     filled = editor.follow(inpaint(editor.denoiser(), randn(), editor.times, editor.diffusion,
                                    known=picture.to(device), mask=mask.to(device), resample=args.resample,
                                    randn=randn), editor.steps)
-    return torch.cat([picture, mask.expand_as(picture) * 2 - 1, torch.where(mask.bool(), -0.5, picture), filled])
+    kept = torch.where(mask.bool(), chequered(*picture.shape[2:]), picture)
+    return (torch.cat([picture, mask.expand_as(picture) * 2 - 1, kept, filled]),
+            numbered("picture", "mask", "kept", count=args.num_images))
 
 
-def do_vary(args: Namespace, editor: Editor) -> Tensor:
-    """The picture, then its variations."""
+def do_vary(args: Namespace, editor: Editor) -> tuple[Tensor, list[str]]:
+    """The picture, then its variations; and their captions."""
     picture = editor.picture
     many = picture.to(editor.diffusion.device).expand(args.num_images, -1, -1, -1)
+    captions = numbered("picture", count=args.num_images)
     noised_steps = round(args.strength * editor.diffusion.num_timesteps)
     if not noised_steps:
-        editor.frames = [(picture.expand_as(many), picture.expand_as(many))]
-        return picture.expand(args.num_images + 1, -1, -1, -1)
+        editor.frames, editor.titles = [(picture.expand_as(many), picture.expand_as(many))], ["image"]
+        return picture.expand(args.num_images + 1, -1, -1, -1), captions
     times = uniform_timesteps(noised_steps, min(editor.steps, noised_steps))
     x = editor.diffusion.q_sample(many, times[0], editor.noise(range(args.num_images), args.seed)())
     varied = editor.follow(dpmpp_2m(editor.denoiser(), x, times, editor.diffusion), len(times))
-    return torch.cat([picture, varied])
+    return torch.cat([picture, varied]), captions
 
 
-def do_interpolate(args: Namespace, editor: Editor) -> Tensor:
+def do_interpolate(args: Namespace, editor: Editor) -> tuple[Tensor, list[str]]:
     """The images whose noise lies between that of two ends: the pictures A and B, or image 0 of the seeds A and B.
 
     Noise is found and followed by ddim for pictures, whose ends come back only so; for seeds by sample.py's sampler.
@@ -268,12 +290,14 @@ def do_interpolate(args: Namespace, editor: Editor) -> Tensor:
         times, sampler = spaced_timesteps(editor.diffusion, editor.steps, SAMPLERS["dpmpp_2m"].spacing), dpmpp_2m
     x = torch.cat([slerp(ends[:1], ends[1:], i / (args.frames - 1)) for i in range(args.frames)])
     images = editor.follow(sampler(editor.denoiser(clip=sampler is dpmpp_2m), x, times, editor.diffusion), editor.steps)
-    editor.frames = [(image[None],) for image in images]  # the animation goes from A to B
-    return images
+    first, last = ("A", "B") if args.image else (f"seed {seed}" for seed in args.seeds)
+    captions = [first, *(f"{i / (args.frames - 1):.2g}" for i in range(1, args.frames - 1)), last]
+    editor.frames, editor.titles = [(image[None],) for image in images], captions  # the animation goes from A to B
+    return images, captions
 
 
-def do_invert(args: Namespace, editor: Editor) -> Tensor:
-    """The picture, its noise, and the picture that the noise leads to.
+def do_invert(args: Namespace, editor: Editor) -> tuple[Tensor, list[str]]:
+    """The picture, its noise, and the picture that the noise leads to; and their captions.
 
     Where the data do not vary, such as the black margin of a digit, the noise is near 0 too.
     """
@@ -285,7 +309,7 @@ def do_invert(args: Namespace, editor: Editor) -> Tensor:
     error = (to_uint8(back).float() - to_uint8(picture).float()).abs()
     print(f"Noise: mean {noise.mean():.3f}, standard deviation {noise.std():.3f} (0 and 1 for pure noise). "
           f"Reconstruction: mean error {error.mean():.2f} of 255 levels, largest {error.max():.0f}")
-    return torch.cat([picture, noise / 3, back])
+    return torch.cat([picture, noise / 3, back]), ["picture", "its noise / 3", "from the noise"]
 
 
 def tell_of_negatives(args: Namespace, paths: Sequence[str], editor: Editor) -> None:
@@ -311,11 +335,12 @@ def main(argv=None):
         tell_of_negatives(args, paths, editor)
     with torch.no_grad():
         do = {"inpaint": do_inpaint, "vary": do_vary, "interpolate": do_interpolate, "invert": do_invert}[args.command]
-        pictures = do(args, editor)
-    save_images(to_uint8(pictures), output, columns=min(len(pictures), 16), scale=4)
+        pictures, captions = do(args, editor)
+    save_images(to_uint8(pictures), output, args.columns or min(len(pictures), 16), args.scale or 4, captions)
     print(f"Saved {output}")
     if args.gif:
-        save_gif(editor.film(), output.with_suffix(".gif"))
+        frames, captions = editor.film()
+        save_gif(frames, output.with_suffix(".gif"), captions=captions)
         print(f"Saved {output.with_suffix('.gif')}")
 
 

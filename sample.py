@@ -44,6 +44,7 @@ def parse_args(argv: Sequence[str] | None):
     group.add_argument("--checkpoint", required=True, help="a checkpoint of train.py or distill.py")
     add_shared_flags(group, "use_ema", "num_images", "label")
     group.add_argument("--output", default=DEFAULT_OUTPUT, help="a .png or .npz file")
+    add_shared_flags(group, "columns", "scale")
     group.add_argument("--show_intermediate", action="store_true",
                        help="also write intermediate/step_XXXX.png beside the output, and film_strip.png; for "
                             "--output x.png they are x_intermediate/ and x_film_strip.png")
@@ -55,6 +56,9 @@ def parse_args(argv: Sequence[str] | None):
     args = parser.parse_args(argv)
     if Path(args.output).suffix not in (".png", ".npz"):
         parser.error(f"--output must end in .png or .npz, not {args.output!r}")
+    for name in {"columns", "scale"} & parser.typed:
+        if Path(args.output).suffix == ".npz":
+            parser.error(f"--{name} is for a picture, an --output that ends in .png")
     return args
 
 
@@ -63,13 +67,19 @@ class Film:
 
     def __init__(self):
         self.frames: dict[float, list[torch.Tensor]] = {}  # by time t, x_t of each batch
-        self.pairs: list[torch.Tensor] = []  # x_t beside x_0_hat of the first images
+        self.pairs: dict[float, torch.Tensor] = {}  # by time t, x_t beside x_0_hat of the first images
 
     def add(self, t: float, x: torch.Tensor) -> None:
         self.frames.setdefault(t, []).append(x.cpu())
 
-    def add_pair(self, x: torch.Tensor, x_0_hat: torch.Tensor) -> None:
-        self.pairs.append(torch.stack([x[:GIF_IMAGES], x_0_hat[:GIF_IMAGES]], dim=1).flatten(0, 1).cpu())
+    def add_pair(self, t: float, x: torch.Tensor, x_0_hat: torch.Tensor) -> None:
+        self.pairs[t] = torch.stack([x[:GIF_IMAGES], x_0_hat[:GIF_IMAGES]], dim=1).flatten(0, 1).cpu()
+
+    def save_gif(self, path: Path) -> Path:
+        """Write the pairs as an animation."""
+        captions = ["image" if t < 0 else f"t = {t:.0f}: x_t, and the image expected from it" for t in self.pairs]
+        save_gif([to_uint8(frame) for frame in self.pairs.values()], path, captions=captions)
+        return path
 
     def save(self, output: Path) -> list[Path]:
         """Write intermediate/step_XXXX.png, named by t, and film_strip.png, a row for each of the first images.
@@ -86,7 +96,8 @@ class Film:
             save_images(to_uint8(images), folder / ("final.png" if t < 0 else f"step_{t:04.0f}.png"))
         rows = torch.stack([images[:FILM_IMAGES] for images in frames.values()], dim=1).flatten(0, 1)
         strip = output.parent / f"{prefix}film_strip.png"
-        save_images(to_uint8(rows), strip, columns=len(frames))
+        captions = ["image" if t < 0 else f"t = {t:.0f}" for t in frames]
+        save_images(to_uint8(rows), strip, columns=len(frames), scale=3, captions=captions)
         return [folder, strip]
 
 
@@ -105,7 +116,7 @@ def make_images(args: Namespace, steps: int, film: Film | None, shape: Sequence[
                 if film and step in frames:
                     film.add(t, x)
                 if film and step in pairs and batch[0] == 0:
-                    film.add_pair(x, x_0_hat)
+                    film.add_pair(t, x, x_0_hat)
             images.append(x.cpu())
     if film:
         film.frames = {t: [distributed.all_gather(torch.cat(parts))] for t, parts in film.frames.items()}
@@ -120,10 +131,11 @@ def rows_by_class(images: torch.Tensor, counts: Sequence[int], columns: int) -> 
     return torch.cat(rows)
 
 
-def save(images: torch.Tensor, labels: torch.Tensor | None, by_class: bool, output: Path) -> None:
+def save(images: torch.Tensor, labels: torch.Tensor | None, by_class: bool, output: Path, columns: int | None = None,
+         scale: int | None = None) -> None:
     """Write images (N, C, H, W) in [-1, 1] as a grid or, to .npz, as uint8 arr_0 (N, H, W, C), with their labels.
 
-    by_class: each class starts in a new row of the grid.
+    by_class: each class starts in a new row of the grid. columns, scale: of the grid; None: by the number of images.
     """
     images = to_uint8(images)
     if output.suffix == ".npz":
@@ -131,10 +143,10 @@ def save(images: torch.Tensor, labels: torch.Tensor | None, by_class: bool, outp
         with atomic_write(output) as file:
             np.savez_compressed(file, arr_0=images.permute(0, 2, 3, 1).numpy(), **arrays)
     elif by_class and len(counts := labels.unique_consecutive(return_counts=True)[1].tolist()) > 1:
-        columns = min(max(counts), MAX_COLUMNS)
-        save_images(rows_by_class(images, counts, columns), output, columns)
+        columns = min(max(counts), columns or MAX_COLUMNS)
+        save_images(rows_by_class(images, counts, columns), output, columns, scale)
     else:
-        save_images(images, output)
+        save_images(images, output, columns, scale)
 
 
 @script
@@ -161,11 +173,10 @@ def main(argv=None):
           f"{time.perf_counter() - start:.2f} s")
     if distributed.rank():
         return distributed.destroy_process_group()
-    save(images, options["labels"], args.label is not None, output)
+    save(images, options["labels"], args.label is not None, output, args.columns, args.scale)
     written = [output, *(film.save(output) if args.show_intermediate else [])]
     if args.gif:
-        save_gif([to_uint8(frame) for frame in film.pairs], output.with_suffix(".gif"))
-        written.append(output.with_suffix(".gif"))
+        written.append(film.save_gif(output.with_suffix(".gif")))
     for path in written:
         print(f"Saved {path}")
     distributed.destroy_process_group()

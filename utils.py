@@ -14,6 +14,9 @@ from runtime.errors import UserError
 from runtime.files import atomic_write
 
 GREY = 64  # the level of the lines between the pictures of a grid
+CAPTION = 24  # height in pixels of a line of captions
+WIDTH, MAX_SCALE = 800, 8  # of a grid whose scale follows from the number of its pictures
+FIGURE_FORMATS = (".png", ".pdf", ".svg")
 
 # ------------------------------------------------------------------------------------------------ devices and seeds
 
@@ -83,10 +86,17 @@ def count_parameters(model: nn.Module) -> int:
 # ------------------------------------------------------------------------------------------------------- pictures
 
 
-def tile(images: Tensor, columns: int, scale: int = 1) -> np.ndarray:
+def grid_layout(count: int, width: int, columns: int | None = None, scale: int | None = None) -> tuple[int, int]:
+    """(columns, scale) of a grid of `count` images of this width, where they are None: about square and WIDTH wide."""
+    columns = columns or (count if count <= 8 else math.ceil(math.sqrt(count)))
+    return columns, scale or min(MAX_SCALE, max(1, round(WIDTH / (min(columns, count) * (width + 1)))))
+
+
+def tile(images: Tensor, columns: int, scale: int = 1, captions: Sequence[str] = ()) -> np.ndarray:
     """uint8 images (B, C, H, W), C 1 or 3, in rows of `columns` with a grey line around each: (H', W', 3) uint8.
 
-    Each pixel is scale × scale large. As torchvision's make_grid, whose import takes a second and 160 MB.
+    Each pixel is scale × scale large; captions[k] stands above image k. As torchvision's make_grid, whose import takes
+    a second and 160 MB.
     """
     if images.dtype != torch.uint8:
         raise ValueError(f"images must be uint8, not {images.dtype}: convert them with data.to_uint8")
@@ -97,7 +107,29 @@ def tile(images: Tensor, columns: int, scale: int = 1) -> np.ndarray:
     cells[:count, :, 1:, 1:] = images.cpu()
     grid = cells.unflatten(0, (rows, columns)).permute(0, 3, 1, 4, 2).flatten(2, 3).flatten(0, 1)
     grid = F.pad(grid, (0, 0, 0, 1, 0, 1), value=GREY)                                      # and right and below
-    return grid.repeat_interleave(scale, 0).repeat_interleave(scale, 1).numpy()
+    grid = grid.repeat_interleave(scale, 0).repeat_interleave(scale, 1).numpy()
+    parts, row_height = [], (height + 1) * scale
+    for row in range(rows if captions else 0):
+        texts = [*captions[row * columns:(row + 1) * columns], *columns * [""]][:columns]
+        parts += [caption_line(texts, grid.shape[1])] if any(texts) else []
+        parts.append(grid[row * row_height:(row + 1) * row_height])
+    return np.concatenate([*parts, grid[rows * row_height:]]) if captions else grid
+
+
+def caption_line(texts: Sequence[str], width: int) -> np.ndarray:
+    """A line of texts, each in the middle of its equal part of the width, white on grey: (CAPTION, width, 3) uint8."""
+    import matplotlib
+    from PIL import Image, ImageDraw, ImageFont
+
+    line = Image.new("RGB", (width, CAPTION), (GREY, GREY, GREY))
+    file = Path(matplotlib.get_data_path()) / "fonts/ttf/DejaVuSans.ttf"
+    for size in (14, 13, 12, 11, 10, 9, 8):  # the largest that fits
+        font = ImageFont.truetype(str(file), size)
+        if max(font.getlength(text) for text in texts) <= width / len(texts):
+            break
+    for i, text in enumerate(texts):
+        ImageDraw.Draw(line).text((width * (i + 0.5) / len(texts), CAPTION / 2), text, "white", font, anchor="mm")
+    return np.array(line)
 
 
 def evenly_spaced(count: int, shown: int, rounding: Callable[[float], int] = round) -> list[int]:
@@ -105,30 +137,44 @@ def evenly_spaced(count: int, shown: int, rounding: Callable[[float], int] = rou
     return sorted({rounding((count - 1) * i / (shown - 1)) for i in range(shown)})
 
 
-def save_images(images: Tensor, path: str | Path, columns: int = 8, scale: int = 3) -> None:
-    """Write a grid of uint8 images (B, C, H, W) as a PNG, `columns` in a row, each pixel scale × scale large."""
+def save_images(images: Tensor, path: str | Path, columns: int | None = None, scale: int | None = None,
+                captions: Sequence[str] = ()) -> None:
+    """Write a grid of uint8 images (B, C, H, W) as a PNG, as `tile` makes it; None: as `grid_layout` chooses."""
+    save_picture(tile(images, *grid_layout(len(images), images.shape[3], columns, scale), captions), path)
+
+
+def save_picture(picture: np.ndarray, path: str | Path) -> None:
+    """Write a picture (H, W, 3) uint8 as a PNG."""
     from PIL import Image
 
     with atomic_write(path) as file:
-        Image.fromarray(tile(images, columns, scale)).save(file, format="PNG")
+        Image.fromarray(picture).save(file, format="PNG")
 
 
-def save_gif(frames: Sequence[Tensor], path: str | Path, columns: int = 8, scale: int = 3,
-             seconds: float = 3.0) -> None:
-    """Write an animated GIF of frames, each a grid of uint8 images (B, C, H, W): `seconds` long, then two of pause."""
+def save_gif(frames: Sequence[Tensor], path: str | Path, columns: int = 8, seconds: float = 3.0,
+             captions: Sequence[str] = ()) -> None:
+    """Write an animated GIF of frames, each a grid of uint8 images (B, C, H, W): `seconds` long, then two of pause.
+
+    captions[k] stands above frame k.
+    """
     from PIL import Image
 
-    pictures = [Image.fromarray(tile(images, columns, scale)).quantize(64) for images in frames]
+    columns, scale = grid_layout(len(frames[0]), frames[0].shape[3], columns)
+    grids = [tile(images, columns, scale) for images in frames]
+    if captions:
+        grids = [np.concatenate([caption_line([text], grid.shape[1]), grid])
+                 for text, grid in zip(captions, grids, strict=True)]
+    pictures = [Image.fromarray(grid).quantize(64) for grid in grids]
     each = max(20, round(1000 * seconds / len(pictures)))  # milliseconds; viewers show 20 at the least
     with atomic_write(path) as file:
         pictures[0].save(file, format="GIF", save_all=True, append_images=pictures[1:], loop=0, optimize=True,
                          duration=[each] * (len(pictures) - 1) + [2000])
 
 
-def save_figure(figure, path: str | Path) -> None:
-    """Write a matplotlib figure as a PNG and close it."""
+def save_figure(figure, path: str | Path, dpi: int = 120) -> None:
+    """Write a matplotlib figure in the format of the path's ending, one of FIGURE_FORMATS, and close it."""
     with atomic_write(path) as file:
-        figure.savefig(file, format="png", dpi=120, bbox_inches="tight")
+        figure.savefig(file, format=Path(path).suffix[1:], dpi=dpi, bbox_inches="tight")
     pyplot().close(figure)
 
 
@@ -140,6 +186,15 @@ def pyplot():
     import matplotlib.pyplot as plt
 
     return plt
+
+
+def plain_log_ticks(axis) -> None:
+    """Label a logarithmic axis of matplotlib 0.1, 0.2, 0.5, 1, 2 ... or, where it is short, evenly: 1.6, 1.7, 1.8."""
+    from matplotlib import ticker
+
+    axis.set_major_locator(ticker.LogLocator(subs=(1, 2, 5)))
+    axis.set_major_formatter("{x:g}")
+    axis.set_minor_formatter(ticker.NullFormatter())
 
 
 def moving_average(values: Sequence[float], window: int) -> np.ndarray:
@@ -165,6 +220,7 @@ def plot_losses(records: Sequence[dict], path: str | Path) -> None:
         axes.plot(*zip(*validated, strict=True), "o-", color="tab:orange", markersize=4, label="validation (EMA)")
     if trained and min(loss for _, loss in trained) > 0:
         axes.set_yscale("log")
+        plain_log_ticks(axes.yaxis)
     axes.set(xlabel="training step", ylabel="loss", title="Training loss")
     axes.grid(alpha=0.3, which="both")
     if trained or validated:

@@ -10,6 +10,7 @@
                                                      loss        the error of x_0_hat against t
 """
 
+import math
 import sys
 from argparse import Namespace
 from collections.abc import Sequence
@@ -27,18 +28,18 @@ from runtime.files import check_output
 from runtime.parser import Parser, add_shared_flags, number
 from runtime.sampling import dataset_of, sampling_options
 from runtime.script import script
-from samplers import generate, image_noise
-from utils import evenly_spaced, generator_for, get_device, pyplot, save_figure
+from samplers import HIGHEST_NOISE, LOWEST_NOISE, generate, image_noise
+from utils import FIGURE_FORMATS, evenly_spaced, generator_for, get_device, pyplot, save_figure, tile
 
 COLUMNS = (0, 50, 100, 200, 400, 600, 800, 999)  # times t of --what forward, if T is 1,000
-DENOISING_COLUMNS = 10
+FRAME_COLUMNS = 10
 WITHOUT_MODEL = ("forward", "schedules")
 WITH_MODEL = ("denoising", "attention", "features", "embedding", "loss")
 
 
-TRAJECTORY_FLAGS = ("num_images", "seed", "sampler", "spacing", "steps", "label", "guidance_scale")
+TRAJECTORY_FLAGS = ("num_images", "columns", "seed", "sampler", "spacing", "steps", "label", "guidance_scale")
 READ_FLAGS = {  # the flags that each picture reads, besides those of files and devices
-    "forward": ("num_images", "seed", "schedule", "timesteps", "dataset"), "schedules": ("timesteps",),
+    "forward": ("num_images", "columns", "seed", "schedule", "timesteps", "dataset"), "schedules": ("timesteps",),
     "denoising": TRAJECTORY_FLAGS, "attention": TRAJECTORY_FLAGS, "features": TRAJECTORY_FLAGS,
     "embedding": ("seed", "projection"), "loss": ("seed",),
 }
@@ -50,14 +51,17 @@ def parse_args(argv: Sequence[str] | None):
                         help="which picture to draw")
     parser.add_argument("--num_images", type=number(int, 1, 64), default=8,
                         help="how many images (rows); with features: how many are averaged")
-    parser.add_argument("--save_path", help="the .png to write (default: outputs/forward_diffusion.png, or "
-                                            "outputs/ and the value of --what)")
+    parser.add_argument("--save_path", help="the .png, .pdf or .svg to write (default: outputs/forward_diffusion.png, "
+                                            "or outputs/ and the value of --what)")
     parser.add_argument("--schedule", choices=SCHEDULES, default="linear", help="for --what forward")
     parser.add_argument("--timesteps", type=number(int, 1, 100_000), default=1000,
                         help="T, for --what forward and schedules")
     parser.add_argument("--dataset", choices=tuple(DATASETS),
                         help="for --what forward (default: mnist; of a --checkpoint: its own)")
     add_shared_flags(parser, "data_dir", "seed", "device")
+    parser.add_argument("--columns", type=number(int, 2, 100),
+                        help=f"how many times t to show (default: {FRAME_COLUMNS}; with --what forward {len(COLUMNS)})")
+    parser.add_argument("--dpi", type=number(int, 10, 2400), default=120, help="the resolution, in pixels per inch")
     group = parser.add_argument_group(f"--what {', '.join(WITH_MODEL)}")
     group.add_argument("--checkpoint", help="a checkpoint of train.py or distill.py; its data set is used")
     add_shared_flags(group, "sampler", "spacing", "steps", "label", "guidance_scale")
@@ -73,13 +77,15 @@ def parse_args(argv: Sequence[str] | None):
         if args.what not in readers and not (name == "dataset" and args.checkpoint):
             parser.error(f"--{name} changes nothing with --what {args.what}: leave it out (it is for --what "
                          f"{', '.join(readers)})")
-    if args.save_path is not None and Path(args.save_path).suffix != ".png":
-        parser.error(f"--save_path must end in .png, not {Path(args.save_path).name!r}")
+    if args.save_path is not None and Path(args.save_path).suffix not in FIGURE_FORMATS:
+        parser.error(f"--save_path must end in {', '.join(FIGURE_FORMATS)}, not {Path(args.save_path).name!r}")
     return args
 
 
-def shown_times(num_timesteps: int) -> list[int]:
-    """COLUMNS scaled to T timesteps: fewer for a small T."""
+def shown_times(num_timesteps: int, columns: int | None = None) -> list[int]:
+    """COLUMNS scaled to T timesteps, or as many times as `columns`, evenly spaced: fewer for a small T."""
+    if columns:
+        return evenly_spaced(num_timesteps, columns)
     return sorted({round(t * (num_timesteps - 1) / 999) for t in COLUMNS})
 
 
@@ -108,7 +114,7 @@ def draw_forward(args: Namespace):
     chosen = torch.randperm(len(data.images), generator=generator)[:args.num_images]
     x_0 = to_model(data.images[chosen])
     noise = torch.randn(x_0.shape, generator=generator)
-    times = shown_times(diffusion.num_timesteps)
+    times = shown_times(diffusion.num_timesteps, args.columns)
     frames = torch.stack([diffusion.q_sample(x_0, t, noise) for t in times], dim=1)         # (B, times, C, H, W)
     names = [data.class_names[label] for label in data.labels[chosen]]
     return show_images(frames, [f"t = {t}" for t in times], names,
@@ -129,7 +135,7 @@ def draw_schedules(args: Namespace):
     for axis, title in zip(axes, ("ᾱ_t", "signal and noise rates", "log-SNR = log(ᾱ_t / (1 - ᾱ_t))"), strict=True):
         axis.set(title=title, xlabel="t")
         axis.grid(alpha=0.3)
-        axis.legend(fontsize=8)
+        axis.legend(fontsize=8, loc="upper center", bbox_to_anchor=(0.5, -0.16), ncols=2, frameon=False)
     return figure
 
 
@@ -145,21 +151,51 @@ def trajectory_frames(args: Namespace, model, diffusion: DiffusionProcess, confi
     return frames, options
 
 
-def shown_frames(frames: Sequence[Frame]) -> list[Frame]:
-    """At most DENOISING_COLUMNS of the frames, evenly spaced."""
-    return [frames[i] for i in evenly_spaced(len(frames), DENOISING_COLUMNS)]
+def shown_frames(frames: Sequence[Frame], diffusion: DiffusionProcess, columns: int | None = None) -> list[Frame]:
+    """At most `columns` of the frames, the first and the last among them, spread evenly over the log-SNR.
+
+    The image appears in a small part of the time; over the log-SNR that part is large. What lies beyond HIGHEST_NOISE
+    and LOWEST_NOISE, the range in which samplers take their steps, counts as their value.
+    """
+    ends = [-2 * math.log(level * diffusion.data_std) for level in (HIGHEST_NOISE, LOWEST_NOISE)]
+    places = torch.tensor([diffusion.log_snr(t).item() for t, _, _ in frames]).clamp(*ends)
+    chosen = [0, len(frames) - 1]
+    while len(set(chosen)) < min(len(frames), columns or FRAME_COLUMNS):  # add the one farthest from those chosen
+        distance = (places[:, None] - places[chosen]).abs().amin(1)
+        distance[chosen] = -1
+        chosen.append(int(distance.argmax()))
+    return [frames[i] for i in sorted(set(chosen))]
 
 
 def draw_denoising(args: Namespace, model, diffusion: DiffusionProcess, config: dict):
-    """A trajectory from noise to image: for each image a row of x_t above a row of x_0_hat."""
+    """A trajectory from noise to image: for each image a pair of rows, x_t above x_0_hat."""
     frames, options = trajectory_frames(args, model, diffusion, config)
     image = frames[-1][2]  # every sampler ends with its last x_0_hat
-    shown = shown_frames([*frames, (-1, image, image)])
-    rows = [torch.stack([frame[part][i] for frame in shown]) for i in range(args.num_images) for part in (1, 2)]
+    shown = shown_frames([*frames, (-1, image, image)], diffusion, args.columns)
+    pairs = [torch.stack([frame[part][i] for part in (1, 2) for frame in shown]) for i in range(args.num_images)]
     titles = ["image" if t < 0 else f"t = {t:.0f}" for t, _, _ in shown]
-    return show_images(rows, titles, ["x_t", "x̂_0"] * args.num_images,
-                       f"{options['sampler']}, {options['steps']} steps: x_t and, below, the clean image expected "
-                       "from it")
+    return show_pairs(pairs, titles, f"{options['sampler']}, {options['steps']} steps: x_t and, below, the clean image "
+                                     "expected from it")
+
+
+def show_pairs(pairs: Sequence[Tensor], titles: Sequence[str], caption: str):
+    """A figure of pairs of rows (2 · columns, C, H, W): x_t and x_0_hat. More than four pairs lie in two blocks."""
+    blocks, columns = 1 if len(pairs) <= 4 else 2, len(titles)
+    lines, (height, width) = -(-len(pairs) // blocks), pairs[0].shape[2:]
+    cell = 0.9 if blocks == 1 else 0.65  # inches
+    figure, axes = pyplot().subplots(lines, blocks, squeeze=False, layout="constrained",
+                                     figsize=(blocks * (cell * columns + 0.6), lines * 2.25 * cell + 0.7))
+    for axis in axes.flat:
+        axis.axis("off")
+    for axis, pair in zip(axes.T.flat, pairs, strict=False):  # down the first block, then down the second
+        axis.axis("on")
+        axis.imshow(tile(to_uint8(pair), columns), interpolation="nearest")
+        axis.set_yticks([height / 2 + row * (height + 1) for row in (0, 1)], ["x_t", "x̂_0"])
+        axis.set_xticks([width / 2 + i * (width + 1) for i in range(columns)], titles if axis in axes[0] else [])
+        axis.tick_params(length=0, labeltop=True, labelbottom=False, labelsize=8 if blocks == 1 else 7)
+        axis.spines[:].set_visible(False)
+    figure.suptitle(caption, fontsize=11)
+    return figure
 
 
 def draw_with_model(args: Namespace, model, diffusion: DiffusionProcess, config: dict):
@@ -169,8 +205,9 @@ def draw_with_model(args: Namespace, model, diffusion: DiffusionProcess, config:
     if args.what in ("attention", "features"):
         frames, options = trajectory_frames(args, model, diffusion, config)
         if args.what == "attention":
-            return draw_attention(model, diffusion, shown_frames(frames), options["labels"], args.num_images)
-        return draw_features(model, diffusion, shown_frames(frames), options["labels"])
+            return draw_attention(model, diffusion, shown_frames(frames, diffusion, args.columns), options["labels"],
+                                  args.num_images)
+        return draw_features(model, diffusion, shown_frames(frames, diffusion, args.columns), options["labels"])
     name = config["data"]["dataset"]
     validation = load_dataset(name, "validation", args.data_dir)
     if args.what == "embedding":
@@ -190,7 +227,7 @@ def main(argv=None):
         dataset_of(checkpoint, args.dataset)  # an error if --dataset names another
         draw = partial(draw_with_model, args, model, diffusion, checkpoint["config"])
     check_output(path, args.checkpoint)
-    save_figure(draw(), path)
+    save_figure(draw(), path, args.dpi)
     print(f"Saved {path}")
 
 

@@ -17,7 +17,7 @@ from diffusion import DiffusionProcess
 from evaluation.gaussian import gaussian_bound
 from models.layers import Attention
 from runtime.errors import UserError
-from utils import generator_for, pyplot
+from utils import generator_for, plain_log_ticks, pyplot
 
 Frame = tuple[float, Tensor, Tensor]
 
@@ -100,53 +100,59 @@ def choose_queries(image: Tensor, height: int, width: int, count: int) -> list[t
 
 
 def draw_attention(model, diffusion: DiffusionProcess, frames: Sequence[Frame], labels: Tensor | None, rows: int):
-    """The attention of some positions of the first image in each frame, drawn over its x_0_hat.
+    """The attention of some positions of the first image in each frame, below its x_0_hat.
 
     `rows` positions in all, shared between the layers, at least one for each layer.
     """
     maps = attention_maps(model, diffusion, *stack_frames(frames, labels, 1))
-    image, lines = frames[-1][2][0], []
+    image, lines, titles = frames[-1][2][0], [], layer_titles(model)
     for name, weights in maps.items():
         height, width = weights.shape[1:3]
         for row, column in choose_queries(image, height, width, max(1, rows // len(maps))):
-            label = f"{name.replace('.stage', '').replace('.attention', '')}\n{height}×{width}"
+            label = f"{titles[name]}, {height}×{width}\nrow {row + 1}, column {column + 1}"
             lines.append((label, (row, column), weights[:, row, column] * height * width))
-    brightest = max(2.0, *(line.max().item() for _, _, line in lines))
-    figure, axes = pyplot().subplots(len(lines), len(frames), figsize=(1.1 * len(frames) + 1.6, 1.1 * len(lines) + 0.8),
-                                     squeeze=False, layout="compressed")
-    for axis_row, (label, query, weights) in zip(axes, lines, strict=True):
-        for axis, (_, _, x_0_hat), weight in zip(axis_row, frames, weights, strict=True):
-            shown = _attention_cell(axis, x_0_hat[0], weight, query, brightest)
-        axis_row[0].set_ylabel(label, rotation=0, ha="right", va="center", fontsize=8)
-    for axis, (t, _, _) in zip(axes[0], frames, strict=True):
+    colours = dict(norm="log", clim=(1.0, max(2.0, *(line.max().item() for _, _, line in lines))))
+    figure, axes = pyplot().subplots(len(lines) + 1, len(frames), squeeze=False, layout="compressed",
+                                     figsize=(1.1 * len(frames) + 2.2, 1.1 * (len(lines) + 1) + 0.8))
+    for axis, (t, _, x_0_hat) in zip(axes[0], frames, strict=True):
+        axis.imshow(to_uint8(x_0_hat[0]).permute(1, 2, 0).numpy(), cmap="gray", vmin=0, vmax=255)
         axis.set_title(f"t = {t:.0f}", fontsize=9)
-    bar = figure.colorbar(shown, ax=axes, shrink=0.9, pad=0.01, label="attention (1: the same everywhere)")
-    bar.ax.set_facecolor("black")
-    figure.suptitle("Where the position marked + looks (colour), over the clean image expected at that time (grey)",
+    axes[0, 0].set_ylabel("x̂_0", rotation=0, ha="right", va="center", fontsize=8)
+    for axis_row, (label, query, weights) in zip(axes[1:], lines, strict=True):
+        for axis, (_, _, x_0_hat), weight in zip(axis_row, frames, weights, strict=True):
+            shown = _attention_cell(axis, x_0_hat[0], weight, query, colours)
+        axis_row[0].set_ylabel(label, rotation=0, ha="right", va="center", fontsize=8)
+    for axis in axes.flat:
+        axis.set(xticks=[], yticks=[])
+    bar = figure.colorbar(shown, ax=axes[1:], shrink=0.9, pad=0.01, label="attention (1 or less: as if evenly spread)")
+    plain_log_ticks(bar.ax.yaxis)
+    figure.suptitle("Where the position marked + looks, and the outline of the clean image expected at that time",
                     fontsize=11)
     return figure
 
 
-def _attention_cell(axis, x_0_hat: Tensor, weight: Tensor, query: tuple[int, int], brightest: float):
-    """Draw weight (h, w) over a grey x_0_hat (C, H, W), with a + at the query."""
+def layer_titles(model) -> dict[str, str]:
+    """A title for each attention layer by its name: its stage and, if that has several, a number."""
+    titles, names = {}, {module: name for name, module in model.named_modules()}
+    for stage, module in unet_stages(model).items():
+        layers = [names[part] for part in module.modules() if isinstance(part, Attention)]
+        titles |= {name: stage if len(layers) == 1 else f"{stage} ({i} of {len(layers)})"
+                   for i, name in enumerate(layers, start=1)}
+    return titles
+
+
+def _attention_cell(axis, x_0_hat: Tensor, weight: Tensor, query: tuple[int, int], colours: dict):
+    """Draw weight (h, w) with the outline of x_0_hat (C, H, W), and a + at the query."""
     height, width = x_0_hat.shape[1:]
-    axis.imshow(to_uint8(x_0_hat).float().mean(0).numpy(), cmap="gray", vmin=0, vmax=255)
-    shown = axis.imshow(weight.numpy(), cmap=_transparent_at_zero("plasma"), norm="log", clim=(1.0, brightest),
-                        interpolation="nearest", extent=(-0.5, width - 0.5, height - 0.5, -0.5))
+    shown = axis.imshow(weight.numpy(), cmap="inferno", interpolation="nearest",
+                        extent=(-0.5, width - 0.5, height - 0.5, -0.5), **colours)
+    pixels = x_0_hat.mean(0)
+    if pixels.min() < 0 < pixels.max():
+        axis.contour(pixels.numpy(), levels=[0], colors="white", linewidths=0.6, alpha=0.8)
     row, column = ((q + 0.5) * size / cells - 0.5
                    for q, size, cells in zip(query, (height, width), weight.shape, strict=True))
     axis.plot(column, row, "+", color="cyan", markersize=9, markeredgewidth=2)
-    axis.set(xticks=[], yticks=[])
     return shown
-
-
-def _transparent_at_zero(name: str):
-    """A colour map of matplotlib that is transparent at its lower end."""
-    from matplotlib.colors import ListedColormap
-
-    colours = pyplot().get_cmap(name)(torch.linspace(0, 1, 256).numpy())                    # (256, 4)
-    colours[:, 3] = torch.linspace(0, 0.85, 256).numpy()
-    return ListedColormap(colours).with_extremes(under=(0, 0, 0, 0))
 
 
 # -------------------------------------------------------------------------------------------------------- features
@@ -171,9 +177,10 @@ def draw_features(model, diffusion: DiffusionProcess, frames: Sequence[Frame], l
         axis.plot([t for t, _, _ in frames], values.flatten(1).mean(1), "o-", markersize=3, label=name)
     axis.set(xlabel="t", ylabel="mean |activation|", yscale="log",
              title=f"Mean over channels, positions and {values.shape[1]} images")
+    plain_log_ticks(axis.yaxis)
     axis.invert_xaxis()  # noise on the left, as above
     axis.grid(alpha=0.3)
-    axis.legend(fontsize=8)
+    axis.legend(fontsize=8, loc="center left", bbox_to_anchor=(1, 0.5))
     return figure
 
 

@@ -5,6 +5,7 @@ from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from tqdm import tqdm
@@ -26,7 +27,7 @@ from evaluation.metrics import (
 )
 from learned_variance import bits_per_dim
 from runtime.errors import UserError
-from utils import generator_for, save_images
+from utils import GREY, caption_line, generator_for, save_picture, tile
 
 PAIRS = 16  # in nearest.png: as many of the closest images, and as many others
 LIKELIHOOD_IMAGES, LIKELIHOOD_DRAWS = 2000, 4  # real images of bits_per_dim, and random times for each of them
@@ -132,12 +133,22 @@ def memorisation(reference: Reference, images: Tensor, features: ImageFeatures, 
     distance, same_features = nearest(query_features.to(device), train_features, progress_bar("nearest in features"))
     closest = pixels[:len(images)].argsort()[:PAIRS]
     shown = torch.cat([closest, torch.arange(min(PAIRS, len(images)))])
-    columns = [images[shown], train[same_pixels[shown]], train[same_features[shown]],
-               torch.full_like(images[shown], 64)]
-    save_images(torch.stack(columns, 1).flatten(0, 1), path, columns=16)
+    draw_nearest(torch.stack([images[shown], train[same_pixels[shown]], train[same_features[shown]]], 1), path)
     return dict(pixels=closeness(pixels[:len(images)], pixels[len(images):]),
                 features=closeness(distance[:len(images)], distance[len(images):]),
                 training_images=len(train), real_images=len(real))
+
+
+def draw_nearest(triples: Tensor, path: Path) -> None:
+    """Draw uint8 triples (N, 3, C, H, W) of an image and its nearest training images: of PAIRS closest, then others."""
+    gaps = torch.full_like(triples[:, :1], GREY)                                            # between two triples
+    captions, parts = ["image", "in pixels", "in features", ""] * PAIRS, []
+    for title, some in (("The generated images closest to a training image, each with the nearest training images",
+                         slice(None, PAIRS)),
+                        ("The first generated images, each with the nearest training images", slice(PAIRS, None))):
+        grid = tile(torch.cat([triples, gaps], 1)[some].flatten(0, 1), 16, 3, captions[:16])
+        parts += [caption_line([title], grid.shape[1]), grid]
+    save_picture(np.concatenate(parts), path)
 
 
 def likelihood(model, diffusion: DiffusionProcess, data: ImageData, seed: int) -> dict[str, float]:

@@ -121,6 +121,10 @@ SHARED_FLAGS = {
     "guidance_interval": dict(type=number(float, 0), nargs=2, metavar=("LOW", "HIGH"), action=LowAndHigh,
                               help="use guidance only at times t from LOW to HIGH (default: at all times)"),
     "batch_size": dict(type=number(int, 1), default=64, help="images made at the same time; does not change an image"),
+    # for scripts that draw pictures
+    "columns": dict(type=number(int, 1, 1000), help="pictures in a row (default: by their number)"),
+    "scale": dict(type=number(int, 1, 64), help="each pixel of a picture is drawn N×N large (default: by their number)",
+                  metavar="N"),
 }
 
 

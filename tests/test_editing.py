@@ -16,6 +16,7 @@ from data_sources.pictures import read_mask, read_picture
 from diffusion import DiffusionProcess
 from editing import ddim_inversion, inpaint, keep_known, slerp
 from samplers import SAMPLERS, ddim, final_image, uniform_timesteps
+from utils import CAPTION, GREY, grid_layout
 
 PIXELS, SHAPE = 6, (1, 2, 3)
 STD = torch.tensor([0.5, 0.4, 0.6, 0.5, 0.3, 0.5], dtype=torch.float64)
@@ -182,8 +183,8 @@ def call(checkpoint, data_dir, tmp_path):
 
 
 def cells(path, columns):
-    """The pictures (N, 28, 28) uint8 of a grid that save_images wrote with scale 4."""
-    pixels = np.asarray(Image.open(path).convert("L"))[::4, ::4]
+    """The pictures (N, 28, 28) uint8 of one row that save_images wrote with scale 4, below its captions."""
+    pixels = np.asarray(Image.open(path).convert("L"))[CAPTION::4, ::4]
     rows = [pixels[r:r + 28] for r in range(1, pixels.shape[0] - 1, 29)]
     return np.stack([row[:, c:c + 28] for row in rows for c in range(1, 29 * columns, 29)])
 
@@ -210,7 +211,9 @@ def test_inpaint_shows_picture_mask_known_part_and_results(call, tmp_path, pictu
     mask[HALVES[side]] = True
     assert np.array_equal(shown[0], picture)
     assert np.array_equal(shown[1], mask * np.uint8(255))
-    assert np.array_equal(shown[2][~mask], picture[~mask]) and len(np.unique(shown[2][mask])) == 1
+    assert np.array_equal(shown[2][~mask], picture[~mask])
+    greys = np.unique(shown[2][mask])  # a pattern without the grey of the grid
+    assert len(greys) == 2 and abs(greys - float(GREY)).min() > 32
     for result in shown[3:]:
         assert np.array_equal(result[~mask], picture[~mask])
         assert not np.array_equal(result[mask], picture[mask])
@@ -284,7 +287,8 @@ def test_films_have_their_frames_and_pause_on_the_last(call, tmp_path, command, 
 
 def test_a_film_ends_in_the_result(call, tmp_path):
     assert call("vary", "--gif", "--num_images", 2) == 0
-    result, film = cells(tmp_path / "x.png", 3), frames_of(tmp_path / "x.gif")[1][::3, ::3]
+    result, (_, scale) = cells(tmp_path / "x.png", 3), grid_layout(4, 28, 8)
+    film = frames_of(tmp_path / "x.gif")[1][CAPTION::scale, ::scale]
     assert np.abs(film[1:29, 1:29].astype(int) - result[1]).max() <= 8  # 64 shades
 
 
