@@ -4,10 +4,11 @@
     python distill.py --checkpoint outputs/model_final.pt --budget 10m --guidance_scale 2 --output_dir outputs/guided
 
 Consistency distillation (Song et al. 2023): the teacher goes to an image in many small steps, the student learns to
-jump there. The student is a checkpoint like any other. Writes to --output_dir: model_final.pt, metrics.jsonl, and
-samples.png, two rows for each of 1, 2 and 4 evaluations. Results of an older run there are moved to previous/. Ctrl-C
-and SIGTERM save a checkpoint to checkpoints/; a distillation cannot be resumed. The teacher should predict edm, v or
-x0: one that predicts eps knows nothing about the image at the noisiest time, where the student begins.
+jump there. The student is a checkpoint like any other. Writes to --output_dir: model_final.pt, run.json,
+metrics.jsonl, and samples.png, two rows for each of 1, 2 and 4 evaluations. Results of an older run there are moved to
+previous/. Ctrl-C and SIGTERM save a checkpoint to checkpoints/; a distillation cannot be resumed. The teacher should
+predict edm, v or x0: one that predicts eps knows nothing about the image at the noisiest time, where the student
+begins.
 """
 
 import copy
@@ -31,8 +32,9 @@ from runtime.errors import UserError
 from runtime.parser import SHARED_FLAGS, Parser, add_shared_flags, duration, number
 from runtime.sampling import is_student, sampling_options
 from runtime.script import script
+from runtime.startup import seconds_since_start
 from samplers import DEFAULT_GUIDANCE, ddim_step, final_image, generate, guide, spaced_timesteps
-from training import autotune, run_folder
+from training import autotune, run_folder, run_record
 from training.budget import Budget
 from training.run import CLOSING_SECONDS, LOG_STEPS, Run, progress_bar
 from training.trainer import Trainer, fitting_batch
@@ -224,13 +226,13 @@ def make_trainer(settings: Namespace, teacher, process: DiffusionProcess,
 def memory_advice(trainer: Trainer) -> str:
     """Advice after a step that ran out of memory; measures the batch size that fits."""
     return (f"out of memory in a step of {trainer.batch_size} images: give --batch_size "
-            f"{fitting_batch(trainer, trainer.batch_size // 2)}, which fits (measured)")
+            f"{fitting_batch(trainer.rehearse, trainer.batch_size // 2, trainer.device)}, which fits (measured)")
 
 
 @script
 def main(argv=None):
     args = parse_args(argv)
-    start = time.perf_counter() - (time.process_time() if argv is None else 0.0)  # with the time of the imports
+    start = time.perf_counter() - (seconds_since_start() if argv is None else 0.0)  # with the time of the imports
     with run_folder.claim(args.output_dir) as folder:
         run = make_run(args, start)
         with run_folder.stop_on_signals(run):
@@ -244,13 +246,14 @@ def main(argv=None):
                 raise UserError(f"the {args.budget:g} s of --budget were over before the first step: give it more")
             if place := run_folder.set_aside(folder):
                 print(f"Moved the results of an older run to {place}")
-            run.carry_out(partial(distill, run), partial(memory_advice, trainer))
-            if run.stopped:
-                print(f"Stopped by a signal after {trainer.step:,} steps; saved {run.save_step()}")
-                return 128 + run.stopped
-            path = run.save("model_final.pt")
-            save_samples(run)
-            print(f"Saved {path}: python sample.py --checkpoint {shlex.quote(str(path))}")
+            with run_record.recorded(run, "distill.py", argv, resumed=False):
+                run.carry_out(partial(distill, run), partial(memory_advice, trainer))
+                if run.stopped:
+                    print(f"Stopped by a signal after {trainer.step:,} steps; saved {run.save_step()}")
+                    return 128 + run.stopped
+                path = run.save("model_final.pt")
+                save_samples(run)
+                print(f"Saved {path}: python sample.py --checkpoint {shlex.quote(str(path))}")
 
 
 if __name__ == "__main__":

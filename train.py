@@ -6,7 +6,7 @@
     torchrun --nproc_per_node=2 train.py --epochs 20
 
 Writes to --output_dir: samples/epoch_001.png ..., checkpoints/model_epoch_005.pt ..., model_final.pt,
-training_loss.png and metrics.jsonl. Results of an older run there are moved to previous/.
+training_loss.png, metrics.jsonl and run.json. Results of an older run there are moved to previous/.
 """
 
 import math
@@ -29,8 +29,9 @@ from runtime.errors import UserError, checking_user_input
 from runtime.memory import trim_heap
 from runtime.sampling import is_student, sampling_options
 from runtime.script import script
+from runtime.startup import seconds_since_start
 from samplers import DEFAULT_STEPS, final_image, generate
-from training import autotune, run_folder
+from training import autotune, run_folder, run_record
 from training.budget import Budget
 from training.flags import (
     RECIPES,
@@ -52,7 +53,7 @@ from training.run import (
     progress_bar,
     warn_of_failed_writes,
 )
-from training.trainer import VALIDATION_LOSS_IMAGES, Trainer, fitting_batch, validation_loss
+from training.trainer import VALIDATION_LOSS_IMAGES, Trainer, fitting_batch, rehearse_step, validation_loss
 from utils import autocast, count_parameters, get_device, plot_losses, save_images, set_seed
 
 PREVIEW_IMAGES = 64
@@ -64,12 +65,8 @@ def parse_args(argv: Sequence[str] | None) -> tuple[Namespace, dict | None]:
     args = parser.parse_args(argv)
     parser.set_defaults(**RECIPES[args.recipe])
     args = parser.parse_args(argv)
-    if not (args.resume or distributed.restart_count()):
-        return args, None
-    distributed.init_process_group(get_device(distributed.local_device(args.device)))
-    found = distributed.broadcast(None if distributed.rank() else newest_valid(Path(args.output_dir)))
+    found = find_checkpoint(args) if args.resume or distributed.is_launched() else None
     if not found:
-        print(f"Nothing to resume in {args.output_dir}: starting a new run")
         return args, None
     path, checkpoint = found
     if is_student(checkpoint["config"]):
@@ -78,6 +75,26 @@ def parse_args(argv: Sequence[str] | None) -> tuple[Namespace, dict | None]:
     args = parser.parse_args([*words, *(sys.argv[1:] if argv is None else argv)])
     print(f"Resuming {path} after {checkpoint['step']:,} steps")
     return args, checkpoint
+
+
+def find_checkpoint(args: Namespace) -> tuple[Path, dict] | None:
+    """The newest valid checkpoint in --output_dir, with --resume or if torchrun restarts what wrote it.
+
+    UserError for --resume with a folder that no run has written to.
+    """
+    distributed.init_process_group(get_device(distributed.local_device(args.device)))
+    folder, problem, found = Path(args.output_dir), None, None
+    if distributed.rank() == 0:
+        if args.resume and not run_folder.has_run(folder):
+            problem = run_folder.no_run_message(folder)
+        elif args.resume or run_record.is_of_this_launch(folder):
+            found = newest_valid(folder)
+            if not found:
+                print(f"Nothing to resume in {folder}: starting a new run")
+    problem, found = distributed.broadcast((problem, found))
+    if problem:
+        raise UserError(problem)
+    return found
 
 
 def train(run: Run, validation: ImageData, settings: Namespace) -> None:
@@ -182,19 +199,26 @@ def make_run(args: Namespace, checkpoint: dict | None, start: float) -> tuple[Ru
 def make_trainer(settings: Namespace, data: ImageData, model, diffusion) -> tuple[Trainer, Namespace]:
     """The trainer, and the settings with the precision, the layout and the batch size that were measured."""
     measure, device = settings.batch_size == "auto", data.images.device
-    batch_size = RECIPES[settings.recipe]["batch_size"] if measure else settings.batch_size
+    largest = min(RECIPES[settings.recipe]["batch_size"], len(data.images))
+
+    def fitting(precision: str) -> int:
+        rehearse = partial(rehearse_step, model, diffusion, data, settings.conditional, precision)
+        return fitting_batch(rehearse, largest, device)
+
+    # Measured first, because the race below takes half the memory of a step. fp32 takes the most.
+    batch_size = fitting("bf16" if settings.precision == "bf16" else "fp32") if measure else settings.batch_size
     size = min(batch_size, len(data.images))
     steps = settings.epochs * len(data.images) // size if settings.epochs else math.inf
     precision, layout = autotune.fastest_arithmetic(
         settings.precision, settings.layout, model, diffusion, data, settings.conditional,
         -(-size // distributed.world_size()), autotune.seconds_for_race(steps, settings.budget))
+    if measure:
+        batch_size = batch_size if batch_size == largest or precision == "fp32" else fitting(precision)
+        print(f"A batch of {batch_size} images fits in memory")
     settings = Namespace(**vars(settings) | dict(precision=precision, layout=layout, batch_size=batch_size))
     cuda_graph = device.type == "cuda" and distributed.world_size() == 1 and settings.compile is not False
     trainer = Trainer(data, model.to(memory_format=autotune.LAYOUTS[layout]), diffusion, cuda_graph=cuda_graph,
                       **{name: getattr(settings, name) for name in TRAINER_FLAGS})
-    if measure:
-        trainer.batch_size = settings.batch_size = fitting_batch(trainer, trainer.batch_size)
-        print(f"A batch of {trainer.batch_size} images fits in memory")
     if settings.compile or (settings.compile is None and autotune.worth_compiling(settings.budget, device)):
         trainer.compile(required=bool(settings.compile))
     return trainer, settings
@@ -208,7 +232,7 @@ def advice(settings: Namespace) -> str:
 
 def memory_advice(trainer: Trainer) -> str:
     """Advice after a step that ran out of memory; measures the batch size that fits."""
-    fits = fitting_batch(trainer, trainer.batch_size // 2, agree=False)
+    fits = fitting_batch(trainer.rehearse, trainer.batch_size // 2, trainer.device, agree=False)
     return (f"out of memory in a step of {trainer.batch_size} images: a batch of {fits} fits (measured): give it with "
             f"--batch_size, or let --batch_size auto find it")
 
@@ -233,24 +257,25 @@ def complete_message(run: Run, checkpoint: dict | None, args: Namespace) -> str 
 def main(argv=None):
     args, checkpoint = parse_args(argv)
     distributed.init_process_group(get_device(distributed.local_device(args.device)))
-    start = time.perf_counter() - (time.process_time() if argv is None else 0.0)  # with the time of the imports
+    start = time.perf_counter() - (seconds_since_start() if argv is None else 0.0)  # with the time of the imports
     with run_folder.claim(args.output_dir) as folder:
         run, validation, settings = make_run(args, checkpoint, start)
         with run_folder.stop_on_signals(run):
             if message := complete_message(run, checkpoint, args):
                 return print(message)
             prepare_folder(run, resumed=checkpoint is not None)
-            run.carry_out(partial(train, run, validation, settings), partial(memory_advice, run.trainer))
-            if run.stopped:
-                path = run.save_step()
-                distributed.broadcast(None)  # wait for the file: torchrun ends all processes when one has ended
-                print(f"Stopped by a signal after {run.trainer.step:,} steps; saved {path}: continue with "
-                      f"{resume_command(args)}")
-                return 128 + run.stopped
-            path = run.save("model_final.pt")
-            if distributed.rank() == 0:
-                plot_losses(run.records, folder / "training_loss.png")
-            print(f"Saved {path}: python sample.py --checkpoint {shlex.quote(str(path))}")
+            with run_record.recorded(run, "train.py", argv, resumed=checkpoint is not None):
+                run.carry_out(partial(train, run, validation, settings), partial(memory_advice, run.trainer))
+                if run.stopped:
+                    path = run.save_step()
+                    distributed.broadcast(None)  # wait for the file: torchrun ends all processes when one has ended
+                    print(f"Stopped by a signal after {run.trainer.step:,} steps; saved {path}: continue with "
+                          f"{resume_command(args)}")
+                    return 128 + run.stopped
+                path = run.save("model_final.pt")
+                if distributed.rank() == 0:
+                    plot_losses(run.records, folder / "training_loss.png")
+                print(f"Saved {path}: python sample.py --checkpoint {shlex.quote(str(path))}")
     distributed.destroy_process_group()
 
 

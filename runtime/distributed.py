@@ -7,32 +7,86 @@ slice, so the number of processes changes results only by rounding. Only rank 0 
 import contextlib
 import os
 import sys
+import time
+import uuid
 import warnings
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from runtime.errors import UserError
+from runtime.errors import RunFailed, UserError
+
+REQUIRED_VARIABLES = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")  # what every launcher sets
+_launch: str | None = None
 
 
 def init_process_group(device: torch.device) -> None:
-    """Join the other processes if torchrun started this one (NCCL on GPUs, gloo on CPUs). Only rank 0 prints."""
-    if "WORLD_SIZE" in os.environ and not dist.is_initialized():
+    """Join the other processes if torchrun started this one (NCCL on GPUs, gloo on CPUs). Only rank 0 prints.
+
+    UserError if the environment speaks of several processes and does not say where they are.
+    """
+    global _launch
+    _check_environment()
+    if is_launched() and not dist.is_initialized():
         if device.type == "cuda":
             torch.cuda.set_device(device)
         store, number, count = next(dist.rendezvous("env://"))
-        attempt = dist.PrefixStore(f"attempt {restart_count()}", store)  # the store keeps old addresses
-        dist.init_process_group("nccl" if device.type == "cuda" else "gloo", store=attempt, rank=number,
-                                world_size=count)
+        attempt = _agree_on_attempt(store, number, count)
+        _launch = store.compare_set("launch", "", attempt).decode()  # the first attempt names the launch
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo", store=dist.PrefixStore(attempt, store),
+                                rank=number, world_size=count)
         warnings.filterwarnings("ignore", "Grad strides do not match")  # 1×1 convolutions; costs little time
         if rank():
             sys.stdout = open(os.devnull, "w")  # noqa: SIM115 (until the process ends)
 
 
-def restart_count() -> int:
-    """How often torchrun --max_restarts has restarted this process."""
-    return int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0))
+def _agree_on_attempt(store: dist.Store, number: int, count: int) -> str:
+    """A name for this start of the processes, the same on all of them.
+
+    torchrun keeps the store when it restarts the processes, and with it the addresses of those that have ended. Its
+    count of restarts cannot tell one start from another: it may differ between machines. So every process writes down a
+    random name of its own, and process 0 answers with its own name until all have got it.
+    """
+    own = uuid.uuid4().hex
+    store.set(f"process {number}", own)
+    if number:
+        attempt = store.get(f"attempt of {own}").decode()  # waits until process 0 has answered
+        store.add(f"{attempt} has", 1)
+        return attempt
+    end = time.monotonic() + store.timeout.total_seconds()
+    while store.add(f"{own} has", 0) < count - 1:
+        if time.monotonic() > end:
+            raise RunFailed(f"not all of the {count} processes have started")
+        for other in range(1, count):
+            if store.check([f"process {other}"]):  # it may be the name of a process that has ended: look again
+                store.set(f"attempt of {store.get(f'process {other}').decode()}", own)
+        time.sleep(0.02)
+    return own
+
+
+def launch() -> str | None:
+    """The name of this launch of torchrun, which its restarts share and no other launch has; None without torchrun."""
+    return _launch
+
+
+def is_launched() -> bool:
+    """Whether torchrun or another launcher started this process, alone or as one of several."""
+    return all(os.environ.get(name) for name in REQUIRED_VARIABLES)
+
+
+def _check_environment() -> None:
+    """UserError if WORLD_SIZE asks for several processes and other variables are missing."""
+    count = os.environ.get("WORLD_SIZE") or "1"
+    if count != "1" and not is_launched():
+        missing = ", ".join(name for name in REQUIRED_VARIABLES if not os.environ.get(name))
+        raise UserError(f"WORLD_SIZE is {count} and {missing} not set: start several processes with torchrun, or one "
+                        f"after unset WORLD_SIZE")
+
+
+def local_rank() -> int:
+    """The number of this process on its machine. If the launcher does not set LOCAL_RANK, its rank."""
+    return int(os.environ.get("LOCAL_RANK") or os.environ["RANK"]) if is_launched() else 0
 
 
 def process_lost(error: BaseException) -> bool:
@@ -60,14 +114,18 @@ def world_size() -> int:
 def local_device(name: str) -> str:
     """The device of this process: for auto and cuda the GPU cuda:(local rank), for auto without a GPU the CPU.
 
-    Without torchrun the name is returned as it is. UserError for mps, which torch.distributed does not support.
+    Without torchrun the name is returned as it is. UserError for mps, which torch.distributed does not support, and
+    for one GPU for several processes.
     """
-    if "LOCAL_RANK" not in os.environ:
+    if not is_launched():
         return name
     if name == "mps":
         raise UserError("several processes cannot use mps: give --device cpu, or start the script without torchrun")
+    if name.startswith("cuda:") and int(os.environ.get("LOCAL_WORLD_SIZE") or os.environ["WORLD_SIZE"]) > 1:
+        raise UserError(f"several processes cannot share the GPU {name}: give --device cuda, and choose among the GPUs "
+                        f"with CUDA_VISIBLE_DEVICES=1,2")
     if name in ("auto", "cuda") and torch.cuda.is_available():
-        return f"cuda:{int(os.environ['LOCAL_RANK']) % torch.cuda.device_count()}"
+        return f"cuda:{local_rank() % torch.cuda.device_count()}"
     return "cpu" if name == "auto" else name
 
 
@@ -127,7 +185,7 @@ def local_rank_0_first():
 
     If the block fails on local rank 0, the others run it too and fail in the same way.
     """
-    waits = world_size() > 1 and int(os.environ.get("LOCAL_RANK", 0)) > 0
+    waits = world_size() > 1 and local_rank() > 0
     if waits:
         dist.barrier()
     try:

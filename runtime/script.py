@@ -55,7 +55,7 @@ def outside_cause(error: Exception) -> str | None:
 
 
 def _print_error(message, status: int) -> int:
-    if status == 2 and os.environ.get("RANK", "0") != "0":
+    if status == 2 and distributed.is_launched() and os.environ["RANK"] != "0":
         return status  # all processes of torchrun find the same mistake: rank 0 reports it
     with contextlib.suppress(OSError):
         print(f"{Path(sys.argv[0]).name}: {one_line(message, None)}", file=sys.stderr, flush=True)

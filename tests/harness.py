@@ -18,6 +18,7 @@ import pytest
 import torch
 
 from checkpoint import load_checkpoint
+from training.run_folder import has_run
 
 needs_fork = pytest.mark.skipif(sys.platform == "win32", reason="there are no fork and no SIGKILL on Windows")
 STEPS = 4  # of an epoch: 256 images in batches of 64
@@ -91,6 +92,31 @@ class OnRank:
     def __call__(self):
         if os.environ["RANK"] == str(self.rank):
             self.patch()
+
+
+class CountsDifferently:
+    """A patch: the launcher has restarted the processes, and has counted so for the first of them only."""
+
+    def __call__(self):
+        os.environ["TORCHELASTIC_RESTART_COUNT"] = str(1 - int(os.environ["RANK"]))
+
+
+class Restarted:
+    """A patch: torchrun has restarted the processes; this launch wrote what lies in `folder`, if one is given."""
+
+    def __init__(self, folder: Path | None):
+        self.folder = folder
+
+    def __call__(self):
+        from runtime import distributed
+        os.environ["TORCHELASTIC_RESTART_COUNT"] = "1"
+        if self.folder and os.environ["RANK"] == "0":
+            path = self.folder / "run.json"
+            content = json.loads(path.read_text())
+            content["sittings"][-1]["launch"] = "this"
+            path.write_text(json.dumps(content))
+        if self.folder:
+            distributed.launch = lambda: "this"
 
 
 class SmallSplits:
@@ -212,10 +238,10 @@ def stop_after(argv: list[str], log: Path, folder: Path, stop: int, seconds: flo
 
 def kill_until_done(argv: list[str], log: Path, folder: Path, kills: int, chance: random.Random,
                     longest: float) -> dict:
-    """Run with --resume, killed by SIGKILL `kills` times at random moments, then to its end. What was met."""
+    """Run, and resume, killed by SIGKILL `kills` times at random moments, then to its end. What was met."""
     met = dict(kills=0, while_writing=0, finished=0)
     while met["kills"] < kills:
-        status = stop_after([*argv, "--resume"], log, folder, signal.SIGKILL, chance.uniform(0, longest))
+        status = stop_after([*argv, *resume_if_begun(folder)], log, folder, signal.SIGKILL, chance.uniform(0, longest))
         if status == 0:  # it was quicker than the signal: begin again
             met["finished"] += 1
             assert met["finished"] < 3 * kills + 10, "the run is too short to be killed"
@@ -227,8 +253,13 @@ def kill_until_done(argv: list[str], log: Path, folder: Path, kills: int, chance
         met["while_writing"] += any(folder.rglob(".*.tmp"))
         if (folder / "metrics.jsonl").exists():
             assert_steps_once(folder)
-    assert run([*argv, "--resume"], log) == 0
+    assert run([*argv, *resume_if_begun(folder)], log) == 0
     return met
+
+
+def resume_if_begun(folder: Path) -> list[str]:
+    """The flag --resume, unless the run was killed before it wrote anything."""
+    return ["--resume"] if has_run(folder) else []
 
 
 def metrics(folder: Path) -> list[dict]:

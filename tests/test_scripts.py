@@ -80,7 +80,8 @@ def arrays(path):
 
 def test_train_writes_what_it_promises(trained):
     assert written(trained) == ["checkpoints/model_epoch_001.pt", "checkpoints/model_epoch_002.pt", "metrics.jsonl",
-                                "model_final.pt", "samples/epoch_001.png", "samples/epoch_002.png", "training_loss.png"]
+                                "model_final.pt", "run.json", "samples/epoch_001.png", "samples/epoch_002.png",
+                                "training_loss.png"]
     for path in trained.rglob("*.png"):
         assert_picture(path)
 
@@ -122,7 +123,7 @@ def test_the_same_seed_trains_the_same_network_and_another_does_not(trained, dat
 
 def test_interval_0_switches_samples_and_checkpoints_off(data_dir, tmp_path):
     assert call("train", *tiny(data_dir, tmp_path, "--epochs", 1, "--sample_interval", 0, "--save_interval", 0)) == 0
-    assert written(tmp_path) == ["metrics.jsonl", "model_final.pt", "training_loss.png"]
+    assert written(tmp_path) == ["metrics.jsonl", "model_final.pt", "run.json", "training_loss.png"]
 
 
 def test_a_resumed_run_equals_one_that_was_not_interrupted(trained, data_dir, tmp_path):
@@ -144,7 +145,8 @@ def test_resuming_with_more_epochs_goes_on_counting(trained, data_dir, tmp_path)
     assert (tmp_path / "run/samples/epoch_003.png").exists()
 
 
-def test_resuming_where_nothing_is_starts_afresh(data_dir, tmp_path, capsys):
+def test_resuming_a_run_that_has_no_checkpoint_yet_starts_afresh(data_dir, tmp_path, capsys):
+    (tmp_path / "metrics.jsonl").write_text("")
     assert call("train", *tiny(data_dir, tmp_path, "--resume", "--epochs", 1, "--sample_interval", 0)) == 0
     assert "othing to resume" in capsys.readouterr().out
     assert metrics(tmp_path)[-1]["step"] == STEPS

@@ -25,6 +25,7 @@ from harness import (
     files,
     kill_until_done,
     needs_fork,
+    resume_if_begun,
     run,
     tiny,
     wait_until,
@@ -122,18 +123,18 @@ def test_stopped_at_any_step_and_resumed_it_ends_the_same(data_dir, tmp_path, st
 @needs_fork
 def test_the_script_itself_killed_by_the_system_goes_on(root, whole, data_dir, tmp_path):
     folder = tmp_path / "run"
-    argv = [sys.executable, "train.py", *tiny(data_dir, folder, *LONG, *EVERY_STEP, "--resume")]
+    argv = [sys.executable, "train.py", *tiny(data_dir, folder, *LONG, *EVERY_STEP)]
     with (tmp_path / "log").open("w") as log:
         for kill in range(3):
             known = set(folder.glob("checkpoints/*"))
-            process = subprocess.Popen(argv, cwd=root, stdout=log, stderr=log, env=ALONE)
+            process = subprocess.Popen([*argv, *resume_if_begun(folder)], cwd=root, stdout=log, stderr=log, env=ALONE)
             while process.poll() is None and not set(folder.glob("checkpoints/*.pt")) - known:
                 time.sleep(0.01)
             time.sleep(0.02 * kill)
             process.kill()
             assert process.wait(60) == -signal.SIGKILL
             TRIED["SIGKILL of python train.py started by its file"] += 1
-    ended = subprocess.run(argv, cwd=root, capture_output=True, env=ALONE, timeout=300)
+    ended = subprocess.run([*argv, "--resume"], cwd=root, capture_output=True, env=ALONE, timeout=300)
     assert ended.returncode == 0, ended.stderr
     one, two = (load_checkpoint(each / "model_final.pt") for each in (whole, folder))
     for name in ("model", "ema", "optimizer"):
@@ -163,7 +164,7 @@ def test_a_real_disk_that_fills_keeps_the_last_good_checkpoint(root, data_dir, t
             for path in (disk / "run").glob("**/*.pt"):
                 load_checkpoint(path)
             (disk / "ballast").unlink()
-            assert script(root, "train.py", *argv, "--resume").returncode == 0
+            assert script(root, "train.py", *argv, *resume_if_begun(disk / "run")).returncode == 0
             TRIED["a disk of 3 MB that is full before or in the middle of a run, then --resume"] += 1
     finally:
         subprocess.run(["umount", disk], check=True)

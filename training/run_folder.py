@@ -1,7 +1,10 @@
 """The folder of a run: its lock, signals that stop the run, free space, and the results of an older run."""
 
 import contextlib
+import difflib
+import glob
 import os
+import shlex
 import shutil
 import signal
 import time
@@ -13,10 +16,12 @@ from filelock import FileLock, Timeout
 from runtime import distributed
 from runtime.errors import UserError
 from runtime.files import check_writable, temporaries
+from training import run_record
 
 # What a run writes into its folder. Everything else there is the user's and stays untouched.
 WRITTEN = ("samples/epoch_*.png", "checkpoints/model_*.pt", "model_final.pt", "training_loss.png", "metrics.jsonl",
-           "samples.png")
+           "samples.png", run_record.NAME)
+ONE_KEYPRESS = 1.0  # seconds after the first signal in which another one says nothing new
 
 
 @contextlib.contextmanager
@@ -57,6 +62,11 @@ def _lock(lock: FileLock, folder: Path) -> None:
         raise UserError(f"another run is writing to {folder}: wait for it, or choose another --output_dir") from error
     except NotImplementedError:
         print(f"Warning: the disk of {folder} has no file locks: make sure that no second run writes there")
+    delete_temporaries(folder)
+
+
+def delete_temporaries(folder: Path) -> None:
+    """Delete the files in `folder` that a killed run had not finished."""
     for pattern in WRITTEN:
         for path in temporaries(folder / pattern):
             path.unlink(missing_ok=True)
@@ -64,14 +74,23 @@ def _lock(lock: FileLock, folder: Path) -> None:
 
 @contextlib.contextmanager
 def stop_on_signals(run) -> Iterator[None]:
-    """Make SIGTERM, Ctrl-C and a closed terminal set `run.signal`; the run stops after the current step.
+    """Make SIGTERM, Ctrl-C and a closed terminal set `run.signal`, and say so; the run stops after the current step.
 
-    A second signal ends the process at once.
+    A second signal ends the process at once, but not within a second of the first: torchrun sends another one after
+    the terminal's, and a key may be pressed twice.
     """
+    first = None
+
     def handler(signum, _):
-        run.signal = signum
-        for each in before:
-            signal.signal(each, signal.SIG_DFL)
+        nonlocal first
+        if first is None:
+            run.signal, first = signum, time.monotonic()
+            name, again = signal.Signals(signum).name, "send it"
+            if signum == signal.SIGINT:
+                name, again = "Ctrl-C", "press Ctrl-C"
+            _say_at_once(f"{name}: saving after this step, {again} once more to leave without saving")
+        elif time.monotonic() - first > ONE_KEYPRESS:
+            _leave(run.folder, signum)
 
     stops = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name)]
     before = {each: signal.signal(each, handler) for each in stops
@@ -81,6 +100,23 @@ def stop_on_signals(run) -> Iterator[None]:
     finally:
         for each, handler_before in before.items():
             signal.signal(each, handler_before)
+
+
+def _say_at_once(line: str) -> None:
+    """Write a line to stderr on rank 0. print could fail here: the signal may have interrupted another print."""
+    if distributed.rank() == 0:
+        with contextlib.suppress(OSError):
+            os.write(2, f"\n{line}\n".encode())
+
+
+def _leave(folder: Path, signum: int) -> None:
+    """End this process by the signal, without saving and without half-written files."""
+    _say_at_once("Left without saving the steps since the last checkpoint")
+    if distributed.rank() == 0:
+        run_record.end_sitting(folder, f"left by {signal.Signals(signum).name} without saving")
+        delete_temporaries(folder)
+    signal.signal(signum, signal.SIG_DFL)
+    signal.raise_signal(signum)
 
 
 def check_space(folder: Path, checkpoint_bytes: int) -> None:
@@ -94,6 +130,31 @@ def check_space(folder: Path, checkpoint_bytes: int) -> None:
 def results(folder: Path) -> list[Path]:
     """The files that a run wrote into `folder`."""
     return [path for pattern in WRITTEN for path in folder.glob(pattern)]
+
+
+def has_run(folder: Path) -> bool:
+    """Whether a run has written to `folder`."""
+    return bool(results(folder)) or (folder / "previous").is_dir()
+
+
+def no_run_message(folder: Path) -> str:
+    """What to type instead of --resume with a folder that no run has written to; names the runs nearby."""
+    nearby = [shlex.quote(str(path)) for path in runs_near(folder)[:3]]
+    instead = f"give --output_dir {' or '.join(nearby)}, or " if nearby else ""
+    return f"no run has written to {folder}: {instead}leave out --resume to start a new run there"
+
+
+def runs_near(folder: Path) -> list[Path]:
+    """The folders of runs near `folder`, up to two levels below the first of its parents that exists.
+
+    Those whose names are most like its own come first.
+    """
+    top = next((path for path in folder.parents if path.is_dir()), folder)
+    found = {(top / path).parent for mark in (run_record.NAME, "model_final.pt", "checkpoints") for depth in
+             ("", "*/", "*/*/") for path in glob.glob(depth + mark, root_dir=top)}
+    likeness = {path: difflib.SequenceMatcher(None, str(path), str(folder)).ratio() for path in found
+                if "previous" not in path.parts and results(path)}
+    return sorted(likeness, key=lambda path: (-likeness[path], str(path)))
 
 
 def set_aside(folder: Path) -> Path | None:

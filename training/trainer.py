@@ -5,6 +5,7 @@ the same batches.
 """
 
 import copy
+from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
@@ -139,11 +140,7 @@ class Trainer:
 
     def rehearse(self, count: int) -> None:
         """Use as much memory as a step with `count` images in this process, and change nothing."""
-        optimizer_state = [torch.empty_like(weight) for weight in self.model.parameters() for _ in range(2)]
-        try:
-            self._forward_backward(self.model, count)
-        finally:
-            del optimizer_state
+        rehearse_step(self.model, self.diffusion, self.data, self.conditional, self.precision, count)
 
     def _forward_backward(self, network: nn.Module, count: int) -> None:
         autotune.forward_backward(network, self.diffusion, self.data, self.conditional, self.precision, count)
@@ -175,14 +172,25 @@ class Trainer:
         self.skipped = torch.tensor(skipped, dtype=torch.float32, device=self.device)
 
 
-def fitting_batch(trainer: Trainer, count: int, agree: bool = True) -> int:
+def rehearse_step(model: nn.Module, diffusion: DiffusionProcess, data: ImageData, conditional: bool, precision: str,
+                  count: int) -> None:
+    """Use as much memory as a training step with `count` images in this process, and change nothing."""
+    optimizer_state = [torch.empty_like(weight) for weight in model.parameters() for _ in range(2)]
+    try:
+        autotune.forward_backward(model, diffusion, data, conditional, precision, count)
+    finally:
+        del optimizer_state
+
+
+def fitting_batch(rehearse: Callable[[int], None], count: int, device: torch.device, agree: bool = True) -> int:
     """The first of `count`, half of it, a quarter ... whose step fits in memory. RunFailed if none does.
 
+    rehearse(n): a step of n images in one process, which changes nothing.
     agree: it must fit for all processes, and all of them must call this; else only for this one.
     """
     while count >= distributed.world_size():
         count -= count % distributed.world_size()
-        fits = fits_in_memory(trainer.rehearse, count // distributed.world_size(), trainer.device)
+        fits = fits_in_memory(rehearse, count // distributed.world_size(), device)
         if distributed.all_reduce_min(fits) if agree else fits:
             return count
         count //= 2

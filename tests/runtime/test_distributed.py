@@ -2,15 +2,20 @@
 
 import json
 import signal
+from concurrent.futures import ThreadPoolExecutor
+from datetime import timedelta
 
 import numpy as np
 import pytest
 import torch
 from harness import (
     STEPS,
+    CountsDifferently,
     OnRank,
+    Restarted,
     SmallSplits,
     StopAt,
+    assert_refused,
     files,
     metrics,
     needs_fork,
@@ -22,6 +27,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 from small import small_checkpoint
+from torch.distributed import TCPStore
 from torch.testing import assert_close
 
 import evaluate
@@ -33,6 +39,8 @@ from runtime import distributed
 from training.run import AGREE_STEPS, newest_valid
 
 pytestmark = needs_fork
+NO_LOCAL_RANK = dict(RANK="3", WORLD_SIZE="4", MASTER_ADDR="127.0.0.1", MASTER_PORT="29500")
+LAUNCHED = NO_LOCAL_RANK | dict(LOCAL_RANK="3", LOCAL_WORLD_SIZE="4")
 ADAMW = ("--optimizer", "adamw")  # muon rounds to bfloat16 on its way, and makes more of a difference in rounding
 
 
@@ -207,25 +215,94 @@ def test_one_process_alone_does_nothing():
     assert distributed.all_reduce_sum(value) is value and distributed.all_reduce_mean(value) is value
     assert torch.equal(distributed.all_gather(value), value) and distributed.broadcast("x") == "x"
     assert distributed.all_reduce_min(3) == 3 and distributed.all_reduce_max(value) is value
-    assert not distributed.restart_count() and not distributed.process_lost(RuntimeError("Connection lost"))
+    assert not distributed.launch() and not distributed.process_lost(RuntimeError("Connection lost"))
     with distributed.local_rank_0_first():
         pass
 
 
 @pytest.mark.parametrize("launched, gpus, name, expected", [
-    (False, 0, "auto", "auto"), (False, 2, "cuda", "cuda"), (False, 0, "mps", "mps"), (True, 2, "auto", "cuda:1"),
-    (True, 2, "cuda", "cuda:1"), (True, 0, "auto", "cpu"), (True, 2, "cpu", "cpu")])
+    ({}, 0, "auto", "auto"), ({}, 2, "cuda", "cuda"), ({}, 0, "mps", "mps"), ({}, 2, "cuda:1", "cuda:1"),
+    (LAUNCHED, 2, "auto", "cuda:1"), (LAUNCHED, 2, "cuda", "cuda:1"), (LAUNCHED, 0, "auto", "cpu"),
+    (LAUNCHED, 2, "cpu", "cpu"), (NO_LOCAL_RANK, 2, "auto", "cuda:1"), (NO_LOCAL_RANK, 8, "cuda", "cuda:3"),
+    (dict(RANK="3"), 2, "auto", "auto"), (dict(LOCAL_RANK="1"), 2, "auto", "auto"),
+    (LAUNCHED | dict(LOCAL_WORLD_SIZE="1"), 2, "cuda:0", "cuda:0")])
 def test_each_process_has_a_device_through_which_it_can_talk(monkeypatch, launched, gpus, name, expected):
     """Of process 3, which torchrun launched, or none; on a Mac "auto" is not mps there."""
     monkeypatch.setattr(torch.cuda, "is_available", lambda: gpus > 0)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: gpus)
-    monkeypatch.delenv("LOCAL_RANK", raising=False)
-    if launched:
-        monkeypatch.setenv("LOCAL_RANK", "3")
+    set_environment(monkeypatch, launched)
     assert distributed.local_device(name) == expected
 
 
-def test_several_processes_cannot_use_mps(monkeypatch):
-    monkeypatch.setenv("LOCAL_RANK", "0")
-    with pytest.raises(ValueError, match="--device cpu"):
-        distributed.local_device("mps")
+@pytest.mark.parametrize("name, words", [("mps", "--device cpu"), ("cuda:1", "CUDA_VISIBLE_DEVICES")])
+def test_several_processes_cannot_use_mps_or_one_gpu(monkeypatch, name, words):
+    set_environment(monkeypatch, LAUNCHED)
+    with pytest.raises(ValueError, match=words):
+        distributed.local_device(name)
+
+
+@pytest.mark.parametrize("left_over", [dict(WORLD_SIZE="1"), dict(RANK="1"), dict(LOCAL_RANK="1", RANK="0"),
+                                       dict(WORLD_SIZE="")], ids=str)
+def test_variables_of_a_launch_that_is_over_do_not_disturb_one_process(monkeypatch, tmp_path, capfd, left_over):
+    set_environment(monkeypatch, left_over)
+    path = small_checkpoint(tmp_path / "model.pt")
+    argv = ["--checkpoint", str(path), "--num_images", "2", "--device", "cpu", "--output", str(tmp_path / "x.png")]
+    assert sample.main([*argv, "--steps", "2"]) == 0 and (tmp_path / "x.png").exists()
+    capfd.readouterr()
+    assert_refused(capfd, sample.main([*argv, "--steps", "0"]), "steps")  # and what is wrong is said
+
+
+def test_several_processes_without_the_variables_of_a_launcher_are_refused(monkeypatch, tmp_path, capfd):
+    set_environment(monkeypatch, dict(WORLD_SIZE="2", RANK="1"))
+    path = small_checkpoint(tmp_path / "model.pt")
+    argv = ["--checkpoint", str(path), "--device", "cpu", "--output", str(tmp_path / "x.png")]
+    assert_refused(capfd, sample.main(argv), "WORLD_SIZE is 2", "MASTER_ADDR, MASTER_PORT", "torchrun")
+
+
+def set_environment(monkeypatch, variables):
+    for name in (*distributed.REQUIRED_VARIABLES, "LOCAL_RANK", "LOCAL_WORLD_SIZE"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+
+
+# ------------------------------------------------------------------------------------------------------------ restarts
+
+
+def attempt_of(store, count, ranks):
+    """The names that these ranks of an attempt agree on, each in a thread of its own."""
+    with ThreadPoolExecutor(count) as pool:
+        return list(pool.map(lambda rank: distributed._agree_on_attempt(store.clone(), rank, count), ranks))
+
+
+def test_every_attempt_has_a_name_of_its_own_whatever_an_earlier_one_left_in_the_store():
+    """Also where an earlier attempt died before all of its processes had said that they are there."""
+    store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False, timeout=timedelta(seconds=60))
+    names = []
+    for left in ([], [1], [2], [1, 2]):
+        for rank in left:
+            store.set(f"process {rank}", "of a process that was killed")
+        found = attempt_of(store, 3, [2, 1, 0])
+        assert len(set(found)) == 1
+        names += found[:1]
+    assert len(set(names)) == 4
+
+
+def test_processes_whose_launcher_counts_restarts_differently_still_meet(data_dir, tmp_path):
+    """On two machines torchrun counts a restart only on the machine whose process died."""
+    assert run_together(argv_of(data_dir, tmp_path / "run"), tmp_path / "log", CountsDifferently()) == [0, 0]
+
+
+@pytest.mark.parametrize("written_by", ["another launch", "this launch"])
+def test_a_restart_resumes_what_its_own_launch_wrote_and_nothing_else(one, data_dir, tmp_path, written_by):
+    """torchrun says that it restarts, and the folder holds an older run of one epoch and another seed."""
+    folder, patch = tmp_path / "run", Restarted(tmp_path / "run" if written_by == "this launch" else None)
+    assert run(argv_of(data_dir, folder, "--epochs", 1, "--seed", 1), tmp_path / "log") == 0
+    before = files(folder)
+    assert run_together(argv_of(data_dir, folder), tmp_path / "log", patch) == [0, 0]
+    resumed = written_by == "this launch"
+    assert ("Resuming" in (tmp_path / "log.0").read_text()) == resumed
+    if not resumed:
+        assert_same_to_rounding(one, folder)
+        [place] = (folder / "previous").iterdir()
+        assert files(place) == before

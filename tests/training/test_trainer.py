@@ -333,7 +333,7 @@ def test_measuring_changes_nothing(monkeypatch, largest):
     before = steps(trainer, 2)
     limit_memory(monkeypatch, largest, MemoryError())
     chance = torch.get_rng_state()
-    assert fitting_batch(trainer, 8) == {9: 8, 3: 2}[largest]
+    assert fitting_batch(trainer.rehearse, 8, trainer.device) == {9: 8, 3: 2}[largest]
     assert torch.equal(chance, torch.get_rng_state())
     monkeypatch.undo()
     assert before + steps(trainer, 2) == losses
@@ -344,11 +344,11 @@ def test_measuring_passes_other_errors_on(monkeypatch):
     trainer = make_trainer()
     monkeypatch.setattr(trainer, "rehearse", lambda _: (_ for _ in ()).throw(RuntimeError("shape mismatch")))
     with pytest.raises(RuntimeError, match="shape"):
-        fitting_batch(trainer, 8)
+        fitting_batch(trainer.rehearse, 8, trainer.device)
     limit_memory(monkeypatch, 0, MemoryError())
     monkeypatch.setattr(trainer, "rehearse", lambda _: (_ for _ in ()).throw(MemoryError()))
     with pytest.raises(RunFailed, match="even for one image"):
-        fitting_batch(trainer, 8)
+        fitting_batch(trainer.rehearse, 8, trainer.device)
 
 
 @pytest.mark.parametrize("conditional", [False, True])

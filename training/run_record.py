@@ -1,0 +1,87 @@
+"""run.json in the folder of a run: command, versions, machine, seed, when each sitting began and ended, and how.
+
+{"sittings": [...]}: a run that is resumed has several, the latest last. "how" is "completed", "stopped by SIGTERM",
+"failed: ..."; null while the sitting lasts.
+"""
+
+import contextlib
+import json
+import os
+import platform
+import shlex
+import signal
+import sys
+from collections.abc import Iterator, Sequence
+from datetime import datetime
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from runtime import distributed
+from runtime.files import one_line, write_json
+from runtime.version import __version__
+
+NAME = "run.json"
+DIED = "ended without a word: the process was killed, or the machine stopped"
+
+
+def sittings(folder: Path) -> list[dict]:
+    """The sittings of the run in `folder`, the latest last; empty without a readable run.json."""
+    with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
+        found = json.loads((folder / NAME).read_text())["sittings"]
+        return [dict(sitting) for sitting in found]
+    return []
+
+
+def is_of_this_launch(folder: Path) -> bool:
+    """Whether this launch of torchrun, before it restarted its processes, began the latest sitting in `folder`."""
+    last = sittings(folder)[-1:]
+    return distributed.launch() is not None and any(sitting.get("launch") == distributed.launch() for sitting in last)
+
+
+@contextlib.contextmanager
+def recorded(run, script: str, argv: Sequence[str] | None, resumed: bool) -> Iterator[None]:
+    """Write a sitting of `run` to run.json and, at the end of the block, when and how it ended.
+
+    argv: the script's flags; None: those of the command line. resumed: keep the earlier sittings.
+    """
+    if distributed.rank() == 0:
+        earlier = [sitting | dict(how=sitting.get("how") or DIED) for sitting in sittings(run.folder) if resumed]
+        write_json({"sittings": [*earlier, describe(run, script, argv)]}, run.folder / NAME)
+    try:
+        yield
+        how = f"stopped by {signal.Signals(run.stopped).name}" if run.stopped else "completed"
+    except BaseException as error:
+        how = f"failed: {one_line(error) or type(error).__name__}"
+        raise
+    finally:
+        end_sitting(run.folder, how)
+
+
+def end_sitting(folder: Path, how: str) -> None:
+    """Add to run.json when and how the sitting of this process ended, if there is one and the disk has room."""
+    found = sittings(folder)
+    if distributed.rank() == 0 and found and found[-1].get("process") == os.getpid() and not found[-1].get("how"):
+        found[-1] |= dict(ended=_now(), how=how)
+        with contextlib.suppress(OSError):
+            write_json({"sittings": found}, folder / NAME)
+
+
+def describe(run, script: str, argv: Sequence[str] | None) -> dict:
+    """What run.json says of a sitting that begins now."""
+    processes, device = distributed.world_size(), run.trainer.device
+    start = "python" if processes == 1 else f"torchrun --nproc_per_node={os.environ.get('LOCAL_WORLD_SIZE', processes)}"
+    return dict(
+        command=f"{start} {shlex.join([script, *(sys.argv[1:] if argv is None else argv)])}",
+        began=_now(), ended=None, how=None, seed=run.trainer.seed, step=run.trainer.step,
+        versions=dict(tiny_diffusion=__version__, python=platform.python_version(), torch=str(torch.__version__),
+                      numpy=np.__version__),
+        machine=dict(system=platform.platform(), processor=platform.processor() or platform.machine(),
+                     cores=os.cpu_count(), threads=torch.get_num_threads(), processes=processes,
+                     device=torch.cuda.get_device_name(device) if device.type == "cuda" else str(device)),
+        process=os.getpid(), launch=distributed.launch())
+
+
+def _now() -> str:
+    return datetime.now().astimezone().isoformat(timespec="seconds")
