@@ -52,25 +52,29 @@ def _run(argv: list[str], log: str, patch, script: str) -> None:
 
 
 class SlowSave:
-    """A patch: every checkpoint takes a minute to write, and a file `begun` says that it has begun."""
+    """A patch: every checkpoint takes a minute to write, and a file `begun` says that half of it is there."""
 
     def __init__(self, begun: Path):
         self.begun = begun
 
     def __call__(self):
+        from runtime.files import atomic_write
         from training import run
 
-        def save(*_, **__):
-            self.begun.touch()
-            time.sleep(60)
+        def save(path, **_):
+            with atomic_write(path) as file:
+                file.write(b"half")
+                file.flush()
+                self.begun.touch()
+                time.sleep(60)
         run.save_checkpoint = save
 
 
 class StopAt:
-    """A patch: the process gets a signal in the middle of step `step`."""
+    """A patch: the process gets a signal in the middle of step `step`, and perhaps more signals right after it."""
 
-    def __init__(self, step: int, number: int):
-        self.step, self.number = step, number
+    def __init__(self, step: int, number: int, *more: int):
+        self.step, self.numbers = step, (number, *more)
 
     def __call__(self):
         from training.trainer import Trainer
@@ -78,7 +82,9 @@ class StopAt:
 
         def stopped(trainer):
             if trainer.step + 1 == self.step:
-                os.kill(os.getpid(), self.number)
+                for number in self.numbers:
+                    os.kill(os.getpid(), number)
+                    time.sleep(0.02)
             return batch(trainer)
         Trainer.batch = stopped
 

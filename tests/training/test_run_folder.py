@@ -27,6 +27,7 @@ from harness import (
     kill_until_done,
     metrics,
     needs_fork,
+    resume_if_begun,
     run,
     run_together,
     start,
@@ -40,7 +41,7 @@ from test_checkpoint import fields
 import train
 from checkpoint import FORMAT, load_checkpoint
 from runtime.files import atomic_write
-from training import run_folder
+from training import run_folder, run_record
 from training.run import checkpoints, is_valid, newest_valid, prune
 
 EVERY_STEP = ("--checkpoint_minutes", "0.000001")
@@ -86,15 +87,32 @@ def test_a_signal_ends_the_step_saves_and_has_its_exit_status(whole, data_dir, t
 
 
 @needs_fork
-def test_a_second_signal_leaves_at_once(data_dir, tmp_path):
-    process = start(tiny(data_dir, tmp_path / "run", *EVERY_STEP), tmp_path / "log", SlowSave(tmp_path / "saving"))
+@pytest.mark.parametrize("stop, words", [
+    (signal.SIGTERM, "SIGTERM: saving after this step, send it once more to leave without saving"),
+    (signal.SIGINT, "Ctrl-C: saving after this step, press Ctrl-C once more to leave without saving")])
+def test_the_first_signal_is_answered_at_once_and_a_second_one_leaves(data_dir, tmp_path, stop, words):
+    folder, log = tmp_path / "run", tmp_path / "log"
+    process = start(tiny(data_dir, folder, *EVERY_STEP), log, SlowSave(tmp_path / "saving"))
     wait_until((tmp_path / "saving").exists, process)
-    os.kill(process.pid, signal.SIGTERM)
-    time.sleep(0.2)
-    assert process.is_alive()
-    os.kill(process.pid, signal.SIGTERM)
+    os.kill(process.pid, stop)
+    wait_until(lambda: words in log.read_text(), process, timeout=2)
+    time.sleep(run_folder.ONE_KEYPRESS + 0.2)
+    assert process.is_alive() and list(folder.rglob("*.tmp"))
+    os.kill(process.pid, stop)
     process.join(5)
-    assert process.exitcode == -signal.SIGTERM
+    assert process.exitcode == -stop
+    assert "Left without saving" in log.read_text() and not list(folder.rglob("*.tmp"))
+    assert run_record.sittings(folder)[-1]["how"] == f"left by {signal.Signals(stop).name} without saving"
+
+
+@needs_fork
+@pytest.mark.parametrize("stops", [(signal.SIGINT, signal.SIGINT), (signal.SIGINT, signal.SIGTERM, signal.SIGINT)])
+def test_signals_right_after_each_other_are_one_and_lose_no_step(whole, data_dir, tmp_path, stops):
+    folder, log = tmp_path / "run", tmp_path / "log"
+    assert run(tiny(data_dir, folder), log, StopAt(3, *stops)) == 128 + stops[0]
+    assert newest_valid(folder)[1]["step"] == 3 and log.read_text().count("once more to leave") == 1
+    assert run(tiny(data_dir, folder, "--resume"), log) == 0
+    assert_same_run(whole, folder)
 
 
 # ------------------------------------------------------------------------------------------------------------ resumed
@@ -126,6 +144,29 @@ def test_the_furthest_checkpoint_is_the_newest_whatever_the_dates_say(whole, tmp
         os.utime(path, (2e9 + age, 2e9 + age))  # the first epoch's is the last to be copied
     (tmp_path / "run/model_final.pt").unlink()
     assert newest_valid(tmp_path / "run")[1]["step"] == 2 * STEPS
+
+
+def test_resume_with_a_mistyped_folder_is_refused_and_names_the_runs_nearby(whole, half, data_dir, capfd, monkeypatch):
+    monkeypatch.chdir(half.parent)
+    shutil.move("run", "outputs/fashion")
+    shutil.copytree(whole, "outputs/other/previous/2026-01-01_00-00-00")
+    shutil.copytree(whole, "outputs/digits")
+    (half.parent / "outputs/notes").mkdir()
+    before = files(half.parent)
+    for folder, words in [("outputs/fashoin", "give --output_dir outputs/fashion or outputs/digits, or leave out"),
+                          ("output/digits", "give --output_dir outputs/digits or outputs/fashion, or leave out"),
+                          ("outputs", "outputs/fashion"), ("outputs/notes", "outputs/digits"),
+                          (str(half.parent / "outputs/fashoin"), f"{half.parent}/outputs/fashion or ")]:
+        assert_refused(capfd, train.main(tiny(data_dir, folder, "--resume")), f"no run has written to {folder}", words)
+        assert "previous" not in str(run_folder.runs_near(Path(folder)))
+    assert files(half.parent) == before and not (half.parent / "output").exists()
+
+
+def test_resume_where_no_runs_are_says_what_to_leave_out(data_dir, tmp_path, capfd, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for folder in ("new", ".", tmp_path / "a/b"):
+        assert_refused(capfd, train.main(tiny(data_dir, folder, "--resume")), f"to {folder}: leave out --resume")
+    assert not files(tmp_path)
 
 
 @needs_fork
@@ -361,7 +402,7 @@ def test_files_within_epochs_go_before_those_of_epochs(tmp_path):
 
 
 @needs_fork
-@pytest.mark.parametrize("good", [2, 5, 9])
+@pytest.mark.parametrize("good", [2, 4, 7, 11])
 def test_on_a_full_disk_the_last_good_checkpoint_stays_and_the_run_ends_with_one_line(data_dir, tmp_path, good):
     folder, log = tmp_path / "run", tmp_path / "log"
     assert run(tiny(data_dir, folder, *EVERY_STEP), log, SmallDisk(good)) == 1
@@ -372,7 +413,7 @@ def test_on_a_full_disk_the_last_good_checkpoint_stays_and_the_run_ends_with_one
     if (folder / "metrics.jsonl").exists():
         assert_steps_once(folder)
     before = newest_valid(folder)
-    assert run(tiny(data_dir, folder, "--resume"), log) == 0
+    assert run(tiny(data_dir, folder, *resume_if_begun(folder)), log) == 0
     assert not before or "Resuming" in log.read_text()
 
 
