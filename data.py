@@ -5,7 +5,9 @@
     test         only for results that are reported
 """
 
+import contextlib
 import hashlib
+import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import lru_cache, partial
@@ -19,6 +21,7 @@ from torch import Tensor
 
 from runtime.errors import UserError
 from runtime.files import atomic_write, one_line
+from runtime.progress import Bar, progress
 
 VALIDATION_IMAGES = 5000
 SPLITS = ("train", "validation", "test")
@@ -126,11 +129,29 @@ def _download(kind: str, data_dir: Path, train: bool) -> None:
     """Download a data set of torchvision, `kind`. UserError, with what to do, if that fails."""
     from torchvision import datasets
 
+    folder = data_dir / kind / "raw"
+    made = [path for path in (folder, *folder.parents) if not path.exists()]
+    shown, datasets.utils.tqdm = datasets.utils.tqdm, lambda total=None, **_: Bar(f"downloading {kind}", total, "bytes")
     try:
         getattr(datasets, kind)(data_dir, train=train, download=True)
     except (RuntimeError, OSError, HTTPException) as error:
-        raise UserError(f"could not download {kind} into {data_dir} ({one_line(error)}): check the network, "
+        raise UserError(f"could not download {kind} into {data_dir} ({_innermost_reason(error)}): check the network, "
                         f"give the folder that holds it with --data_dir, or use --dataset glyphs") from error
+    finally:
+        datasets.utils.tqdm = shown
+        with contextlib.suppress(OSError):
+            for path in made:
+                path.rmdir()  # fails if something is in it
+
+
+def _innermost_reason(error: BaseException) -> str:
+    """Why a download failed, such as "Name or service not known", without the errors that were raised because of it."""
+    while error.__cause__ or error.__context__:
+        error = error.__cause__ or error.__context__
+    # torchvision puts the errors of all its addresses into one text, and urllib encloses its reason.
+    lines = [line for line in str(error).splitlines() if line and not line.startswith(("Error downloading", "Tried "))]
+    text = one_line(lines[-1] if lines else error)
+    return re.sub(r"^<urlopen error (.*)>$", r"\1", text) or type(error).__name__
 
 
 def _checked(path: Path, digest: str, algorithm: str = "sha256") -> np.ndarray:
@@ -168,7 +189,7 @@ def _draw_glyphs(path: Path, count: int, seed: int) -> None:
     threads = torch.get_num_threads()
     torch.set_num_threads(1)  # with small tensors several threads are slower
     try:
-        images, labels = draw_glyphs(count, seed)
+        images, labels = draw_glyphs(count, seed, progress("drawing"))
     finally:
         torch.set_num_threads(threads)
     with atomic_write(path) as file:

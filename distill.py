@@ -148,16 +148,14 @@ class Consistency(DiffusionProcess):
 def distill(run: Run) -> None:
     """Train the student until the time or a signal ends the run."""
     trainer = run.trainer
-    with progress_bar() as bar:
+    with progress_bar(run):
         while run.progress < 1 and not run.stopped:
             x_0, labels = trainer.batch()                                                   # (B, C, H, W), (B,)
             loss = trainer.train_step(x_0, labels, run.progress)                            # ()
             run.losses.append(loss)
             if trainer.step % LOG_STEPS == 0:
                 run.record(run.speed())
-                run.show(bar)
             run.update()
-        bar.update(0 if run.stopped else 100 - bar.n)
     if run.losses:
         run.record(run.speed())
 

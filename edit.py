@@ -18,7 +18,6 @@ from pathlib import Path
 
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 from checkpoint import load_model
 from data import load_dataset, to_model, to_uint8
@@ -28,6 +27,7 @@ from editing import ddim_inversion, inpaint, slerp
 from runtime.errors import UserError
 from runtime.files import check_inputs_stay, check_output
 from runtime.parser import SHARED_FLAGS, Parser, add_shared_flags, number
+from runtime.progress import Bar
 from runtime.sampling import is_student, sampling_options
 from runtime.script import script
 from samplers import (
@@ -222,8 +222,9 @@ class Editor:
     def follow(self, trajectory: Iterator, steps: int) -> Tensor:
         """The last images of a trajectory, on the CPU; all its steps become frames."""
         device = self.diffusion.device
-        with autocast(device, pick_precision(self.args.precision, device)):
-            for t, x, x_0_hat in tqdm(trajectory, total=steps, unit="step", desc=self.args.command, leave=False):
+        with (autocast(device, pick_precision(self.args.precision, device)),
+              Bar(self.args.command, steps, "steps") as bar):
+            for t, x, x_0_hat in bar.track(trajectory):
                 self.frames.append((x[:FILM_IMAGES].cpu(), x_0_hat[:FILM_IMAGES].cpu()))
                 self.titles.append("image" if t < 0 else f"t = {t:.0f}")
         return x.cpu()

@@ -26,7 +26,6 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
-from tqdm import tqdm
 
 from checkpoint import load_model
 from data import DATASETS, SPLITS, load_dataset, to_uint8
@@ -45,7 +44,6 @@ from evaluation.reference import (
     make_reference,
     memorisation,
     open_networks,
-    progress_bar,
 )
 from evaluation.report import conditions, print_classes, print_figures, print_heading, print_memorisation
 from evaluation.sweep import GeneratedImages, plot_cells, plot_sweep, print_table_header, print_table_row, sweep
@@ -54,6 +52,7 @@ from runtime.errors import UserError
 from runtime.files import check_inputs_stay, check_writable, write_json
 from runtime.memory import run_or_suggest_batch_size
 from runtime.parser import SHARED_FLAGS, Parser, add_shared_flags, number
+from runtime.progress import Bar, progress
 from runtime.sampling import dataset_of, is_student, sampling_options
 from runtime.script import script
 from samplers import SAMPLERS, STUDENT_SAMPLER, final_image, generate
@@ -134,10 +133,12 @@ class LoadedCheckpoint(NamedTuple):
     options: list[dict]
 
 
-def open_checkpoint(args: Namespace, device: torch.device) -> LoadedCheckpoint:
-    """Load --checkpoint. UserError if it cannot do what the flags ask for."""
+def open_checkpoint(args: Namespace, device: torch.device, output: Path) -> LoadedCheckpoint:
+    """Load --checkpoint. UserError if it cannot do what the flags ask for, or if `output` cannot be written."""
     model, diffusion, checkpoint = load_model(args.checkpoint, device, args.use_ema)
     config, dataset, labels = checkpoint["config"], dataset_of(checkpoint, args.dataset), None
+    if distributed.rank() == 0:
+        check_writable(output)  # before the data set is downloaded or drawn
     if model.num_classes:  # image k gets the label of training image k: the shares of the classes are the data's
         known = load_dataset(dataset, "train", args.data_dir).labels
         labels = known[torch.arange(args.num_images) % len(known)]
@@ -158,9 +159,8 @@ def make_images(args: Namespace, loaded: LoadedCheckpoint, options: dict, count:
     """`count` images made by the checkpoint, a part of them by each process. UserError if they are not finite."""
     evaluations, device, mine = [], loaded.diffusion.device, range(count)[distributed.rank_slice(count)]
     counter = loaded.model.register_forward_hook(lambda _, inputs, __: evaluations.append(len(inputs[0])))
-    start = time.perf_counter()
-    with (tqdm(total=len(mine), unit="image", desc=f"{options['sampler']}, {options['steps']} steps", leave=False,
-               disable=distributed.rank() > 0) as bar,
+    start, total = time.perf_counter(), -(-len(mine) // args.batch_size) * options["steps"]
+    with (Bar(f"{count:,} images by {options['sampler']}", total, "steps", hidden=distributed.rank() > 0) as bar,
           autocast(device, pick_precision(args.precision, device))):
         images = run_or_suggest_batch_size(partial(to_uint8_batches, bar), lambda batch_size: generate(
             loaded.model, loaded.diffusion, loaded.shape, mine, **options | dict(batch_size=batch_size)),
@@ -173,15 +173,14 @@ def make_images(args: Namespace, loaded: LoadedCheckpoint, options: dict, count:
     return GeneratedImages(images, loaded.labels, evaluated / count, time.perf_counter() - start)
 
 
-def to_uint8_batches(bar: tqdm, batches: Iterator) -> list[Tensor] | None:
+def to_uint8_batches(bar: Bar, batches: Iterator) -> list[Tensor] | None:
     """The final images of each batch as uint8, as in files; None as soon as one is not finite."""
     images = []
-    for batch, trajectory in batches:
-        x = final_image(trajectory)
+    for _, trajectory in batches:
+        x = final_image(bar.track(trajectory))
         if not x.isfinite().all():
             return None
         images.append(to_uint8(x).cpu())
-        bar.update(len(batch))
     return images
 
 
@@ -251,9 +250,10 @@ def output_folder(args: Namespace) -> Path:
 
 def load_inputs(args: Namespace, device: torch.device, output: Path):
     """(checkpoint or None, ready images or None, the reference's images, those of the floor, the feature networks)."""
-    loaded = open_checkpoint(args, device) if args.checkpoint else None
+    loaded = open_checkpoint(args, device, output) if args.checkpoint else None
     if distributed.rank() == 0:
         check_inputs_stay([output / name for name in RESULTS], [args.checkpoint, args.images])
+    if not loaded:
         check_writable(output)
     split = args.reference or ("test" if args.sweep is None else "validation")
     data = load_dataset(loaded.dataset if loaded else args.dataset, split, args.data_dir)
@@ -278,7 +278,7 @@ def main(argv=None):
     if args.train_features:
         bf16 = pick_precision(args.precision, device) == "bf16"
         print(train_feature_network(args.train_features, args.data_dir, device, args.seed, bf16,
-                                    progress_bar("training")))
+                                    progress("training", "steps")))
         return
     torchmetrics_image()  # an error now, not after the images are made
     output = output_folder(args)

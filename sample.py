@@ -18,7 +18,6 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from tqdm import tqdm
 
 from checkpoint import load_model
 from data import to_uint8
@@ -27,6 +26,7 @@ from runtime.errors import UserError
 from runtime.files import atomic_write, check_output
 from runtime.memory import run_or_suggest_batch_size
 from runtime.parser import SHARED_FLAGS, Parser, add_shared_flags
+from runtime.progress import Bar
 from runtime.sampling import sampling_options
 from runtime.script import script
 from samplers import generate, image_noise
@@ -107,12 +107,11 @@ def make_images(args: Namespace, steps: int, film: Film | None, shape: Sequence[
     frames, pairs = (evenly_spaced(steps + 1, count + 1) for count in (FILM_FRAMES, GIF_FRAMES))  # 0: x_T
     images = []
     total = -(-count // args.batch_size) * steps
-    with tqdm(total=total, unit="step", desc="sampling", disable=distributed.rank() > 0) as bar:
+    with Bar("sampling", total, "steps", hidden=distributed.rank() > 0) as bar:
         for batch, trajectory in batches:
             if film:
                 film.add(num_timesteps - 1, image_noise(batch, args.seed, shape)())
-            for step, (t, x, x_0_hat) in enumerate(trajectory, start=1):
-                bar.update()
+            for step, (t, x, x_0_hat) in enumerate(bar.track(trajectory), start=1):
                 if film and step in frames:
                     film.add(t, x)
                 if film and step in pairs and batch[0] == 0:
@@ -169,14 +168,14 @@ def main(argv=None):
     with autocast(device, pick_precision(args.precision, device)):
         images = run_or_suggest_batch_size(make, lambda batch_size: generate(
             model, diffusion, shape, mine, **options | dict(batch_size=batch_size)), args.batch_size, device)
-    print(f"{len(images)} images by {options['sampler']} in {options['steps']} steps: "
-          f"{time.perf_counter() - start:.2f} s")
+    seconds = time.perf_counter() - start
     if distributed.rank():
         return distributed.destroy_process_group()
     save(images, options["labels"], args.label is not None, output, args.columns, args.scale)
     written = [output, *(film.save(output) if args.show_intermediate else [])]
     if args.gif:
         written.append(film.save_gif(output.with_suffix(".gif")))
+    print(f"{len(images)} images by {options['sampler']} in {options['steps']} steps: {seconds:.2f} s")
     for path in written:
         print(f"Saved {path}")
     distributed.destroy_process_group()

@@ -19,7 +19,6 @@ from functools import partial
 from pathlib import Path
 
 import torch
-from tqdm import tqdm
 
 from data import ImageData, load_dataset, to_uint8
 from learned_variance import create_process
@@ -27,6 +26,7 @@ from models import create_model
 from runtime import distributed
 from runtime.errors import UserError, checking_user_input
 from runtime.memory import trim_heap
+from runtime.progress import say
 from runtime.sampling import is_student, sampling_options
 from runtime.script import script
 from runtime.startup import seconds_since_start
@@ -100,7 +100,7 @@ def find_checkpoint(args: Namespace) -> tuple[Path, dict] | None:
 def train(run: Run, validation: ImageData, settings: Namespace) -> None:
     """Train until the steps, the time or a signal end the run."""
     trainer = run.trainer
-    with progress_bar() as bar:
+    with progress_bar(run):
         while run.progress < 1 and not run.stopped:
             x_0, labels = trainer.batch()                                                   # (B, C, H, W), (B,)
             loss = trainer.train_step(x_0, labels, run.progress)                            # ()
@@ -110,11 +110,8 @@ def train(run: Run, validation: ImageData, settings: Namespace) -> None:
                 end_epoch(run, validation, settings)
             elif step_of_epoch % LOG_STEPS == 0:
                 run.record(run.speed())
-            if step_of_epoch % LOG_STEPS == 0:
-                run.show(bar)
             run.save_every(settings.checkpoint_minutes)
             run.update()
-        bar.update(0 if run.stopped else 100 - bar.n)
     if run.losses and not run.stopped:  # the time ended within an epoch
         end_epoch(run, validation, settings)
 
@@ -126,7 +123,7 @@ def end_epoch(run: Run, validation: ImageData, settings: Namespace) -> None:
     val_loss = validation_loss(trainer, validation)
     run.record(speed, val_loss)
     epoch = -(-trainer.step // trainer.steps_per_epoch)  # an epoch that the budget cut short counts
-    tqdm.write(epoch_summary(run.records, epoch, (epoch - 1) * trainer.steps_per_epoch, val_loss), file=sys.stdout)
+    say(epoch_summary(run.records, epoch, (epoch - 1) * trainer.steps_per_epoch, val_loss))
     if settings.sample_interval and epoch % settings.sample_interval == 0:
         save_preview(run, run.folder / f"samples/epoch_{epoch:03d}.png")
     with warn_of_failed_writes():

@@ -4,6 +4,7 @@ Every outline is converted to a signed distance field once. An image is a distan
 warp.
 """
 
+from collections.abc import Callable
 from functools import lru_cache
 from pathlib import Path
 
@@ -117,15 +118,16 @@ def _draw_block(seed: int, block: int) -> tuple[np.ndarray, np.ndarray]:
     return (ink * 255).round().to(torch.uint8).numpy(), labels
 
 
-def draw_glyphs(count: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
+def draw_glyphs(count: int, seed: int, progress: Callable = iter) -> tuple[np.ndarray, np.ndarray]:
     """Draw `count` typeset digits: images (count, 28, 28) uint8 and labels (count,) int64.
 
     White on black as in MNIST, values 0-255, in random order; the numbers of images of two digits differ by at most
     one. seed: a non-negative integer. Image k depends on the seed and k only, not on `count` or the number of threads.
+    progress: wraps the list of blocks and shows how far it is.
     """
     images = np.empty((count, SIDE, SIDE), dtype=np.uint8)
     labels = np.empty(count, dtype=np.int64)
-    for start in range(0, count, BLOCK):
+    for start in progress(range(0, count, BLOCK)):
         wanted = min(BLOCK, count - start)
         block_images, block_labels = _draw_block(seed, start // BLOCK)
         images[start : start + wanted] = block_images[:wanted]

@@ -37,16 +37,21 @@ def read_images(path: Path, shape: Sequence[int], classes: int) -> tuple[Tensor,
 
 
 def read_npz(path: Path) -> tuple[np.ndarray, np.ndarray | None]:
-    """(arr_0, labels or None) of a .npz file; pickled objects are not loaded."""
+    """(arr_0 or images, labels or None) of a .npz file; pickled objects are not loaded."""
     if not path.is_file():
         raise UserError(f"there is no file or folder {path}")
     try:
         if zipfile.is_zipfile(path):
             check_archive(path, largest=max(MIN_BYTES, MAX_RATIO * path.stat().st_size))
         with path.open("rb") as opened, np.load(opened, allow_pickle=False) as file:
-            return file["arr_0"], file.get("labels")
+            names = list(file)
+            found = next((name for name in ("arr_0", "images") if name in names), None)
+            if found:
+                return file[found], file.get("labels")
     except Exception as error:  # zipfile, zlib and numpy raise different errors for damaged files
         raise UserError(f"{path} is damaged or not a .npz with an array arr_0: {str(error)[:120]}") from error
+    raise UserError(f"{path} has no array arr_0 or images, but {', '.join(names) or 'nothing'}: save the images with "
+                    f"np.savez(path, arr_0=images)")
 
 
 FITS = ("crop", "pad", "stretch")

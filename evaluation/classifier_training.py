@@ -1,7 +1,7 @@
 """How the classifiers that judge images are trained: augmentations, a recipe for each data set, the training loop."""
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 
 import torch
@@ -113,18 +113,24 @@ def train_classifier(model: Classifier, images: Tensor, labels: Tensor, recipe: 
                                 weight_decay=recipe.weight_decay)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, recipe.lr, pct_start=0.2, cycle_momentum=False,
                                                    total_steps=recipe.epochs * math.ceil(len(images) / batch_size))
-    for _ in progress(range(recipe.epochs)):
-        for chosen in torch.randperm(len(images), generator=generator, device=device).split(batch_size):
-            batch = to_model(images[chosen])
-            batch = recipe.augment(batch, generator) if recipe.augment else batch
-            with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
-                logits = model(batch.contiguous(memory_format=torch.channels_last))
-            loss = F.cross_entropy(logits.float(), labels[chosen])
-            optimizer.zero_grad()
-            loss.backward()
-            optimizer.step()
-            schedule.step()
+    batches = shuffled_batches(len(images), batch_size, generator)
+    for _, chosen in zip(progress(range(schedule.total_steps)), batches, strict=False):
+        batch = to_model(images[chosen])
+        batch = recipe.augment(batch, generator) if recipe.augment else batch
+        with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
+            logits = model(batch.contiguous(memory_format=torch.channels_last))
+        loss = F.cross_entropy(logits.float(), labels[chosen])
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        schedule.step()
     model.eval()
+
+
+def shuffled_batches(count: int, batch_size: int, generator: torch.Generator) -> Iterator[Tensor]:
+    """Endless batches of the numbers below `count`, in a new random order in each epoch."""
+    while True:
+        yield from torch.randperm(count, generator=generator, device=generator.device).split(batch_size)
 
 
 @torch.no_grad()

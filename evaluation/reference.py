@@ -1,14 +1,12 @@
 """Images measured against real images: the figures and their floors, the accuracy score, the search for copies."""
 
-from collections.abc import Callable, Iterator
-from functools import partial
+from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor, nn
-from tqdm import tqdm
 
 from data import ImageData, load_dataset, to_model
 from diffusion import DiffusionProcess
@@ -27,6 +25,7 @@ from evaluation.metrics import (
 )
 from learned_variance import bits_per_dim
 from runtime.errors import UserError
+from runtime.progress import progress
 from utils import GREY, caption_line, generator_for, save_picture, tile
 
 PAIRS = 16  # in nearest.png: as many of the closest images, and as many others
@@ -46,12 +45,7 @@ class Reference(NamedTuple):
 
     def extract(self, images: Tensor, title: str) -> ImageFeatures:
         """Features and class probabilities of uint8 images, with a progress bar."""
-        return extract_features(images, self.classifier, self.inception, progress_bar(title))
-
-
-def progress_bar(title: str) -> Callable:
-    """A function that shows a progress bar for what is looped over."""
-    return partial(tqdm, desc=title, leave=False)
+        return extract_features(images, self.classifier, self.inception, progress(title))
 
 
 def random_subset(data: ImageData, count: int) -> ImageData:
@@ -86,7 +80,7 @@ def choose_floor_data(data: ImageData, count: int, data_dir) -> ImageData:
 def make_reference(data: ImageData, floor_data: ImageData, classifier: Classifier,
                    inception: nn.Module | None) -> Reference:
     """The reference for as many images as floor_data has."""
-    features, floor_features = (extract_features(images, classifier, inception, progress_bar(title))
+    features, floor_features = (extract_features(images, classifier, inception, progress(title))
                                 for images, title in ((data.images, data.split), (floor_data.images, "floor")))
     return Reference(classifier, inception, data, features, floor_data,
                      figures(floor_features, features, floor_data.labels))
@@ -109,7 +103,7 @@ def classification_accuracy_score(reference: Reference, images: Tensor, labels: 
     data = reference.data
 
     def correct(train: ImageData, title: str) -> Tensor:
-        model = new_classifier(train, device, seed, bf16, progress_bar(title))
+        model = new_classifier(train, device, seed, bf16, progress(title))
         return extract_features(data.images, model).probabilities.argmax(1) == data.labels
 
     generated = ImageData(data.name, "generated", images, labels, data.class_names)
@@ -127,10 +121,10 @@ def memorisation(reference: Reference, images: Tensor, features: ImageFeatures, 
     train = load_dataset(reference.data.name, "train", data_dir).images
     real = random_subset(load_dataset(reference.data.name, "test", data_dir), len(images)).images
     queries = torch.cat([images, real]).to(device)
-    pixels, same_pixels = nearest(queries, train, progress_bar("nearest in pixels"))
+    pixels, same_pixels = nearest(queries, train, progress("nearest in pixels"))
     query_features = torch.cat([features.features, reference.extract(real, "test").features])
     train_features = reference.extract(train, "train").features
-    distance, same_features = nearest(query_features.to(device), train_features, progress_bar("nearest in features"))
+    distance, same_features = nearest(query_features.to(device), train_features, progress("nearest in features"))
     closest = pixels[:len(images)].argsort()[:PAIRS]
     shown = torch.cat([closest, torch.arange(min(PAIRS, len(images)))])
     draw_nearest(torch.stack([images[shown], train[same_pixels[shown]], train[same_features[shown]]], 1), path)
@@ -160,7 +154,7 @@ def likelihood(model, diffusion: DiffusionProcess, data: ImageData, seed: int) -
     data, device, generator = random_subset(data, LIKELIHOOD_IMAGES), diffusion.device, generator_for(seed)
 
     def batches() -> Iterator[Tensor]:
-        for rows in progress_bar("likelihood")(torch.arange(len(data.images)).split(LIKELIHOOD_BATCH)):
+        for rows in progress("likelihood")(torch.arange(len(data.images)).split(LIKELIHOOD_BATCH)):
             labels = data.labels[rows].to(device) if model.num_classes else None
             yield bits_per_dim(model, diffusion, to_model(data.images[rows]).to(device), labels,
                                draws=LIKELIHOOD_DRAWS, generator=generator).cpu()

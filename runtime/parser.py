@@ -35,16 +35,34 @@ class Parser(argparse.ArgumentParser):
         super().__init__(description=description, formatter_class=Formatter, allow_abbrev=False)
 
     def parse_known_args(self, args=None, namespace=None):
-        """As in argparse, but --no_x means --no-x, and an unknown flag is an error that names the most similar one."""
+        """As in argparse, with --no_x for --no-x, and --x 5,10 for --x 5 10 where --x takes several values.
+
+        An unknown flag is an error that names the most similar one.
+        """
         known, words = self._option_string_actions, list(sys.argv[1:] if args is None else args)
         no_flags = {name.replace("--no-", "--no_"): name for name in known if name.startswith("--no-")}
-        words = [no_flags.get(word, word) for word in words]
+        words = self._split_at_commas([no_flags.get(word, word) for word in words])
         self.typed = {known[name].dest for name in (word.split("=")[0] for word in words) if name in known}
         namespace, rest = super().parse_known_args(words, namespace)
         if rest:
             near = [name for word in rest for name in difflib.get_close_matches(word.split("=")[0], known, 1)]
             self.error(f"unrecognized arguments: {' '.join(rest)}{f'; did you mean {near[0]}?' if near else ''}")
         return namespace, []
+
+    def _split_at_commas(self, words: list[str]) -> list[str]:
+        """The words of a command line; the values of flags that take several numbers or names are split at commas."""
+        split, several = [], False
+        for word in words:
+            flag, equals, value = word.partition("=")
+            if word.startswith("--"):
+                action = self._option_string_actions.get(flag)
+                several = (action is not None and action.nargs in ("*", "+", 2)
+                           and (action.type or action.choices) is not None)  # a file name may hold a comma
+                parts = [flag, *value.split(",")] if several and equals and "," in value else [word]
+            else:
+                parts = word.split(",") if several else [word]
+            split += [part for part in parts if part] or [word]
+        return split
 
     def error(self, message: str):
         if "required" in message and "--checkpoint" in message:
@@ -61,8 +79,9 @@ def number(kind: type, low: float = -math.inf, high: float = math.inf) -> Callab
             value = None
         if value is None or not low <= value <= high or value in (math.inf, -math.inf):
             name = "a whole number" if kind is int else "a number"
-            bounds = {(False, False): "", (True, False): f" from {low:g} up", (False, True): f" up to {high:g}",
-                      (True, True): f" in {low:g}..{high:g}"}[math.isfinite(low), math.isfinite(high)]
+            least, most = (f"{bound:,}" if isinstance(bound, int) else f"{bound:g}" for bound in (low, high))
+            bounds = {(False, False): "", (True, False): f" from {least} up", (False, True): f" up to {most}",
+                      (True, True): f" in {least}..{most}"}[math.isfinite(low), math.isfinite(high)]
             raise argparse.ArgumentTypeError(f"must be {name}{bounds}, not {text!r}")
         return value
     return parse

@@ -3,14 +3,16 @@
 import contextlib
 import errno
 import functools
+import logging
 import os
 import shlex
 import sys
 import traceback
-from collections.abc import Callable, Sequence
+import warnings
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
-from runtime import distributed
+from runtime import distributed, progress
 from runtime.errors import RunFailed, UserError
 from runtime.files import one_line
 from runtime.memory import out_of_memory, trim_heap
@@ -18,16 +20,24 @@ from runtime.memory import out_of_memory, trim_heap
 # Errors of the system that no flag and no line of this program causes: full or failing disks, closed pipes, limits.
 SYSTEM_ERRORS = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EROFS, errno.EPIPE, errno.ENOMEM,
                  errno.EMFILE, errno.ENFILE, errno.ESTALE, errno.ETIMEDOUT, errno.ENOTCONN, errno.ECONNRESET}
+# Errors of writing to a pipe that nobody reads, or to a terminal that is closed. Windows has EINVAL for the first.
+NO_READER = {errno.EPIPE, errno.EIO, *([errno.EINVAL] if sys.platform == "win32" else [])}
 
 
 def script(main: Callable[[Sequence[str] | None], int | None]) -> Callable[..., int]:
     """Make `main(argv)` the entry point of a script: main(argv=None) -> exit status.
 
     0 done; 1 the run failed, or a bug; 2 the user asked for something impossible; 130 Ctrl-C. A failure is one line on
-    stderr, a bug a traceback with the command and a request to report it.
+    stderr, a bug a traceback with the command and a request to report it. A closed pipe or terminal ends nothing.
     """
     @functools.wraps(main)
     def run(argv: Sequence[str] | None = None) -> int:
+        if argv is None:
+            silence_libraries()
+        with lasting_streams():
+            return carry_out(argv)
+
+    def carry_out(argv: Sequence[str] | None) -> int:
         try:
             return main(argv) or 0
         except SystemExit as stop:  # --help
@@ -45,6 +55,59 @@ def script(main: Callable[[Sequence[str] | None], int | None]) -> Callable[..., 
     return run
 
 
+def silence_libraries() -> None:
+    """Hide the warnings of libraries, which a user can do nothing about, unless python -W or PYTHONWARNINGS asks."""
+    if not sys.warnoptions:
+        warnings.simplefilter("ignore")
+        logging.getLogger("matplotlib").setLevel(logging.ERROR)  # its font cache
+
+
+class LastingStream:
+    """A text stream that outlives its reader: what is written to a closed pipe or terminal is dropped."""
+
+    def __init__(self, stream):
+        self.stream = stream
+
+    def __getattr__(self, name: str):
+        return getattr(self.stream, name)
+
+    def write(self, text: str) -> int:
+        with self._dropping():
+            self.stream.write(text)
+        return len(text)
+
+    def flush(self) -> None:
+        with self._dropping():
+            self.stream.flush()
+
+    @contextlib.contextmanager
+    def _dropping(self) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            if error.errno not in NO_READER:
+                raise
+            with contextlib.suppress(OSError, ValueError):  # what is still in the buffer goes to the null device
+                null = os.open(os.devnull, os.O_WRONLY)
+                os.dup2(null, self.stream.fileno())
+                os.close(null)
+
+
+@contextlib.contextmanager
+def lasting_streams() -> Iterator[None]:
+    """Let sys.stdout and sys.stderr outlive their readers within the block."""
+    before = sys.stdout, sys.stderr
+    lasting = sys.stdout, sys.stderr = [stream and LastingStream(stream) for stream in before]
+    try:
+        yield
+    finally:
+        for stream in filter(None, lasting):
+            with contextlib.suppress(OSError, ValueError):
+                stream.flush()
+        sys.stdout, sys.stderr = (old if now is new else now for old, new, now in zip(
+            before, lasting, (sys.stdout, sys.stderr), strict=True))  # main may have put others in their place
+
+
 def outside_cause(error: Exception) -> str | None:
     """A message for an exception that the machine caused; None for a bug."""
     if distributed.process_lost(error):
@@ -55,6 +118,7 @@ def outside_cause(error: Exception) -> str | None:
 
 
 def _print_error(message, status: int) -> int:
+    progress.close_all()
     if status == 2 and distributed.is_launched() and os.environ["RANK"] != "0":
         return status  # all processes of torchrun find the same mistake: rank 0 reports it
     with contextlib.suppress(OSError):
@@ -65,6 +129,7 @@ def _print_error(message, status: int) -> int:
 def _report_bug(argv: Sequence[str] | None) -> int:
     """Print the traceback of the exception that is being handled, the command, and a request."""
     command = shlex.join(["python", Path(sys.argv[0]).name, *(sys.argv[1:] if argv is None else argv)])
+    progress.close_all()
     with contextlib.suppress(OSError):
         traceback.print_exc()
         print(f"This is a bug in Tiny Diffusion. Please report it with the lines above and this command:\n  {command}",

@@ -5,17 +5,18 @@ import math
 import sys
 import time
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 from checkpoint import load_checkpoint, save_checkpoint, saved_step
 from runtime import distributed
 from runtime.errors import RunFailed, UserError
 from runtime.files import one_line, write_json_lines
 from runtime.memory import out_of_memory
+from runtime.progress import Bar, say
 from training.autotune import now
 from training.budget import Budget
 
@@ -37,6 +38,7 @@ class Run:
     losses             losses of the steps since the last record, on the device
     progress           how much of the run is done (0..1)
     signal, stopped    the signal that this process received, and the one for which all processes stop
+    step_time          time.perf_counter() after the last step
     """
 
     def __init__(self, folder: Path, trainer, budget: Budget, config: dict, advice: str, closing_images: float,
@@ -47,7 +49,7 @@ class Run:
         self.losses: list[Tensor] = []
         self.signal, self.stopped, self.progress, self.agreed = None, None, 0.0, (0.0, 0)
         self.reported = 0.0  # skipped steps that the user was told of
-        self.last_save = time.perf_counter()
+        self.last_save = self.step_time = time.perf_counter()
         self.mark()
 
     def restore(self, checkpoint: dict) -> None:
@@ -69,6 +71,7 @@ class Run:
                 self.agreed = distributed.all_reduce_max(mine).tolist()
             time_share, signal = self.agreed
         self.progress, self.stopped = self.budget.progress(step, time_share), int(signal or 0)
+        self.step_time = time.perf_counter()
 
     def mark(self) -> None:
         """Measure the speed from here on."""
@@ -107,15 +110,7 @@ class Run:
                             f"{self.trainer.step}; {self.advice}")
         if skipped > self.reported:
             self.reported = skipped
-            tqdm.write(f"Warning: {skipped:.0f} steps so far had no finite gradient and were skipped", file=sys.stderr)
-
-    def show(self, bar: tqdm) -> None:
-        """Bring the progress bar up to date."""
-        last, speed = self.records[-1], self.records[-1]["images_per_second"]
-        loss = math.nan if last["loss"] is None else last["loss"]
-        left = self.budget.seconds_left(self.trainer.step, self.trainer.batch_size / speed if speed else 0.0)
-        bar.update(round(100 * self.progress) - bar.n)
-        bar.set_postfix_str(f"loss {loss:.4f}, {speed:.0f} images/s, {tqdm.format_interval(left)} left")
+            say(f"Warning: {skipped:.0f} steps so far had no finite gradient and were skipped", sys.stderr)
 
     # -------------------------------------------------------------------------------------------------------- saving
 
@@ -156,7 +151,7 @@ class Run:
         """
         try:
             return loop()
-        except OSError:  # for example, the terminal is closed
+        except OSError:
             with warn_of_failed_writes():
                 self.save_step()
             raise
@@ -169,21 +164,52 @@ class Run:
 
 
 @contextlib.contextmanager
-def progress_bar() -> Iterator[tqdm]:
-    """A bar from 0 to 100 %, on rank 0."""
-    with tqdm(total=100, unit="%", dynamic_ncols=True, disable=distributed.rank() > 0,
-              bar_format="{percentage:3.0f}%|{bar}| [{elapsed}{postfix}]") as bar:
-        yield bar
-
-
-@contextlib.contextmanager
 def warn_of_failed_writes() -> Iterator[None]:
     """Turn an OSError into a warning: a run continues without the file, and later there may be room."""
     try:
         yield
     except OSError as error:
         with contextlib.suppress(OSError):
-            tqdm.write(f"Warning: a file could not be written ({error}); the run continues", file=sys.stderr)
+            say(f"Warning: a file could not be written ({error}); the run continues", sys.stderr)
+
+
+# ------------------------------------------------------------------------------------------------ the progress bar
+
+
+def progress_bar(run: Run) -> Bar:
+    """A bar from the start of a run to its end, on rank 0. It looks at the run by itself, and never waits for it."""
+    return Bar(total=1.0, ask=partial(status, run), leave=True, hidden=distributed.rank() > 0)
+
+
+def status(run: Run) -> tuple[float, str, float | None]:
+    """(progress, a note of epoch, step, loss and speed, seconds left), as `Bar` asks for it."""
+    step, per_epoch, steps = run.trainer.step, run.trainer.steps_per_epoch, run.budget.steps
+    epoch = max(1, -(-step // per_epoch))
+    note = f"epoch {epoch}{f'/{steps // per_epoch}' if steps < math.inf else ''}"
+    note += f", step {step - (epoch - 1) * per_epoch}/{per_epoch}"
+    speed, loss = recent_speed(run), recent_loss(run)
+    note += f", loss {loss:.3f}" if loss is not None else ""
+    note += f", {speed:,.0f} images/s" if speed else ""
+    left = run.budget.seconds_left(step, run.trainer.batch_size / speed if speed else math.inf)
+    since_step = 0.0 if run.budget.seconds else time.perf_counter() - run.step_time
+    return run.progress, note, max(0.0, left - since_step)
+
+
+def recent_speed(run: Run) -> float | None:
+    """Images a second since the last record or, within a second after it, up to it; None where neither is known."""
+    steps, seconds = run.trainer.step - run.marked_step, run.step_time - run.marked_time
+    if steps > 0 and seconds > (1.0 if run.records else 0.0):
+        return steps * run.trainer.batch_size / seconds
+    return run.records[-1]["images_per_second"] if run.records else None
+
+
+def recent_loss(run: Run) -> float | None:
+    """The mean loss since the last record, else that of the record, without waiting for a device; None: not known."""
+    losses = [loss.item() for loss in list(run.losses)] if run.trainer.device.type == "cpu" else []
+    losses = [loss for loss in losses if math.isfinite(loss)]
+    if losses or not run.records:
+        return sum(losses) / len(losses) if losses else None
+    return run.records[-1]["loss"]
 
 
 # ------------------------------------------------------------------------------------- the checkpoints in the folder
