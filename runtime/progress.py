@@ -2,6 +2,7 @@
 
 import contextlib
 import math
+import os
 import sys
 import threading
 import time
@@ -58,7 +59,7 @@ class Bar:
         self._start, self._next_line = time.monotonic(), FIRST_LINE
         if not self.hidden:
             if sys.stderr.isatty():
-                self._terminal = _TerminalLine(total=self.total, dynamic_ncols=True, leave=self.leave,
+                self._terminal = _TerminalLine(total=self.total, leave=self.leave, ncols=_columns(), nrows=20,
                                                bar_format=self._text("|{bar}|"))
             self._thread = threading.Thread(target=self._draw_until_closed, daemon=True)
             self._thread.start()
@@ -73,7 +74,7 @@ class Bar:
         self._thread.join()
         with contextlib.suppress(OSError, ValueError):  # the terminal is closed
             if self._terminal is not None:
-                self._terminal.n, self._terminal.bar_format = self._bar_length(), self._text("|{bar}|", last=True)
+                self._update_terminal(last=True)
                 self._terminal.close()
             elif self._next_line > FIRST_LINE:
                 self._write_line(last=True)
@@ -82,14 +83,15 @@ class Bar:
         with contextlib.suppress(OSError, ValueError):  # the terminal is closed
             while not self._closed.wait(SECONDS):
                 if self._terminal is not None:
-                    self._terminal.bar_format, self._terminal.n = self._text("|{bar}|"), self._bar_length()
+                    self._update_terminal()
                     self._terminal.refresh()
                 elif (seconds := time.monotonic() - self._start) >= self._next_line:
                     self._next_line = seconds + max(FIRST_LINE, LATER_LINES * seconds)
                     self._write_line()
 
-    def _bar_length(self) -> float:
-        return min(self.done, self.total or 0)
+    def _update_terminal(self, last: bool = False) -> None:
+        self._terminal.bar_format, self._terminal.ncols = self._text("|{bar}|", last), _columns()
+        self._terminal.n = min(self.done, self.total or 0)
 
     def _write_line(self, last: bool = False) -> None:
         print(self._text(",", last).replace("{{", "{").replace("}}", "}"), file=sys.stderr, flush=True)
@@ -110,6 +112,14 @@ class Bar:
         title, said = (text.replace("{", "{{").replace("}", "}}") for text in (
             f"{self.title}: " if self.title else "", ", ".join(filter(None, facts))))
         return title + share + said
+
+
+def _columns() -> int:
+    """The width that a line on the terminal may have: 79 where the terminal does not know its own."""
+    try:
+        return (os.get_terminal_size(sys.stderr.fileno()).columns or 80) - 1
+    except (OSError, ValueError):
+        return 79
 
 
 def progress(title: str, unit: str = "") -> Callable[[Collection], Iterator]:
