@@ -9,6 +9,7 @@ Writes to --output_dir: samples/epoch_001.png ..., checkpoints/model_epoch_005.p
 training_loss.png, metrics.jsonl and run.json. Results of an older run there are moved to previous/.
 """
 
+import contextlib
 import math
 import shlex
 import sys
@@ -53,8 +54,9 @@ from training.run import (
     progress_bar,
     warn_of_failed_writes,
 )
+from training.tensorboard import Board, summary_writer
 from training.trainer import VALIDATION_LOSS_IMAGES, Trainer, fitting_batch, rehearse_step, validation_loss
-from utils import autocast, count_parameters, get_device, plot_losses, save_images, set_seed
+from utils import autocast, count_parameters, get_device, plot_losses, save_images, set_seed, tile
 
 PREVIEW_IMAGES = 64
 
@@ -157,6 +159,7 @@ def save_preview(run: Run, path: Path) -> None:
     if distributed.rank() == 0:
         with warn_of_failed_writes():
             save_images(to_uint8(images), path)
+            run.board.add_samples(tile(to_uint8(images), columns=8), trainer.step)
 
 
 # ----------------------------------------------------------------------------------------------------------- set-up
@@ -167,6 +170,8 @@ def make_run(args: Namespace, checkpoint: dict | None, start: float) -> tuple[Ru
 
     start: time.perf_counter() when the run began.
     """
+    if args.tensorboard:
+        summary_writer()  # an error now, if it is not installed
     device = get_device(distributed.local_device(args.device))
     autotune.set_up_cuda(device)
     settings = make_settings(args, device)
@@ -261,8 +266,11 @@ def main(argv=None):
             if message := complete_message(run, checkpoint, args):
                 return print(message)
             prepare_folder(run, resumed=checkpoint is not None)
+            if settings.tensorboard and distributed.rank() == 0:
+                run.board = Board(folder / "tensorboard", run.trainer.step)
             with run_record.recorded(run, "train.py", argv, resumed=checkpoint is not None):
-                run.carry_out(partial(train, run, validation, settings), partial(memory_advice, run.trainer))
+                with contextlib.closing(run.board):
+                    run.carry_out(partial(train, run, validation, settings), partial(memory_advice, run.trainer))
                 if run.stopped:
                     path = run.save_step()
                     distributed.broadcast(None)  # wait for the file: torchrun ends all processes when one has ended

@@ -60,6 +60,9 @@ def make_parser(description: str) -> Parser:
     group.add_argument("--keep_checkpoints", type=number(int, 1), default=5,
                        help="keep N files in checkpoints/; those of --checkpoint_minutes are deleted first, then the "
                             "oldest")
+    group.add_argument("--tensorboard", action=BooleanOptionalAction, default=False,
+                       help="also write losses, learning rate, speed and samples to tensorboard/ in --output_dir, for "
+                            "tensorboard --logdir; needs pip install tensorboard")
     group.add_argument("--resume", action="store_true",
                        help="continue from the newest valid checkpoint in --output_dir with the flags of its run, "
                             "except --output_dir, --data_dir and --device; flags given now override them; --epochs "

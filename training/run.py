@@ -19,6 +19,7 @@ from runtime.memory import out_of_memory
 from runtime.progress import Bar, say
 from training.autotune import now
 from training.budget import Budget
+from training.tensorboard import Board
 
 LOG_STEPS = 50  # steps between two records
 AGREE_STEPS = 10  # steps after which several processes agree on the time and on a signal
@@ -35,6 +36,7 @@ class Run:
                        the budget until that is measured (None)
     keep_checkpoints   files in checkpoints/; None: all
     records            the lines of metrics.jsonl
+    board              gets the records too, for TensorBoard
     losses             losses of the steps since the last record, on the device
     progress           how much of the run is done (0..1)
     signal, stopped    the signal that this process received, and the one for which all processes stop
@@ -46,6 +48,7 @@ class Run:
         self.folder, self.trainer, self.budget, self.config, self.advice = folder, trainer, budget, config, advice
         self.closing_images, self.keep_checkpoints = closing_images, keep_checkpoints
         self.records: list[dict] = []
+        self.board = Board()
         self.losses: list[Tensor] = []
         self.signal, self.stopped, self.progress, self.agreed = None, None, 0.0, (0.0, 0)
         self.reported = 0.0  # skipped steps that the user was told of
@@ -97,6 +100,8 @@ class Run:
             val_loss=val_loss if val_loss is not None and math.isfinite(val_loss) else None,
             lr=trainer.lr, images_per_second=round(speed, 1), seconds=round(self.budget.seconds_used, 3)))
         self.losses = []
+        with warn_of_failed_writes():
+            self.board.add_record(self.records[-1])
         if self.closing_images is not None and speed:  # a resumed run may end without a step
             self.budget.reserve = CLOSING_SECONDS + self.closing_images / speed
         self.check_gradients()

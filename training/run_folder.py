@@ -20,7 +20,7 @@ from training import run_record
 
 # What a run writes into its folder. Everything else there is the user's and stays untouched.
 WRITTEN = ("samples/epoch_*.png", "checkpoints/model_*.pt", "model_final.pt", "training_loss.png", "metrics.jsonl",
-           "samples.png", run_record.NAME)
+           "samples.png", "tensorboard/events.out.tfevents.*", run_record.NAME)
 ONE_KEYPRESS = 1.0  # seconds after the first signal in which another one says nothing new
 
 

@@ -1,6 +1,9 @@
 """How a script ends: which exit status, and what stderr says."""
 
 import errno
+import io
+import os
+import subprocess
 import sys
 
 import pytest
@@ -58,3 +61,61 @@ def test_only_a_value_error_about_the_users_input_becomes_a_user_error():
     assert isinstance(caught.value.__cause__, ValueError)
     with pytest.raises(TypeError), checking_user_input():
         raise TypeError("a bug")
+
+
+@pytest.mark.parametrize("name", ["stdout", "stderr"])
+def test_a_closed_pipe_ends_nothing(monkeypatch, name):
+    reader, writer = os.pipe()
+    reached = []
+    with open(writer, "w", buffering=1) as pipe:
+        monkeypatch.setattr(sys, name, pipe)
+
+        @script
+        def main(argv=None):
+            print("one", file=getattr(sys, name))
+            os.close(reader)
+            for i in range(3):
+                print("two", file=getattr(sys, name), flush=True)
+                reached.append(i)
+        assert main([]) == 0 and reached == [0, 1, 2] and getattr(sys, name) is pipe
+
+
+def test_a_full_disk_below_the_output_is_told(monkeypatch, capsys):
+    class Full(io.StringIO):
+        def write(self, _):
+            raise OSError(errno.ENOSPC, "No space left on device")
+    monkeypatch.setattr(sys, "stdout", Full())
+    assert script(lambda argv: print("text"))([]) == 1 and "No space left" in capsys.readouterr().err
+
+
+PIPED = """
+import sys, warnings
+from runtime.script import script
+@script
+def main(argv=None):
+    warnings.warn("of a library", UserWarning)
+    print("first", flush=True)
+    for i in range(10_000): print(i)
+    open(sys.argv[1], "w").write("done")
+sys.exit(main())
+"""
+
+
+@pytest.mark.parametrize("lines", [1, 0])
+def test_a_script_whose_reader_leaves_ends_with_0_and_in_silence(root, tmp_path, lines):
+    """The second case: all lines are still in the buffer when the reader is gone."""
+    code = PIPED if lines else PIPED.replace('print("first", flush=True)', "sys.stdin.read()")
+    process = subprocess.Popen([sys.executable, "-c", code, tmp_path / "x"], cwd=root, stdout=subprocess.PIPE,
+                               stdin=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    if lines:
+        assert process.stdout.readline() == "first\n"
+    process.stdout.close()
+    process.stdin.close()
+    assert process.wait(60) == 0 and process.stderr.read() == "" and (tmp_path / "x").read_text() == "done"
+
+
+def test_warnings_are_shown_to_those_who_ask(root, tmp_path):
+    for flags, shown in (([], False), (["-W", "default"], True)):
+        ended = subprocess.run([sys.executable, *flags, "-c", PIPED, tmp_path / "x"], cwd=root, capture_output=True,
+                               text=True)
+        assert ended.returncode == 0 and ("of a library" in ended.stderr) == shown, ended.stderr
