@@ -139,9 +139,9 @@ def _download(kind: str, data_dir: Path, train: bool) -> None:
                         f"give the folder that holds it with --data_dir, or use --dataset glyphs") from error
     finally:
         datasets.utils.tqdm = shown
-        with contextlib.suppress(OSError):
-            for path in made:
-                path.rmdir()  # fails if something is in it
+        for path in made:
+            with contextlib.suppress(OSError):  # something is in it
+                path.rmdir()
 
 
 def _innermost_reason(error: BaseException) -> str:

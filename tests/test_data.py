@@ -1,8 +1,10 @@
 """Data sets: known counts, exact conversions, splits that share nothing, and damaged files that are named."""
 
 import shutil
+import socket
 import subprocess
 import sys
+from urllib.error import HTTPError, URLError
 
 import numpy as np
 import pytest
@@ -12,6 +14,7 @@ from torch.testing import assert_close
 
 from data import DATASETS, FASHION_FILES, MNIST_FILES, SPLITS, load_dataset, to_model, to_uint8
 from data_sources.glyphs import BLOCK, draw_glyphs
+from runtime.errors import UserError
 
 
 @pytest.fixture(scope="module")
@@ -158,6 +161,42 @@ def test_a_failed_download_says_what_to_do(monkeypatch, tmp_path, name, kind, er
     message = str(caught.value)
     assert all(word in message for word in ("download", kind, str(tmp_path), "--data_dir", "--dataset glyphs"))
     assert "\n" not in message
+
+
+@pytest.mark.parametrize("name", ["mnist", "fashion_mnist", "cifar10"])
+@pytest.mark.parametrize("error, reason", [
+    (URLError(socket.gaierror(-2, "Name or service not known")), "[Errno -2] Name or service not known"),
+    (HTTPError("http://x", 503, "Service Unavailable", None, None), "HTTP Error 503: Service Unavailable"),
+    (TimeoutError(), "TimeoutError"),
+], ids=["no network", "no service", "no words"])
+def test_a_failed_download_tells_its_innermost_reason_and_leaves_no_folder(monkeypatch, tmp_path, name, error, reason):
+    def urlopen(*_, **__):
+        raise error
+    monkeypatch.setattr("urllib.request.urlopen", urlopen)
+    with pytest.raises(UserError) as caught:
+        load_dataset(name, "train", tmp_path / "new/data")
+    assert f"({reason})" in str(caught.value) and "--dataset glyphs" in str(caught.value)
+    assert not any(tmp_path.iterdir())
+
+
+def test_a_failed_download_deletes_nothing_that_was_there(monkeypatch, tmp_path):
+    (tmp_path / "MNIST").mkdir()
+    (tmp_path / "MNIST/mine").write_text("mine")
+    monkeypatch.setattr("urllib.request.urlopen", lambda *_, **__: (_ for _ in ()).throw(URLError("no network")))
+    with pytest.raises(UserError, match=r"\(no network\)"):
+        load_dataset("mnist", "train", tmp_path)
+    assert [path.name for path in tmp_path.rglob("*")] == ["MNIST", "mine"]
+
+
+def test_a_download_has_a_bar_and_torchvisions_is_in_its_place_again(monkeypatch, tmp_path):
+    from torchvision.datasets import utils
+    before, titles = utils.tqdm, []
+    monkeypatch.setattr("data.Bar", lambda title, total, unit: titles.append((title, total, unit)))
+    monkeypatch.setattr(torchvision.datasets.MNIST, "download",
+                        lambda _: utils.tqdm(total=7, unit="B", unit_scale=True))
+    with pytest.raises(UserError):
+        load_dataset("mnist", "train", tmp_path)
+    assert titles == [("downloading MNIST", 7, "bytes")] and utils.tqdm is before
 
 
 def test_train_and_validation_are_read_once_and_share_their_memory(data_dir):

@@ -349,6 +349,29 @@ def test_wrong_arrays_are_refused_in_one_line(small, tmp_path, capsys, array, me
     assert re.search(message, line)
 
 
+def test_an_npz_may_call_its_images_images(tmp_path):
+    images = torch.arange(2 * 784, dtype=torch.uint8).view(2, 1, 28, 28)
+    np.savez(tmp_path / "x.npz", images=images.permute(0, 2, 3, 1).numpy(), labels=np.arange(2))
+    read, labels = evaluate.read_images(tmp_path / "x.npz", (1, 28, 28), 10)
+    assert torch.equal(read, images) and labels.tolist() == [0, 1]
+
+
+@pytest.mark.parametrize("flags", [["--steps", 1], ["--sweep", 1]], ids=str)
+def test_a_folder_that_cannot_be_written_is_told_before_data_are_read(checkpoint, tmp_path, monkeypatch, capsys, flags):
+    monkeypatch.setattr(evaluate, "load_dataset", lambda *_: pytest.fail("data are read before it is told"))
+    (tmp_path / "file").write_text("")
+    for source in (["--checkpoint", checkpoint(10)], ["--images", tmp_path / "x.npz", "--dataset", "glyphs"]):
+        more = flags if source[0] == "--checkpoint" else []
+        line = refused(lambda *argv: evaluate.main(list(map(str, argv))), capsys, *source, *more, "--device", "cpu",
+                       "--output_dir", tmp_path / "file/folder")
+        assert "cannot write to" in line and str(tmp_path / "file/folder") in line
+
+
+def test_a_sweep_takes_its_step_counts_with_commas_too(checkpoint):
+    for typed in (["5,10"], ["5", "10"]):
+        assert evaluate.parse_args(["--checkpoint", "x", "--sweep", *typed]).sweep == [5, 10]
+
+
 def test_wrong_labels_are_refused(tmp_path):
     images = torch.zeros(5, 1, 28, 28, dtype=torch.uint8)
     for labels in (np.arange(4), np.full(5, 10), np.full(5, -1), np.zeros(5), np.zeros((5, 1), int)):
@@ -361,10 +384,10 @@ def test_files_that_are_missing_empty_or_damaged_are_refused(small, tmp_path, ca
     (tmp_path / "pngs").mkdir()
     (tmp_path / "pngs" / "a.png").write_bytes(b"not a picture")
     (tmp_path / "half.npz").write_bytes(b"PK\x03\x04 half of it")
-    np.savez(tmp_path / "other.npz", images=np.zeros(3))
+    np.savez(tmp_path / "other.npz", pictures=np.zeros(3), y=np.zeros(3))
     np.save(tmp_path / "array.npy", np.zeros(3))
     for name, message in (("none.npz", "no file"), ("empty", "no .png"), ("pngs", "a.png"), ("half.npz", "damaged"),
-                          ("other.npz", "arr_0"), ("array.npy", "arr_0")):
+                          ("other.npz", "no array arr_0 or images, but pictures, y"), ("array.npy", "arr_0")):
         line = refused(small, capsys, "--images", tmp_path / name, "--dataset", "glyphs", "--output_dir", tmp_path)
         assert message in line
 

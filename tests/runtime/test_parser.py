@@ -14,6 +14,10 @@ def parser():
     parser.add_argument("--rate", type=number(float, 0), default=0.5, help="how fast")
     parser.add_argument("--steps", type=number(int, 1), default=1, help="how far")
     parser.add_argument("--fast", action=argparse.BooleanOptionalAction, default=True, help="in a hurry")
+    parser.add_argument("--large", type=number(int, 1, 10_000_000), default=1, help="a large number")
+    parser.add_argument("--several", type=number(int, 1), nargs="*", help="some numbers")
+    parser.add_argument("--pair", type=number(float, 0), nargs=2, help="two numbers")
+    parser.add_argument("--files", nargs="+", help="some files")
     add_shared_flags(parser, "seed", "device")
     return parser
 
@@ -30,6 +34,10 @@ def parser():
     (["--seed", "-1"], ["--seed", "'-1'"]),
     (["--seed", str(2**63)], ["--seed"]),
     (["--unknown", "1"], ["--unknown", "--help"]),
+    (["--large", "0"], ["--large", "1..10,000,000,", "'0'"]),
+    (["--several", "5,x"], ["--several", "whole number", "'x'"]),
+    (["--several", ","], ["--several", "','"]),
+    (["--count", "5,6"], ["--count", "'5,6'"]),
     (["--cou", "1"], ["--cou"]),
 ])
 def test_bad_flags_are_one_line_that_names_flag_value_and_range(argv, words):
@@ -48,6 +56,16 @@ def test_a_whole_number_too_large_for_a_float_is_no_crash():
 def test_good_flags_become_numbers():
     args = parser().parse_args(["--count", "9", "--rate", "1e-3", "--seed", str(2**63 - 1)])
     assert (args.count, args.rate, args.seed, args.device) == (9, 1e-3, 2**63 - 1, "auto")
+
+
+@pytest.mark.parametrize("argv, name, value", [
+    (["--several", "5,10"], "several", [5, 10]), (["--several", "5", "10"], "several", [5, 10]),
+    (["--several=5,10", "20"], "several", [5, 10, 20]), (["--several", "5,", "10,20"], "several", [5, 10, 20]),
+    (["--several", "--count", "3"], "several", []), (["--pair", "1,2.5"], "pair", [1, 2.5]),
+    (["--files", "a,b.png", "c.png"], "files", ["a,b.png", "c.png"]),
+], ids=str)
+def test_several_values_may_be_separated_by_commas(argv, name, value):
+    assert getattr(parser().parse_args(argv), name) == value
 
 
 def test_help_shows_every_default():
