@@ -14,6 +14,7 @@ from benchmarks import processes
 from benchmarks.peers import PEERS, is_installed
 from data import load_dataset
 from runtime.errors import RunFailed
+from runtime.progress import Bar, say
 
 # Our contestants and their flags of train.py: two recipes, and the configurations in benchmarks/*.txt.
 OURS = {"fast": [], "ddpm": ["--recipe", "ddpm"]} | {
@@ -52,13 +53,15 @@ class Context:
 
     def measure_each(self, part: str, measure: Callable, contestants: Iterable | None = None) -> dict[str, dict]:
         """{name: measure(name)} for each contestant. Reports a contestant that fails, and leaves it out."""
-        rows = {}
-        for name in self.contestants if contestants is None else contestants:
-            try:
-                rows[name] = measure(name)
-            except RunFailed as error:
-                self.errors[f"{part} {name}"] = str(error)
-                print(f"  {name} failed: {error}", file=sys.stderr, flush=True)
+        rows, names = {}, list(self.contestants if contestants is None else contestants)
+        with Bar(part, len(names), "measurements") as bar:
+            for name in bar.track(names):
+                bar.note = str(name)
+                try:
+                    rows[name] = measure(name)
+                except RunFailed as error:
+                    self.errors[f"{part} {name}"] = str(error)
+                    say(f"  {name} failed: {error}", sys.stderr)
         return rows
 
     def job(self, job: str, **fields) -> dict:

@@ -11,6 +11,7 @@ from benchmarks.peers import PEERS
 from benchmarks.tables import print_row, ratios
 from checkpoint import load_checkpoint
 from runtime.files import atomic_write
+from runtime.progress import say
 
 COLUMNS = ("images seen", "Fréchet", "above floor", "confident")
 
@@ -85,7 +86,7 @@ def evaluate(context: Context, name: str, budget: float, seconds: float, images_
     print_row(name, f"{budget:g} s", f"{images_seen:,}", distance["value"], row["above_floor"],
               found["figures"]["confident"]["value"])
     if count < args.num_images:
-        print(f"    only {count:,} of {args.num_images:,} images within --image_time: its distance cannot be compared")
+        say(f"    only {count:,} of {args.num_images:,} images within --image_time: its distance cannot be compared")
     return row
 
 

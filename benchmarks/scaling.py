@@ -7,6 +7,7 @@ import numpy as np
 from benchmarks.context import Context
 from benchmarks.tables import print_row
 from checkpoint import load_checkpoint
+from runtime.progress import say
 
 
 def measure_scaling(context: Context) -> dict:
@@ -53,8 +54,8 @@ def measure_peak(context: Context) -> dict:
                           seconds=context.plan.seconds, size=context.plan.matrix_size)
         slowest = ", ".join(f"{what} {share:.0%}" for what, share in list(row["slowest"].items())[:4])
         print_row(name, row["step_gflops"], *row["matrix_gflops"].values(), f"{row['share_of_best']:.1%}")
-        print(f"    {row['arithmetic']:.0%} of the time in convolutions and matrix products, at "
-              f"{row['share_within']:.1%} of the best; slowest operations: {slowest}")
+        say(f"    {row['arithmetic']:.0%} of the time in convolutions and matrix products, at "
+            f"{row['share_within']:.1%} of the best; slowest operations: {slowest}")
         return row
     print_row("GFLOP/s", "training", "product fp32", "product bf16", "share of best")
     rows = context.measure_each("peak", measure, context.ours)

@@ -1,10 +1,12 @@
 """Print the tables of benchmark.py and compute its ratios."""
 
+from runtime.progress import say
+
 
 def print_row(*cells) -> None:
     """Print one row of a table at once: the first cell at the left, the others at the right of their columns."""
     texts = ["unknown" if cell is None else f"{cell:,.4g}" if isinstance(cell, float) else str(cell) for cell in cells]
-    print("  " + f"{texts[0]:28}" + "".join(f"{text:>16}" for text in texts[1:]), flush=True)
+    say("  " + f"{texts[0]:28}" + "".join(f"{text:>16}" for text in texts[1:]))
 
 
 def ratios(values: dict[str, float | None], smaller_is_better: bool) -> dict[str, float]:

@@ -1,9 +1,12 @@
 """benchmark.py: its figures are right, its JSON has what it promises, and its errors take one line."""
 
+import io
 import json
 import os
+import re
 import subprocess
 import sys
+import time
 from importlib.util import find_spec
 from itertools import pairwise
 from pathlib import Path
@@ -37,6 +40,25 @@ def report(data_dir, tmp_path_factory):
     assert call("scaling", "train", "peak", "--quick", "--contestants", "fast", "--dataset", "glyphs", "--data_dir",
                 data_dir, "--output_dir", folder, "--device", "cpu") == 0
     return folder, json.loads((folder / "benchmark.json").read_text())
+
+
+def test_the_bar_names_what_is_measured_and_the_rows_stand_above_it(tmp_path, monkeypatch):
+    class Terminal(io.StringIO):
+        def isatty(self):
+            return True
+    stream = Terminal()
+    monkeypatch.setattr(sys, "stderr", stream)
+    monkeypatch.setattr(sys, "stdout", stream)
+    monkeypatch.setattr("runtime.progress.SECONDS", 0.02)
+
+    def measure(name):
+        time.sleep(0.1)
+        tables.print_row(name, 1.0)
+    make_context(tmp_path).measure_each("train", measure, ["fast", "ddpm"])
+    drawn = [part for part in stream.getvalue().split("\r") if part.strip()]
+    assert any(re.search(r"train:  50%\|.*\| 1/2 measurements, 00:00, ddpm, 00:00 left", part) for part in drawn), drawn
+    rows = [line.split("\r")[-1].split()[0] for line in stream.getvalue().split("\n")[:2]]
+    assert rows == ["fast", "ddpm"]
 
 
 def test_a_run_is_described(report):

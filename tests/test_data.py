@@ -1,5 +1,6 @@
 """Data sets: known counts, exact conversions, splits that share nothing, and damaged files that are named."""
 
+import io
 import shutil
 import socket
 import subprocess
@@ -15,6 +16,7 @@ from torch.testing import assert_close
 from data import DATASETS, FASHION_FILES, MNIST_FILES, SPLITS, load_dataset, to_model, to_uint8
 from data_sources.glyphs import BLOCK, draw_glyphs
 from runtime.errors import UserError
+from runtime.progress import Bar
 
 
 @pytest.fixture(scope="module")
@@ -188,15 +190,24 @@ def test_a_failed_download_deletes_nothing_that_was_there(monkeypatch, tmp_path)
     assert [path.name for path in tmp_path.rglob("*")] == ["MNIST", "mine"]
 
 
-def test_a_download_has_a_bar_and_torchvisions_is_in_its_place_again(monkeypatch, tmp_path):
+def test_a_download_has_our_bar_and_torchvision_has_its_own_again(monkeypatch, tmp_path):
     from torchvision.datasets import utils
-    before, titles = utils.tqdm, []
-    monkeypatch.setattr("data.Bar", lambda title, total, unit: titles.append((title, total, unit)))
-    monkeypatch.setattr(torchvision.datasets.MNIST, "download",
-                        lambda _: utils.tqdm(total=7, unit="B", unit_scale=True))
-    with pytest.raises(UserError):
+    before, bars = utils.tqdm, []
+
+    class Kept(Bar):
+        def __enter__(self):
+            bars.append(self)
+            return super().__enter__()
+
+    class Response(io.BytesIO):
+        length, url = 40_000, None
+    monkeypatch.setattr("data.Bar", Kept)
+    monkeypatch.setattr("urllib.request.urlopen", lambda *_, **__: Response(b"x" * 40_000))
+    with pytest.raises(UserError, match="corrupted"):
         load_dataset("mnist", "train", tmp_path)
-    assert titles == [("downloading MNIST", 7, "bytes")] and utils.tqdm is before
+    assert {(bar.title, bar.total, bar.unit, bar.done) for bar in bars} == {("downloading MNIST", 40_000, "bytes",
+                                                                             40_000)}
+    assert utils.tqdm is before
 
 
 def test_train_and_validation_are_read_once_and_share_their_memory(data_dir):
