@@ -28,6 +28,7 @@ from torch.nn import functional as F
 from checkpoint import data_mismatch, load_model
 from data import ImageData, load_dataset, to_uint8
 from diffusion import Denoise, DiffusionProcess
+from runtime import threads
 from runtime.errors import UserError
 from runtime.parser import SHARED_FLAGS, Parser, add_shared_flags, duration, number
 from runtime.sampling import is_student, sampling_options
@@ -50,7 +51,7 @@ def parse_args(argv: Sequence[str] | None):
     group.add_argument("--checkpoint", required=True, help="the teacher: a checkpoint of train.py")
     group.add_argument("--budget", type=duration, default="5m", metavar="TIME",
                        help="wall-clock time for everything, including start-up and saving: 90s, 10m, 1.5h")
-    add_shared_flags(group, "data_dir", "output_dir", "device", "precision", "seed")
+    add_shared_flags(group, "data_dir", "output_dir", "device", "precision", "threads", "seed")
     group = parser.add_argument_group("what the student learns")
     group.add_argument("--teacher_steps", type=number(int, 2), default=20, metavar="N",
                        help="steps of the teacher's path, at most the checkpoint's T")
@@ -147,11 +148,12 @@ class Consistency(DiffusionProcess):
 
 def distill(run: Run) -> None:
     """Train the student until the time or a signal ends the run."""
-    trainer = run.trainer
+    trainer, tuner = run.trainer, threads.ThreadTuner()
     with progress_bar(run):
         while run.progress < 1 and not run.stopped:
-            x_0, labels = trainer.batch()                                                   # (B, C, H, W), (B,)
-            loss = trainer.train_step(x_0, labels, run.progress)                            # ()
+            with tuner:
+                x_0, labels = trainer.batch()                                               # (B, C, H, W), (B,)
+                loss = trainer.train_step(x_0, labels, run.progress)                        # ()
             run.losses.append(loss)
             if trainer.step % LOG_STEPS == 0:
                 run.record(run.speed())
@@ -176,6 +178,7 @@ def make_run(args: Namespace, start: float) -> Run:
     """The run that the flags ask for. start: time.perf_counter() when it began."""
     device = get_device(args.device)
     autotune.set_up_cuda(device)
+    threads.set_up(args.threads, device)
     teacher, process, checkpoint = load_model(args.checkpoint, device)
     check_teacher(args, process, checkpoint)
     guidance_scale = sampling_options(checkpoint["config"], Namespace(guidance_scale=args.guidance_scale),

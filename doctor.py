@@ -53,7 +53,8 @@ from training.flags import more_epochs, resume_command
 from utils import generator_for, get_device
 
 SAMPLES, REAL = 64, 500  # generated images, and real images that they are compared with
-ERROR_IMAGES, BOUND_IMAGES = 256, 5000  # for the error of x_0_hat, and for the Gaussian bound
+ERROR_IMAGES = 256  # for the error of x_0_hat
+BOUND_IMAGES, BOUND_RATIO = 5000, 5  # for the Gaussian bound: at least so many, and so many times as many as pixels
 LOG_SNRS = (4.0, 2.0, 0.0, -2.0, -4.0)  # where the error is measured, from little to much noise
 
 
@@ -130,7 +131,8 @@ def examine_error(model, diffusion: DiffusionProcess, train: ImageData, unseen: 
     unseen = unseen.first(ERROR_IMAGES)
     x_0, labels = to_model(unseen.images), unseen.labels.to(diffusion.device) if model.num_classes else None
     times = sorted({time_of(diffusion, log_snr) for log_snr in LOG_SNRS})
-    bound = gaussian_bound(to_model(train.images[:BOUND_IMAGES]), diffusion, times)
+    count = max(BOUND_IMAGES, BOUND_RATIO * train.images[0].numel())
+    bound = gaussian_bound(to_model(train.images[:count]), diffusion, times)
     denoised = [denoise_at(model, diffusion, x_0, labels, t) for t in times]
     yield check_error(torch.stack([(x - x_0).double().square().mean() for x in denoised]), bound,
                       [diffusion.log_snr(t).item() for t in times], longer)

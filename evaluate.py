@@ -47,7 +47,7 @@ from evaluation.reference import (
 )
 from evaluation.report import conditions, print_classes, print_figures, print_heading, print_memorisation
 from evaluation.sweep import GeneratedImages, plot_cells, plot_sweep, print_table_header, print_table_row, sweep
-from runtime import distributed
+from runtime import distributed, threads
 from runtime.errors import UserError
 from runtime.files import check_inputs_stay, check_writable, write_json
 from runtime.memory import run_or_suggest_batch_size
@@ -95,7 +95,7 @@ def parse_args(argv: Sequence[str] | None):
     add_shared_flags(group, "data_dir")
     group.add_argument("--output_dir", help="where results are written (default: the folder of --checkpoint; "
                                             "with --images: outputs)")
-    add_shared_flags(group, "device", "precision", "seed")
+    add_shared_flags(group, "device", "precision", "threads", "seed")
     args = parser.parse_args(argv)
     check_flags(args, parser)
     return args
@@ -175,9 +175,9 @@ def make_images(args: Namespace, loaded: LoadedCheckpoint, options: dict, count:
 
 def to_uint8_batches(bar: Bar, batches: Iterator) -> list[Tensor] | None:
     """The final images of each batch as uint8, as in files; None as soon as one is not finite."""
-    images = []
+    images, tuner = [], threads.ThreadTuner(threads.PATIENCE)
     for _, trajectory in batches:
-        x = final_image(bar.track(trajectory))
+        x = final_image(bar.track(tuner.steps(trajectory)))
         if not x.isfinite().all():
             return None
         images.append(to_uint8(x).cpu())
@@ -273,6 +273,7 @@ def main(argv=None):
     args = parse_args(argv)
     device = get_device(distributed.local_device(args.device))
     distributed.init_process_group(device)
+    threads.set_up(args.threads, device)
     if distributed.world_size() > 1 and not args.checkpoint:
         raise UserError("several processes only help to make images: without --checkpoint leave torchrun out")
     if args.train_features:

@@ -21,7 +21,7 @@ import torch
 
 from checkpoint import load_model
 from data import to_uint8
-from runtime import distributed
+from runtime import distributed, threads
 from runtime.errors import UserError
 from runtime.files import atomic_write, check_output
 from runtime.memory import run_or_suggest_batch_size
@@ -52,7 +52,8 @@ def parse_args(argv: Sequence[str] | None):
     group = parser.add_argument_group("how")
     add_shared_flags(group, "sampler", "spacing")
     group.add_argument("--steps", "--timesteps", **SHARED_FLAGS["steps"])
-    add_shared_flags(group, "eta", "guidance_scale", "guidance_interval", "batch_size", "seed", "device", "precision")
+    add_shared_flags(group, "eta", "guidance_scale", "guidance_interval", "batch_size", "seed", "device", "precision",
+                     "threads")
     args = parser.parse_args(argv)
     if Path(args.output).suffix not in (".png", ".npz"):
         parser.error(f"--output must end in .png or .npz, not {args.output!r}")
@@ -105,13 +106,13 @@ def make_images(args: Namespace, steps: int, film: Film | None, shape: Sequence[
                 batches: Iterator) -> torch.Tensor:
     """The images (N, C, H, W) in [-1, 1] of all processes; `count` are this process's. The film gets its frames."""
     frames, pairs = (evenly_spaced(steps + 1, count + 1) for count in (FILM_FRAMES, GIF_FRAMES))  # 0: x_T
-    images = []
+    images, tuner = [], threads.ThreadTuner(threads.PATIENCE)
     total = -(-count // args.batch_size) * steps
     with Bar("sampling", total, "steps", hidden=distributed.rank() > 0) as bar:
         for batch, trajectory in batches:
             if film:
                 film.add(num_timesteps - 1, image_noise(batch, args.seed, shape)())
-            for step, (t, x, x_0_hat) in enumerate(bar.track(trajectory), start=1):
+            for step, (t, x, x_0_hat) in enumerate(bar.track(tuner.steps(trajectory)), start=1):
                 if film and step in frames:
                     film.add(t, x)
                 if film and step in pairs and batch[0] == 0:
@@ -153,6 +154,7 @@ def main(argv=None):
     args = parse_args(argv)
     output, device = Path(args.output), get_device(distributed.local_device(args.device))
     distributed.init_process_group(device)
+    threads.set_up(args.threads, device)
     if args.num_images < distributed.world_size():
         raise UserError(f"{args.num_images} images do not divide among {distributed.world_size()} processes: choose "
                         f"more")

@@ -24,7 +24,7 @@ import torch
 from data import ImageData, load_dataset, to_uint8
 from learned_variance import create_process
 from models import create_model
-from runtime import distributed
+from runtime import distributed, threads
 from runtime.errors import UserError, checking_user_input
 from runtime.memory import trim_heap
 from runtime.progress import say
@@ -46,7 +46,6 @@ from training.flags import (
     saved_flags,
 )
 from training.run import (
-    CLOSING_SECONDS,
     LOG_STEPS,
     Run,
     is_complete,
@@ -101,11 +100,12 @@ def find_checkpoint(args: Namespace) -> tuple[Path, dict] | None:
 
 def train(run: Run, validation: ImageData, settings: Namespace) -> None:
     """Train until the steps, the time or a signal end the run."""
-    trainer = run.trainer
+    trainer, tuner = run.trainer, threads.ThreadTuner()
     with progress_bar(run):
         while run.progress < 1 and not run.stopped:
-            x_0, labels = trainer.batch()                                                   # (B, C, H, W), (B,)
-            loss = trainer.train_step(x_0, labels, run.progress)                            # ()
+            with tuner:
+                x_0, labels = trainer.batch()                                               # (B, C, H, W), (B,)
+                loss = trainer.train_step(x_0, labels, run.progress, 1 / run.budget.steps)  # ()
             run.losses.append(loss)
             step_of_epoch = trainer.step % trainer.steps_per_epoch
             if step_of_epoch == 0:
@@ -133,7 +133,9 @@ def end_epoch(run: Run, validation: ImageData, settings: Namespace) -> None:
             run.save(f"checkpoints/model_epoch_{epoch:03d}.pt")
         elif distributed.rank() == 0:
             run.save_records()
-    run.budget.reserve, run.closing_images = time.perf_counter() - start + CLOSING_SECONDS, None  # measured now
+    if speed:
+        run.closing_images = (time.perf_counter() - start) * speed
+        run.set_reserve(speed)
     run.mark()
 
 
@@ -175,6 +177,7 @@ def make_run(args: Namespace, checkpoint: dict | None, start: float) -> tuple[Ru
     device = get_device(distributed.local_device(args.device))
     autotune.set_up_cuda(device)
     settings = make_settings(args, device)
+    threads.set_up(args.threads, device, adapt=settings.epochs is None)
     with distributed.local_rank_0_first():
         data = load_dataset(args.dataset, "train", args.data_dir).first(args.train_images or sys.maxsize)
     validation = load_dataset(args.dataset, "validation", args.data_dir)
@@ -292,6 +295,8 @@ def prepare_folder(run: Run, resumed: bool) -> None:
     print(f"Using device: {trainer.device}")
     print(f"{trainer.data.name}: {len(trainer.data.images):,} images; network of "
           f"{count_parameters(trainer.model):,} parameters; {trainer.precision}", flush=True)
+    if trainer.device.type == "cpu":
+        print(threads.describe(), flush=True)
     run.update()
     if run.progress == 1 and not trainer.step:
         seconds = math.ceil(run.budget.seconds_used + run.budget.reserve + 10)

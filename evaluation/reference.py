@@ -1,6 +1,6 @@
 """Images measured against real images: the figures and their floors, the accuracy score, the search for copies."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import NamedTuple
 
@@ -24,6 +24,7 @@ from evaluation.metrics import (
     random_groups,
 )
 from learned_variance import bits_per_dim
+from runtime import threads
 from runtime.errors import UserError
 from runtime.progress import progress
 from utils import GREY, caption_line, generator_for, save_picture, tile
@@ -45,7 +46,12 @@ class Reference(NamedTuple):
 
     def extract(self, images: Tensor, title: str) -> ImageFeatures:
         """Features and class probabilities of uint8 images, with a progress bar."""
-        return extract_features(images, self.classifier, self.inception, progress(title))
+        return extract_features(images, self.classifier, self.inception, adapting_bar(title))
+
+
+def adapting_bar(title: str) -> Callable:
+    """A progress bar for a loop of equal steps, which also chooses the number of threads meanwhile."""
+    return lambda items: threads.ThreadTuner(threads.PATIENCE).steps(progress(title)(items))
 
 
 def random_subset(data: ImageData, count: int) -> ImageData:
@@ -80,7 +86,7 @@ def choose_floor_data(data: ImageData, count: int, data_dir) -> ImageData:
 def make_reference(data: ImageData, floor_data: ImageData, classifier: Classifier,
                    inception: nn.Module | None) -> Reference:
     """The reference for as many images as floor_data has."""
-    features, floor_features = (extract_features(images, classifier, inception, progress(title))
+    features, floor_features = (extract_features(images, classifier, inception, adapting_bar(title))
                                 for images, title in ((data.images, data.split), (floor_data.images, "floor")))
     return Reference(classifier, inception, data, features, floor_data,
                      figures(floor_features, features, floor_data.labels))
@@ -121,10 +127,10 @@ def memorisation(reference: Reference, images: Tensor, features: ImageFeatures, 
     train = load_dataset(reference.data.name, "train", data_dir).images
     real = random_subset(load_dataset(reference.data.name, "test", data_dir), len(images)).images
     queries = torch.cat([images, real]).to(device)
-    pixels, same_pixels = nearest(queries, train, progress("nearest in pixels"))
+    pixels, same_pixels = nearest(queries, train, adapting_bar("nearest in pixels"))
     query_features = torch.cat([features.features, reference.extract(real, "test").features])
     train_features = reference.extract(train, "train").features
-    distance, same_features = nearest(query_features.to(device), train_features, progress("nearest in features"))
+    distance, same_features = nearest(query_features.to(device), train_features, adapting_bar("nearest in features"))
     closest = pixels[:len(images)].argsort()[:PAIRS]
     shown = torch.cat([closest, torch.arange(min(PAIRS, len(images)))])
     draw_nearest(torch.stack([images[shown], train[same_pixels[shown]], train[same_features[shown]]], 1), path)
@@ -154,7 +160,7 @@ def likelihood(model, diffusion: DiffusionProcess, data: ImageData, seed: int) -
     data, device, generator = random_subset(data, LIKELIHOOD_IMAGES), diffusion.device, generator_for(seed)
 
     def batches() -> Iterator[Tensor]:
-        for rows in progress("likelihood")(torch.arange(len(data.images)).split(LIKELIHOOD_BATCH)):
+        for rows in adapting_bar("likelihood")(torch.arange(len(data.images)).split(LIKELIHOOD_BATCH)):
             labels = data.labels[rows].to(device) if model.num_classes else None
             yield bits_per_dim(model, diffusion, to_model(data.images[rows]).to(device), labels,
                                draws=LIKELIHOOD_DRAWS, generator=generator).cpu()

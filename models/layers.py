@@ -7,6 +7,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
+CHECKPOINTING = dict(use_reentrant=False, preserve_rng_state=False)  # nothing in a block is random
 ACTIVATIONS = {"silu": nn.SiLU, "gelu": nn.GELU, "relu": nn.ReLU, "mish": nn.Mish}
 
 
@@ -80,8 +81,10 @@ class Attention(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         B, C, H, W = x.shape
-        qkv = self.qkv(self.norm(x)).reshape(B, 3, self.heads, C // self.heads, H * W)
-        q, k, v = qkv.transpose(-1, -2).unbind(1)                                           # (B, heads, H·W, C/heads)
+        qkv = self.qkv(self.norm(x)).reshape(B, 3, self.heads, C // self.heads, H * W).transpose(-1, -2)
+        if x.is_cuda and qkv.stride(-1) != 1:
+            qkv = qkv.contiguous()  # flash attention needs it
+        q, k, v = qkv.unbind(1)                                                             # (B, heads, H·W, C/heads)
         h = F.scaled_dot_product_attention(q, k, v).transpose(-1, -2).reshape(B, C, H, W)
         return x + self.project(h)
 
@@ -103,7 +106,7 @@ class Stage(nn.Module):
 
     def forward(self, x: Tensor, emb: Tensor) -> Tensor:
         for block, attention in zip(self.blocks, self.attention, strict=True):
-            x = checkpoint(block, x, emb, use_reentrant=False) if self.checkpointing else block(x, emb)
+            x = checkpoint(block, x, emb, **CHECKPOINTING) if self.checkpointing else block(x, emb)
             x = attention(x)
         return x
 

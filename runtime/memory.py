@@ -22,6 +22,7 @@ SUCCEEDED, OUT_OF_MEMORY, FAILED = 0, 1, 2  # exit statuses of a fork
 def out_of_memory(error: BaseException) -> bool:
     """Whether this error says that the memory of the device or of the host is too small."""
     words = ("out of memory", "not enough memory", "can't allocate memory", "bad_alloc", "failed to allocate",
+             "status_alloc_failed",  # cuBLAS, cuDNN
              "could not create a primitive", "could not create a memory", "could not execute a primitive")  # oneDNN
     return isinstance(error, torch.OutOfMemoryError | MemoryError) or (
         isinstance(error, RuntimeError) and any(word in str(error).lower() for word in words))

@@ -118,6 +118,10 @@ SHARED_FLAGS = {
     "precision": dict(choices=("auto", "fp32", "bf16"), default="auto",
                       help="the arithmetic of the network; auto: bf16 where the processor supports it and, in "
                            "training, where it is measured to be faster"),
+    "threads": dict(type=number(int, 1, 1024), metavar="N",
+                    help="the number of threads on the processor, from beginning to end (default: one for each core; "
+                         "where the last digits of results need not be repeatable, fewer while other programs are "
+                         "busy)"),
     # for scripts that make images with a checkpoint
     "use_ema": dict(action=argparse.BooleanOptionalAction, default=True,
                     help="use the moving average of the weights, which makes better images; --no-use_ema: the weights "

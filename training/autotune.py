@@ -24,6 +24,7 @@ LAYOUTS = {"nchw": torch.contiguous_format, "channels_last": torch.channels_last
 # memory than the training), and the share of the best speed that an option needs to stay in the race.
 ROUNDS = ((1 / 8, 0.02), (1 / 8, 0.25), (1 / 2, 0.5), (1 / 2, 0.8), (1 / 2, 0.8))
 MAX_SECONDS, MAX_SHARE = 2.0, 1 / 20  # no further round after so many seconds, or this share of a run's budget
+MAX_REHEARSAL = 4.0  # nor after so many times as many seconds of rehearsals, which are not timed
 MIN_STEPS = 100  # in a run of fewer steps the race would take longer than it saves
 GAIN, CLEAR_GAIN = 1.2, 10.0  # how many times faster than the first option a winner is: after all rounds, after fewer
 COMPILE_BUDGET = 600.0  # on a GPU, runs of at least so many seconds are compiled
@@ -66,32 +67,44 @@ def seconds_for_race(steps: float, budget: float | None) -> float:
     return 0.0 if steps < MIN_STEPS else min(MAX_SECONDS, MAX_SHARE * budget if budget else MAX_SECONDS)
 
 
-def race(options: list, trial: Callable[[tuple, int], float], count: int, seconds: float) -> tuple[tuple, dict]:
-    """(the winner, {option: its best speed}); trial(option, images) measures a speed.
+def race(options: list, trial: Callable[[tuple, int], float], count: int, seconds: float,
+         rehearse: bool = False) -> tuple[tuple, dict, float]:
+    """(the winner, {option: its best speed}, the gain that was asked for); trial(option, images) measures a speed.
 
     The options are measured in rounds, so that a busy moment slows all of them; slow ones leave. The first option wins
     unless another is GAIN times faster, or CLEAR_GAIN times where `seconds` were too few for all rounds, because the
-    machine is busy then.
+    machine is busy then. rehearse: each option does each number of images once before it is timed.
     """
-    first, rates, start = options[0], {}, time.perf_counter()
+    first, rates, rehearsed, spent = options[0], {}, set(), dict(rehearsal=0.0, trial=0.0)
 
     def in_time() -> bool:
-        return len(rates) < 2 or time.perf_counter() - start < seconds
+        return len(rates) < 2 or (spent["trial"] < seconds and spent["rehearsal"] < MAX_REHEARSAL * seconds)
+
+    def run(purpose: str, option: tuple, images: int) -> float:
+        start = time.perf_counter()
+        rate = trial(option, images)
+        spent[purpose] += time.perf_counter() - start
+        return rate
 
     for share, least in ROUNDS:
+        images = max(1, round(share * count))
         for option in options:
+            if rehearse and in_time() and (option, images) not in rehearsed:
+                rehearsed.add((option, images))
+                run("rehearsal", option, images)
             if in_time():
-                rates[option] = max(rates.get(option, 0.0), trial(option, max(1, round(share * count))))
+                rates[option] = max(rates.get(option, 0.0), run("trial", option, images))
         options = [option for option in options if rates.get(option, 0.0) >= least * max(rates.values())]
     best, gain = max(rates, key=rates.get), GAIN if in_time() else CLEAR_GAIN
-    return best if rates[best] > gain * rates[first] else first, rates
+    return best if rates[best] > gain * rates[first] else first, rates, gain
 
 
 def fastest_arithmetic(precision: str, layout: str | None, model: nn.Module, diffusion: DiffusionProcess,
                        data: ImageData, conditional: bool, count: int, seconds: float) -> tuple[str, str]:
     """The (precision, layout) with the fastest steps of `count` images among what the flags allow; prints the speeds.
 
-    Copies of the model are measured for at most about `seconds`. With several processes, rank 0 decides.
+    Copies of the model are measured for at most about `seconds`; on CUDA after rehearsals, because libraries are loaded
+    and algorithms chosen when a shape is new. With several processes, rank 0 decides.
     """
     device = data.images.device
 
@@ -107,9 +120,11 @@ def fastest_arithmetic(precision: str, layout: str | None, model: nn.Module, dif
     options = options_left_open(precision, layout, device)
     taken = options[0]
     if len(options) > 1 and seconds and distributed.rank() == 0:
-        taken, rates = race(options, trial, count, seconds)
+        taken, rates, gain = race(options, trial, count, seconds, rehearse=device.type == "cuda")
         found = ", ".join(f"{' '.join(option)} {rate:,.0f}" for option, rate in rates.items())
-        print(f"Measured, images a second: {found}; taking {' '.join(taken)}", flush=True)
+        usual = "" if rates[taken] == max(rates.values()) else (
+            f", the usual choice: another one must be {gain:g} times as fast, because short measurements vary")
+        print(f"Measured, images a second: {found}; taking {' '.join(taken)}{usual}", flush=True)
     return distributed.broadcast(taken)
 
 

@@ -1,6 +1,8 @@
 """A function as one CUDA graph: its kernels are recorded once and then started together, without Python."""
 
+import contextlib
 import warnings
+from collections import deque
 from collections.abc import Callable
 
 import torch
@@ -48,9 +50,40 @@ class CudaGraph:
     def _capture(self, inputs) -> None:
         """Record the kernels of a call without running them."""
         self.inputs, graph = [None if each is None else each.clone() for each in inputs], torch.cuda.CUDAGraph()
+        stream, pool = torch.cuda.current_stream(), torch.cuda.graph_pool_handle()
         try:
-            with torch.cuda.graph(graph):
+            with torch.cuda.graph(graph, pool=pool):
                 self.output = self.function(*self.inputs)
             self.graph = graph
         except RuntimeError as error:
-            print(f"Not captured as a CUDA graph: {one_line(error)}", flush=True)
+            _leave_capture(stream, pool)
+            print(f"Not captured as a CUDA graph, so that steps take longer (train.py --no-compile does not try): "
+                  f"{one_line(error)}", flush=True)
+
+
+def _leave_capture(stream, pool) -> None:
+    """Go back to the stream before a failed capture, and let the allocator leave the pool of the capture.
+
+    When the end of a capture fails, torch.cuda.graph does neither.
+    """
+    torch.cuda.set_stream(stream)
+    with contextlib.suppress(AttributeError, RuntimeError):  # private functions; an error if it has left the pool
+        torch._C._cuda_endAllocateToPool(stream.device_index, pool)
+        torch._C._cuda_releasePool(stream.device_index, pool)
+
+
+class QueuedSteps:
+    """Lets at most MOST steps wait in the queue of a CUDA device, so that the clock sees them; no-op elsewhere."""
+
+    MOST = 2
+
+    def __init__(self, device: torch.device):
+        self.device, self.events = device, deque()
+
+    def limit(self) -> None:
+        """Call it after each step: waits until at most MOST steps are not done."""
+        if self.device.type == "cuda":
+            self.events.append(torch.cuda.Event())
+            self.events[-1].record()
+            if len(self.events) > self.MOST:
+                self.events.popleft().synchronize()

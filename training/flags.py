@@ -38,7 +38,7 @@ def make_parser(description: str) -> Parser:
     group = parser.add_argument_group("run")
     group.add_argument("--recipe", choices=tuple(RECIPES), default="fast",
                        help="a set of defaults for other flags: fast, the best that we know; ddpm, the textbook")
-    add_shared_flags(group, "dataset", "data_dir", "output_dir", "device", "precision", "seed")
+    add_shared_flags(group, "dataset", "data_dir", "output_dir", "device", "precision", "threads", "seed")
     group.add_argument("--layout", choices=("auto", *LAYOUTS),
                        help="the memory layout of images; auto: the faster one on this machine (default: auto if "
                             "--precision is auto, else nchw)")
@@ -66,7 +66,9 @@ def make_parser(description: str) -> Parser:
     group.add_argument("--resume", action="store_true",
                        help="continue from the newest valid checkpoint in --output_dir with the flags of its run, "
                             "except --output_dir, --data_dir and --device; flags given now override them; --epochs "
-                            "and --budget count from the beginning of the run")
+                            "and --budget count from the beginning of the run. On a CPU the run then ends with the "
+                            "bits of one that was not interrupted, given the same number of threads; on CUDA it "
+                            "differs by rounding, because cuDNN chooses its algorithms by timing them")
     group = parser.add_argument_group("diffusion process")
     group.add_argument("--timesteps", type=number(int, 1, 100_000), default=1000, help="T, the number of noising steps")
     group.add_argument("--schedule", choices=tuple(SCHEDULES), help="the noise schedule")

@@ -3,11 +3,13 @@
 import math
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from runtime.errors import UserError
 from training.muon import Muon, hidden_matrices
 from utils import is_tensor_like
+
+IGNORE_FOUND_INF = ("mps",)  # devices whose fused AdamW takes a step in spite of found_inf (PyTorch PR 186360)
 
 
 def make_optimizers(model: nn.Module, name: str, lr: float, muon_lr: float, weight_decay: float,
@@ -36,6 +38,23 @@ def set_learning_rates(optimizers: dict[str, torch.optim.Optimizer], share: floa
         for group in optimizer.param_groups:
             rate = group["initial_lr"] * share
             group["lr"] = torch.as_tensor(group["lr"], device=device).fill_(rate) if capturable else rate
+
+
+def step_unless(bad: Tensor, optimizer: torch.optim.Optimizer) -> None:
+    """optimizer.step(), which changes nothing if the tensor `bad` is 1; does not wait for the device."""
+    weights = [weight for group in optimizer.param_groups for weight in group["params"]]
+    if isinstance(optimizer, Muon) or weights[0].device.type not in IGNORE_FOUND_INF:
+        optimizer.found_inf = bad
+        optimizer.step()
+        return
+    before = [(weight.detach().clone(), {name: value.clone() for name, value in optimizer.state[weight].items()})
+              for weight in weights]
+    optimizer.step()
+    with torch.no_grad():
+        for weight, (old_weight, old_state) in zip(weights, before, strict=True):
+            weight.copy_(torch.where(bad > 0, old_weight, weight))
+            for name, value in optimizer.state[weight].items():
+                value.copy_(torch.where(bad > 0, old_state.get(name, torch.zeros_like(value)), value))
 
 
 def restore_optimizer(optimizer: torch.optim.Optimizer, saved: dict | None, step: int) -> None:

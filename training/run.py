@@ -19,6 +19,7 @@ from runtime.memory import out_of_memory
 from runtime.progress import Bar, say
 from training.autotune import now
 from training.budget import Budget
+from training.cuda_graph import QueuedSteps
 from training.tensorboard import Board
 
 LOG_STEPS = 50  # steps between two records
@@ -32,8 +33,8 @@ class Run:
 
     config             the config of the checkpoints
     advice             what to do when numbers are not finite, one line
-    closing_images     the network's work after the last step, in images of a training step; it gives the reserve of
-                       the budget until that is measured (None)
+    closing_images     the network's work after the last step, in images of a training step: with the speed it gives
+                       the reserve of the budget
     keep_checkpoints   files in checkpoints/; None: all
     records            the lines of metrics.jsonl
     board              gets the records too, for TensorBoard
@@ -51,8 +52,9 @@ class Run:
         self.board = Board()
         self.losses: list[Tensor] = []
         self.signal, self.stopped, self.progress, self.agreed = None, None, 0.0, (0.0, 0)
-        self.reported = 0.0  # skipped steps that the user was told of
+        self.reported, self.fastest = 0.0, 0.0  # skipped steps that the user was told of; images a second
         self.last_save = self.step_time = time.perf_counter()
+        self.queued = QueuedSteps(trainer.device)
         self.mark()
 
     def restore(self, checkpoint: dict) -> None:
@@ -67,6 +69,7 @@ class Run:
 
     def update(self) -> None:
         """Set `progress` and `stopped` by the clock and by the signal, on which several processes agree."""
+        self.queued.limit()
         step, time_share, signal = self.trainer.step, self.budget.time_share, self.signal
         if distributed.world_size() > 1:
             if step % AGREE_STEPS == 0:
@@ -85,6 +88,11 @@ class Run:
         seconds = now(self.trainer.device) - self.marked_time
         return (self.trainer.step - self.marked_step) * self.trainer.batch_size / seconds
 
+    def set_reserve(self, speed: float) -> None:
+        """Reserve the time that the work after the last step takes at this speed, in images a second."""
+        self.fastest = max(self.fastest, speed)  # CLOSING_SECONDS are for a machine that is not busy
+        self.budget.reserve = CLOSING_SECONDS * self.fastest / speed + self.closing_images / speed
+
     # --------------------------------------------------------------------------------------------------- the records
 
     def record(self, speed: float, val_loss: float | None = None) -> None:
@@ -102,8 +110,8 @@ class Run:
         self.losses = []
         with warn_of_failed_writes():
             self.board.add_record(self.records[-1])
-        if self.closing_images is not None and speed:  # a resumed run may end without a step
-            self.budget.reserve = CLOSING_SECONDS + self.closing_images / speed
+        if speed:  # a resumed run may end without a step
+            self.set_reserve(speed)
         self.check_gradients()
         self.mark()
 

@@ -20,7 +20,7 @@ from runtime.memory import fits_in_memory
 from training import autotune
 from training.cuda_graph import CudaGraph
 from training.learning_rate import ema_decay_at, learning_rate
-from training.optimizers import make_optimizers, restore_optimizer, set_learning_rates
+from training.optimizers import make_optimizers, restore_optimizer, set_learning_rates, step_unless
 from utils import autocast, generator_for
 
 ORDER, LABELS, NOISE = range(3)  # the purpose of a random generator, a part of its key
@@ -95,13 +95,13 @@ class Trainer:
         dropped = torch.rand(len(chosen), generator=generator, device=self.device) < self.label_dropout
         return images, self.data.labels[chosen].masked_fill(dropped, len(self.data.class_names))
 
-    def train_step(self, x_0: Tensor, labels: Tensor | None, progress: float) -> Tensor:
+    def train_step(self, x_0: Tensor, labels: Tensor | None, progress: float, step_share: float = 0.0) -> Tensor:
         """One step of gradient descent on a batch; returns the loss (), still on the device.
 
-        progress (0..1): how much of the run is done, for the learning rate. A step whose gradient is not finite
-        changes no weight and is counted in `skipped`.
+        progress (0..1): how much of the run is done, and step_share, how much a step adds (0: unknown), for the
+        learning rate. A step whose gradient is not finite changes no weight and is counted in `skipped`.
         """
-        share = learning_rate(progress, self.warmup, self.lr_schedule)
+        share = learning_rate(progress, self.warmup, self.lr_schedule, step_share)
         set_learning_rates(self.optimizers, share, self.device, self.cuda_graph)
         generator = generator_for(self.seed, NOISE, self.step, device=self.device)
         t = self.diffusion.sample_timesteps(len(x_0), generator)
@@ -124,8 +124,7 @@ class Trainer:
         bad = (~(torch.isfinite(norm) & torch.isfinite(loss))).float()
         self.skipped.copy_(torch.stack([self.skipped[0] + bad, (self.skipped[1] + bad) * bad]))
         for optimizer in self.optimizers.values():
-            optimizer.found_inf = bad  # a tensor: where it is 1 the weights stay as they are, without a wait
-            optimizer.step()
+            step_unless(bad, optimizer)  # a tensor: where it is 1 the weights stay as they are, without a wait
         return loss
 
     def is_finite(self) -> bool:
