@@ -85,7 +85,7 @@ class Run:
 
     def speed(self) -> float:
         """Images a second since the last mark."""
-        seconds = now(self.trainer.device) - self.marked_time
+        seconds = max(now(self.trainer.device) - self.marked_time, 1e-9)
         return (self.trainer.step - self.marked_step) * self.trainer.batch_size / seconds
 
     def set_reserve(self, speed: float) -> None:

@@ -4,6 +4,7 @@ import contextlib
 import copy
 import math
 import sys
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -20,9 +21,12 @@ from training.cuda_graph import CudaGraph
 from training.trainer import Trainer
 
 
-def tried(monkeypatch, rates, seconds=100.0, count=64, **flags):
-    """What choose takes, and the images that each candidate had to go through, where these are their speeds."""
-    clock, seen = [0.0], {}
+def tried(monkeypatch, rates, seconds=100.0, count=64, cuda=False, start_up=lambda *_: 0.0, **flags):
+    """What choose takes, and the images that each candidate had to go through, where these are their speeds.
+
+    start_up(option, images): what the first pass with them takes in addition.
+    """
+    clock, seen, begun = [0.0], {}, set()
 
     def forward_backward(network, diffusion, data, conditional, precision, count):
         plain = network.downs[0].stage.blocks[0].conv1.weight.is_contiguous()
@@ -30,7 +34,8 @@ def tried(monkeypatch, rates, seconds=100.0, count=64, **flags):
         if not rates[option]:
             raise RuntimeError("no such thing here")
         seen[option] = seen.get(option, 0) + count
-        clock[0] += count / rates[option]
+        clock[0] += count / rates[option] + (0 if (option, count) in begun else start_up(option, count))
+        begun.add((option, count))
     monkeypatch.setattr(autotune, "forward_backward", forward_backward)
     monkeypatch.setattr(autotune.time, "perf_counter", lambda: clock[0])
     monkeypatch.setattr(autotune, "pick_precision", lambda precision, _: "bf16" if precision == "auto" else precision)
@@ -38,6 +43,9 @@ def tried(monkeypatch, rates, seconds=100.0, count=64, **flags):
     model = create_model(base_channels=8, time_emb_dim=8, patch_size=2)
     before, chance = copy.deepcopy(model.state_dict()), torch.get_rng_state()
     data = make_trainer().data
+    if cuda:
+        data = SimpleNamespace(images=SimpleNamespace(device=torch.device("cuda")))
+        monkeypatch.setattr(autotune, "now", lambda _: clock[0])
     flags = {"precision": "auto", "layout": None, **flags}
     torch.set_rng_state(chance)
     taken = autotune.fastest_arithmetic(**flags, model=model, diffusion=DiffusionProcess(10), data=data,
@@ -91,6 +99,31 @@ def test_a_machine_too_busy_to_measure_is_only_believed_in_the_extreme(monkeypat
 
 def test_a_difference_within_the_noise_changes_nothing(monkeypatch):
     assert tried(monkeypatch, dict(zip(OPTIONS, (100.0, 119.0, 103.0, 118.0), strict=True)))[0] == OPTIONS[0]
+
+
+def test_on_cuda_what_is_slow_only_at_first_is_taken_all_the_same(monkeypatch):
+    """Libraries are loaded by the first use of a precision, and algorithms are chosen for each new shape."""
+    rates = {option: 2000.0 if option == ("bf16", "channels_last") else 1000.0 for option in OPTIONS}
+
+    def start_up(option, images):
+        return 2.5 if option[0] == "bf16" and images == 8 else 0.3
+    taken, seen = tried(monkeypatch, rates, seconds=2.0, cuda=True, start_up=start_up)
+    assert taken == ("bf16", "channels_last")
+    assert seen[taken] == 8 + 32 + 2 * 8 + 3 * 32  # each number of images once more, untimed
+
+
+def test_rehearsals_on_cuda_end_where_they_take_too_long(monkeypatch):
+    rates = dict.fromkeys(OPTIONS, 100.0) | {OPTIONS[3]: 500.0}
+    taken, seen = tried(monkeypatch, rates, seconds=0.5, cuda=True, start_up=lambda *_: 1.5)
+    assert taken == OPTIONS[0] and set(seen) == set(OPTIONS[:2])  # of a budget of 10 s three are spent
+
+
+def test_the_line_says_why_a_faster_option_is_not_taken(monkeypatch, capsys):
+    assert tried(monkeypatch, dict(zip(OPTIONS, (2166.0, 2000.0, 2100.0, 2486.0), strict=True)))[0] == OPTIONS[0]
+    said = capsys.readouterr().out
+    assert "taking bf16 nchw, the usual choice" in said and "1.2 times as fast" in said
+    assert tried(monkeypatch, dict(zip(OPTIONS, (2486.0, 2000.0, 2100.0, 2166.0), strict=True)))[0] == OPTIONS[0]
+    assert capsys.readouterr().out.endswith("taking bf16 nchw\n")
 
 
 def test_the_layout_changes_what_is_learned_by_rounding_only():
@@ -163,13 +196,22 @@ class FakeCuda:
 
     def __init__(self, monkeypatch, trainer, fails=False):
         self.trainer, self.fails, self.replays = trainer, fails, 0
+        self.main, self.side, self.left = SimpleNamespace(device_index=0), SimpleNamespace(device_index=0), []
+        self.stream = self.main
         monkeypatch.setattr(torch.cuda, "CUDAGraph", lambda: self)
         monkeypatch.setattr(torch.cuda, "graph", self.graph)
+        monkeypatch.setattr(torch.cuda, "current_stream", lambda: self.stream)
+        monkeypatch.setattr(torch.cuda, "set_stream", lambda stream: setattr(self, "stream", stream))
+        monkeypatch.setattr(torch.cuda, "graph_pool_handle", lambda: "pool")
+        for name in ("_cuda_endAllocateToPool", "_cuda_releasePool"):
+            monkeypatch.setattr(torch._C, name, lambda *which, name=name: self.left.append((name, *which)),
+                                raising=False)
         monkeypatch.setattr(CudaGraph, "_call_on_side_stream", lambda recorded, inputs: recorded.function(*inputs))
 
     @contextlib.contextmanager
-    def graph(self, _):
+    def graph(self, _, pool=None):
         before = copy.deepcopy(self.trainer.state())
+        self.stream = self.side
         yield
         with torch.no_grad():
             for name, weight in self.trainer.model.state_dict().items():
@@ -179,7 +221,8 @@ class FakeCuda:
                     for part, value in state.items():
                         value.copy_(before["optimizer"][name]["state"][i][part])
         if self.fails:
-            raise RuntimeError("operation not permitted when stream is capturing\nand more")
+            raise RuntimeError("operation not permitted when stream is capturing\nand more")  # on the side stream
+        self.stream = self.main
 
     def replay(self):
         self.replays += 1
@@ -194,7 +237,10 @@ def test_a_recorded_step_learns_what_an_ordinary_one_does(monkeypatch, capsys, o
     cuda = FakeCuda(monkeypatch, recorded, fails)
     assert_close(steps(recorded, TOTAL), steps(plain, TOTAL))  # the rates change from step to step
     assert cuda.replays == (0 if fails else TOTAL - CudaGraph.WARM_UP)
-    assert ("Not captured" in capsys.readouterr().out) == fails
+    said = capsys.readouterr().out
+    assert ("Not captured" in said) == ("--no-compile" in said) == fails
+    assert cuda.stream is cuda.main
+    assert cuda.left == ([("_cuda_endAllocateToPool", 0, "pool"), ("_cuda_releasePool", 0, "pool")] if fails else [])
     assert_close(recorded.model.state_dict(), plain.model.state_dict(), rtol=0, atol=1e-3)
     again = make_trainer(optimizer=optimizer)
     again.restore(as_read(recorded))  # its file is as any other

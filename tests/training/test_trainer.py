@@ -1,5 +1,6 @@
 """The trainer: exact at every step, unharmed by numbers that go wrong, and told by itself what fits in memory."""
 
+import copy
 import functools
 import json
 import math
@@ -125,10 +126,25 @@ def test_a_resumed_trainer_has_its_own_settings_and_the_checkpoints_moments():
 
 
 def test_the_learning_rate_rises_to_its_peak_and_falls_to_nothing():
-    rates = [learning_rate(i / 1000, 0.1) for i in range(1001)]
+    rates = [learning_rate(i / 1000, 0.1) for i in range(1001)]  # as between the steps
     assert rates[0] == 0 and rates[100] == max(rates) == 1 and rates[-1] < 1e-9
     assert rates[:101] == sorted(rates[:101]) and rates[100:] == sorted(rates[100:], reverse=True)
     assert learning_rate(0.7, 0.1, "constant") == 1
+
+
+def test_the_warm_up_of_n_steps_begins_at_1_nth_of_the_peak_and_reaches_it():
+    rates = [learning_rate(step / 50, 0.1, "constant", 1 / 50) for step in range(50)]
+    assert_close(rates, [0.2, 0.4, 0.6, 0.8, 1.0] + [1.0] * 45)
+    assert learning_rate(0.0, 0.02, "cosine", 1.0) == 1  # the only step of a run
+
+
+def test_a_run_of_one_step_learns(data_dir, tmp_path):
+    assert train.main(tiny(data_dir, tmp_path, "--epochs", 1, "--batch_size", 256, "--sample_interval", 0)) == 0
+    after = load_checkpoint(tmp_path / "model_final.pt")
+    torch.manual_seed(0)
+    before = create_model(**after["config"]["model"]).state_dict()
+    assert after["step"] == 1
+    assert any(not torch.equal(before[name], weight) for name, weight in after["model"].items())
 
 
 @pytest.mark.parametrize("shape", [(3, 8, 20), (2, 20, 8), (1, 16, 16)])
@@ -174,20 +190,24 @@ def test_the_average_forgets_its_beginning_by_the_decay():
 
 @pytest.fixture
 def clock(monkeypatch):
-    """A clock that goes on by one second in each step, and by two in each look at the validation images."""
+    """A clock that goes on by one second in each step, and by two in each look at the validation images.
+
+    From step `busy_from` on all takes three times as long.
+    """
     now = [0.0]
 
     def lasting(seconds, function):
-        def lasts(*args):
-            now[0] += seconds
-            return function(*args)
+        def lasts(trainer, *args):
+            now[0] += seconds * (3 if trainer.step >= clock.busy_from else 1)
+            return function(trainer, *args)
         return lasts
-    clock = SimpleNamespace(perf_counter=lambda: now[0], process_time=lambda: 0.0)
-    for module in (train, training.budget, training.run):
+    clock = SimpleNamespace(perf_counter=lambda: now[0], process_time=lambda: 0.0, busy_from=math.inf)
+    for module in (train, training.budget, training.run, autotune):
         monkeypatch.setattr(module, "time", clock)
     monkeypatch.setattr(Trainer, "train_step", lasting(1, Trainer.train_step))
     monkeypatch.setattr(train, "validation_loss", lasting(2, validation_loss))
     monkeypatch.setattr("training.trainer.VALIDATION_LOSS_IMAGES", 64)
+    return clock
 
 
 def sitting(data_dir, folder, budget, *more):
@@ -212,6 +232,14 @@ def test_a_run_keeps_its_budget_and_ends_with_a_rate_near_0_and_a_validation(clo
     assert all(record["val_loss"] > 0 for record in run.records) and len(run.records) == math.ceil(steps / 4)
     peak = run.config["training"]["lr"]
     assert run.trainer.lr < 0.05 * peak < 0.5 * max(record["lr"] for record in run.records)
+
+
+def test_a_machine_that_becomes_busy_before_the_end_is_allowed_for(monkeypatch, clock, data_dir, tmp_path):
+    monkeypatch.setattr(train, "LOG_STEPS", 1)
+    clock.busy_from, budget = 20, 42  # after the fifth epoch
+    run = sitting(data_dir, tmp_path, budget)
+    assert run.trainer.step in (21, 22) and run.budget.reserve == 3 * 3.5
+    assert run.budget.seconds_used <= budget - 3 * training.run.CLOSING_SECONDS  # which the file and the plot take now
 
 
 def test_the_budget_counts_the_earlier_sittings(clock, data_dir, tmp_path):
@@ -262,6 +290,34 @@ def test_a_step_without_a_finite_loss_changes_no_weight_and_is_counted(monkeypat
     assert all(weight.isfinite().all() for weight in trainer.ema.state_dict().values())
     assert all(part.isfinite().all() for each in trainer.optimizers.values()
                for state in each.state.values() for part in state.values())
+
+
+@pytest.mark.parametrize("optimizer", ["muon", "adamw"])
+@pytest.mark.parametrize("bad", [(0,), (2, 3)], ids=str)
+def test_where_the_fused_optimizer_ignores_found_inf_a_bad_step_changes_nothing_either(monkeypatch, optimizer, bad):
+    """As on MPS: one gradient that is not a number would spoil every weight there."""
+    update, clean = torch._fused_adamw_, make_trainer(optimizer=optimizer)
+    losses = [loss for step, loss in enumerate(steps(clean, TOTAL)) if step < bad[0]]
+
+    def ignoring(*args, found_inf, **kwargs):
+        return update(*args, found_inf=None, **kwargs)
+    monkeypatch.setattr(torch, "_fused_adamw_", ignoring)
+    monkeypatch.setattr("training.optimizers.IGNORE_FOUND_INF", ("cpu",), raising=False)
+    spoil(monkeypatch, lambda i: i in bad)
+    trainer = make_trainer(optimizer=optimizer)
+    for step in range(TOTAL):
+        before = copy.deepcopy(dict(trainer.model.state_dict()))
+        moments = copy.deepcopy({name: each.state_dict()["state"] for name, each in trainer.optimizers.items()})
+        seen = steps(trainer, 1)
+        if step < bad[0]:
+            assert seen == [losses[step]]  # a good step is the ordinary one
+        if step in bad:
+            assert_identical(dict(trainer.model.state_dict()), before)
+            for name, each in trainer.optimizers.items():
+                after = each.state_dict()["state"]
+                assert_identical(after, moments[name] or {i: {part: torch.zeros_like(value) for part, value in of.items()}
+                                                          for i, of in after.items()})
+    assert trainer.skipped[0] == len(bad)
 
 
 def test_a_run_survives_bad_steps_reports_them_and_writes_json(monkeypatch, data_dir, tmp_path, capfd):
