@@ -38,7 +38,7 @@ from samplers import (
     image_noise,
     uniform_timesteps,
 )
-from training import run_folder
+from training import run_folder, run_record
 from training.budget import Budget
 from training.trainer import Trainer
 
@@ -261,7 +261,9 @@ def test_the_student_is_a_checkpoint_that_says_what_it_is(student, teacher):
 
 
 def test_it_writes_what_it_promises(student):
-    assert sorted(files(student)) == ["metrics.jsonl", "model_final.pt", "samples.png"]
+    assert sorted(files(student)) == ["metrics.jsonl", "model_final.pt", "run.json", "samples.png"]
+    [sitting] = run_record.sittings(student)
+    assert sitting["command"].startswith("python distill.py --checkpoint ") and sitting["how"] == "completed"
     [record] = metrics(student)
     assert record.keys() == {"step", "epoch", "images_seen", "loss", "val_loss", "lr", "images_per_second", "seconds"}
     assert record["step"] == STEPS and record["loss"] > 0 and record["val_loss"] is None
@@ -358,7 +360,7 @@ def test_a_signal_ends_the_step_saves_and_has_its_exit_status(teacher, data_dir,
         return batch(trainer)
     monkeypatch.setattr(Trainer, "batch", stopped)
     assert distill.main(flags(teacher, data_dir, tmp_path)) == 128 + stop
-    assert sorted(files(tmp_path)) == ["checkpoints/model_step_00000002.pt", "metrics.jsonl"]
+    assert sorted(files(tmp_path)) == ["checkpoints/model_step_00000002.pt", "metrics.jsonl", "run.json"]
     saved = load_checkpoint(tmp_path / "checkpoints/model_step_00000002.pt")
     assert saved["step"] == 2 and metrics(tmp_path)[-1]["step"] == 2
     assert "model_step_00000002.pt" in capfd.readouterr().out
@@ -385,7 +387,8 @@ def test_steps_without_a_finite_loss_change_nothing_and_too_many_stop_the_run(te
     monkeypatch.setattr(distill, "LOG_STEPS", 2)
     monkeypatch.setattr("training.run.MAX_BAD_STEPS", 2)
     assert distill.main(flags(teacher, data_dir, tmp_path)) == 1
-    assert "--muon_lr 0.00125" in capfd.readouterr().err and files(tmp_path) == {}
+    assert "--muon_lr 0.00125" in capfd.readouterr().err and files(tmp_path).keys() == {"run.json"}
+    assert run_record.sittings(tmp_path)[-1]["how"].startswith("failed: the loss or its gradient was not finite")
 
 
 def test_the_budget_includes_what_was_before(teacher, data_dir, tmp_path, monkeypatch, capfd):

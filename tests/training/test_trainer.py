@@ -4,6 +4,7 @@ import copy
 import functools
 import json
 import math
+import sys
 from types import SimpleNamespace
 
 import numpy as np
@@ -374,6 +375,22 @@ def test_batch_size_auto_finds_what_fits_and_resuming_keeps_it(monkeypatch, data
     run, _, settings = train.make_run(args, None, 0.0)
     assert (run.trainer.batch_size, settings.batch_size, args.batch_size) == (found, found, "auto")
     assert run.config["training"]["batch_size"] == found and run.trainer.steps_per_epoch == 256 // found
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="elsewhere what fits is tried in the process itself")
+@pytest.mark.parametrize("precision, tried", [("auto", {1 / 8, 1 / 2}), ("fp32", set())])
+def test_batch_size_auto_does_nothing_in_this_process_before_it_has_measured_what_fits(monkeypatch, data_dir, tmp_path,
+                                                                                       precision, tried):
+    """A container ends a process that asks for too much: only the fork, which measures, may do so."""
+    seen = []
+    limit_memory(monkeypatch, 31, MemoryError())
+    limited = DiffusionProcess.loss
+    monkeypatch.setattr(DiffusionProcess, "loss", lambda *args, **more: seen.append(len(args[2])) or limited(
+        *args, **more))
+    monkeypatch.setattr("training.autotune.MIN_STEPS", 0)
+    args, _ = train.parse_args(tiny(data_dir, tmp_path, "--batch_size", "auto", "--precision", precision))
+    run, _, _ = train.make_run(args, None, 0.0)
+    assert run.trainer.batch_size == 16 and set(seen) == {16 * share for share in tried}
 
 
 def test_other_errors_are_not_taken_for_want_of_memory():
