@@ -8,6 +8,7 @@ bits. So it is fixed where results must be repeatable, and by --threads.
 """
 
 import functools
+import math
 import sys
 import time
 from collections.abc import Generator, Iterable, Iterator
@@ -24,7 +25,8 @@ CLEARLY_SLOWER = 0.9  # below this share of the best speed, a search goes no fur
 CHANGED = 0.8  # a fall to this share of the expected speed, or a rise to its inverse, starts a search at once
 COST, HURRIED_COST = 0.04, 0.1  # share of the time that searches may lose: regular ones, and those after a change
 PAUSE = 4.0  # the shortest time between two regular searches, in seconds
-IDLE_SECONDS, IDLE_CORES = 1.0, 0.5  # so many more idle cores, over so many seconds, start a search
+FIRST_LOOK, LOOK_SECONDS = 0.1, 1.0  # the first look at what the cores do, and the time between later ones
+IDLE_CORES, OTHER_CORES = 0.5, 0.3  # more threads are tried if so many cores are idle, fewer if others use so many
 MAX_LINES = 10  # changes that are printed
 PATIENCE = 2.0  # for making and measuring images, which is often done sooner
 
@@ -38,13 +40,20 @@ def default_number() -> int:
 
 
 def set_up(number: int | None, device: torch.device, adapt: bool = True) -> None:
-    """Use `number` threads. Without a number: torch's default, which each ThreadTuner may change where `adapt` is True.
+    """Use `number` threads. Without a number: torch's default, or where `adapt` is True as many as cores are free.
 
-    On other devices and in several processes the number stays.
+    Each ThreadTuner may change the latter. On other devices and in several processes the number stays the default.
     """
     global _adapting
     torch.set_num_threads(number or default_number())
     _adapting = adapt and number is None and device.type == "cpu" and distributed.world_size() == 1
+    if _adapting and default_number() > 1:
+        cores = Cores()
+        time.sleep(FIRST_LOOK)
+        cores.look(FIRST_LOOK)
+        if math.isfinite(cores.others):
+            free = max(1, default_number() - round(cores.others))
+            torch.set_num_threads(max(number for number in numbers_to_try(default_number()) if number <= free))
 
 
 def describe() -> str:
@@ -53,7 +62,7 @@ def describe() -> str:
     named = f"{count} thread{'s' * (count > 1)}"
     if not _adapting:
         return f"{named} from beginning to end (another number, set by --threads, changes the last digits of results)"
-    return f"{named}, fewer while other programs use the processor (--threads N: always N)" if count > 1 else named
+    return f"{named} now, fewer or more as other programs leave cores free (--threads N: always N)"
 
 
 def numbers_to_try(most: int) -> list[int]:
@@ -120,22 +129,23 @@ class ThreadTuner:
 
         start: when the first search begins.
         """
-        rate = yield self.number
+        rate, fewer, more = (yield self.number), True, idle_and_total_time() is None
         while time.perf_counter() < start:
             rate = yield self.number
         while True:
-            before = self.number
-            rates, lost = yield from self._search(numbers, before, rate)
+            before, place = self.number, numbers.index(self.number)
+            sides = numbers[place + 1:] if fewer else [], numbers[:place][::-1] if more else []
+            rates, lost = yield from self._search(sides, before, rate)
             best = max(rates, key=rates.get)
             if rates[best] > GAIN * rates[before]:
                 self._tell(before, best, rates[best] / rates[before])
                 self.number = best
-            rate = yield from self._work(self.number, rates[self.number], lost, self.number < max(numbers))
+            rate, fewer, more = yield from self._work(rates[self.number], lost)
 
-    def _search(self, numbers: list[int], number: int, rate: float) -> Generator[int, float, tuple[dict, float]]:
-        """Try fewer and more threads than `number`, whose speed is `rate`: ({number: speed}, seconds lost by it)."""
-        rates, windows, place = {number: rate}, {}, numbers.index(number)
-        for side in (numbers[place + 1:], numbers[:place][::-1]):
+    def _search(self, sides: tuple[list[int], ...], number: int, rate: float) -> Generator[int, float, tuple]:
+        """Try other numbers of threads than `number`, whose speed is `rate`: ({number: speed}, seconds lost by it)."""
+        rates, windows = {number: rate}, {}
+        for side in sides:
             for other in side:
                 rates[other] = yield other
                 windows[other] = self.window
@@ -144,50 +154,65 @@ class ThreadTuner:
         best = max(rates.values())
         return rates, sum(seconds * (1 - rates[other] / best) for other, seconds in windows.items())
 
-    def _work(self, number: int, expected: float, lost: float, could_be_more: bool) -> Generator[int, float, float]:
-        """Use `number` threads until a search is due; returns the last speed."""
-        start, idle, changed = time.perf_counter(), IdleCores(), 0
+    def _work(self, expected: float, lost: float) -> Generator[int, float, tuple[float, bool, bool]]:
+        """Keep the number until a search is due: (the last speed, whether to try fewer, whether to try more)."""
+        start, cores, changed = time.perf_counter(), Cores(), 0
         while True:
-            rate = yield number
-            seconds = time.perf_counter() - start
+            rate = yield self.number
+            cores.look()
             changed = changed + 1 if not CHANGED < rate / expected < 1 / CHANGED else 0
-            hurry = changed >= 2 or (could_be_more and idle.have_grown())
-            if seconds > (lost / HURRIED_COST if hurry else max(PAUSE, lost / COST)):
-                return rate
+            fewer, more = changed >= 2 or cores.others >= OTHER_CORES, cores.idle >= IDLE_CORES
+            hurry = changed >= 2 or cores.idle_grows
+            pause = lost / HURRIED_COST if hurry else max(PAUSE, lost / COST)
+            if (fewer or more) and time.perf_counter() - start > pause:
+                return rate, fewer, more
 
     def _tell(self, before: int, now: int, gain: float) -> None:
         self.lines += 1
         if self.lines <= MAX_LINES:
             last = "; further changes are not printed" if self.lines == MAX_LINES else ""
-            why = "other programs use the processor" if now < before else "the processor has become free"
+            why = "not all cores are free" if now < before else "more cores are free"
             tqdm.write(f"{now} thread{'s' * (now > 1)} instead of {before}, {gain:.1f} times as fast: {why}{last}",
                        file=sys.stdout)
 
 
-class IdleCores:
-    """Watches how many cores are idle. Only on Linux; elsewhere none ever seem to become idle."""
+class Cores:
+    """How many cores are idle and how many other programs use.
+
+    Both are infinite, so that everything is tried, before the first look and where the system does not tell.
+    """
 
     def __init__(self):
-        self.before, self.at_first, self.grown = idle_and_total_time(), None, False
-        self.read_at = time.perf_counter()
+        self.idle = self.others = math.inf
+        self.least_idle, self.before = math.inf, self._read()
 
-    def have_grown(self) -> bool:
-        """Whether IDLE_CORES more cores are idle than in the first IDLE_SECONDS; looks once in that time."""
-        if self.before and time.perf_counter() - self.read_at >= IDLE_SECONDS:
-            self.read_at, (idle, total, cores) = time.perf_counter(), idle_and_total_time()
-            share = (idle - self.before[0]) / max(1, total - self.before[1])
-            self.before = idle, total, cores
-            if self.at_first is None:
-                self.at_first = share * cores
-            self.grown = share * cores - self.at_first >= IDLE_CORES
-        return self.grown
+    def look(self, least: float = LOOK_SECONDS) -> None:
+        """Bring the numbers up to date, if the last look was at least so many seconds ago."""
+        if self.before is None or time.perf_counter() - self.before[0] < least:
+            return
+        now = self._read()
+        clock, own, idle, total, cores = (after - before for after, before in zip(now, self.before, strict=True))
+        self.before, cores = now, now[-1]
+        self.idle = cores * idle / max(1, total)
+        self.others = cores - self.idle - own / clock
+        self.least_idle = min(self.least_idle, self.idle)
+
+    @property
+    def idle_grows(self) -> bool:
+        """Whether IDLE_CORES more cores are idle than at an earlier look."""
+        return self.idle - self.least_idle >= IDLE_CORES
+
+    def _read(self) -> tuple | None:
+        """(clock, processor time of this process, idle time of all cores, time of all cores, cores), or None."""
+        times = idle_and_total_time()
+        return times and (time.perf_counter(), time.process_time(), *times)
 
 
 def idle_and_total_time() -> tuple[int, int, int] | None:
-    """(idle time, total time, cores) of all cores together since the system started; None where it does not tell."""
+    """(idle time, total time, cores) of all cores together since the system started; None except on Linux."""
     try:
         first, *lines = Path("/proc/stat").read_text().splitlines()
     except OSError:
         return None
-    times = [int(text) for text in first.split()[1:9]]  # guests are counted among user
+    times = [int(text) for text in first.split()[1:9]]  # after them come guests, which are counted as users
     return times[3] + times[4], sum(times), sum(line.startswith("cpu") for line in lines)

@@ -237,10 +237,11 @@ def test_a_run_keeps_its_budget_and_ends_with_a_rate_near_0_and_a_validation(clo
 
 def test_a_machine_that_becomes_busy_before_the_end_is_allowed_for(monkeypatch, clock, data_dir, tmp_path):
     monkeypatch.setattr(train, "LOG_STEPS", 1)
-    clock.busy_from, budget = 20, 42  # after the fifth epoch
+    clock.busy_from, budget = 21, 50  # in the sixth epoch
     run = sitting(data_dir, tmp_path, budget)
-    assert run.trainer.step in (21, 22) and run.budget.reserve == 3 * 3.5
-    assert run.budget.seconds_used <= budget - 3 * training.run.CLOSING_SECONDS  # which the file and the plot take now
+    assert run.trainer.step == 24 and run.budget.reserve == 3 * 3.5
+    left = budget - run.budget.seconds_used
+    assert left >= 3 * training.run.CLOSING_SECONDS - 3  # for the file and the plot, but for the length of a step
 
 
 def test_the_budget_counts_the_earlier_sittings(clock, data_dir, tmp_path):
@@ -316,8 +317,8 @@ def test_where_the_fused_optimizer_ignores_found_inf_a_bad_step_changes_nothing_
             assert_identical(dict(trainer.model.state_dict()), before)
             for name, each in trainer.optimizers.items():
                 after = each.state_dict()["state"]
-                assert_identical(after, moments[name] or {i: {part: torch.zeros_like(value) for part, value in of.items()}
-                                                          for i, of in after.items()})
+                zeros = {i: {part: torch.zeros_like(value) for part, value in of.items()} for i, of in after.items()}
+                assert_identical(after, moments[name] or zeros)
     assert trainer.skipped[0] == len(bad)
 
 
