@@ -67,19 +67,21 @@ def parse_args(argv: Sequence[str] | None):
     parser.add_argument("what", nargs="*", type=part_name, metavar="what",
                         help=f"any of {', '.join(PARTS)} (default: all; gpu only on CUDA)")
     parser.add_argument("--contestants", nargs="+", choices=(*OURS, *PEERS), default=[*OURS, *PEERS],
-                        help="what is compared; peak measures only ours, scaling and gpu only the first of ours")
+                        help="the contestants to compare; peak measures only ours, scaling and gpu only the first of "
+                             "ours")
     parser.add_argument("--budgets", nargs="+", type=duration, default=[60.0, 180.0], metavar="TIME",
-                        help="training times of quality, in seconds or as 10m")
+                        help="the training times of quality: 90s, 10m, 1.5h")
     parser.add_argument("--num_images", type=number(int, 1), default=5000,
-                        help="number of images that quality evaluates")
+                        help="the number of images that quality evaluates")
     parser.add_argument("--image_time", type=duration, default=300.0, metavar="TIME",
-                        help="maximum sampling time for each figure of quality; if it is too short, fewer images are "
-                             "evaluated, and a line says so")
+                        help="the maximum sampling time for each figure of quality; if it is too short, fewer images "
+                             "are evaluated, and a line says so")
     parser.add_argument("--limit", type=number(float, 0), default=30.0,
-                        help="maximum seconds for each figure of sample; a longer time is measured in part, "
+                        help="the maximum seconds for each figure of sample; a longer time is measured in part, "
                              "extrapolated, and marked")
     parser.add_argument("--quick", action="store_true",
-                        help="tiny networks and few steps, to test that everything works; the numbers mean nothing")
+                        help="take tiny networks and few steps, to test that everything works; the numbers mean "
+                             "nothing")
     add_shared_flags(parser, "dataset", "data_dir", "output_dir", "device", "seed")
     parser.set_defaults(output_dir="outputs/benchmark")
     args = parser.parse_args(argv)

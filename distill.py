@@ -50,20 +50,20 @@ def parse_args(argv: Sequence[str] | None):
     group = parser.add_argument_group("run")
     group.add_argument("--checkpoint", required=True, help="the teacher: a checkpoint of train.py")
     group.add_argument("--budget", type=duration, default="5m", metavar="TIME",
-                       help="wall-clock time for everything, including start-up and saving: 90s, 10m, 1.5h")
+                       help="the wall-clock time for everything, including start-up and saving: 90s, 10m, 1.5h")
     add_shared_flags(group, "data_dir", "output_dir", "device", "precision", "threads", "seed")
     group = parser.add_argument_group("what the student learns")
     group.add_argument("--teacher_steps", type=number(int, 2), default=20, metavar="N",
-                       help="steps of the teacher's path, at most the checkpoint's T")
+                       help="the number of steps of the teacher's path, at most the checkpoint's T")
     group.add_argument("--teacher_order", type=int, choices=(1, 2), default=2,
-                       help="order of the teacher's steps: 1 is ddim; 2 evaluates it twice and is more exact")
+                       help="the order of the teacher's steps: 1 is ddim; 2 evaluates it twice and is more exact")
     group.add_argument("--guidance_scale", **SHARED_FLAGS["guidance_scale"] | dict(
-        help="guidance of the teacher; the student then makes guided images with one evaluation a step "
+        help="the strength of the teacher's guidance; the student then makes guided images with one evaluation a step "
              f"(default: {DEFAULT_GUIDANCE} where there are labels)"))
     group = parser.add_argument_group("optimiser")
-    group.add_argument("--batch_size", type=number(int, 1), default=128, help="images in a step")
-    group.add_argument("--lr", type=number(float, 0), default=5e-4, help="peak learning rate of AdamW")
-    group.add_argument("--muon_lr", type=number(float, 0), default=0.005, help="peak learning rate of Muon")
+    group.add_argument("--batch_size", type=number(int, 1), default=128, help="the number of images in a step")
+    group.add_argument("--lr", type=number(float, 0), default=5e-4, help="the peak learning rate of AdamW")
+    group.add_argument("--muon_lr", type=number(float, 0), default=0.005, help="the peak learning rate of Muon")
     parser.set_defaults(output_dir="outputs/student")
     return parser.parse_args(argv)
 

@@ -45,7 +45,7 @@ from evaluation.machine_checks import examine_machine
 from evaluation.metrics import closeness, nearest
 from models import create_model
 from runtime.errors import UserError
-from runtime.parser import Parser, add_shared_flags
+from runtime.parser import SHARED_FLAGS, Parser, add_shared_flags
 from runtime.sampling import dataset_of, is_student, sampling_options
 from runtime.script import script
 from samplers import final_image, generate
@@ -62,9 +62,12 @@ def parse_args(argv: Sequence[str] | None):
     parser = Parser(__doc__)
     group = parser.add_argument_group("what to examine")
     group.add_argument("--checkpoint", help="a file that train.py wrote: also examine its schedule, data and images")
-    add_shared_flags(group, "dataset")
-    parser.set_defaults(dataset=None)
-    add_shared_flags(group, "data_dir", "output_dir", "device")
+    group.add_argument("--dataset", choices=SHARED_FLAGS["dataset"]["choices"],
+                       help="the data set to examine (default: that of --checkpoint, else none)")
+    add_shared_flags(group, "data_dir")
+    group.add_argument("--output_dir", **SHARED_FLAGS["output_dir"] | dict(
+        help="the folder that is examined for whether results can be written to it"))
+    add_shared_flags(group, "device")
     group.add_argument("--json", action="store_true", help="print a JSON list of {check, status, message, fix} instead")
     args = parser.parse_args(argv)
     if args.checkpoint and not Path(args.checkpoint).is_file():

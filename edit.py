@@ -69,7 +69,7 @@ def parse_args(argv: Sequence[str] | None) -> Namespace:
     add_shared_flags(sub, "seed")
     sub = add_command(commands, "vary", "variations of a picture: add some noise and denoise it (SDEdit)")
     sub.add_argument("--strength", type=number(float, 0.0, 1.0), default=0.6,
-                     help="how much may change, from 0 (nothing) to 1 (everything)")
+                     help="how much of the picture may change, from 0 (nothing) to 1 (everything)")
     sub.add_argument("--num_images", **few)
     add_shared_flags(sub, "seed")
     sub = add_command(commands, "interpolate", "the images between two pictures, or between those of two seeds",
@@ -103,17 +103,17 @@ def add_command(commands, name: str, text: str, pictures: int = 1) -> Parser:
     """The parser of a command, with the flags that all commands share."""
     sub = commands.add_parser(name, description=text, help=text)
     sub.add_argument("--checkpoint", required=True, help="a checkpoint of train.py")
-    sub.add_argument("--output", default=f"outputs/{name}.png", help="a .png file")
+    sub.add_argument("--output", default=f"outputs/{name}.png", help="the .png file to write")
     sub.add_argument("--gif", action="store_true", help="also write an animation of the steps beside the output")
     sub.add_argument("--columns", **SHARED_FLAGS["columns"] | dict(help="pictures in a row (default: 16)"))
     sub.add_argument("--scale", **SHARED_FLAGS["scale"] | dict(help="each pixel of a picture is drawn N×N large "
                                                                     "(default: 4)"))
     sub.add_argument("--steps", **SHARED_FLAGS["steps"] | dict(
-        help=f"steps of the sampler, at most the checkpoint's T (default: {DEFAULT_STEPS[name]}"
+        help=f"the number of steps of the sampler, at most the checkpoint's T (default: {DEFAULT_STEPS[name]}"
              f"{', with --image ' + str(DEFAULT_STEPS['invert']) if pictures == 2 else ''}, or T if that is less)"))
     add_shared_flags(sub, "label")
     sub.add_argument("--guidance_scale", **SHARED_FLAGS["guidance_scale"] | dict(
-        help="strength of the guidance by --label: 1 is none, more gives clearer and less varied images (default: "
+        help="the strength of the guidance by --label: 1 is none, more gives clearer and less varied images (default: "
              f"{DEFAULT_GUIDANCE})"))
     which = sub.add_mutually_exclusive_group()
     if pictures == 2:
@@ -124,7 +124,8 @@ def add_command(commands, name: str, text: str, pictures: int = 1) -> Parser:
                            metavar=("A", "B"), help="the seeds of the first and the last image")
     else:
         which.add_argument("--image", help="a picture, a file of any size (default: one of the test split)")
-        which.add_argument("--index", type=number(int, 0), help="the number of an image of the test split (default: 0)")
+        which.add_argument("--index", type=number(int, 0), help="take the image of the test split with this number "
+                                                                "(default: 0)")
         add_shared_flags(sub, "data_dir")
     sub.add_argument("--fit", choices=FITS, default="crop",
                      help="how a picture or a mask of another shape than the model's is scaled: cut off what is too "

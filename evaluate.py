@@ -67,7 +67,8 @@ def parse_args(argv: Sequence[str] | None):
     parser = Parser(__doc__)
     group = parser.add_argument_group("what to measure (one of the three)").add_mutually_exclusive_group(required=True)
     group.add_argument("--checkpoint", help="a checkpoint of train.py or distill.py: it makes the images")
-    group.add_argument("--images", help="existing images: a .npz with arr_0, uint8 (N, H, W, C), or a folder of PNGs")
+    group.add_argument("--images", help="existing images: a .npz with arr_0 (or images), uint8 (N, H, W, C), or a "
+                                        "folder of PNGs")
     group.add_argument("--train_features", choices=tuple(DATASETS), metavar="DATASET",
                        help="train this data set's feature network again: evaluation/weights/DATASET.pt")
     group = parser.add_argument_group("how a checkpoint makes images")
@@ -81,10 +82,12 @@ def parse_args(argv: Sequence[str] | None):
                        help="the data set of --images (of --checkpoint: its own)")
     parser.set_defaults(num_images=5000, guidance_scale=[None], batch_size=250)
     group.add_argument("--reference", choices=SPLITS,
-                       help="the real images: test for results, validation for choices (default: test; with --sweep: "
+                       help="the real images to compare with: test for results, validation for choices (default: "
+                            "test; with --sweep: "
                             "validation)")
     group.add_argument("--features", choices=("own", "inception"), default="own",
-                       help="the data set's own feature network, or Inception v3 (needs torch-fidelity; slow)")
+                       help="the network whose features are compared: own, the data set's classifier; inception, "
+                            "Inception v3, which is slow and needs torch-fidelity")
     group.add_argument("--cas", action="store_true",
                        help="also the classification accuracy score, higher is better: train a classifier on the "
                             "generated images and test it on real images")
@@ -93,7 +96,7 @@ def parse_args(argv: Sequence[str] | None):
                             f"over {LIKELIHOOD_IMAGES:,} real images")
     group = parser.add_argument_group("run")
     add_shared_flags(group, "data_dir")
-    group.add_argument("--output_dir", help="where results are written (default: the folder of --checkpoint; "
+    group.add_argument("--output_dir", help="the folder for the results (default: the folder of --checkpoint; "
                                             "with --images: outputs)")
     add_shared_flags(group, "device", "precision", "threads", "seed")
     args = parser.parse_args(argv)

@@ -43,7 +43,7 @@ def parse_args(argv: Sequence[str] | None):
     group = parser.add_argument_group("what")
     group.add_argument("--checkpoint", required=True, help="a checkpoint of train.py or distill.py")
     add_shared_flags(group, "use_ema", "num_images", "label")
-    group.add_argument("--output", default=DEFAULT_OUTPUT, help="a .png or .npz file")
+    group.add_argument("--output", default=DEFAULT_OUTPUT, help="the .png or .npz file to write")
     add_shared_flags(group, "columns", "scale")
     group.add_argument("--show_intermediate", action="store_true",
                        help="also write intermediate/step_XXXX.png beside the output, and film_strip.png; for "

@@ -48,16 +48,17 @@ READ_FLAGS = {  # the flags that each picture reads, besides those of files and 
 def parse_args(argv: Sequence[str] | None):
     parser = Parser(__doc__)
     parser.add_argument("--what", choices=WITHOUT_MODEL + WITH_MODEL, default="forward",
-                        help="which picture to draw")
+                        help="the picture to draw")
     parser.add_argument("--num_images", type=number(int, 1, 64), default=8,
-                        help="how many images (rows); with features: how many are averaged")
+                        help="the number of images, one in each row; for --what features: the number that is averaged")
     parser.add_argument("--save_path", help="the .png, .pdf or .svg to write (default: outputs/forward_diffusion.png, "
                                             "or outputs/ and the value of --what)")
-    parser.add_argument("--schedule", choices=SCHEDULES, default="linear", help="for --what forward")
+    parser.add_argument("--schedule", choices=SCHEDULES, default="linear",
+                        help="the noise schedule that --what forward uses")
     parser.add_argument("--timesteps", type=number(int, 1, 100_000), default=1000,
-                        help="T, for --what forward and schedules")
+                        help="T, the number of noising steps, for --what forward and schedules")
     parser.add_argument("--dataset", choices=tuple(DATASETS),
-                        help="for --what forward (default: mnist; of a --checkpoint: its own)")
+                        help="the images that --what forward shows (default: mnist; of a --checkpoint: its own)")
     add_shared_flags(parser, "data_dir", "seed", "device")
     parser.add_argument("--columns", type=number(int, 2, 100),
                         help=f"how many times t to show (default: {FRAME_COLUMNS}; with --what forward {len(COLUMNS)})")
@@ -65,7 +66,8 @@ def parse_args(argv: Sequence[str] | None):
     group = parser.add_argument_group(f"--what {', '.join(WITH_MODEL)}")
     group.add_argument("--checkpoint", help="a checkpoint of train.py or distill.py; its data set is used")
     add_shared_flags(group, "sampler", "spacing", "steps", "label", "guidance_scale")
-    group.add_argument("--projection", choices=("tsne", "pca"), default="tsne", help="for --what embedding")
+    group.add_argument("--projection", choices=("tsne", "pca"), default="tsne",
+                       help="the method by which --what embedding brings features into two dimensions")
     args = parser.parse_args(argv)
     if args.what in WITH_MODEL and not args.checkpoint:
         parser.error(f"--what {args.what} needs a trained model: add --checkpoint outputs/model_final.pt")

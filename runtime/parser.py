@@ -29,8 +29,12 @@ class Parser(argparse.ArgumentParser):
         class Formatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
             def _get_help_string(self, action):
                 no_default = any(action.default is value for value in (None, False, argparse.SUPPRESS))
-                complete = no_default or "(default" in action.help
-                return action.help if complete else super()._get_help_string(action)
+                if no_default or "(default" in action.help:
+                    return action.help
+                if isinstance(action.default, list):
+                    words = (f"{value:g}" if isinstance(value, float) else str(value) for value in action.default)
+                    return f"{action.help} (default: {' '.join(words)})"
+                return super()._get_help_string(action)
 
         super().__init__(description=description, formatter_class=Formatter, allow_abbrev=False)
 
@@ -113,7 +117,8 @@ SHARED_FLAGS = {
     "dataset": dict(choices=tuple(DATASETS), default="mnist", help="the images to learn from or to look at"),
     "data_dir": dict(default="data", help="the folder with the data sets; what is missing is downloaded to it"),
     "output_dir": dict(default="outputs", help="the folder for the results"),
-    "device": dict(default="auto", help="auto (CUDA, else MPS, else CPU), cuda, cuda:N, mps or cpu"),
+    "device": dict(default="auto", help="the device that computes: auto (CUDA, else MPS, else the CPU), cuda, cuda:N, "
+                                            "mps or cpu"),
     "seed": dict(type=number(int, 0, 2**63 - 1), default=0, help="the seed of everything random"),
     "precision": dict(choices=("auto", "fp32", "bf16"), default="auto",
                       help="the arithmetic of the network; auto: bf16 where the processor supports it and, in "
@@ -126,26 +131,28 @@ SHARED_FLAGS = {
     "use_ema": dict(action=argparse.BooleanOptionalAction, default=True,
                     help="use the moving average of the weights, which makes better images; --no-use_ema: the weights "
                          "after the last step"),
-    "num_images": dict(type=number(int, 1, 10_000_000), default=64, help="the number of images"),
+    "num_images": dict(type=number(int, 1, 10_000_000), default=64, help="the number of images to make"),
     "sampler": dict(choices=tuple(SAMPLERS),
                     help=f"the method from noise to image (default: {DEFAULT_SAMPLER}; for a student: "
                          f"{STUDENT_SAMPLER})"),
-    "steps": dict(type=number(int, 1), help="steps of the sampler, at most the checkpoint's T "
+    "steps": dict(type=number(int, 1), help="the number of steps of the sampler, at most the checkpoint's T "
                                             f"(default: {DEFAULT_STEPS}; for a student: {STUDENT_STEPS})"),
     "spacing": dict(choices=tuple(SPACINGS), help="the spacing of the sampler's times (default: the sampler's own)"),
     "eta": dict(type=number(float, 0, 1),
-                help="fresh noise in every step; only for --sampler ddim (0: none, 1: as much as ddpm) and heun "
-                     "(the share by which the noise level rises before a step) (default: 0)"),
+                help="how much fresh noise is added in every step; only for --sampler ddim (0: none, 1: as much as "
+                     "ddpm) and heun (the share by which the noise level rises before a step) (default: 0)"),
     "label": dict(help="the class to draw, for a model that was trained with --conditional: a number or name, a range "
                        "such as 0-9, or several with commas"),
     "guidance_scale": dict(type=number(float, 0, 100),
-                           help="strength of the guidance by the label: 1 is none, more gives clearer and less varied "
-                                f"images (default: {DEFAULT_GUIDANCE} where there are labels; for a student: 1)"),
+                           help="the strength of the guidance by the label: 1 is none, more gives clearer and less "
+                                f"varied images (default: {DEFAULT_GUIDANCE} where there are labels; for a student: "
+                                "1)"),
     "guidance_interval": dict(type=number(float, 0), nargs=2, metavar=("LOW", "HIGH"), action=LowAndHigh,
                               help="use guidance only at times t from LOW to HIGH (default: at all times)"),
-    "batch_size": dict(type=number(int, 1), default=64, help="images made at the same time; does not change an image"),
+    "batch_size": dict(type=number(int, 1), default=64, help="the number of images made at the same time; it does "
+                                                             "not change an image"),
     # for scripts that draw pictures
-    "columns": dict(type=number(int, 1, 1000), help="pictures in a row (default: by their number)"),
+    "columns": dict(type=number(int, 1, 1000), help="the number of pictures in a row (default: by their number)"),
     "scale": dict(type=number(int, 1, 64), help="each pixel of a picture is drawn N×N large (default: by their number)",
                   metavar="N"),
 }

@@ -333,6 +333,29 @@ def test_the_help_tells_each_default_once_and_as_a_user_would_type_it(command, c
     for part in re.split(r"\n  (?=-)", capsys.readouterr().out)[1:]:
         text = " ".join(part.split())
         assert text.count("(default") <= 1 and "[None]" not in text, text
+        assert "(default: [" not in text, text
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_the_help_of_a_flag_is_more_than_a_fragment(command, capsys):
+    name, *argv = command.split()
+    assert importlib.import_module(name).main([*argv, "--help"]) == 0
+    parts = re.split(r"\n  (?=-)", re.sub(r"\n\n\S.*", "", capsys.readouterr().out))[1:]
+    for part in (" ".join(part.split()) for part in parts):
+        text = re.sub(r"^(-\S+( [A-Z]\w*)*( \{\S*\})*( \[[^]]*\])*(, )?)+", "", part).strip()  # without the flag
+        assert len(text.split("(default")[0].split()) >= 3, part
+        assert not re.match(r"(how many|for --what|of|and|to|peak|size|side|steps|channels|images in) ", text), part
+
+
+def test_the_help_of_evaluate_says_which_figures_should_be_high(capsys):
+    import evaluate
+    assert evaluate.main(["--help"]) == 0
+    text = capsys.readouterr().out
+    for direction, names in (("lower is better", ["frechet_distance", "kernel_distance", "class_distance"]),
+                             ("higher is better", ["precision", "recall", "coverage", "asked_class", "cas"]),
+                             ("as for real images", ["density", "confident"])):
+        [line] = [line for line in text.splitlines() if line.strip().startswith(direction)]
+        assert all(name in line for name in names), line
 
 
 # -------------------------------------------------------------------------------------------------------------- errors

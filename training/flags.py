@@ -46,10 +46,11 @@ def make_parser(description: str) -> Parser:
                        help="compile the network, which takes about a minute; on CUDA each step is a CUDA graph "
                             "anyway, unless --no-compile (default: on CUDA, for a --budget of ten minutes or more)")
     group.add_argument("--epochs", type=number(int, 1),
-                       help="passes over the training images (default: 20, or as many as --budget allows)")
+                       help="the number of passes over the training images (default: 20, or as many as --budget "
+                            "allows)")
     group.add_argument("--budget", type=duration, metavar="TIME",
-                       help="wall-clock time for everything, including start-up, saving and (with --resume) the time "
-                            "used before: 90s, 10m, 1.5h")
+                       help="the wall-clock time for everything, including start-up, saving and (with --resume) the "
+                            "time used before: 90s, 10m, 1.5h")
     group.add_argument("--train_images", type=number(int, 1), help="learn from the first N training images only")
     group.add_argument("--sample_interval", type=number(int, 0), default=1,
                        help="write a grid of samples every N epochs; 0: never")
@@ -92,20 +93,23 @@ def make_parser(description: str) -> Parser:
                        help="also learn the variance of the steps of --sampler ddpm, by the hybrid loss")
     group = parser.add_argument_group("network")
     group.add_argument("--base_channels", type=number(int, 1, 4096),
-                       help="channels at the highest resolution (default: on a CPU 24, or 32 to 64 by the --budget; "
-                            "on other devices 64)")
+                       help="the number of channels at the highest resolution (default: on a CPU 24, or 32 to 64 by "
+                            "the --budget; on other devices 64)")
     group.add_argument("--patch_size", type=int, choices=(1, 2, 4),
-                       help="side of the squares of pixels that become channels; 1: convolutions at full resolution")
+                       help="the side of the squares of pixels that become channels; 1: convolutions at full "
+                            "resolution")
     group.add_argument("--channel_mults", type=number(int, 1, 64), nargs="+", metavar="N",
-                       help="channels at each resolution, in multiples of --base_channels (default: by patch_size)")
-    group.add_argument("--depth", type=number(int, 1, 64), default=1, help="residual blocks in each stage")
+                       help="the numbers of channels at each resolution, in multiples of --base_channels (default: by "
+                            "--patch_size)")
+    group.add_argument("--depth", type=number(int, 1, 64), default=1, help="the number of residual blocks in each "
+                                                                           "stage")
     group.add_argument("--middle_depth", type=number(int, 1, 64),
-                       help="residual blocks in the middle, at the lowest resolution")
+                       help="the number of residual blocks in the middle, at the lowest resolution")
     group.add_argument("--attention", type=number(int, 0, 64), nargs="+", metavar="N",
-                       help="self-attention where the resolution is 1/N of the image's; 0: nowhere (default: at the "
-                            "lowest resolution)")
+                       help="use self-attention where the resolution is 1/N of the image's; 0: nowhere (default: at "
+                            "the lowest resolution)")
     group.add_argument("--activation", choices=tuple(ACTIVATIONS), default="silu", help="the activation function")
-    group.add_argument("--time_emb_dim", type=number(int, 2, 65536), default=256, help="size of the time embedding")
+    group.add_argument("--time_emb_dim", type=number(int, 2, 65536), default=256, help="the size of the time embedding")
     group.add_argument("--checkpointing", action=BooleanOptionalAction, default=False,
                        help="recompute activations in the backward pass: less memory, more time; for large networks")
     group.add_argument("--conditional", action=BooleanOptionalAction,
@@ -114,19 +118,20 @@ def make_parser(description: str) -> Parser:
                        help="for --conditional: the share of images that are shown without their label")
     group = parser.add_argument_group("optimiser")
     group.add_argument("--batch_size", type=batch_size, metavar="N",
-                       help="images in a step, of all processes together; auto: the recipe's, or its half, quarter "
-                            "... that fits in memory")
+                       help="the number of images in a step, of all processes together; auto: the recipe's, or its "
+                            "half, quarter ... that fits in memory")
     group.add_argument("--optimizer", choices=("muon", "adamw"),
                        help="muon: Muon for the matrices and AdamW for the rest; adamw: AdamW for all weights")
-    group.add_argument("--lr", type=number(float, 0), help="peak learning rate of AdamW")
-    group.add_argument("--muon_lr", type=number(float, 0), default=0.02, help="peak learning rate of Muon")
-    group.add_argument("--warmup", type=number(float, 0, 1), help="share of the run in which the learning rate rises")
+    group.add_argument("--lr", type=number(float, 0), help="the peak learning rate of AdamW")
+    group.add_argument("--muon_lr", type=number(float, 0), default=0.02, help="the peak learning rate of Muon")
+    group.add_argument("--warmup", type=number(float, 0, 1), help="the share of the run in which the learning rate "
+                                                                  "rises")
     group.add_argument("--lr_schedule", choices=LR_SCHEDULES, help="the learning rate after the warm-up")
-    group.add_argument("--weight_decay", type=number(float, 0), default=0.0, help="weight decay of AdamW")
+    group.add_argument("--weight_decay", type=number(float, 0), default=0.0, help="the weight decay of AdamW")
     group.add_argument("--max_grad_norm", type=number(float, 1e-6), default=1.0,
                        help="gradients are clipped to this norm")
     group.add_argument("--ema_decay", type=number(float, 0, 1), default=0.999,
-                       help="decay of the moving average of the weights")
+                       help="the decay of the moving average of the weights")
     parser.set_defaults(**RECIPES["fast"])
     return parser
 
