@@ -2,6 +2,8 @@
 PYTHON ?= python3
 VENV = .venv
 BIN = $(VENV)/bin
+# Errors only: neither warnings nor the advice to update pip.
+INSTALL = $(BIN)/python -m pip install -qq --disable-pip-version-check
 
 .PHONY: demo test torture lint clean
 
@@ -26,11 +28,12 @@ $(BIN)/python:
 	$(PYTHON) -m venv $(VENV)
 
 $(VENV)/demo: requirements.txt | $(BIN)/python
-	$(BIN)/python -m pip install -q -r requirements.txt
+	@echo "Installing PyTorch and what else is needed into $(VENV); this takes some minutes, once ..."
+	$(INSTALL) -r requirements.txt
 	touch $@
 
 $(VENV)/dev: requirements.txt requirements-dev.txt requirements-eval.txt | $(BIN)/python
-	$(BIN)/python -m pip install -q -r requirements-dev.txt
+	$(INSTALL) -r requirements-dev.txt
 	touch $@
 
 clean:

@@ -491,6 +491,25 @@ def test_the_whole_way_ends_well_without_warnings(root, data_dir, tmp_path):
         assert_picture(Path(path))
 
 
+@pytest.mark.parametrize("name", ["train", "sample"])
+def test_a_script_whose_reader_leaves_writes_its_files(root, data_dir, trained, tmp_path, name):
+    """As in `python sample.py ... 2>&1 | head -1`."""
+    argv, path = {
+        "train": (tiny(data_dir, tmp_path, "--epochs", 1, "--sample_interval", 0), tmp_path / "model_final.pt"),
+        "sample": (["--checkpoint", trained / "model_final.pt", "--steps", 3, "--output", tmp_path / "x.png"],
+                   tmp_path / "x.png")}[name]
+    process = subprocess.Popen([sys.executable, "-u", f"{name}.py", *map(str, argv)], cwd=root, stdout=subprocess.PIPE,
+                               stderr=subprocess.STDOUT, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    assert process.stdout.readline().startswith(b"Using device")
+    process.stdout.close()
+    assert process.wait(100) == 0 and path.exists()
+
+
+def test_pip_says_nothing_but_errors(root):
+    lines = [line for line in (root / "Makefile").read_text().splitlines() if "pip install" in line]
+    assert lines and all("-qq --disable-pip-version-check" in line for line in lines)
+
+
 def test_importing_the_scripts_warns_of_nothing_and_prints_nothing(root):
     ended = python(root, "-W", "error", "-c", "import train, sample, visualize_diffusion")
     assert (ended.returncode, ended.stdout, ended.stderr) == (0, "", "")
