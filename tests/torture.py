@@ -1,10 +1,12 @@
 """What takes minutes: `make torture`. It ends with a table of what was tried, how often, and what was lost."""
 
+import contextlib
 import json
 import os
 import random
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -49,6 +51,7 @@ from test_fuzz import (  # noqa: F401 (these run here too, with more cases)
 from test_hostile import loads_the_same_or_is_refused
 
 from checkpoint import load_checkpoint
+from training import run_record
 from training.run import newest_valid
 
 KILLS = int(os.environ.get("KILLS", 40))
@@ -136,10 +139,15 @@ def test_the_script_itself_killed_by_the_system_goes_on(root, whole, data_dir, t
             TRIED["SIGKILL of python train.py started by its file"] += 1
     ended = subprocess.run([*argv, "--resume"], cwd=root, capture_output=True, env=ALONE, timeout=300)
     assert ended.returncode == 0, ended.stderr
-    one, two = (load_checkpoint(each / "model_final.pt") for each in (whole, folder))
+    assert_same_weights(whole, folder)
+    assert_steps_once(folder)
+
+
+def assert_same_weights(*folders):
+    """Two runs end the same, bit for bit; the validations may have looked at different numbers of images."""
+    one, two = (load_checkpoint(folder / "model_final.pt") for folder in folders)
     for name in ("model", "ema", "optimizer"):
         assert_identical(one[name], two[name])
-    assert_steps_once(folder)
 
 
 # --------------------------------------------------------------------------------------------------- disk and memory
@@ -200,9 +208,14 @@ def signalled(root, argv, folder, log, which, stop):
         agent = subprocess.Popen(argv, cwd=root, stdout=said, stderr=said, env=ALONE)
         while agent.poll() is None and not list(folder.glob("checkpoints/model_step_0000000[3-9].pt")):
             time.sleep(0.01)
-        workers = subprocess.run(["ps", "-o", "pid=", "--ppid", str(agent.pid)], capture_output=True, text=True).stdout
-        os.kill(int(workers.split()[which]), stop)
+        os.kill(workers(agent)[which], stop)
         return agent.wait(400)
+
+
+def workers(agent):
+    """The process numbers of torchrun's workers."""
+    found = subprocess.run(["ps", "-o", "pid=", "--ppid", str(agent.pid)], capture_output=True, text=True).stdout
+    return [int(number) for number in found.split()]
 
 
 @pytest.fixture(scope="module")
@@ -235,6 +248,184 @@ def test_sigterm_to_a_worker_of_torchrun_stops_all_and_loses_nothing(root, alone
     assert_same_to_rounding(alone, folder)
     assert_steps_once(folder)
     TRIED["SIGTERM to one worker of torchrun: all stop and save, then --resume"] += 1
+
+
+@needs_fork
+def test_a_restart_does_not_adopt_the_run_that_lay_in_the_folder(root, alone, data_dir, tmp_path):
+    """The first attempt of a new launch is killed while it starts, before it has moved the older run aside."""
+    folder, log = tmp_path / "run", tmp_path / "log"
+    assert run(tiny(data_dir, folder, "--seed", 77), log) == 0
+    before = files(folder)
+    with log.open("w") as said:
+        agent = subprocess.Popen(torchrun(data_dir, folder, "--max_restarts=1"), cwd=root, stdout=said, stderr=said,
+                                 env=ALONE)
+        while not (started := workers(agent)):
+            time.sleep(0.01)
+        os.kill(started[0], signal.SIGKILL)
+        assert agent.wait(200) == 0, log.read_text()[-3000:]
+    assert "Resuming" not in log.read_text()
+    assert_same_to_rounding(alone, folder)
+    [moved] = (folder / "previous").iterdir()
+    assert files(moved) == before
+    TRIED["the first attempt of torchrun killed in a folder with an older run, which stays as it was"] += 1
+
+
+@needs_fork
+@pytest.mark.parametrize("machine", [0, 1])
+def test_two_machines_go_on_after_a_worker_of_one_is_killed(root, alone, data_dir, tmp_path, machine):
+    """The README's command for two machines, here for two agents on one; only one of them counts a restart."""
+    folder = tmp_path / "run"
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    argv = torchrun(data_dir, folder, "--nnodes=2", "--rdzv_backend=c10d", f"--rdzv_endpoint=127.0.0.1:{port}",
+                    "--max_restarts=2")
+    argv = [word.replace("--nproc_per_node=2", "--nproc_per_node=1") for word in argv if word != "--standalone"]
+    with (tmp_path / "log").open("w") as said:
+        agents = [subprocess.Popen(argv, cwd=root, stdout=said, stderr=said, env=ALONE) for _ in range(2)]
+        while not list(folder.glob("checkpoints/model_step_0000000[3-9].pt")):
+            assert all(agent.poll() is None for agent in agents), (tmp_path / "log").read_text()[-3000:]
+            time.sleep(0.01)
+        os.kill(workers(agents[machine])[0], signal.SIGKILL)
+        try:
+            assert [agent.wait(120) for agent in agents] == [0, 0], (tmp_path / "log").read_text()[-3000:]
+        finally:
+            for agent in agents:
+                agent.terminate()
+    assert "Resuming" in (tmp_path / "log").read_text()
+    assert_same_to_rounding(alone, folder)
+    assert_steps_once(folder)
+    TRIED["a worker on one of two machines killed: both go on by themselves"] += 1
+
+
+# --------------------------------------------------------------------------------------------------- Ctrl-C, twice
+
+
+@needs_fork
+@pytest.mark.parametrize("several", [False, True], ids=["python", "torchrun"])
+def test_ctrl_c_twice_within_a_twentieth_of_a_second_loses_nothing(root, whole, alone, data_dir, tmp_path, several):
+    """To all processes of the terminal, as the key does; torchrun sends its workers another signal by itself."""
+    for gap in (0.02,) if several else (0.0, 0.05):
+        folder, log = tmp_path / str(gap), tmp_path / "log"
+        argv = (torchrun(data_dir, folder) if several
+                else [sys.executable, "train.py", *tiny(data_dir, folder, *LONG, *EVERY_STEP)])
+        with log.open("w") as said:
+            process = subprocess.Popen(argv, cwd=root, stdout=said, stderr=said, env=ALONE, start_new_session=True)
+            while process.poll() is None and not list(folder.glob("checkpoints/model_step_0000000[3-9].pt")):
+                time.sleep(0.01)
+            for number in (process.pid, *workers(process)):  # torchrun's workers have left its group
+                os.kill(number, signal.SIGINT)
+            time.sleep(gap)
+            os.kill(process.pid, signal.SIGINT)
+            status = process.wait(100)
+        assert status == (1 if several else 130), log.read_text()[-3000:]
+        assert "Ctrl-C: saving after this step, press Ctrl-C once more" in log.read_text()
+        assert not list(folder.rglob("*.tmp"))
+        assert run_record.sittings(folder)[-1]["how"] == "stopped by SIGINT"
+        saved = newest_valid(folder)[1]["step"]
+        assert f"Stopped by a signal after {saved} steps" in log.read_text()
+        ended = subprocess.run([*argv, "--resume"], cwd=root, capture_output=True, env=ALONE, timeout=100)
+        assert ended.returncode == 0, ended.stderr
+        assert_steps_once(folder)
+        if several:
+            assert_same_to_rounding(alone, folder)
+        else:
+            assert_same_weights(whole, folder)
+        TRIED[f"Ctrl-C twice within 0.05 s under {'torchrun' if several else 'python'}, then --resume"] += 1
+
+
+# --------------------------------------------------------------------------------- an hour of kills, or TORTURE_MINUTES
+
+
+class Launch:
+    """A run of two processes by torchrun, of which any may be killed at any moment."""
+
+    def __init__(self, root, argv, folder, log):
+        self.folder, self.said = folder, log.open("a")
+        self.agent = subprocess.Popen(argv, cwd=root, stdout=self.said, stderr=self.said, env=ALONE)
+
+    def wait(self, seconds, condition=lambda: False):
+        """Wait so long, or until the condition is true or the launch has ended."""
+        end = time.monotonic() + seconds
+        while time.monotonic() < end and self.agent.poll() is None and not condition():
+            time.sleep(0.02)
+
+    def wait_for_a_moment(self, chance):
+        """Wait for a random moment of a start, or for one shortly after a checkpoint was written."""
+        if chance.random() < 0.5:
+            return self.wait(chance.uniform(0, 8))
+        before = set(self.folder.glob("checkpoints/*.pt"))
+        self.wait(20, lambda: set(self.folder.glob("checkpoints/*.pt")) - before)
+        self.wait(chance.uniform(0, 0.5))
+
+    def kill(self, which):
+        """Kill one worker or, as a power cut does, all processes; returns how many were killed."""
+        found = workers(self.agent)
+        victims = [self.agent.pid, *found] if which == "all" else found[which:][:1]
+        for victim in victims:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(victim, signal.SIGKILL)
+        if which == "all":
+            self.agent.wait(30)
+            for victim in found:
+                while os.path.exists(f"/proc/{victim}") and "State:\tZ" not in status_of(victim):
+                    time.sleep(0.01)
+        return len(victims)
+
+
+def status_of(number):
+    with contextlib.suppress(OSError):
+        return open(f"/proc/{number}/status").read()
+    return "State:\tZ"
+
+
+def ended_under_fire(root, data_dir, folder, log, seed, chance, end):
+    """Start a run, kill its processes at random moments while there is time, and resume it until it has ended."""
+    kills, resume = chance.randrange(1, 4), []
+    while True:
+        argv = [*torchrun(data_dir, folder, "--max_restarts=20"), "--seed", str(seed), *resume]
+        launch = Launch(root, argv, folder, log)
+        while kills and time.monotonic() < end:
+            launch.wait_for_a_moment(chance)
+            which = chance.choice([0, 0, 1, 1, "all"])
+            if launch.agent.poll() is not None or not launch.kill(which):
+                break
+            kills -= 1
+            TRIED[f"two processes: SIGKILL of {'both and torchrun' if which == 'all' else 'a random one'}"] += 1
+            if which == "all":
+                break
+        status = launch.agent.wait(200)
+        launch.said.close()
+        if status == 0:
+            return
+        assert status == -signal.SIGKILL, log.read_text()[-5000:]
+        last = run_record.sittings(folder)[-1:]
+        resume = ["--resume"] if last and last[0]["seed"] == seed else []  # it was killed before it wrote anything
+
+
+@needs_fork
+@pytest.mark.skipif(sys.platform != "linux", reason="processes that have ended are looked up in /proc")
+def test_random_kills_and_restarts_lose_and_mix_no_run(root, data_dir, tmp_path):
+    """Runs of two seeds in turn in one folder: each ends as if it were alone, and none of the older ones is lost."""
+    minutes = float(os.environ.get("TORTURE_MINUTES", 1))
+    folder, chance, finals = tmp_path / "run", random.Random(4), []
+    end, references = time.monotonic() + 60 * minutes, {}
+    for seed in (0, 1):
+        references[seed] = tmp_path / f"seed {seed}"
+        assert script(root, "train.py", *torchrun(data_dir, references[seed])[6:], "--seed", seed).returncode == 0
+    while time.monotonic() < end or not finals:
+        seed = len(finals) % 2
+        ended_under_fire(root, data_dir, folder, tmp_path / "log", seed, chance, end)
+        assert_same_to_rounding(references[seed], folder)
+        assert_steps_once(folder)
+        assert not list(folder.rglob("*.tmp"))
+        sittings = run_record.sittings(folder)
+        assert {sitting["seed"] for sitting in sittings} == {seed} and sittings[-1]["how"] == "completed"
+        finals.append((folder / "model_final.pt").read_bytes())
+        TRIED["two processes: restarted by torchrun or resumed by hand"] += len(sittings) - 1
+        TRIED[f"two processes: runs that ended as one without a kill, in {minutes:g} minutes"] += 1
+    kept = [path.read_bytes() for path in [folder / "model_final.pt", *folder.glob("previous/*/model_final.pt")]]
+    assert set(finals) <= set(kept)
 
 
 # --------------------------------------------------------------------------------------------------------------- fuzz
