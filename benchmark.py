@@ -9,6 +9,8 @@ train    training speed in images per second
 sample   seconds for 64 and for 10,000 images
 memory   peak memory of training and of sampling
 scaling  how time and memory grow with batch size, width, image size and number of steps
+busy     training speed on the processor alone and beside one and two busy processes, with fixed numbers of threads
+         and with the number that is chosen while training
 peak     FLOP/s of training as a share of the fastest matrix product, and the operations that take the time
 quality  Fréchet distance above its floor after training for each of --budgets. Images are made with few steps: ours by
          the defaults of sample.py, diffusers by DPM-Solver++, denoising-diffusion-pytorch by DDIM
@@ -28,7 +30,7 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
-from benchmarks import quality, scaling, speed
+from benchmarks import busy, quality, scaling, speed
 from benchmarks.context import OURS, Context, Plan
 from benchmarks.machine import describe_machine
 from benchmarks.peers import PEERS, is_installed
@@ -42,13 +44,15 @@ from runtime.script import script
 from utils import get_device
 
 PARTS = {"train": speed.measure_train, "sample": speed.measure_sample, "memory": speed.measure_memory,
-         "scaling": scaling.measure_scaling, "peak": scaling.measure_peak, "quality": quality.measure_quality,
-         "gpu": quality.measure_gpu}
+         "scaling": scaling.measure_scaling, "busy": busy.measure_busy, "peak": scaling.measure_peak,
+         "quality": quality.measure_quality, "gpu": quality.measure_gpu}
 FULL = Plan(seconds=8.0, epochs=4, train_images=None, batch_size=128, train_flags=(), many=10_000, few_steps=20,
+            busy=dict(seconds=5.0, chosen_seconds=20.0, base_channels=48),
             ddpm_steps=1000, steps_images=64, matrix_size=4096, gpu_seconds=dict(mnist=10.0, fashion_mnist=60.0),
             axes=dict(batch_size=(16, 32, 64, 128, 256, 512), base_channels=(32, 64, 96, 128),
                       image_size=(16, 28, 40, 64), steps=(5, 10, 20, 50, 100)))
 QUICK = Plan(seconds=0.1, epochs=2, train_images=64, batch_size=16, many=128, few_steps=2, ddpm_steps=100,
+             busy=dict(seconds=0.1, chosen_seconds=0.5, base_channels=8),
              steps_images=16, matrix_size=256, gpu_seconds=dict(glyphs=2.0),
              train_flags=("--base_channels", "8", "--patch_size", "4", "--channel_mults", "1", "--batch_size", "16",
                           "--time_emb_dim", "16", "--depth", "1"),
@@ -67,8 +71,8 @@ def parse_args(argv: Sequence[str] | None):
     parser.add_argument("what", nargs="*", type=part_name, metavar="what",
                         help=f"any of {', '.join(PARTS)} (default: all; gpu only on CUDA)")
     parser.add_argument("--contestants", nargs="+", choices=(*OURS, *PEERS), default=[*OURS, *PEERS],
-                        help="the contestants to compare; peak measures only ours, scaling and gpu only the first of "
-                             "ours")
+                        help="the contestants to compare; peak measures only ours; scaling, busy and gpu only the first "
+                             "of ours")
     parser.add_argument("--budgets", nargs="+", type=duration, default=[60.0, 180.0], metavar="TIME",
                         help="the training times of quality: 90s, 10m, 1.5h")
     parser.add_argument("--num_images", type=number(int, 1), default=5000,
@@ -104,8 +108,8 @@ def check(args, parts: Sequence[str]) -> None:
     if set(missing) == set(args.contestants):
         raise UserError("no contestant is left: pip install -r requirements-bench.txt, or name one of ours: "
                         f"--contestants {' '.join(OURS)}")
-    if {"scaling", "peak", "gpu"} & set(parts) and not set(args.contestants) & set(OURS):
-        raise UserError(f"scaling, peak and gpu measure only ours: add one of {', '.join(OURS)} to --contestants")
+    if {"scaling", "busy", "peak", "gpu"} & set(parts) and not set(args.contestants) & set(OURS):
+        raise UserError(f"scaling, busy, peak and gpu measure only ours: add one of {', '.join(OURS)} to --contestants")
     if missing:
         print(f"Left out {' and '.join(missing)}: pip install -r requirements-bench.txt", file=sys.stderr)
 

@@ -35,6 +35,7 @@ class Plan:
     ddpm_steps: int                   # of the sampler ddpm
     steps_images: int                 # images on the axis `steps` of `scaling`
     matrix_size: int                  # of the matrix products of `peak`
+    busy: dict[str, float]            # of `busy`: seconds of each measurement, and the width of the network
     gpu_seconds: dict[str, float]     # of training in `gpu`, for each data set
     axes: dict[str, tuple[int, ...]]  # of `scaling`, with their values
 

@@ -11,6 +11,7 @@ import io
 import json
 import runpy
 import statistics
+import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -25,6 +26,7 @@ from checkpoint import load_model
 from data import ImageData, load_dataset
 from learned_variance import create_process
 from models import create_model
+from runtime import threads
 from runtime.files import atomic_write
 from runtime.script import script as entry_point
 from samplers import final_image, generate
@@ -123,6 +125,41 @@ def train_steps(config: dict, device: str, seconds: float, batch_size: int | Non
     times = time_calls(lambda: trainer.train_step(*trainer.batch(), 0.5), trainer.device, seconds)
     return dict(seconds=statistics.median(times), batch_size=trainer.batch_size,
                 parameters=count_parameters(trainer.model))
+
+
+def busy_steps(config: dict, busy: int, seconds: float, chosen_seconds: float, base_channels: int) -> dict:
+    """Images a second of training beside `busy` busy processes, for each number of threads and for the chosen one."""
+    device, speeds = torch.device("cpu"), {}
+    config["model"]["base_channels"] = base_channels
+    trainer = make_trainer(config, None, None, device)
+
+    def measure(number: int | None, seconds: float) -> float:
+        threads.set_up(number, device)
+        tuner = threads.ThreadTuner()
+
+        def step():
+            with tuner:
+                trainer.train_step(*trainer.batch(), 0.5)
+        times = time_calls(step, device, seconds)
+        return trainer.batch_size * len(times) / sum(times)
+
+    with contextlib.redirect_stdout(sys.stderr), busy_processes(busy):
+        for number in threads.numbers_to_try(threads.default_number()):
+            speeds[f"{number} thread{'s' * (number > 1)}"] = measure(number, seconds)
+        return dict(speeds=speeds | dict(chosen=measure(None, chosen_seconds)))
+
+
+@contextlib.contextmanager
+def busy_processes(count: int) -> Iterator[None]:
+    """Keep `count` other processes busy. They end by themselves after ten minutes, should this one be killed."""
+    code = "import time; end = time.time() + 600\nwhile time.time() < end: pass"
+    processes = [subprocess.Popen([sys.executable, "-c", code]) for _ in range(count)]
+    try:
+        yield
+    finally:
+        for process in processes:
+            process.kill()
+            process.wait()
 
 
 def sample_steps(checkpoint: str, device: str, images: int, steps: int) -> dict:
@@ -272,8 +309,8 @@ def peer_quality(name: str, dataset: str, data_dir: str, device: str, batch_size
     return dict(rows=rows, parameters=count_parameters(peer.network))
 
 
-JOBS = {job.__name__: job for job in (imports, script, train_steps, sample_steps, peak, peer_train, peer_sample,
-                                      peer_quality)}
+JOBS = {job.__name__: job for job in (imports, script, train_steps, busy_steps, sample_steps, peak, peer_train,
+                                      peer_sample, peer_quality)}
 
 
 @entry_point

@@ -1,5 +1,6 @@
 """benchmark.py: its figures are right, its JSON has what it promises, and its errors take one line."""
 
+import contextlib
 import io
 import json
 import os
@@ -10,6 +11,7 @@ import time
 from importlib.util import find_spec
 from itertools import pairwise
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -18,7 +20,7 @@ from torch import nn
 from torch.testing import assert_close
 
 import benchmark
-from benchmarks import jobs, machine, peers, plots, processes, quality, scaling, speed, tables
+from benchmarks import busy, jobs, machine, peers, plots, processes, quality, scaling, speed, tables
 from benchmarks.context import OURS, Context
 from runtime.errors import RunFailed
 from training import flags
@@ -90,6 +92,47 @@ def test_scaling_has_time_and_memory_along_each_axis(report):
         assert axis["power"].keys() == {"seconds", "peak_mb"}
     with Image.open(folder / "benchmark_scaling.png") as picture:
         picture.load()
+
+
+def test_the_speeds_beside_busy_processes_are_compared(monkeypatch, tmp_path, capsys):
+    asked = []
+    monkeypatch.setattr(busy, "load_checkpoint", lambda _: dict(config="that of the network"))
+    monkeypatch.setattr(Context, "checkpoint", lambda *_: "file")
+
+    def job(_, name, **fields):
+        asked.append((name, fields["busy"], fields["config"], fields["base_channels"]))
+        return dict(speeds={"2 threads": 600 / (1 + 3 * fields["busy"]), "1 thread": 350.0, "chosen": 340.0})
+    monkeypatch.setattr(Context, "job", job)
+    found = busy.measure_busy(make_context(tmp_path))
+    assert asked == [("busy_steps", count, "that of the network", 48) for count in (0, 1, 2)]
+    assert [row["best"] for row in found["rows"].values()] == ["2 threads", "1 thread", "1 thread"]
+    assert_close(found["rows"]["beside 1"]["share_of_best"], 340 / 350)
+    assert_close(found["ratios"]["beside 1"]["chosen against 2 threads"], 340 / 150)
+    assert "97.1%" in capsys.readouterr().out
+
+
+def test_busy_processes_run_while_the_speed_is_measured_and_end_after_it(monkeypatch):
+    started = []
+
+    def popen(*args):
+        started.append(subprocess.Popen(*args))
+        return started[-1]
+    monkeypatch.setattr(jobs, "subprocess", SimpleNamespace(Popen=popen))
+    with jobs.busy_processes(2):
+        assert len(started) == 2 and all(process.poll() is None for process in started)
+    assert all(process.poll() is not None for process in started)
+
+
+def test_each_number_of_threads_is_measured(monkeypatch):
+    numbers = []
+    monkeypatch.setattr(jobs.threads, "default_number", lambda: 2)
+    monkeypatch.setattr(jobs.threads, "set_up", lambda number, _: numbers.append(number))
+    monkeypatch.setattr(jobs, "busy_processes", lambda _: contextlib.nullcontext())
+    config = dict(model=dict(base_channels=16, time_emb_dim=8, patch_size=4, num_classes=None), diffusion={},
+                  data=dict(shape=[1, 8, 8], class_names=["a", "b"]), training=dict(batch_size=4, conditional=False))
+    speeds = jobs.busy_steps(config, 1, 0.0, 0.0, base_channels=8)["speeds"]
+    assert list(speeds) == ["2 threads", "1 thread", "chosen"] and numbers == [2, 1, None]
+    assert min(speeds.values()) > 0 and config["model"]["base_channels"] == 8
 
 
 def test_the_operations_of_a_convolutional_network_are_those_counted_by_hand():

@@ -27,6 +27,7 @@ from runtime.memory import out_of_memory
 from training import autotune
 from training.learning_rate import ema_decay_at, learning_rate
 from training.muon import Muon, orthogonalise
+from training.tensorboard import Board
 from training.trainer import Trainer, fitting_batch, validation_loss
 from utils import tile
 
@@ -435,5 +436,5 @@ def test_validation_and_previews_evaluate_no_more_images_at_a_time_than_a_step(t
     config = dict(model=dict(trainer.model.config, num_classes=2 if conditional else None), training={},
                   diffusion=trainer.diffusion.config, data=dict(shape=[1, 8, 8], class_names=["even", "odd"]))
     monkeypatch.setattr(train, "PREVIEW_IMAGES", 20)
-    train.save_preview(SimpleNamespace(trainer=trainer, config=config), tmp_path / "x.png")
+    train.save_preview(SimpleNamespace(trainer=trainer, config=config, board=Board()), tmp_path / "x.png")
     assert (tmp_path / "x.png").exists() and max(seen) <= trainer.batch_size
