@@ -25,6 +25,7 @@ from evaluation.metrics import figures, torchmetrics_image
 from evaluation.reference import random_subset
 from learned_variance import bits_per_dim
 from models import create_model
+from runtime.progress import Bar
 from utils import generator_for
 
 pytest.importorskip("torchmetrics", reason="torchmetrics is missing: pip install -r requirements-eval.txt")
@@ -365,6 +366,20 @@ def test_a_folder_that_cannot_be_written_is_told_before_data_are_read(checkpoint
         line = refused(lambda *argv: evaluate.main(list(map(str, argv))), capsys, *source, *more, "--device", "cpu",
                        "--output_dir", tmp_path / "file/folder")
         assert "cannot write to" in line and str(tmp_path / "file/folder") in line
+
+
+def test_every_bar_counts_to_its_end(small, checkpoint, tmp_path, monkeypatch):
+    closed, leave = [], Bar.__exit__
+    monkeypatch.setattr(Bar, "__exit__", lambda bar, *error: closed.append((bar.title, bar.done, bar.total)) or leave(
+        bar, *error))
+    monkeypatch.setattr(reference, "LIKELIHOOD_IMAGES", 40)
+    recipe = ClassifierRecipe(width=8, epochs=2, batch_size=100, augment=None)
+    monkeypatch.setitem(classifier_training.CLASSIFIER_RECIPES, "glyphs", recipe)
+    assert small("--checkpoint", checkpoint(10), "--num_images", COUNT, "--steps", 3, "--batch_size", 100, "--cas",
+                 "--likelihood", "--output_dir", tmp_path) == 0
+    assert (f"{COUNT} images by dpmpp_2m", 9, 9) in closed and ("training on generated images", 6, 6) in closed
+    assert {"images", "likelihood", "nearest in pixels"} <= {title for title, *_ in closed}
+    assert all(done == total > 0 for _, done, total in closed), closed
 
 
 def test_a_sweep_takes_its_step_counts_with_commas_too(checkpoint):

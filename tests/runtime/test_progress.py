@@ -11,7 +11,9 @@ from types import SimpleNamespace
 import pytest
 import torch
 from harness import needs_fork, tiny
+from small import small_checkpoint
 
+from data_sources.glyphs import BLOCK, draw_glyphs
 from runtime import progress
 from runtime.progress import FIRST_LINE, LATER_LINES, Bar, say
 from training import run as training_run
@@ -148,6 +150,51 @@ def test_a_bar_that_an_exception_leaves_open_is_closed_before_the_message(capsys
         assert len(progress._open) == 1
         raise UserError("wrong")
     assert main([]) == 2 and not progress._open and capsys.readouterr().err.endswith("wrong\n")
+
+
+def test_all_bars_are_ours(root):
+    """No other module has bars of tqdm, which redraw themselves hundreds of times in a log."""
+    folders = ("models", "data_sources", "training", "evaluation", "runtime", "benchmarks")
+    paths = [*root.glob("*.py"), *(path for folder in folders for path in (root / folder).glob("*.py"))]
+    assert [path.name for path in paths if re.search(r"(import|from) tqdm", path.read_text())] == ["progress.py"]
+
+
+@needs_fork
+@pytest.mark.parametrize("script", ["sample", "edit"])
+def test_the_bar_of_sampling_moves_while_images_are_made(root, tmp_path, script):
+    checkpoint, argv = small_checkpoint(tmp_path / "model.pt"), ["--steps", 5, "--device", "cpu", "--num_images", 2]
+    if script == "edit":
+        small_picture(tmp_path / "digit.png")
+        argv = ["vary", *argv, "--strength", 1, "--image", tmp_path / "digit.png"]
+    code = SLOW_SAMPLING.replace("SCRIPT", script)
+    status, said = on_a_terminal(root, code, *argv, "--checkpoint", checkpoint, "--output", tmp_path / "x.png")
+    title = {"sample": "sampling", "edit": "vary"}[script]
+    shown = [int(found[1]) for _, text in said if (found := re.search(rf"{title}: +\d+%\|.*\| (\d)/5 steps", text))]
+    assert status == 0 and shown == sorted(shown) and len(set(shown)) >= 2, said
+
+
+SLOW_SAMPLING = """
+import sys, time
+from diffusion import DiffusionProcess
+import SCRIPT
+denoiser = DiffusionProcess.denoiser
+def slow(*args, **more):
+    denoise = denoiser(*args, **more)
+    return lambda x, t: (time.sleep(0.5), denoise(x, t))[1]
+DiffusionProcess.denoiser = slow
+sys.exit(SCRIPT.main(sys.argv[1:]))
+"""
+
+
+def small_picture(path) -> None:
+    from PIL import Image
+    Image.new("L", (28, 28), 100).save(path)
+
+
+def test_drawing_glyphs_shows_how_far_it_is():
+    blocks = []
+    draw_glyphs(2 * BLOCK + 1, 0, lambda items: blocks.extend(items) or items)
+    assert blocks == [0, BLOCK, 2 * BLOCK]
 
 
 # ------------------------------------------------------------------------------------------------------ training runs
