@@ -94,7 +94,7 @@ class Bar:
         self._terminal.n = min(self.done, self.total or 0)
 
     def _write_line(self, last: bool = False) -> None:
-        print(self._text(",", last).replace("{{", "{").replace("}}", "}"), file=sys.stderr, flush=True)
+        print(self._text(",", last).replace("{{", "{").replace("}}", "}").strip(), file=sys.stderr, flush=True)
 
     def _text(self, after_share: str, last: bool = False) -> str:
         """What is shown, as a bar_format of tqdm: "title:  45%|{bar}| 9/20 steps, 01:23, note, 01:40 left"."""

@@ -357,17 +357,6 @@ def test_an_npz_may_call_its_images_images(tmp_path):
     assert torch.equal(read, images) and labels.tolist() == [0, 1]
 
 
-@pytest.mark.parametrize("flags", [["--steps", 1], ["--sweep", 1]], ids=str)
-def test_a_folder_that_cannot_be_written_is_told_before_data_are_read(checkpoint, tmp_path, monkeypatch, capsys, flags):
-    monkeypatch.setattr(evaluate, "load_dataset", lambda *_: pytest.fail("data are read before it is told"))
-    (tmp_path / "file").write_text("")
-    for source in (["--checkpoint", checkpoint(10)], ["--images", tmp_path / "x.npz", "--dataset", "glyphs"]):
-        more = flags if source[0] == "--checkpoint" else []
-        line = refused(lambda *argv: evaluate.main(list(map(str, argv))), capsys, *source, *more, "--device", "cpu",
-                       "--output_dir", tmp_path / "file/folder")
-        assert "cannot write to" in line and str(tmp_path / "file/folder") in line
-
-
 def test_every_bar_counts_to_its_end(small, checkpoint, tmp_path, monkeypatch):
     closed, leave = [], Bar.__exit__
     monkeypatch.setattr(Bar, "__exit__", lambda bar, *error: closed.append((bar.title, bar.done, bar.total)) or leave(

@@ -396,6 +396,19 @@ def test_train_refuses_a_folder_that_cannot_be_written(data_dir, tmp_path, capsy
     assert_refused(capsys, "train", tiny(data_dir, tmp_path / "file" / "outputs"), ["cannot write", "file"], tmp_path)
 
 
+@pytest.mark.parametrize("name", ["train", "distill", "evaluate", "visualize_diffusion"])
+def test_an_unwritable_folder_is_told_before_data_are_drawn(conditional, tmp_path, capsys, monkeypatch, name):
+    module = importlib.import_module(name)
+    monkeypatch.setattr(module, "load_dataset", lambda *_: pytest.fail("data are drawn before it is told"))
+    (tmp_path / "file").write_text("")
+    folder, checkpoint = tmp_path / "file/outputs", conditional / "model_final.pt"
+    argv = {"train": tiny(tmp_path, folder), "visualize_diffusion": ["--save_path", folder / "x.png"],
+            "distill": ["--checkpoint", checkpoint, "--output_dir", folder, "--device", "cpu"],
+            "evaluate": ["--checkpoint", checkpoint, "--output_dir", folder, "--device", "cpu"]}[name]
+    assert module.main(list(map(str, argv))) == 2
+    assert f"cannot write to {folder}" in capsys.readouterr().err
+
+
 def test_train_refuses_a_damaged_data_file(tmp_path, capsys):
     (tmp_path / "data/glyphs").mkdir(parents=True)
     (tmp_path / "data/glyphs/train.npz").write_bytes(b"half")
