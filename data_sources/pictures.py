@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from runtime.errors import UserError
-from runtime.files import check_archive
+from runtime.files import check_archive, one_line
 
 MAX_PIXELS = 2**24  # of one picture
 MIN_BYTES, MAX_RATIO = 2**30, 100  # an archive may unpack to MIN_BYTES, or to MAX_RATIO times its own size
@@ -47,11 +47,14 @@ def read_npz(path: Path) -> tuple[np.ndarray, np.ndarray | None]:
             names = list(file)
             found = next((name for name in ("arr_0", "images") if name in names), None)
             if found:
-                return file[found], file.get("labels")
+                images, labels = file[found], file.get("labels")
+                if not all(isinstance(array, np.ndarray | None) for array in (images, labels)):
+                    raise UserError("it holds bytes that are no array")  # numpy returns them as they are
+                return images, labels
     except Exception as error:  # zipfile, zlib and numpy raise different errors for damaged files
         raise UserError(f"{path} is damaged or not a .npz with an array arr_0: {str(error)[:120]}") from error
-    raise UserError(f"{path} has no array arr_0 or images, but {', '.join(names) or 'nothing'}: save the images with "
-                    f"np.savez(path, arr_0=images)")
+    raise UserError(f"{path} has no array arr_0 or images, but {one_line(', '.join(names)) or 'nothing'}: save the "
+                    f"images with np.savez(path, arr_0=images)")
 
 
 FITS = ("crop", "pad", "stretch")
