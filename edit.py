@@ -44,7 +44,7 @@ from utils import autocast, evenly_spaced, get_device, pick_precision, save_gif,
 
 FILM_FRAMES, FILM_IMAGES = 40, 8
 MEAN_IMAGES = 32  # x_0_hat of as many noises gives the mean of the model's images
-DEFAULT_SEEDS = [3, 8]  # of interpolate
+DEFAULT_SEEDS = [14, 17]  # of interpolate: with a network of ten minutes on MNIST a 7 that becomes a 9 and then a 4
 DEFAULT_STEPS = {"inpaint": 50, "vary": 20, "interpolate": 20, "invert": 100}
 SIDES = ("left", "right", "top", "bottom", "center")
 
@@ -293,7 +293,7 @@ def do_interpolate(args: Namespace, editor: Editor) -> tuple[Tensor, list[str]]:
     x = torch.cat([slerp(ends[:1], ends[1:], i / (args.frames - 1)) for i in range(args.frames)])
     images = editor.follow(sampler(editor.denoiser(clip=sampler is dpmpp_2m), x, times, editor.diffusion), editor.steps)
     first, last = ("A", "B") if args.image else (f"seed {seed}" for seed in args.seeds)
-    captions = [first, *(f"{i / (args.frames - 1):.2g}" for i in range(1, args.frames - 1)), last]
+    captions = [first, *(f"{i / (args.frames - 1):.2f}" for i in range(1, args.frames - 1)), last]
     editor.frames, editor.titles = [(image[None],) for image in images], captions  # the animation goes from A to B
     return images, captions
 

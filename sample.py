@@ -78,7 +78,7 @@ class Film:
 
     def save_gif(self, path: Path) -> Path:
         """Write the pairs as an animation."""
-        captions = ["image" if t < 0 else f"t = {t:.0f}: x_t, and the image expected from it" for t in self.pairs]
+        captions = ["image" if t < 0 else f"t = {t:.0f}: x_t beside the image expected then" for t in self.pairs]
         save_gif([to_uint8(frame) for frame in self.pairs.values()], path, captions=captions)
         return path
 

@@ -243,7 +243,9 @@ def noise_level_timesteps(diffusion: DiffusionProcess, steps: int, rho: float = 
     """T-1, then real times at which (sigma/alpha)^(1/rho) falls evenly (Karras et al. 2022, eq. 5).
 
     sigma/alpha goes from HIGHEST_NOISE to LOWEST_NOISE times the data's standard deviation, within what the schedule
-    has. rho = inf: log(sigma/alpha), and with it the log-SNR, is evenly spaced.
+    has. rho = inf: log(sigma/alpha), and with it the log-SNR, is evenly spaced. Log-normal training hardly ever draws
+    T-1, but to begin at HIGHEST_NOISE or a few times that makes worse images (benchmarks/RECORDS.md): there the noise
+    x_T still differs from images with so much noise.
     """
     levels = [math.exp(-diffusion.log_snr(t).item() / 2) for t in (diffusion.num_timesteps - 1, 0)]
     high = min(HIGHEST_NOISE * diffusion.data_std, levels[0])

@@ -189,10 +189,14 @@ def pyplot():
 
 
 def plain_log_ticks(axis) -> None:
-    """Label a logarithmic axis of matplotlib 0.1, 0.2, 0.5, 1, 2 ... or, where it is short, evenly: 1.6, 1.7, 1.8."""
+    """Label a logarithmic axis of matplotlib 0.1, 0.2, 0.5, 1, 2 ... or, where it is short, evenly: 1.6, 1.7, 1.8.
+
+    Call it when everything has been drawn.
+    """
     from matplotlib import ticker
 
-    axis.set_major_locator(ticker.LogLocator(subs=(1, 2, 5)))
+    low, high = axis.get_view_interval()
+    axis.set_major_locator(ticker.AutoLocator() if high < 5 * low else ticker.LogLocator(subs=(1, 2, 5)))
     axis.set_major_formatter("{x:g}")
     axis.set_minor_formatter(ticker.NullFormatter())
 

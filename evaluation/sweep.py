@@ -61,7 +61,7 @@ def plot_sweep(rows: Sequence[dict], path) -> None:
     for axes, cost, label in zip(panels, ("nfe", "seconds"),
                                  ("network evaluations for an image", "seconds for all images"), strict=True):
         for i, series in enumerate(names):
-            aside = 1.03 ** (i - (len(names) - 1) / 2) if cost == "nfe" else 1  # bars at the same cost lie side by side
+            aside = 1.04 ** (i - (len(names) - 1) / 2) if cost == "nfe" else 1  # bars at the same cost lie side by side
             points = sorted((row for row in rows if row["series"] == series), key=lambda row: row[cost])
             distance = [row["figures"]["frechet_distance"] for row in points]
             spread = [[d["value"] - d["low"] for d in distance], [d["high"] - d["value"] for d in distance]]

@@ -149,3 +149,67 @@ def test_a_gpu_by_its_number_becomes_the_current_one(monkeypatch):
     monkeypatch.setattr(torch.cuda, "set_device", made.append)
     assert utils.get_device("cuda:1") == torch.device("cuda:1") and made == ["cuda:1"]
     assert utils.get_device("cuda") == torch.device("cuda") and made == ["cuda:1"]
+
+
+# ------------------------------------------------------------------------------------- layout, captions and figures
+
+
+@pytest.mark.parametrize("count, layout", [(1, (1, 8)), (2, (2, 8)), (8, (8, 3)), (64, (8, 3)), (200, (15, 2)),
+                                           (10_000, (100, 1))])
+def test_a_grid_is_about_square_and_of_a_size_to_look_at(count, layout):
+    assert utils.grid_layout(count, 28) == layout
+    assert utils.grid_layout(count, 28, columns=5, scale=2) == (5, 2)
+
+
+def test_captions_stand_above_their_pictures_and_change_none_of_them():
+    images = torch.randint(0, 256, (5, 1, 28, 28), dtype=torch.uint8)
+    plain, captioned = utils.tile(images, 3, 2), utils.tile(images, 3, 2, ["one", "", "three", "four"])
+    first, second = slice(utils.CAPTION), slice(utils.CAPTION + 58, 2 * utils.CAPTION + 58)
+    rows = [captioned[first], captioned[second]]
+    assert np.array_equal(np.delete(captioned, np.r_[first, second], axis=0), plain)
+    written = [[part.max() > utils.GREY for part in np.array_split(row, 3, axis=1)] for row in rows]
+    assert written == [[True, False, True], [True, False, False]]
+    assert np.array_equal(utils.tile(images, 3, 2, ["", "", "", "d"])[:58], plain[:58])  # no line without a text
+
+
+def test_a_caption_that_is_long_gets_smaller_letters():
+    line = utils.caption_line(["in features", ""], 174)
+    assert (line[:, :87] > utils.GREY).any() and (line[:, 88:] == utils.GREY).all()
+
+
+def test_frames_of_an_animation_have_their_captions(tmp_path):
+    frames = [torch.zeros(2, 1, 28, 28, dtype=torch.uint8)] * 2
+    utils.save_gif(frames, tmp_path / "x.gif", captions=["t = 9", "image"])
+    with Image.open(tmp_path / "x.gif") as film:
+        heads = []
+        for i in range(film.n_frames):
+            film.seek(i)
+            heads.append(np.asarray(film.convert("L"))[:utils.CAPTION])
+    assert len(heads) == 2 and not np.array_equal(*heads) and all(head.max() > 200 for head in heads)
+
+
+@pytest.mark.parametrize("suffix, start", [(".png", b"\x89PNG"), (".pdf", b"%PDF"), (".svg", b"<?xml")])
+def test_a_figure_has_the_format_of_its_ending_and_its_resolution(tmp_path, suffix, start):
+    sizes = []
+    for dpi in (50, 100):
+        figure, axes = utils.pyplot().subplots()
+        axes.plot([0, 1])
+        utils.save_figure(figure, tmp_path / f"x{suffix}", dpi)
+        assert (tmp_path / f"x{suffix}").read_bytes().startswith(start)
+        sizes.append(Image.open(tmp_path / "x.png").width if suffix == ".png" else dpi)
+    assert abs(sizes[1] / sizes[0] - 2) < 0.05
+
+
+@pytest.mark.parametrize("low, high", [(1.3, 1.9), (0.02, 3), (0.1, 0.11), (1, 5000)])
+def test_logarithmic_axes_have_plain_numbers(low, high):
+    figure, axes = utils.pyplot().subplots()
+    axes.plot([low, high])
+    axes.set_yscale("log")
+    utils.plain_log_ticks(axes.yaxis)
+    figure.canvas.draw()
+    bottom, top = axes.get_ylim()
+    both = [*axes.yaxis.get_major_ticks(), *axes.yaxis.get_minor_ticks()]
+    texts = [tick.label1.get_text() for tick in both if bottom <= tick.get_loc() <= top and tick.label1.get_text()]
+    utils.pyplot().close(figure)
+    assert len(texts) >= 3 and not any("10^" in text or "mathdefault" in text for text in texts)
+    assert all(math.isfinite(float(text)) for text in texts)

@@ -1,6 +1,8 @@
 """visualize_diffusion.py: the hooks read what the network computes, and every picture is drawn."""
 
+import math
 import sys
+from itertools import pairwise
 
 import pytest
 import torch
@@ -8,6 +10,7 @@ from PIL import Image
 from small import small_checkpoint, small_model
 from torch.testing import assert_close
 
+import utils
 import visualize_diffusion
 from checkpoint import load_model
 from diffusion import DiffusionProcess
@@ -17,6 +20,7 @@ from evaluation.network_plots import (
     bottleneck_features,
     capture_outputs,
     choose_queries,
+    layer_titles,
     project_to_2d,
     unet_stages,
     x_0_errors,
@@ -276,3 +280,42 @@ def test_the_checkpoint_is_not_overwritten(checkpoints, data_dir, tmp_path, caps
     path.write_bytes(checkpoints["plain"].read_bytes())
     assert call(path, data_dir, path, "--what", "features", "--steps", 1) == 2
     assert "overwrite" in capsys.readouterr().err and path.read_bytes() == checkpoints["plain"].read_bytes()
+
+
+def test_frames_are_chosen_where_the_image_appears(process):
+    """Of 40 even times: the first, the last, and an even spread over the log-SNR that samplers walk through."""
+    frames = [(t, torch.zeros(1, 1, 2, 2), torch.zeros(1, 1, 2, 2)) for t in (*range(39, -1, -1), -1)]
+    shown = visualize_diffusion.shown_frames(frames, process)
+    times = [t for t, _, _ in shown]
+    assert len(times) == 10 and times == sorted(times, reverse=True) and times[0] == 39 and times[-1] == -1
+    ends = [-2 * math.log(level * process.data_std) for level in (20, 0.1)]
+    places = [min(max(process.log_snr(t).item(), ends[0]), ends[1]) for t in times]
+    gaps = [b - a for a, b in pairwise(places)]
+    even = visualize_diffusion.evenly_spaced(41, 10)
+    even_places = [min(max(process.log_snr(frames[i][0]).item(), ends[0]), ends[1]) for i in even]
+    assert max(gaps) < 0.6 * max(b - a for a, b in pairwise(even_places))
+    assert [t for t, _, _ in visualize_diffusion.shown_frames(frames[:4], process)] == [39, 38, 37, 36]
+    assert len(visualize_diffusion.shown_frames(frames, process, 25)) == 25
+    assert visualize_diffusion.shown_frames(frames[:1], process) == frames[:1]
+
+
+def test_every_attention_layer_has_its_own_title():
+    model = small_model(attention=[2, 4], depth=2)
+    titles = layer_titles(model)
+    layers = [name for name, module in model.named_modules() if isinstance(module, Attention)]
+    assert sorted(titles) == sorted(layers) and len(set(titles.values())) == len(layers)
+    assert "middle" in titles.values()
+
+
+def test_eight_pairs_are_no_portrait():
+    pairs = [torch.zeros(20, 1, 28, 28)] * 8
+    width, height = visualize_diffusion.show_pairs(pairs, [f"t = {i}" for i in range(10)], "x").get_size_inches()
+    utils.pyplot().close("all")
+    assert width > height
+
+
+@pytest.mark.parametrize("suffix, start", [(".pdf", b"%PDF"), (".svg", b"<?xml")])
+def test_figures_for_print_have_their_format(checkpoints, data_dir, tmp_path, suffix, start):
+    path = tmp_path / f"x{suffix}"
+    assert call(checkpoints["plain"], data_dir, path, "--what", "denoising", "--steps", 2, "--columns", 2) == 0
+    assert path.read_bytes().startswith(start)
