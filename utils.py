@@ -15,7 +15,7 @@ from runtime.files import atomic_write
 
 GREY = 64  # the level of the lines between the pictures of a grid
 CAPTION = 24  # height in pixels of a line of captions
-WIDTH, MAX_SCALE = 800, 8  # of a grid whose scale follows from the number of its pictures
+GRID_SIDE, MAX_SCALE = 800, 8  # of a grid whose scale follows from the number of its pictures
 FIGURE_FORMATS = (".png", ".pdf", ".svg")
 
 # ------------------------------------------------------------------------------------------------ devices and seeds
@@ -86,10 +86,12 @@ def count_parameters(model: nn.Module) -> int:
 # ------------------------------------------------------------------------------------------------------- pictures
 
 
-def grid_layout(count: int, width: int, columns: int | None = None, scale: int | None = None) -> tuple[int, int]:
-    """(columns, scale) of a grid of `count` images of this width, where they are None: about square and WIDTH wide."""
+def grid_layout(images: Tensor, columns: int | None = None, scale: int | None = None) -> tuple[int, int]:
+    """(columns, scale) of a grid of images (B, C, H, W); what is None follows: about square, GRID_SIDE pixels large."""
+    count, _, height, width = images.shape
     columns = columns or (count if count <= 8 else math.ceil(math.sqrt(count)))
-    return columns, scale or min(MAX_SCALE, max(1, round(WIDTH / (min(columns, count) * (width + 1)))))
+    side = max(min(columns, count) * (width + 1), math.ceil(count / columns) * (height + 1))
+    return columns, scale or min(MAX_SCALE, max(1, round(GRID_SIDE / side)))
 
 
 def tile(images: Tensor, columns: int, scale: int = 1, captions: Sequence[str] = ()) -> np.ndarray:
@@ -140,7 +142,7 @@ def evenly_spaced(count: int, shown: int, rounding: Callable[[float], int] = rou
 def save_images(images: Tensor, path: str | Path, columns: int | None = None, scale: int | None = None,
                 captions: Sequence[str] = ()) -> None:
     """Write a grid of uint8 images (B, C, H, W) as a PNG, as `tile` makes it; None: as `grid_layout` chooses."""
-    save_picture(tile(images, *grid_layout(len(images), images.shape[3], columns, scale), captions), path)
+    save_picture(tile(images, *grid_layout(images, columns, scale), captions), path)
 
 
 def save_picture(picture: np.ndarray, path: str | Path) -> None:
@@ -159,7 +161,7 @@ def save_gif(frames: Sequence[Tensor], path: str | Path, columns: int = 8, secon
     """
     from PIL import Image
 
-    columns, scale = grid_layout(len(frames[0]), frames[0].shape[3], columns)
+    columns, scale = grid_layout(frames[0], columns)
     grids = [tile(images, columns, scale) for images in frames]
     if captions:
         grids = [np.concatenate([caption_line([text], grid.shape[1]), grid])

@@ -287,7 +287,7 @@ def test_films_have_their_frames_and_pause_on_the_last(call, tmp_path, command, 
 
 def test_a_film_ends_in_the_result(call, tmp_path):
     assert call("vary", "--gif", "--num_images", 2) == 0
-    result, (_, scale) = cells(tmp_path / "x.png", 3), grid_layout(4, 28, 8)
+    result, (_, scale) = cells(tmp_path / "x.png", 3), grid_layout(torch.zeros(4, 1, 28, 28), 8)
     film = frames_of(tmp_path / "x.gif")[1][CAPTION::scale, ::scale]
     assert np.abs(film[1:29, 1:29].astype(int) - result[1]).max() <= 8  # 64 shades
 

@@ -201,7 +201,7 @@ def test_uneven_numbers_are_split_as_evenly_as_can_be(conditional, tmp_path):
 
 
 def test_a_grid_has_a_row_for_each_label(conditional, tmp_path):
-    assert call(conditional, tmp_path / "x.png", "--label", "0-4", "--num_images", 15) == 0
+    assert call(conditional, tmp_path / "x.png", "--label", "0-4", "--num_images", 15, "--scale", 3) == 0
     width, height = Image.open(tmp_path / "x.png").size
     assert (width, height) == (3 * (3 * 29 + 1), 3 * (5 * 29 + 1))  # 3 columns, 5 rows of 28 pixels, enlarged
 
@@ -210,7 +210,7 @@ def test_a_grid_has_a_row_for_each_label(conditional, tmp_path):
 def test_no_row_of_a_grid_has_two_labels(conditional, tmp_path, label, count):
     """Each class begins a row, in the order of the images, and what its rows have left over is grey."""
     made = drawn(conditional, tmp_path / "x.npz", "--label", label, "--num_images", count)
-    assert call(conditional, tmp_path / "x.png", "--label", label, "--num_images", count) == 0
+    assert call(conditional, tmp_path / "x.png", "--label", label, "--num_images", count, "--scale", 3) == 0
     picture = np.asarray(Image.open(tmp_path / "x.png"))[::3, ::3, 0]
     assert picture.shape[1] <= 16 * 29 + 1
     cells = [[picture[r:r + 28, c:c + 28] for c in range(1, picture.shape[1], 29)]
@@ -226,8 +226,11 @@ def test_no_row_of_a_grid_has_two_labels(conditional, tmp_path, label, count):
 
 
 def test_one_label_makes_a_grid_as_without_labels(conditional, tmp_path):
-    assert call(conditional, tmp_path / "x.png", "--label", "7", "--num_images", 20) == 0
-    assert Image.open(tmp_path / "x.png").size == (3 * (8 * 29 + 1), 3 * (3 * 29 + 1))
+    sizes = []
+    for flags in (["--label", "7"], [], ["--columns", 8, "--scale", 3]):
+        assert call(conditional, tmp_path / "x.png", *flags, "--num_images", 20) == 0
+        sizes.append(Image.open(tmp_path / "x.png").size)
+    assert sizes[0] == sizes[1] and sizes[2] == (3 * (8 * 29 + 1), 3 * (3 * 29 + 1))
 
 
 def test_labels_and_guidance_change_images(conditional, tmp_path):

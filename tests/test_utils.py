@@ -157,8 +157,10 @@ def test_a_gpu_by_its_number_becomes_the_current_one(monkeypatch):
 @pytest.mark.parametrize("count, layout", [(1, (1, 8)), (2, (2, 8)), (8, (8, 3)), (64, (8, 3)), (200, (15, 2)),
                                            (10_000, (100, 1))])
 def test_a_grid_is_about_square_and_of_a_size_to_look_at(count, layout):
-    assert utils.grid_layout(count, 28) == layout
-    assert utils.grid_layout(count, 28, columns=5, scale=2) == (5, 2)
+    images = torch.zeros(1, 1, 28, 28).expand(count, -1, -1, -1)
+    assert utils.grid_layout(images) == layout
+    assert utils.grid_layout(images, columns=5, scale=2) == (5, 2)
+    assert utils.grid_layout(images[:20], columns=2)[1] == {1: 8, 2: 8, 8: 7}.get(count, 3)  # ten rows are not too high
 
 
 def test_captions_stand_above_their_pictures_and_change_none_of_them():
