@@ -142,9 +142,6 @@ def add_command(commands, name: str, text: str, pictures: int = 1) -> Parser:
 def read_image(args, path: str, shape: Sequence[int]) -> Tensor:
     """The picture at `path` as the flags say (1, C, H, W) in [-1, 1]."""
     picture = to_model(read_picture(Path(path), shape, args.fit, args.background)[None])
-    if picture.min() == picture.max():
-        raise UserError(f"{path} has one colour everywhere; its transparent parts, if there are any, are shown on "
-                        f"--background {args.background}: choose another")
     return -picture if args.invert_colors else picture
 
 
@@ -314,10 +311,13 @@ def do_invert(args: Namespace, editor: Editor) -> tuple[Tensor, list[str]]:
     return torch.cat([picture, noise / 3, back]), ["picture", "its noise / 3", "from the noise"]
 
 
-def tell_of_negatives(args: Namespace, paths: Sequence[str], editor: Editor) -> None:
-    """Print a line for each picture that is light where the model's images are dark."""
-    for path, negative in zip(paths, editor.looks_negative(), strict=True):
-        if negative:
+def tell_of_pictures(args: Namespace, paths: Sequence[str], editor: Editor) -> None:
+    """Print a line for each picture that has one colour, or that is light where the model's images are dark."""
+    for path, picture, negative in zip(paths, editor.picture, editor.looks_negative(), strict=True):
+        if picture.min() == picture.max():
+            print(f"Note: {path} has one colour everywhere; transparent parts are shown on --background "
+                  f"{args.background}")
+        elif negative:
             what = "leave out" if args.invert_colors else "add"
             print(f"Note: {path} looks like a negative of what this model makes (dark where that is light): if so, "
                   f"{what} --invert_colors")
@@ -334,7 +334,7 @@ def main(argv=None):
     check_output(output)
     print(f"Using device: {editor.diffusion.device}")
     if args.image:
-        tell_of_negatives(args, paths, editor)
+        tell_of_pictures(args, paths, editor)
     with torch.no_grad():
         do = {"inpaint": do_inpaint, "vary": do_vary, "interpolate": do_interpolate, "invert": do_invert}[args.command]
         pictures, captions = do(args, editor)

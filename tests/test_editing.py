@@ -329,8 +329,6 @@ def spoilt(folder, name):
         Image.fromarray(np.arange(4000, dtype=np.uint8)[:, None]).save(path)
     elif name == "deep":
         Image.fromarray(np.full((28, 28), 1000, np.uint16)).save(path)
-    elif name == "clear":
-        Image.new("RGBA", (28, 28), (0, 0, 0, 0)).save(path)
     elif name == "text":
         path.write_text("no picture")
     elif name == "half":
@@ -345,7 +343,6 @@ def spoilt(folder, name):
 
 @pytest.mark.parametrize("flag, name, words", [
     ("--image", "narrow", ["1×4000", "--fit stretch"]), ("--image", "deep", ["8 bits"]),
-    ("--image", "clear", ["one colour", "transparen", "--background white"]),
     ("--image", "text", ["not a picture"]), ("--image", "half", ["damaged"]), ("--image", "missing", ["missing.png"]),
     ("--mask", "grey", ["dark", "white"]), ("--mask", "black", ["dark", "white"]),
     ("--mask", "deep", ["8 bits"]), ("--mask", "missing", ["left", "center", "missing.png"])])
@@ -501,6 +498,14 @@ def test_a_negative_is_noticed_and_inverted(call, tmp_path, picture, monkeypatch
         assert (words in told if words else "looks like" not in told), (name, flags, told)
         shown = cells(tmp_path / "x.png", 2)[0]
         assert np.array_equal(shown, 255 - picture if (name == "paper") != bool(flags) else picture)
+
+
+def test_a_picture_of_one_colour_is_noticed(call, tmp_path, capsys):
+    """Such as black strokes on nothing that are laid on black."""
+    Image.new("RGBA", (280, 280), (0, 0, 0, 0)).save(tmp_path / "clear.png")
+    assert call("vary", "--num_images", 1, "--image", tmp_path / "clear.png", "--background", "black") == 0
+    told = capsys.readouterr().out
+    assert "one colour" in told and "--background black" in told and "looks like" not in told
 
 
 def test_the_ends_of_an_interpolation_are_what_inversion_makes_of_the_two_pictures(call, tmp_path, picture):
