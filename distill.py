@@ -167,7 +167,8 @@ def save_samples(run: Run) -> None:
     trainer, blocks = run.trainer, []
     for steps in SAMPLE_STEPS:
         steps = min(steps, trainer.diffusion.num_timesteps)
-        options = sampling_options(run.config, Namespace(seed=trainer.seed, steps=steps), SAMPLE_IMAGES)
+        flags = Namespace(seed=trainer.seed, steps=steps, batch_size=trainer.preview_batch(SAMPLE_IMAGES))
+        options = sampling_options(run.config, flags, SAMPLE_IMAGES)
         with autocast(trainer.device, trainer.precision):
             blocks += [final_image(trajectory).cpu() for _, trajectory in generate(
                 trainer.ema, trainer.diffusion, run.config["data"]["shape"], range(SAMPLE_IMAGES), **options)]

@@ -152,7 +152,7 @@ def save_preview(run: Run, path: Path) -> None:
     """Write a grid of the images that sample.py makes with this seed; the starting noise is always the same."""
     trainer, data = run.trainer, run.config["data"]
     indices = range(PREVIEW_IMAGES)[distributed.rank_slice(PREVIEW_IMAGES)]
-    flags = Namespace(seed=trainer.seed, batch_size=min(PREVIEW_IMAGES, trainer.safe_batch))
+    flags = Namespace(seed=trainer.seed, batch_size=trainer.preview_batch(PREVIEW_IMAGES))
     options = sampling_options(run.config, flags, PREVIEW_IMAGES)
     with autocast(trainer.device, trainer.precision):
         images = [final_image(trajectory) for _, trajectory in generate(

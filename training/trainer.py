@@ -63,9 +63,13 @@ class Trainer:
         return len(self.data.images) // self.batch_size
 
     @property
-    def safe_batch(self) -> int:
-        """A number of images that this process can evaluate at a time: guided, they are no more than in a step."""
-        return max(1, self.batch_size // distributed.world_size() // (2 if self.conditional else 1))
+    def local_batch(self) -> int:
+        """Images of a step in this process: as many can be evaluated at a time, for less memory."""
+        return self.batch_size // distributed.world_size()
+
+    def preview_batch(self, count: int) -> int:
+        """How many of `count` images to make at a time; guidance evaluates each of them twice."""
+        return max(1, min(count, self.local_batch // (2 if self.conditional else 1)))
 
     @property
     def epoch(self) -> int:
@@ -208,7 +212,8 @@ def validation_loss(trainer: Trainer, validation: ImageData) -> float:
     t = (u * trainer.diffusion.num_timesteps).long()
     noise = torch.randn((count, *validation.images.shape[1:]), generator=generator)
     mine, losses = distributed.rank_slice(count), torch.zeros(1, device=device)
-    for rows in torch.arange(count)[mine].split(trainer.safe_batch):
+    batch_size = min(trainer.local_batch, 128 if device.type == "cpu" else 512)
+    for rows in torch.arange(count)[mine].split(batch_size):
         parts = (to_model(validation.images[rows]), t[rows], noise[rows], validation.labels[rows])
         x_0, times, noises, labels = (part.to(device) for part in parts)
         with autocast(device, trainer.precision):
