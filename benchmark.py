@@ -36,7 +36,7 @@ from benchmarks.machine import describe_machine
 from benchmarks.peers import PEERS, is_installed
 from benchmarks.plots import PLOTS
 from benchmarks.tables import print_ratios
-from data import load_dataset
+from data import VALIDATION_IMAGES, load_dataset
 from runtime.errors import UserError
 from runtime.files import check_writable, write_json
 from runtime.parser import Parser, add_shared_flags, duration, number
@@ -71,12 +71,12 @@ def parse_args(argv: Sequence[str] | None):
     parser.add_argument("what", nargs="*", type=part_name, metavar="what",
                         help=f"any of {', '.join(PARTS)} (default: all; gpu only on CUDA)")
     parser.add_argument("--contestants", nargs="+", choices=(*OURS, *PEERS), default=[*OURS, *PEERS],
-                        help="the contestants to compare; peak measures only ours; scaling, busy and gpu only the first "
-                             "of ours")
+                        help="the contestants to compare; peak measures only ours; scaling, busy and gpu only the "
+                             "first of ours")
     parser.add_argument("--budgets", nargs="+", type=duration, default=[60.0, 180.0], metavar="TIME",
                         help="the training times of quality: 90s, 10m, 1.5h")
-    parser.add_argument("--num_images", type=number(int, 1), default=5000,
-                        help="the number of images that quality evaluates")
+    parser.add_argument("--num_images", type=number(int, 1, VALIDATION_IMAGES), default=VALIDATION_IMAGES,
+                        help="the number of images that quality evaluates, at most as many as its floor has")
     parser.add_argument("--image_time", type=duration, default=300.0, metavar="TIME",
                         help="the maximum sampling time for each figure of quality; if it is too short, fewer images "
                              "are evaluated, and a line says so")

@@ -328,8 +328,9 @@ def main(argv=None):
     args = parse_args(argv)
     output = Path(args.output)
     paths = [args.image] if isinstance(args.image, str) else args.image or []
-    for path in [output, *([output.with_suffix(".gif")] if args.gif else [])]:
-        check_inputs_stay([path], [args.checkpoint, *paths, getattr(args, "mask", None)])
+    outputs = [output, output.with_suffix(".gif")] if args.gif else [output]
+    mask = None if getattr(args, "mask", SIDES[0]) in SIDES else args.mask
+    check_inputs_stay(outputs, [args.checkpoint, *paths, mask])
     editor = Editor(args)
     check_output(output)
     print(f"Using device: {editor.diffusion.device}")

@@ -10,8 +10,9 @@
     as for real images    density, confident
 
 Every figure is printed with its 95 % interval and its floor: the same figure for as many real images that are not in
-the reference. Fréchet distances of different n cannot be compared. asked_class and cas need labels: a conditional
-checkpoint, or an array `labels` in the .npz.
+the reference, at most 5,000 of validation or, with --reference validation, 10,000 of test. Fréchet distances of
+different n cannot be compared. asked_class and cas need labels: a conditional checkpoint, or an array `labels` in the
+.npz.
 """
 
 import hashlib

@@ -161,8 +161,10 @@ def shown_frames(frames: Sequence[Frame], diffusion: DiffusionProcess, columns: 
     """
     ends = [-2 * math.log(level * diffusion.data_std) for level in (HIGHEST_NOISE, LOWEST_NOISE)]
     places = torch.tensor([diffusion.log_snr(t).item() for t, _, _ in frames]).clamp(*ends)
-    chosen = [0, len(frames) - 1]
-    while len(set(chosen)) < min(len(frames), columns or FRAME_COLUMNS):  # add the one farthest from those chosen
+    count = min(len(frames), columns or FRAME_COLUMNS)
+    even = torch.linspace(places[0], places[-1], count)[1:-1]
+    chosen = [0, len(frames) - 1, *(places[:, None] - even).abs().argmin(0).tolist()]
+    while len(set(chosen)) < count:  # steps are longer than the even gaps: add the frame farthest from those chosen
         distance = (places[:, None] - places[chosen]).abs().amin(1)
         distance[chosen] = -1
         chosen.append(int(distance.argmax()))
