@@ -92,6 +92,24 @@ def test_the_error_of_the_best_linear_denoiser_is_the_bound(blobs):
     assert finding.status == "OK" and len(ratios) == 5 and all(0.9 < ratio < 1.1 for ratio in ratios)
 
 
+@pytest.mark.parametrize("shape, count", [((1, 28, 28), 5000), ((3, 32, 32), 15_360)], ids=str)
+def test_the_bound_is_of_several_times_as_many_images_as_pixels(monkeypatch, shape, count):
+    images, given = torch.zeros(1, dtype=torch.uint8).expand(20_000, *shape), []
+
+    def bound(x_0, _, times):
+        given.append(len(x_0))
+        return torch.ones(len(times))
+    monkeypatch.setattr(doctor, "gaussian_bound", bound)
+    monkeypatch.setattr(doctor, "to_model", lambda x: x[:, :1, :1, :1].float() if len(x) <= 256 else x)
+    data = ImageData("zeros", "train", images, torch.zeros(20_000, dtype=torch.long), ("nothing",))
+
+    def model(x_t, t):
+        return torch.zeros_like(x_t)
+    model.num_classes = None
+    list(doctor.examine_error(model, DiffusionProcess(prediction="x0"), data, data, "train.py"))
+    assert given == [count]
+
+
 @pytest.mark.parametrize("prediction", ["eps", "x0", "v", "edm"])
 def test_an_untrained_network_is_worse_than_the_bound(blobs, prediction):
     def model(x_t, t):

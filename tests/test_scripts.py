@@ -20,6 +20,8 @@ import sample
 import train
 import visualize_diffusion
 from checkpoint import load_checkpoint
+from runtime import threads
+from training.budget import Budget
 
 SCRIPTS = {"train": train, "sample": sample, "visualize_diffusion": visualize_diffusion}
 METRICS = {"step", "epoch", "images_seen", "loss", "val_loss", "lr", "images_per_second", "seconds"}
@@ -135,6 +137,37 @@ def test_a_resumed_run_equals_one_that_was_not_interrupted(trained, data_dir, tm
         assert_close(one[name], two[name], rtol=0, atol=0)
     keep = [{k: r[k] for k in ("step", "epoch", "images_seen", "loss", "val_loss", "lr")} for r in metrics(trained)]
     assert [{k: r[k] for k in keep[0]} for r in metrics(tmp_path)] == keep
+
+
+@pytest.fixture
+def cores(monkeypatch):
+    """A machine on which torch would take two threads; they are not used. Returns the numbers that are set."""
+    numbers = []
+    monkeypatch.setattr(threads, "default_number", lambda: 2)
+    monkeypatch.setattr(threads, "idle_and_total_time", lambda: None)
+    monkeypatch.setattr(torch, "set_num_threads", numbers.append)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: numbers[-1] if numbers else 2)
+    return numbers
+
+
+def test_a_run_by_epochs_keeps_its_number_of_threads_and_says_so(cores, monkeypatch, data_dir, tmp_path, capsys):
+    monkeypatch.setattr(threads, "WINDOW", 1e-9)
+    assert call("train", *tiny(data_dir, tmp_path, "--epochs", 1, "--sample_interval", 0)) == 0
+    assert set(cores) == {2} and "2 threads from beginning to end" in capsys.readouterr().out
+    assert call("train", *tiny(data_dir, tmp_path, "--epochs", 1, "--sample_interval", 0, "--threads", 1)) == 0
+    assert cores[-1] == 1 and "1 thread from beginning to end" in capsys.readouterr().out
+    cores.clear()
+    assert call("train", "--resume", "--output_dir", tmp_path, "--data_dir", data_dir, "--epochs", 2) == 0
+    assert set(cores) == {1}  # the flag is in the checkpoint
+
+
+def test_a_run_by_time_adapts_its_number_of_threads_and_says_so(cores, monkeypatch, data_dir, tmp_path, capsys):
+    monkeypatch.setattr(threads, "WINDOW", 1e-9)
+    monkeypatch.setattr(Budget, "progress", lambda _, step, time_share: min(1.0, step / 8))
+    flags = [flag for flag in tiny(data_dir, tmp_path, "--sample_interval", 0, "--budget", "1h")
+             if flag not in ("--epochs", 2)]
+    assert call("train", *flags) == 0
+    assert set(cores) == {1, 2} and "2 threads now, fewer or more" in capsys.readouterr().out
 
 
 def test_resuming_with_more_epochs_goes_on_counting(trained, data_dir, tmp_path):

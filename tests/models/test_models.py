@@ -90,6 +90,28 @@ def test_attention_is_that_of_vaswani_et_al():
     assert_close(layer(x), expected, rtol=1e-9, atol=1e-9)
 
 
+def test_on_cuda_attention_gets_tensors_that_flash_attention_takes(monkeypatch):
+    """It wants the channels of a head side by side. On the CPU the strides, and so the bits of results, stay."""
+    from torch._subclasses.fake_tensor import FakeTensorMode
+    attend, strides = torch.nn.functional.scaled_dot_product_attention, []
+
+    def watch(*parts):
+        strides.append([part.stride(-1) for part in parts])
+        return attend(*parts)
+    monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", watch)
+    for device in ("cuda", "cpu"):
+        with FakeTensorMode(), torch.device(device):  # no values, and no GPU
+            Attention(96)(torch.empty(2, 96, 7, 7))
+    assert strides == [[1, 1, 1], [49, 49, 49]]
+
+
+def test_checkpointing_leaves_the_random_numbers_alone(monkeypatch):
+    """To save their state would stop a CUDA graph from being captured in older versions of torch."""
+    model = create_model(base_channels=8, time_emb_dim=8, patch_size=2, checkpointing=True)
+    monkeypatch.setattr(torch, "get_rng_state", lambda: pytest.fail("the state is saved"))
+    model(torch.zeros(2, 1, 8, 8), torch.zeros(2)).sum().backward()
+
+
 # ------------------------------------------------------------------------------------------------------------- shapes
 
 

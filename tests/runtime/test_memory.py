@@ -19,6 +19,12 @@ def fail(error):
     raise error
 
 
+def test_cuda_libraries_without_memory_are_recognised():
+    for library in ("CUBLAS", "CUDNN"):
+        assert memory.out_of_memory(RuntimeError(f"CUDA error: {library}_STATUS_ALLOC_FAILED when calling `create`"))
+    assert not memory.out_of_memory(RuntimeError("CUDA error: CUBLAS_STATUS_INVALID_VALUE"))
+
+
 def test_work_fits_or_does_not():
     assert fits_in_memory(lambda _: None, 8, CPU)
     assert not fits_in_memory(lambda _: fail(MemoryError()), 8, CPU)

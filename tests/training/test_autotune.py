@@ -17,7 +17,9 @@ import train
 from diffusion import DiffusionProcess
 from models import create_model
 from training import autotune
-from training.cuda_graph import CudaGraph
+from training.budget import Budget
+from training.cuda_graph import CudaGraph, QueuedSteps
+from training.run import Run
 from training.trainer import Trainer
 
 
@@ -246,6 +248,32 @@ def test_a_recorded_step_learns_what_an_ordinary_one_does(monkeypatch, capsys, o
     again.restore(as_read(recorded))  # its file is as any other
     assert math.isclose(again.lr, recorded.lr) and type(recorded.state()["optimizer"]["adamw"]["param_groups"][0]["lr"]
                                                         ) is float
+
+
+def test_on_cuda_at_most_two_steps_are_queued(monkeypatch):
+    """The clock of a budget sees a step only when it is done."""
+    queue, longest = [], 0
+
+    class Event:
+        def record(self):
+            queue.append(self)
+
+        def synchronize(self):
+            while self in queue:  # the device works through its queue in order
+                queue.pop(0)
+    monkeypatch.setattr(torch.cuda, "Event", Event)
+    run = Run(None, make_trainer(), Budget(math.inf, 60.0, 0.0), {}, "", 0.0)
+    assert run.queued.device == run.trainer.device
+    run.queued.device = torch.device("cuda")
+    for _ in range(20):
+        run.update()
+        longest = max(longest, len(queue))
+    assert longest == QueuedSteps.MOST == 2
+
+
+def test_on_a_cpu_no_step_is_queued(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "Event", lambda: pytest.fail("a CPU has none"))
+    Run(None, make_trainer(), Budget(math.inf, 60.0, 0.0), {}, "", 0.0).update()
 
 
 # A step that waits for the device, or for a copy to or from it, shows these.
