@@ -7,10 +7,24 @@ import pytest
 import torch
 
 from data import load_dataset
+from runtime import threads
 
 ROOT = Path(__file__).resolve().parent.parent
 
 torch.set_num_threads(1)  # tensors are tiny here: threads would only wait for each other
+
+
+@pytest.fixture
+def cores(monkeypatch):
+    """A machine on which torch would take two threads; they are not used. Returns the numbers that are set."""
+    numbers = []
+    monkeypatch.setattr(threads, "default_number", lambda: 2)
+    monkeypatch.setattr(threads, "idle_and_total_time", lambda: None)
+    monkeypatch.setattr(torch, "set_num_threads", numbers.append)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: numbers[-1] if numbers else 2)
+    monkeypatch.setattr(threads, "WINDOW", 1e-9)
+    monkeypatch.setattr(threads, "PATIENCE", 0.0)
+    return numbers
 
 
 @pytest.fixture(scope="session")

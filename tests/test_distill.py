@@ -329,6 +329,13 @@ def test_learning_makes_the_student_more_consistent(teacher, data_dir, tmp_path,
     assert load_checkpoint(tmp_path / "model_final.pt")["config"]["training"]["guidance_scale"] == DEFAULT_GUIDANCE
 
 
+def test_distilling_adapts_its_number_of_threads_unless_it_is_given(cores, teacher, data_dir, tmp_path, monkeypatch):
+    monkeypatch.setattr(Budget, "progress", lambda budget, step, _: step / 8)
+    assert distill.main(flags(teacher, data_dir, tmp_path / "a")) == 0 and set(cores) == {1, 2}
+    cores.clear()
+    assert distill.main(flags(teacher, data_dir, tmp_path / "b", "--threads", 2)) == 0 and set(cores) == {2}
+
+
 def test_an_unconditional_teacher_has_a_student_too(data_dir, tmp_path):
     teacher = small_checkpoint(tmp_path / "teacher.pt", num_timesteps=4)
     assert distill.main(flags(teacher, data_dir, tmp_path / "run", "--teacher_order", 1)) == 0

@@ -203,6 +203,17 @@ def test_the_floor_has_as_many_images_as_the_figure_or_the_measurement_is_refuse
     assert result["floor"] == {"split": "test", "n": COUNT + 40} and result["num_images"] == COUNT + 40
 
 
+def test_measuring_adapts_its_number_of_threads_unless_it_is_given(cores, small, checkpoint, tmp_path, monkeypatch):
+    flags = ["--checkpoint", checkpoint(), "--num_images", COUNT, "--steps", 4, "--output_dir", tmp_path]
+    tuner, searches = evaluate.threads.ThreadTuner, []
+    monkeypatch.setattr(tuner, "_search", lambda self, *args, search=tuner._search: searches.append(self) or (
+        yield from search(self, *args)))
+    assert small(*flags) == 0 and set(cores) == {1, 2}
+    assert len(set(searches)) >= 2  # while images are made, and while they are measured
+    cores.clear()
+    assert small(*flags, "--threads", 2) == 0 and set(cores) == {2}
+
+
 def test_a_conditional_checkpoint_is_asked_for_the_classes_of_the_data(small, checkpoint, tmp_path):
     assert small("--checkpoint", checkpoint(10), "--num_images", COUNT, "--steps", 1, "--output_dir", tmp_path) == 0
     assert report(tmp_path)["figures"]["asked_class"]["value"] < 0.5  # it is untrained

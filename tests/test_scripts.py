@@ -20,7 +20,6 @@ import sample
 import train
 import visualize_diffusion
 from checkpoint import load_checkpoint
-from runtime import threads
 from training.budget import Budget
 
 SCRIPTS = {"train": train, "sample": sample, "visualize_diffusion": visualize_diffusion}
@@ -139,19 +138,7 @@ def test_a_resumed_run_equals_one_that_was_not_interrupted(trained, data_dir, tm
     assert [{k: r[k] for k in keep[0]} for r in metrics(tmp_path)] == keep
 
 
-@pytest.fixture
-def cores(monkeypatch):
-    """A machine on which torch would take two threads; they are not used. Returns the numbers that are set."""
-    numbers = []
-    monkeypatch.setattr(threads, "default_number", lambda: 2)
-    monkeypatch.setattr(threads, "idle_and_total_time", lambda: None)
-    monkeypatch.setattr(torch, "set_num_threads", numbers.append)
-    monkeypatch.setattr(torch, "get_num_threads", lambda: numbers[-1] if numbers else 2)
-    return numbers
-
-
-def test_a_run_by_epochs_keeps_its_number_of_threads_and_says_so(cores, monkeypatch, data_dir, tmp_path, capsys):
-    monkeypatch.setattr(threads, "WINDOW", 1e-9)
+def test_a_run_by_epochs_keeps_its_number_of_threads_and_says_so(cores, data_dir, tmp_path, capsys):
     assert call("train", *tiny(data_dir, tmp_path, "--epochs", 1, "--sample_interval", 0)) == 0
     assert set(cores) == {2} and "2 threads from beginning to end" in capsys.readouterr().out
     assert call("train", *tiny(data_dir, tmp_path, "--epochs", 1, "--sample_interval", 0, "--threads", 1)) == 0
@@ -162,7 +149,6 @@ def test_a_run_by_epochs_keeps_its_number_of_threads_and_says_so(cores, monkeypa
 
 
 def test_a_run_by_time_adapts_its_number_of_threads_and_says_so(cores, monkeypatch, data_dir, tmp_path, capsys):
-    monkeypatch.setattr(threads, "WINDOW", 1e-9)
     monkeypatch.setattr(Budget, "progress", lambda _, step, time_share: min(1.0, step / 8))
     flags = [flag for flag in tiny(data_dir, tmp_path, "--sample_interval", 0, "--budget", "1h")
              if flag not in ("--epochs", 2)]
@@ -262,6 +248,14 @@ def test_the_same_seed_makes_the_same_images_in_any_batch(trained, tmp_path):
             other = draw(checkpoint, output, "--batch_size", size, *options)
             assert abs(images.astype(int) - other).max() <= 1  # 1e-3 can cross from one level to the next
         assert not np.array_equal(images, draw(checkpoint, output, "--seed", 1, *options))
+
+
+def test_sampling_adapts_its_number_of_threads_unless_it_is_given(cores, trained, tmp_path):
+    flags = ["--checkpoint", trained / "model_final.pt", "--num_images", 4, "--output", tmp_path / "x.npz", "--device",
+             "cpu"]
+    assert call("sample", *flags) == 0 and set(cores) == {1, 2}
+    cores.clear()
+    assert call("sample", *flags, "--threads", 2) == 0 and set(cores) == {2}
 
 
 def test_samplers_steps_and_weights_make_a_difference(trained, tmp_path):
