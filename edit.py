@@ -121,7 +121,8 @@ def add_command(commands, name: str, text: str, pictures: int = 1) -> Parser:
                            help="the first and the last picture, files of any size; between the noises that lead to "
                                 "them (DDIM inversion) lies the noise of the other images")
         which.add_argument("--seeds", type=number(int, 0, 2**63 - 1), nargs=2, default=DEFAULT_SEEDS,
-                           metavar=("A", "B"), help="the seeds of the first and the last image")
+                           metavar=("A", "B"), help="the seeds of the first and the last image (default: "
+                                                   f"{' '.join(map(str, DEFAULT_SEEDS))})")
     else:
         which.add_argument("--image", help="a picture, a file of any size (default: one of the test split)")
         which.add_argument("--index", type=number(int, 0), help="take the image of the test split with this number "
@@ -199,11 +200,11 @@ class Editor:
         """The number of images that are made at the same time."""
         return getattr(self.args, "num_images", getattr(self.args, "frames", 1))
 
-    def denoiser(self, clip: bool = True, count: int | None = None) -> Denoise:
-        """denoise(x_t, t) -> x_0_hat of the network for `count` images (default: all); guided if --label is given."""
+    def denoiser(self, clip: bool = True, ends: bool = False) -> Denoise:
+        """denoise(x_t, t) -> x_0_hat of the network for all images or the two `ends`; guided if --label is given."""
         if self.labels is None:
             return self.diffusion.denoiser(self.model, clip=clip)
-        labels = self.labels[:count].to(self.diffusion.device)
+        labels = (self.labels[[0, -1]] if ends else self.labels).to(self.diffusion.device)
         return guide(self.diffusion, self.model, labels, self.guidance_scale, clip=clip)
 
     @torch.no_grad()
@@ -281,7 +282,7 @@ def do_interpolate(args: Namespace, editor: Editor) -> tuple[Tensor, list[str]]:
     Noise is found and followed by ddim for pictures, whose ends come back only so; for seeds by sample.py's sampler.
     """
     if editor.picture is not None:
-        up = ddim_inversion(editor.denoiser(clip=False, count=2), editor.picture.to(editor.diffusion.device),
+        up = ddim_inversion(editor.denoiser(clip=False, ends=True), editor.picture.to(editor.diffusion.device),
                             editor.times, editor.diffusion)
         ends, times, sampler = editor.follow(up, editor.steps).to(editor.diffusion.device), editor.times, ddim
     else:

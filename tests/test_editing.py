@@ -508,12 +508,16 @@ def test_a_picture_of_one_colour_is_noticed(call, tmp_path, capsys):
     assert "one colour" in told and "--background black" in told and "looks like" not in told
 
 
-def test_the_ends_of_an_interpolation_are_what_inversion_makes_of_the_two_pictures(call, tmp_path, picture):
+@pytest.mark.parametrize("labels", [None, (3, 8)])
+def test_the_ends_of_an_interpolation_are_what_inversion_makes_of_the_two_pictures(call, labelled, tmp_path, picture,
+                                                                                   labels):
     Image.fromarray(picture).save(tmp_path / "a.png")
     Image.fromarray(picture.T).save(tmp_path / "b.png")
-    assert call("interpolate", "--image", tmp_path / "a.png", tmp_path / "b.png", "--frames", 4) == 0
+    model = ["--checkpoint", labelled] if labels else []
+    asked = [[*model, "--label", label] for label in ("3,8", *labels)] if labels else [[], [], []]
+    assert call("interpolate", "--image", tmp_path / "a.png", tmp_path / "b.png", "--frames", 4, *asked[0]) == 0
     walk = cells(tmp_path / "x.png", 4)
-    for name, end in (("a", walk[0]), ("b", walk[-1])):
-        assert call("invert", "--image", tmp_path / f"{name}.png") == 0
+    for name, end, flags in (("a", walk[0], asked[1]), ("b", walk[-1], asked[2])):
+        assert call("invert", "--image", tmp_path / f"{name}.png", *flags) == 0
         assert np.abs(cells(tmp_path / "x.png", 3)[2].astype(int) - end).max() <= 1
     assert not np.array_equal(walk[1], walk[0]) and not np.array_equal(walk[2], walk[3])
