@@ -243,6 +243,8 @@ def main(argv=None):
             print(f"Using device: {trainer.device}")
             print(f"{trainer.data.name}: {len(trainer.data.images):,} images; a student of "
                   f"{count_parameters(trainer.model):,} parameters; {trainer.precision}", flush=True)
+            if trainer.device.type == "cpu":
+                print(threads.describe(), flush=True)
             run.update()
             if run.progress == 1:
                 raise UserError(f"the {args.budget:g} s of --budget were over before the first step: give it more")

@@ -125,8 +125,8 @@ SHARED_FLAGS = {
                            "training, where it is measured to be faster"),
     "threads": dict(type=number(int, 1, 1024), metavar="N",
                     help="the number of threads on the processor, from beginning to end (default: one for each core; "
-                         "where the last digits of results need not be repeatable, fewer while other programs are "
-                         "busy)"),
+                         "fewer while other programs are busy, except in a training that ends after --epochs, so "
+                         "that it can be repeated bit for bit)"),
     # for scripts that make images with a checkpoint
     "use_ema": dict(action=argparse.BooleanOptionalAction, default=True,
                     help="use the moving average of the weights, which makes better images; --no-use_ema: the weights "

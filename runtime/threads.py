@@ -46,23 +46,30 @@ def set_up(number: int | None, device: torch.device, adapt: bool = True) -> None
     """
     global _adapting
     torch.set_num_threads(number or default_number())
-    _adapting = adapt and number is None and device.type == "cpu" and distributed.world_size() == 1
-    if _adapting and default_number() > 1:
-        cores = Cores()
-        time.sleep(FIRST_LOOK)
-        cores.look(FIRST_LOOK)
-        if math.isfinite(cores.others):
-            free = max(1, default_number() - round(cores.others))
-            torch.set_num_threads(max(number for number in numbers_to_try(default_number()) if number <= free))
+    _adapting = (adapt and number is None and default_number() > 1 and device.type == "cpu"
+                 and distributed.world_size() == 1)
+    if _adapting:
+        torch.set_num_threads(number_for_free_cores())
+
+
+def number_for_free_cores() -> int:
+    """As many threads as other programs leave cores free at this moment; the default where the system does not tell."""
+    cores = Cores()
+    time.sleep(FIRST_LOOK)
+    cores.look(FIRST_LOOK)
+    free = max(1, default_number() - round(cores.others)) if math.isfinite(cores.others) else default_number()
+    return max(number for number in numbers_to_try(default_number()) if number <= free)
 
 
 def describe() -> str:
-    """A line for the user: how many threads, and whether their number is fixed."""
+    """A line for the user: how many threads, whether their number is fixed, and whether fewer may be faster."""
     count = torch.get_num_threads()
     named = f"{count} thread{'s' * (count > 1)}"
-    if not _adapting:
-        return f"{named} from beginning to end (another number, set by --threads, changes the last digits of results)"
-    return f"{named} now, fewer or more as other programs leave cores free (--threads N: always N)"
+    if _adapting:
+        return f"{named} now, fewer or more as other programs leave cores free (--threads N: always N)"
+    free = number_for_free_cores() if count > 1 and distributed.world_size() == 1 else count
+    advice = f"; other programs are busy now: --threads {free} may be faster" if free < count else ""
+    return f"{named} from beginning to end: another number changes the last digits of results{advice}"
 
 
 def numbers_to_try(most: int) -> list[int]:
@@ -84,7 +91,7 @@ class ThreadTuner:
     """
 
     def __init__(self, patience: float = 0.0):
-        self.active = _adapting and default_number() > 1
+        self.active = _adapting
         self.lines, self.used = 0, set()  # numbers of threads with which a step was done
         self.count, self.seconds = 0, 0.0  # of the steps in this window
         self.number = torch.get_num_threads()
@@ -97,16 +104,10 @@ class ThreadTuner:
             self.start = time.perf_counter()
 
     def __exit__(self, kind, *_) -> None:
-        if not self.active or kind:
-            return
-        if self.tried not in self.used:  # the first step with a number also prepares the operations for it
-            self.used.add(self.tried)
-        else:
-            self.count, self.seconds = self.count + 1, self.seconds + time.perf_counter() - self.start
-        if self.seconds >= WINDOW:
-            rate, self.window, self.count, self.seconds = self.count / self.seconds, self.seconds, 0, 0.0
-            self.tried = self.plan.send(rate)
-        self._use(self.number)
+        if self.active:
+            if not kind:
+                self._count_step(time.perf_counter() - self.start)
+            self._use(self.number)
 
     def steps(self, items: Iterable) -> Iterator:
         """The items; each passage through the loop is a step."""
@@ -119,6 +120,15 @@ class ThreadTuner:
         finally:
             if self.active:
                 self._use(self.number)
+
+    def _count_step(self, seconds: float) -> None:
+        if self.tried not in self.used:  # the first step with a number also prepares the operations for it
+            self.used.add(self.tried)
+            return
+        self.count, self.seconds = self.count + 1, self.seconds + seconds
+        if self.seconds >= WINDOW:
+            rate, self.window, self.count, self.seconds = self.count / self.seconds, self.seconds, 0, 0.0
+            self.tried = self.plan.send(rate)
 
     def _use(self, number: int) -> None:
         if number != torch.get_num_threads():

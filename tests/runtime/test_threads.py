@@ -128,7 +128,9 @@ def test_a_fixed_number_stays(monkeypatch, number, device, adapt, processes):
     threads.set_up(number, torch.device(device), adapt)
     machine.train(60)
     assert {used for _, used in machine.used} == {number or 2}
-    assert "from beginning to end" in threads.describe()
+    said = threads.describe()
+    assert "from beginning to end" in said
+    assert ("--threads 1 may be faster" in said) == (number != 1 and processes == 1)  # a process is busy
 
 
 def test_between_the_steps_the_number_is_the_chosen_one(monkeypatch):
@@ -150,7 +152,9 @@ def test_a_loop_that_ends_in_a_trial_leaves_the_chosen_number(monkeypatch):
         machine.step()
         if machine.number == 1:  # a trial
             break
-    assert machine.number == 2 or pytest.fail("the trial goes on")
+    else:
+        pytest.fail("there was no trial")
+    assert machine.number == 2
 
 
 def test_short_work_is_done_without_a_search_and_long_work_is_not(monkeypatch):
@@ -160,6 +164,19 @@ def test_short_work_is_done_without_a_search_and_long_work_is_not(monkeypatch):
         for _ in ThreadTuner(threads.PATIENCE).steps(range(steps)):
             machine.step()
         assert {number for _, number in machine.used} == tried
+
+
+def test_a_step_that_fails_leaves_the_chosen_number(monkeypatch):
+    machine = Machine(monkeypatch)
+    threads.set_up(None, CPU)
+    tuner = ThreadTuner()
+    with pytest.raises(MemoryError):
+        while True:
+            with tuner:
+                machine.step()
+                if machine.number == 1:  # a trial
+                    raise MemoryError
+    assert machine.number == 2
 
 
 def test_all_halves_and_one_less_are_tried():
