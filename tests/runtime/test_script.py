@@ -1,6 +1,7 @@
 """How a script ends: which exit status, and what stderr says."""
 
 import errno
+import importlib
 import io
 import os
 import subprocess
@@ -89,11 +90,12 @@ def test_a_full_disk_below_the_output_is_told(monkeypatch, capsys):
 
 
 PIPED = """
-import sys, warnings
+import logging, sys, warnings
 from runtime.script import script
 @script
 def main(argv=None):
     warnings.warn("of a library", UserWarning)
+    logging.getLogger("matplotlib.font_manager").warning("of matplotlib")
     print("first", flush=True)
     for i in range(10_000): print(i)
     open(sys.argv[1], "w").write("done")
@@ -118,4 +120,12 @@ def test_warnings_are_shown_to_those_who_ask(root, tmp_path):
     for flags, shown in (([], False), (["-W", "default"], True)):
         ended = subprocess.run([sys.executable, *flags, "-c", PIPED, tmp_path / "x"], cwd=root, capture_output=True,
                                text=True)
-        assert ended.returncode == 0 and ("of a library" in ended.stderr) == shown, ended.stderr
+        for words in ("of a library", "of matplotlib"):
+            assert ended.returncode == 0 and (words in ended.stderr) == shown, ended.stderr
+
+
+@pytest.mark.parametrize("name", ["train", "sample", "visualize_diffusion", "evaluate", "edit", "distill", "doctor",
+                                  "benchmark"])
+def test_all_scripts_begin_in_this_way(name):
+    main = importlib.import_module(name).main
+    assert main.__wrapped__ and main.__code__ is script(lambda argv: None).__code__
