@@ -114,8 +114,8 @@ def train(run: Run, validation: ImageData, settings: Namespace) -> None:
                 run.record(run.speed())
             run.save_every(settings.checkpoint_minutes)
             run.update()
-    if run.losses and not run.stopped:  # the time ended within an epoch
-        end_epoch(run, validation, settings)
+        if run.losses and not run.stopped:  # the time ended within an epoch
+            end_epoch(run, validation, settings)
 
 
 def end_epoch(run: Run, validation: ImageData, settings: Namespace) -> None:

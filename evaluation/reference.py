@@ -26,7 +26,7 @@ from evaluation.metrics import (
 from learned_variance import bits_per_dim
 from runtime import threads
 from runtime.errors import UserError
-from runtime.progress import progress
+from runtime.progress import Bar, progress
 from utils import GREY, caption_line, generator_for, save_picture, tile
 
 PAIRS = 16  # in nearest.png: as many of the closest images, and as many others
@@ -88,13 +88,15 @@ def make_reference(data: ImageData, floor_data: ImageData, classifier: Classifie
     """The reference for as many images as floor_data has."""
     features, floor_features = (extract_features(images, classifier, inception, adapting_bar(title))
                                 for images, title in ((data.images, data.split), (floor_data.images, "floor")))
-    return Reference(classifier, inception, data, features, floor_data,
-                     figures(floor_features, features, floor_data.labels))
+    with Bar("computing the floor"):
+        floor = figures(floor_features, features, floor_data.labels)
+    return Reference(classifier, inception, data, features, floor_data, floor)
 
 
 def compare(reference: Reference, features: ImageFeatures, labels: Tensor | None) -> dict[str, dict]:
     """The figures of generated images, each with its floor; labels (N,) that were requested, or None."""
-    result = figures(features, reference.features, labels)
+    with Bar("computing the figures"):
+        result = figures(features, reference.features, labels)
     return {name: dict(figure, floor=reference.floor[name]["value"]) for name, figure in result.items()}
 
 
