@@ -298,7 +298,7 @@ def test_without_terminal_signal_only_the_first_time_has_none(spacing, schedule)
 def test_without_terminal_signal_images_are_finite_in_processes_of_every_length(name):
     for T in range(1, 31):
         process = DiffusionProcess(T, "cosine", prediction="v", zero_terminal_snr=True, data_std=0.6)
-        for steps, spacing in product({1, 2, 3, T // 2, T - 1, T} & {*range(1, T + 1)}, SPACINGS):
+        for steps, spacing in product({1, 3, T // 2, T} & {*range(1, T + 1)}, SPACINGS):
             x_T, eta = torch.ones(1, 1, 1, 1), float(SAMPLERS[name].reads_eta)
             times = spaced_timesteps(process, steps, spacing)
             image = final_image(SAMPLERS[name].function(lambda x, t: x / 2, x_T, times, process, eta=eta))
