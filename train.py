@@ -55,7 +55,7 @@ from training.run import (
 )
 from training.tensorboard import Board, summary_writer
 from training.trainer import VALIDATION_LOSS_IMAGES, Trainer, fitting_batch, rehearse_step, validation_loss
-from utils import autocast, count_parameters, get_device, plot_losses, save_images, set_seed, tile
+from utils import autocast, count_parameters, get_device, grid_layout, plot_losses, save_images, set_seed, tile
 
 PREVIEW_IMAGES = 64
 
@@ -161,7 +161,7 @@ def save_preview(run: Run, path: Path) -> None:
     if distributed.rank() == 0:
         with warn_of_failed_writes():
             save_images(to_uint8(images), path)
-            run.board.add_samples(tile(to_uint8(images), columns=8), trainer.step)
+            run.board.add_samples(tile(to_uint8(images), grid_layout(len(images), images.shape[3])[0]), trainer.step)
 
 
 # ----------------------------------------------------------------------------------------------------------- set-up

@@ -9,15 +9,14 @@ bits. So it is fixed where results must be repeatable, and by --threads.
 
 import functools
 import math
-import sys
 import time
 from collections.abc import Generator, Iterable, Iterator
 from pathlib import Path
 
 import torch
-from tqdm import tqdm
 
 from runtime import distributed
+from runtime.progress import say
 
 WINDOW = 0.25  # a speed is measured over whole steps of at least so many seconds together
 GAIN = 1.1  # how many times faster another number of threads must be to be taken
@@ -182,8 +181,7 @@ class ThreadTuner:
         if self.lines <= MAX_LINES:
             last = "; further changes are not printed" if self.lines == MAX_LINES else ""
             why = "not all cores are free" if now < before else "more cores are free"
-            tqdm.write(f"{now} thread{'s' * (now > 1)} instead of {before}, {gain:.1f} times as fast: {why}{last}",
-                       file=sys.stdout)
+            say(f"{now} thread{'s' * (now > 1)} instead of {before}, {gain:.1f} times as fast: {why}{last}")
 
 
 class Cores:

@@ -109,8 +109,19 @@ def lines_of(seconds: float, monkeypatch) -> list[str]:
     return stream.getvalue().splitlines()
 
 
-def test_a_log_gets_a_few_whole_lines_and_work_of_seconds_leaves_none(monkeypatch):
-    assert lines_of(8, monkeypatch) == []
+def test_work_of_seconds_leaves_no_line_in_a_log(monkeypatch):
+    seconds, stream = [0.0], io.StringIO()
+    monkeypatch.setattr(sys, "stderr", stream)
+    monkeypatch.setattr(progress, "SECONDS", 1e-4)
+    monkeypatch.setattr(progress.time, "monotonic", lambda: seconds[0])
+    with Bar("sampling", 9, "steps") as bar:
+        for seconds[0] in range(1, 10):
+            time.sleep(0.005)
+            bar.update()
+    assert stream.getvalue() == ""
+
+
+def test_a_log_gets_a_few_whole_lines(monkeypatch):
     lines = lines_of(36_000, monkeypatch)
     assert 20 <= len(lines) <= 40
     assert all(re.fullmatch(r"sampling: +\d+%, \d+/100 steps, [\d:]+, [\d:]+ left", line) for line in lines[:-1]), lines
