@@ -72,3 +72,4 @@ def test_the_help_of_resume_names_what_is_not_taken_from_the_checkpoint():
     said = {action.dest: action.help for action in flags.make_parser("")._actions}
     assert all(f"--{name}" in said["resume"] for name in flags.OWN_FLAGS if name != "resume")
     assert "the time used before" in said["budget"]
+    assert "on CUDA it differs by rounding" in said["resume"] and "--epochs" in said["threads"]
