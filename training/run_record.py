@@ -53,7 +53,7 @@ def recorded(run, script: str, argv: Sequence[str] | None, resumed: bool) -> Ite
         yield
         how = f"stopped by {signal.Signals(run.stopped).name}" if run.stopped else "completed"
     except BaseException as error:
-        how = f"failed: {one_line(error) or type(error).__name__}"
+        how = f"failed: {one_line(error, None) or type(error).__name__}"
         raise
     finally:
         end_sitting(run.folder, how)
@@ -71,9 +71,8 @@ def end_sitting(folder: Path, how: str) -> None:
 def describe(run, script: str, argv: Sequence[str] | None) -> dict:
     """What run.json says of a sitting that begins now."""
     processes, device = distributed.world_size(), run.trainer.device
-    start = "python" if processes == 1 else f"torchrun --nproc_per_node={os.environ.get('LOCAL_WORLD_SIZE', processes)}"
     return dict(
-        command=f"{start} {shlex.join([script, *(sys.argv[1:] if argv is None else argv)])}",
+        command=f"{_launcher(processes)} {shlex.join([script, *(sys.argv[1:] if argv is None else argv)])}",
         began=_now(), ended=None, how=None, seed=run.trainer.seed, step=run.trainer.step,
         versions=dict(tiny_diffusion=__version__, python=platform.python_version(), torch=str(torch.__version__),
                       numpy=np.__version__),
@@ -81,6 +80,14 @@ def describe(run, script: str, argv: Sequence[str] | None) -> dict:
                      cores=os.cpu_count(), threads=torch.get_num_threads(), processes=processes,
                      device=torch.cuda.get_device_name(device) if device.type == "cuda" else str(device)),
         process=os.getpid(), launch=distributed.launch())
+
+
+def _launcher(processes: int) -> str:
+    """What stands before the script in the command."""
+    machines = os.environ.get("GROUP_WORLD_SIZE", "1")
+    nodes = "" if machines == "1" else f" --nnodes={machines}"
+    own = os.environ.get("LOCAL_WORLD_SIZE", processes)
+    return "python" if processes == 1 else f"torchrun{nodes} --nproc_per_node={own}"
 
 
 def _now() -> str:
