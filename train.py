@@ -161,7 +161,7 @@ def save_preview(run: Run, path: Path) -> None:
     if distributed.rank() == 0:
         with warn_of_failed_writes():
             save_images(to_uint8(images), path)
-            run.board.add_samples(tile(to_uint8(images), grid_layout(len(images), images.shape[3])[0]), trainer.step)
+            run.board.add_samples(tile(to_uint8(images), grid_layout(images)[0]), trainer.step)
 
 
 # ----------------------------------------------------------------------------------------------------------- set-up
