@@ -61,7 +61,8 @@ def parse_args(argv: Sequence[str] | None):
                         help="the images that --what forward shows (default: mnist; of a --checkpoint: its own)")
     add_shared_flags(parser, "data_dir", "seed", "device")
     parser.add_argument("--columns", type=number(int, 2, 100),
-                        help=f"the number of times t to show (default: {FRAME_COLUMNS}; with --what forward {len(COLUMNS)})")
+                        help=f"the number of times t to show (default: {FRAME_COLUMNS}; for --what forward "
+                             f"{len(COLUMNS)})")
     parser.add_argument("--dpi", type=number(int, 10, 2400), default=120, help="the resolution, in pixels per inch")
     group = parser.add_argument_group(f"--what {', '.join(WITH_MODEL)}")
     group.add_argument("--checkpoint", help="a checkpoint of train.py or distill.py; its data set is used")

@@ -22,6 +22,7 @@ from checkpoint import load_checkpoint
 from data import ImageData, load_dataset
 from diffusion import DiffusionProcess
 from models import create_model
+from runtime import memory
 from runtime.errors import RunFailed
 from runtime.memory import out_of_memory
 from training import autotune
@@ -390,6 +391,17 @@ def test_batch_size_auto_does_nothing_in_this_process_before_it_has_measured_wha
     monkeypatch.setattr(DiffusionProcess, "loss", lambda *args, **more: seen.append(len(args[2])) or limited(
         *args, **more))
     monkeypatch.setattr("training.autotune.MIN_STEPS", 0)
+
+    def fork(work):
+        before = len(seen)
+        try:
+            work()
+        except MemoryError:
+            return memory.OUT_OF_MEMORY
+        finally:
+            del seen[before:]  # done in a fork, not in this process
+        return memory.SUCCEEDED
+    monkeypatch.setattr(memory, "_exit_status_of_fork", fork)
     args, _ = train.parse_args(tiny(data_dir, tmp_path, "--batch_size", "auto", "--precision", precision))
     run, _, _ = train.make_run(args, None, 0.0)
     assert run.trainer.batch_size == 16 and set(seen) == {16 * share for share in tried}
