@@ -37,9 +37,9 @@ from runtime.startup import seconds_since_start
 from samplers import DEFAULT_GUIDANCE, ddim_step, final_image, generate, guide, spaced_timesteps
 from training import autotune, run_folder, run_record
 from training.budget import Budget
-from training.run import CLOSING_SECONDS, LOG_STEPS, Run, progress_bar
+from training.run import CLOSING_SECONDS, LOG_STEPS, Run, print_summary, progress_bar
 from training.trainer import Trainer, fitting_batch
-from utils import autocast, count_parameters, get_device, save_images
+from utils import autocast, get_device, save_images
 
 HUBER = 0.03  # the Huber constant c: errors above it count by their size, those below it by their square
 SAMPLE_STEPS, SAMPLE_IMAGES, SAMPLE_COLUMNS = (1, 2, 4), 20, 10
@@ -240,11 +240,7 @@ def main(argv=None):
         with run_folder.stop_on_signals(run):
             trainer = run.trainer
             run_folder.check_space(folder, trainer.checkpoint_bytes)
-            print(f"Using device: {trainer.device}")
-            print(f"{trainer.data.name}: {len(trainer.data.images):,} images; a student of "
-                  f"{count_parameters(trainer.model):,} parameters; {trainer.precision}", flush=True)
-            if trainer.device.type == "cpu":
-                print(threads.describe(), flush=True)
+            print_summary(trainer, "a student")
             run.update()
             if run.progress == 1:
                 raise UserError(f"the {args.budget:g} s of --budget were over before the first step: give it more")

@@ -50,12 +50,13 @@ from training.run import (
     Run,
     is_complete,
     newest_valid,
+    print_summary,
     progress_bar,
     warn_of_failed_writes,
 )
 from training.tensorboard import Board, summary_writer
 from training.trainer import VALIDATION_LOSS_IMAGES, Trainer, fitting_batch, rehearse_step, validation_loss
-from utils import autocast, count_parameters, get_device, grid_layout, plot_losses, save_images, set_seed, tile
+from utils import autocast, get_device, grid_layout, plot_losses, save_images, set_seed, tile
 
 PREVIEW_IMAGES = 64
 
@@ -292,11 +293,7 @@ def prepare_folder(run: Run, resumed: bool) -> None:
     trainer = run.trainer
     if distributed.rank() == 0:
         run_folder.check_space(run.folder, trainer.checkpoint_bytes)
-    print(f"Using device: {trainer.device}")
-    print(f"{trainer.data.name}: {len(trainer.data.images):,} images; network of "
-          f"{count_parameters(trainer.model):,} parameters; {trainer.precision}", flush=True)
-    if trainer.device.type == "cpu":
-        print(threads.describe(), flush=True)
+    print_summary(trainer, "network")
     run.update()
     if run.progress == 1 and not trainer.step:
         seconds = math.ceil(run.budget.seconds_used + run.budget.reserve + 10)

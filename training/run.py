@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from checkpoint import load_checkpoint, save_checkpoint, saved_step
-from runtime import distributed
+from runtime import distributed, threads
 from runtime.errors import RunFailed, UserError
 from runtime.files import one_line, write_json_lines
 from runtime.memory import out_of_memory
@@ -21,6 +21,7 @@ from training.autotune import now
 from training.budget import Budget
 from training.cuda_graph import QueuedSteps
 from training.tensorboard import Board
+from utils import count_parameters
 
 LOG_STEPS = 50  # steps between two records
 AGREE_STEPS = 10  # steps after which several processes agree on the time and on a signal
@@ -174,6 +175,15 @@ class Run:
             if not out_of_memory(error):
                 raise
         raise RunFailed(advise_memory())  # outside the except block, where what the error held is free again
+
+
+def print_summary(trainer, network: str) -> None:
+    """Print the device, the images, the size of the network, which is called `network`, and the number of threads."""
+    print(f"Using device: {trainer.device}")
+    print(f"{trainer.data.name}: {len(trainer.data.images):,} images; {network} of "
+          f"{count_parameters(trainer.model):,} parameters; {trainer.precision}", flush=True)
+    if trainer.device.type == "cpu":
+        print(threads.describe(), flush=True)
 
 
 @contextlib.contextmanager
