@@ -12,12 +12,13 @@
 import json
 import math
 import warnings
+from itertools import pairwise
 from pathlib import Path
 
 import torch
 from torch import nn
 
-from data import ImageData
+from data import ImageData, code_of
 from diffusion import DiffusionProcess
 from learned_variance import create_process
 from models import create_model
@@ -93,7 +94,8 @@ def load_model(path: str | Path, device="cpu", use_ema: bool = True) -> tuple[nn
     """
     checkpoint = load_checkpoint(path)
     model = create_model(**checkpoint["config"]["model"])
-    diffusion = create_process(model.learn_variance, **checkpoint["config"]["diffusion"])
+    edges = code_of(checkpoint["config"]).edges
+    diffusion = create_process(model.learn_variance, edges, **checkpoint["config"]["diffusion"])
     model.load_state_dict(checkpoint["ema" if use_ema else "model"])
     return model.to(device).eval().requires_grad_(False), diffusion.to(device), checkpoint
 
@@ -188,9 +190,17 @@ def _wrong_data(config: dict) -> str | None:
         return "its config does not name a dataset"
     if type(names) is not list or any(type(name) is not str for name in names):
         return "the class_names in its config are no list of names"
+    if "level_code" in config["data"] and not _is_level_code(config["data"]["level_code"]):
+        return "the level_code in its config is no rising list of 256 numbers from -1 to 1"
     if classes and classes != len(names):
         return f"its config has {classes} classes and {len(names)} class_names"
     return None
+
+
+def _is_level_code(points) -> bool:
+    """Whether this is 256 rising numbers from -1 to 1."""
+    return (type(points) is list and len(points) == 256 and all(type(point) is float for point in points)
+            and points[0] == -1 and points[-1] == 1 and all(low < high for low, high in pairwise(points)))
 
 
 def _wrong_network(checkpoint: dict, file_size: int) -> str | None:

@@ -1,4 +1,6 @@
-"""Data sets by name: images in memory as uint8, with labels. Only this module knows the value range of the networks.
+"""Data sets by name: images in memory as uint8, with labels; and the numbers that networks see for their levels.
+
+Only this module knows the value range of the networks: `LevelCode`.
 
     train        all training images except the last 5,000
     validation   these 5,000: no network is trained on them; every choice is made with them
@@ -8,8 +10,8 @@
 import contextlib
 import hashlib
 import re
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from functools import lru_cache, partial
 from http.client import HTTPException
 from pathlib import Path
@@ -30,33 +32,101 @@ FASHION = ("T-shirt/top", "Trouser", "Pullover", "Dress", "Coat", "Sandal", "Shi
 CIFAR = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
 
 
-@dataclass(frozen=True)
-class ImageData:
-    """A split of a data set: images (N, C, H, W) uint8, labels (N,) int64, and the names of the classes."""
-
-    name: str
-    split: str
-    images: Tensor
-    labels: Tensor
-    class_names: tuple[str, ...]
-
-    def to(self, device) -> "ImageData":
-        """The same split with images and labels on `device`."""
-        return ImageData(self.name, self.split, self.images.to(device), self.labels.to(device), self.class_names)
-
-    def first(self, count: int) -> "ImageData":
-        """The first `count` images of the split."""
-        return ImageData(self.name, self.split, self.images[:count], self.labels[:count], self.class_names)
+# ---------------------------------------------------------------------------------------------------- value ranges
 
 
 def to_model(images: Tensor) -> Tensor:
-    """uint8 images 0..255 -> float32 in [-1, 1], the range that every network here works in."""
+    """uint8 images 0..255 -> float32 in [-1, 1] by the linear code, for the networks that judge images."""
     return images.float() / 127.5 - 1
 
 
 def to_uint8(images: Tensor) -> Tensor:
     """Float images in [-1, 1] -> uint8 0..255, rounded to the nearest level; what lies outside is clipped."""
     return ((images.float() + 1) * 127.5).round().clamp(0, 255).to(torch.uint8)
+
+
+class LevelCode:
+    """The number in [-1, 1] that a diffusion model learns for each of the 256 levels of a pixel: points (256,), rising.
+
+    Images are decoded to the nearest point. In the linear code, points[k] = k / 127.5 - 1, a network that is off by
+    half a level misses the level. Where one level is very common, as the black of a digit's background, that happens in
+    most pixels of an image, and a grey haze covers it. `histogram_code` moves common levels away from their neighbours.
+    """
+
+    def __init__(self, points: Sequence[float] | Tensor):
+        self.points = torch.as_tensor(points, dtype=torch.float64)                          # (256,)
+        self.edges = (self.points[1:] + self.points[:-1]) / 2                               # (255,)
+
+    @property
+    def is_linear(self) -> bool:
+        """Whether this is the linear code."""
+        return bool((self.points - LINEAR_POINTS).abs().max() < 1e-5)
+
+    def encode(self, images: Tensor) -> Tensor:
+        """uint8 images of any shape -> float32 in [-1, 1]."""
+        return self.points.float().to(images.device)[images.int()]
+
+    def decode(self, images: Tensor) -> Tensor:
+        """Float images of any shape -> uint8, the level of the nearest point."""
+        return torch.bucketize(images.float().contiguous(), self.edges.float().to(images.device)).to(torch.uint8)
+
+
+LINEAR_POINTS = torch.arange(256, dtype=torch.float64) / 127.5 - 1
+LINEAR = LevelCode(LINEAR_POINTS)
+LEVEL_CODES = ("histogram", "linear")
+CODE_SHARE, CODE_POWER = 0.35, 0.75  # of `histogram_code`; measured: benchmarks/RECORDS.md
+
+
+def histogram_code(images: Tensor, share: float = CODE_SHARE, power: float = CODE_POWER) -> LevelCode:
+    """A code with larger gaps beside the levels that are common in uint8 images (N, C, H, W).
+
+    The gap between levels k and k + 1, as a share of the range of 2, is (1 - share) / 255 + share · w_k. Each level
+    adds to w a weight proportional to (its share of the pixels)^power, half of it on either side, and levels 0 and 255
+    all of it on their only side. The sum of all w_k is 1. share = 0 gives the linear code. Where all levels are about
+    as common, as in photographs, the code is nearly linear.
+    """
+    weight = images.flatten().bincount(minlength=256).double().pow(power)
+    weight = weight / weight.sum()
+    beside = (weight[1:] + weight[:-1]) / 2                                                 # (255,)
+    beside[0], beside[-1] = beside[0] + weight[0] / 2, beside[-1] + weight[-1] / 2
+    gaps = (1 - share) / 255 + share * beside
+    return LevelCode(torch.cat([gaps.new_zeros(1), gaps.cumsum(0)]).mul(2).sub(1).clamp(max=1))
+
+
+def code_of(config: dict) -> LevelCode:
+    """The code of a checkpoint with this config; linear for files from before version 1.1.0."""
+    return LevelCode(config["data"]["level_code"]) if "level_code" in config["data"] else LINEAR
+
+
+# ------------------------------------------------------------------------------------------------ splits of a data set
+
+
+@dataclass(frozen=True)
+class ImageData:
+    """A split of a data set: images (N, C, H, W) uint8, labels (N,) int64, the names of the classes, and a code."""
+
+    name: str
+    split: str
+    images: Tensor
+    labels: Tensor
+    class_names: tuple[str, ...]
+    code: LevelCode = LINEAR
+
+    def to(self, device) -> "ImageData":
+        """The same split with images and labels on `device`."""
+        return replace(self, images=self.images.to(device), labels=self.labels.to(device))
+
+    def first(self, count: int) -> "ImageData":
+        """The first `count` images of the split."""
+        return replace(self, images=self.images[:count], labels=self.labels[:count])
+
+    def coded(self, code: LevelCode) -> "ImageData":
+        """The same split with another code."""
+        return replace(self, code=code)
+
+    def x_0(self, chosen: Tensor | slice = slice(None)) -> Tensor:
+        """The chosen images as a diffusion model learns them: (B, C, H, W) float32 in [-1, 1]."""
+        return self.code.encode(self.images[chosen])
 
 
 def load_dataset(name: str, split: str = "train", data_dir: str | Path = "data") -> ImageData:

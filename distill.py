@@ -26,7 +26,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from checkpoint import data_mismatch, load_model
-from data import ImageData, load_dataset, to_uint8
+from data import ImageData, code_of, load_dataset
 from diffusion import Denoise, DiffusionProcess
 from runtime import threads
 from runtime.errors import UserError
@@ -172,7 +172,7 @@ def save_samples(run: Run) -> None:
         with autocast(trainer.device, trainer.precision):
             blocks += [final_image(trajectory).cpu() for _, trajectory in generate(
                 trainer.ema, trainer.diffusion, run.config["data"]["shape"], range(SAMPLE_IMAGES), **options)]
-    save_images(to_uint8(torch.cat(blocks)), run.folder / "samples.png", columns=SAMPLE_COLUMNS)
+    save_images(trainer.data.code.decode(torch.cat(blocks)), run.folder / "samples.png", columns=SAMPLE_COLUMNS)
 
 
 def make_run(args: Namespace, start: float) -> Run:
@@ -185,6 +185,7 @@ def make_run(args: Namespace, start: float) -> Run:
     guidance_scale = sampling_options(checkpoint["config"], Namespace(guidance_scale=args.guidance_scale),
                                       1)["guidance_scale"]
     data = load_dataset(checkpoint["config"]["data"]["dataset"], "train", args.data_dir)
+    data = data.coded(code_of(checkpoint["config"]))
     if problem := data_mismatch(checkpoint["config"], data):
         raise UserError(f"{problem}: give the --data_dir that it was trained on")
     settings = Namespace(**vars(args) | dict(guidance_scale=guidance_scale))

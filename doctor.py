@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from checkpoint import MAX_COUNT, data_mismatch, load_model
-from data import ImageData, load_dataset, to_model, to_uint8
+from data import ImageData, code_of, load_dataset, to_model
 from diffusion import DiffusionProcess
 from evaluation.classifier import load_feature_network
 from evaluation.features import extract_features
@@ -132,10 +132,10 @@ def examine_error(model, diffusion: DiffusionProcess, train: ImageData, unseen: 
     longer: the command that trains longer.
     """
     unseen = unseen.first(ERROR_IMAGES)
-    x_0, labels = to_model(unseen.images), unseen.labels.to(diffusion.device) if model.num_classes else None
+    x_0, labels = unseen.x_0(), unseen.labels.to(diffusion.device) if model.num_classes else None
     times = sorted({time_of(diffusion, log_snr) for log_snr in LOG_SNRS})
     count = max(BOUND_IMAGES, BOUND_RATIO * train.images[0].numel())
-    bound = gaussian_bound(to_model(train.images[:count]), diffusion, times)
+    bound = gaussian_bound(train.first(count).x_0(), diffusion, times)
     denoised = [denoise_at(model, diffusion, x_0, labels, t) for t in times]
     yield check_error(torch.stack([(x - x_0).double().square().mean() for x in denoised]), bound,
                       [diffusion.log_snr(t).item() for t in times], longer)
@@ -160,14 +160,17 @@ def examine_samples(model, diffusion: DiffusionProcess, train: ImageData, unseen
     shape, real = train.images.shape[1:], unseen.first(REAL).images
     options = sampling_options(checkpoint["config"], count=SAMPLES)
     images = make_images(model, diffusion, shape, SAMPLES, options)
-    findings = check_samples(images, to_model(real))
+    generated = train.code.decode(images)
+    finite = bool(images.isfinite().all())
+    findings = check_samples(to_model(generated) if finite else images, to_model(real))
     yield from findings
     if any(finding.status == "FAIL" for finding in findings):
         return  # the other checks would fail for the same reason
     if not is_student(checkpoint["config"]):  # more steps of a student make different images
         twice = options | dict(steps=min(2 * options["steps"], diffusion.num_timesteps))
-        yield check_steps(images[:16], make_images(model, diffusion, shape, 16, twice), options["steps"])
-    device, generated = diffusion.device, to_uint8(images)
+        more = train.code.decode(make_images(model, diffusion, shape, 16, twice))
+        yield check_steps(to_model(generated[:16]), to_model(more), options["steps"])
+    device = diffusion.device
     distances = nearest(torch.cat([generated, real]).to(device), train.images)[0]
     yield check_copies(closeness(distances[:SAMPLES], distances[SAMPLES:]))
     yield from examine_by_classifier(generated, real, options["labels"], train.name, device)
@@ -222,7 +225,7 @@ def examine_data(args, name: str, model, diffusion: DiffusionProcess, checkpoint
     if isinstance(opened, Finding):
         yield opened
         return
-    train, unseen = opened
+    train, unseen = opened if not checkpoint else (split.coded(code_of(checkpoint["config"])) for split in opened)
     findings = check_data(train.images, train.labels, train.class_names)
     yield from findings
     if not model or any(finding.status == "FAIL" for finding in findings):

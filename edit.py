@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from checkpoint import load_model
-from data import load_dataset, to_model, to_uint8
+from data import code_of, load_dataset, to_uint8
 from data_sources.pictures import FITS, read_mask, read_picture
 from diffusion import Denoise
 from editing import ddim_inversion, inpaint, slerp
@@ -141,20 +141,20 @@ def add_command(commands, name: str, text: str, pictures: int = 1) -> Parser:
 
 
 def read_image(args, path: str, shape: Sequence[int]) -> Tensor:
-    """The picture at `path` as the flags say (1, C, H, W) in [-1, 1]."""
-    picture = to_model(read_picture(Path(path), shape, args.fit, args.background)[None])
-    return -picture if args.invert_colors else picture
+    """The picture at `path` as the flags say (1, C, H, W) uint8."""
+    picture = read_picture(Path(path), shape, args.fit, args.background)[None]
+    return 255 - picture if args.invert_colors else picture
 
 
 def chosen_images(args, config: dict) -> Tensor:
-    """The pictures to change (1 or 2, C, H, W) in [-1, 1]."""
+    """The pictures to change (1 or 2, C, H, W) uint8."""
     if args.image:
         paths = [args.image] if isinstance(args.image, str) else args.image
         return torch.cat([read_image(args, path, config["shape"]) for path in paths])
     images, index = load_dataset(config["dataset"], "test", args.data_dir).images, args.index or 0
     if index >= len(images):
         raise UserError(f"--index must be less than {len(images)}, the size of the test split, not {index}")
-    return to_model(images[index][None])
+    return images[index][None]
 
 
 def chosen_mask(args, shape: Sequence[int]) -> Tensor:
@@ -187,7 +187,8 @@ class Editor:
             raise UserError(f"{args.checkpoint} is a student, which only makes images from pure noise: edit with its "
                             f"teacher")
         self.shape, self.frames, self.titles = config["data"]["shape"], [], []  # a title for each frame
-        self.picture = chosen_images(args, config["data"]) if args.image or hasattr(args, "index") else None
+        self.code = code_of(config)
+        self.picture = chosen_images(args, config["data"]) if args.image or hasattr(args, "index") else None  # uint8
         self.mask = chosen_mask(args, self.shape) if hasattr(args, "mask") else None
         command = "invert" if args.command == "interpolate" and args.image else args.command
         steps = args.steps or min(DEFAULT_STEPS[command], num_timesteps)
@@ -200,6 +201,11 @@ class Editor:
         """The number of images that are made at the same time."""
         return getattr(self.args, "num_images", getattr(self.args, "frames", 1))
 
+    @property
+    def x_0(self) -> Tensor:
+        """The picture as the model learns it (1 or 2, C, H, W) in [-1, 1], on its device."""
+        return self.code.encode(self.picture).to(self.diffusion.device)
+
     def denoiser(self, clip: bool = True, ends: bool = False) -> Denoise:
         """denoise(x_t, t) -> x_0_hat of the network for all images or the two `ends`; guided if --label is given."""
         if self.labels is None:
@@ -211,8 +217,10 @@ class Editor:
     def looks_negative(self) -> list[bool]:
         """Whether the negative of each picture is clearly closer to the mean of the model's images than the picture."""
         noise = self.noise(range(MEAN_IMAGES), 0)()
-        mean = self.diffusion.denoiser(self.model)(noise, self.diffusion.num_timesteps - 1).mean(0).cpu()
-        as_it_is, negative = ((sign * self.picture - mean).square().flatten(1).mean(1) for sign in (1, -1))
+        x_0_hat = self.diffusion.denoiser(self.model)(noise, self.diffusion.num_timesteps - 1)
+        mean = self.code.decode(x_0_hat).float().mean(0).cpu()
+        as_it_is, negative = ((picture - mean).square().flatten(1).mean(1)
+                              for picture in (self.picture, 255 - self.picture))
         return (as_it_is > 2 * negative).tolist()
 
     def noise(self, indices, seed: int):
@@ -234,7 +242,7 @@ class Editor:
         A frame is x_t of each image beside its x_0_hat.
         """
         steps = evenly_spaced(len(self.frames) + 1, FILM_FRAMES + 1, math.ceil)[1:]  # frame k - 1 follows step k
-        return [to_uint8(torch.stack(self.frames[step - 1], 1).flatten(0, 1)) for step in steps], [
+        return [self.code.decode(torch.stack(self.frames[step - 1], 1).flatten(0, 1)) for step in steps], [
             self.titles[step - 1] for step in steps]
 
 
@@ -244,36 +252,36 @@ def numbered(*names: str, count: int) -> list[str]:
 
 
 def chequered(height: int, width: int) -> Tensor:
-    """The usual sign for "nothing is here": squares of two greys, neither of which is that of the grid (H, W)."""
+    """The usual sign for "nothing is here": squares of two greys, neither of which is that of the grid (H, W) uint8."""
     rows, columns = torch.arange(height)[:, None] // 2, torch.arange(width) // 2
-    return 0.5 - 0.5 * ((rows + columns) % 2)
+    return (191 - 63 * ((rows + columns) % 2)).to(torch.uint8)
 
 
 def do_inpaint(args: Namespace, editor: Editor) -> tuple[Tensor, list[str]]:
     """The picture, the mask, what is kept, and then the filled-in pictures; and their captions."""
-    picture, mask, device = editor.picture, editor.mask, editor.diffusion.device
+    picture, mask = editor.picture, editor.mask
     randn = editor.noise(range(args.num_images), args.seed)
     filled = editor.follow(inpaint(editor.denoiser(), randn(), editor.times, editor.diffusion,
-                                   known=picture.to(device), mask=mask.to(device), resample=args.resample,
+                                   known=editor.x_0, mask=mask.to(editor.x_0.device), resample=args.resample,
                                    randn=randn), editor.steps)
     kept = torch.where(mask.bool(), chequered(*picture.shape[2:]), picture)
-    return (torch.cat([picture, mask.expand_as(picture) * 2 - 1, kept, filled]),
+    return (torch.cat([picture, (mask.expand_as(picture) * 255).to(torch.uint8), kept, editor.code.decode(filled)]),
             numbered("picture", "mask", "kept", count=args.num_images))
 
 
 def do_vary(args: Namespace, editor: Editor) -> tuple[Tensor, list[str]]:
     """The picture, then its variations; and their captions."""
     picture = editor.picture
-    many = picture.to(editor.diffusion.device).expand(args.num_images, -1, -1, -1)
+    many = editor.x_0.expand(args.num_images, -1, -1, -1)
     captions = numbered("picture", count=args.num_images)
     noised_steps = round(args.strength * editor.diffusion.num_timesteps)
     if not noised_steps:
-        editor.frames, editor.titles = [(picture.expand_as(many), picture.expand_as(many))], ["image"]
+        editor.frames, editor.titles = [(many.cpu(), many.cpu())], ["image"]
         return picture.expand(args.num_images + 1, -1, -1, -1), captions
     times = uniform_timesteps(noised_steps, min(editor.steps, noised_steps))
     x = editor.diffusion.q_sample(many, times[0], editor.noise(range(args.num_images), args.seed)())
     varied = editor.follow(dpmpp_2m(editor.denoiser(), x, times, editor.diffusion), len(times))
-    return torch.cat([picture, varied]), captions
+    return torch.cat([picture, editor.code.decode(varied)]), captions
 
 
 def do_interpolate(args: Namespace, editor: Editor) -> tuple[Tensor, list[str]]:
@@ -282,8 +290,7 @@ def do_interpolate(args: Namespace, editor: Editor) -> tuple[Tensor, list[str]]:
     Noise is found and followed by ddim for pictures, whose ends come back only so; for seeds by sample.py's sampler.
     """
     if editor.picture is not None:
-        up = ddim_inversion(editor.denoiser(clip=False, ends=True), editor.picture.to(editor.diffusion.device),
-                            editor.times, editor.diffusion)
+        up = ddim_inversion(editor.denoiser(clip=False, ends=True), editor.x_0, editor.times, editor.diffusion)
         ends, times, sampler = editor.follow(up, editor.steps).to(editor.diffusion.device), editor.times, ddim
     else:
         ends = torch.cat([editor.noise([0], seed)() for seed in args.seeds])
@@ -293,7 +300,7 @@ def do_interpolate(args: Namespace, editor: Editor) -> tuple[Tensor, list[str]]:
     first, last = ("A", "B") if args.image else (f"seed {seed}" for seed in args.seeds)
     captions = [first, *(f"{i / (args.frames - 1):.2f}" for i in range(1, args.frames - 1)), last]
     editor.frames, editor.titles = [(image[None],) for image in images], captions  # the animation goes from A to B
-    return images, captions
+    return editor.code.decode(images), captions
 
 
 def do_invert(args: Namespace, editor: Editor) -> tuple[Tensor, list[str]]:
@@ -301,15 +308,14 @@ def do_invert(args: Namespace, editor: Editor) -> tuple[Tensor, list[str]]:
 
     Where the data do not vary, such as the black margin of a digit, the noise is near 0 too.
     """
-    picture, device, denoise = editor.picture, editor.diffusion.device, editor.denoiser(clip=False)
-    up = ddim_inversion(denoise, picture.to(device), editor.times, editor.diffusion)
-    noise = editor.follow(up, editor.steps)
-    down = ddim(denoise, noise.to(device), editor.times, editor.diffusion)
-    back = editor.follow(down, editor.steps)
-    error = (to_uint8(back).float() - to_uint8(picture).float()).abs()
+    denoise = editor.denoiser(clip=False)
+    noise = editor.follow(ddim_inversion(denoise, editor.x_0, editor.times, editor.diffusion), editor.steps)
+    down = ddim(denoise, noise.to(editor.x_0.device), editor.times, editor.diffusion)
+    back = editor.code.decode(editor.follow(down, editor.steps))
+    error = (back.float() - editor.picture.float()).abs()
     print(f"Noise: mean {noise.mean():.3f}, standard deviation {noise.std():.3f} (0 and 1 for pure noise). "
           f"Reconstruction: mean error {error.mean():.2f} of 255 levels, largest {error.max():.0f}")
-    return torch.cat([picture, noise / 3, back]), ["picture", "its noise / 3", "from the noise"]
+    return torch.cat([editor.picture, to_uint8(noise / 3), back]), ["picture", "its noise / 3", "from the noise"]
 
 
 def tell_of_pictures(args: Namespace, paths: Sequence[str], editor: Editor) -> None:
@@ -340,7 +346,7 @@ def main(argv=None):
     with torch.no_grad():
         do = {"inpaint": do_inpaint, "vary": do_vary, "interpolate": do_interpolate, "invert": do_invert}[args.command]
         pictures, captions = do(args, editor)
-    save_images(to_uint8(pictures), output, args.columns or min(len(pictures), 16), args.scale or 4, captions)
+    save_images(pictures, output, args.columns or min(len(pictures), 16), args.scale or 4, captions)
     print(f"Saved {output}")
     if args.gif:
         frames, captions = editor.film()

@@ -29,7 +29,7 @@ import torch
 from torch import Tensor, nn
 
 from checkpoint import load_model
-from data import DATASETS, SPLITS, load_dataset, to_uint8
+from data import DATASETS, SPLITS, LevelCode, code_of, load_dataset
 from data_sources.pictures import read_images
 from diffusion import DiffusionProcess
 from evaluation.classifier_training import train_feature_network
@@ -132,6 +132,7 @@ class LoadedCheckpoint(NamedTuple):
     model: nn.Module
     diffusion: DiffusionProcess
     dataset: str
+    code: LevelCode
     shape: Sequence[int]
     labels: Tensor | None
     options: list[dict]
@@ -156,7 +157,7 @@ def open_checkpoint(args: Namespace, device: torch.device, output: Path) -> Load
         interval = None if scale == 1 and len(args.guidance_scale) > 1 else args.guidance_interval
         flags = dict(sampler=sampler, guidance_scale=scale, steps=steps, guidance_interval=interval)
         options.append(sampling_options(config, Namespace(**vars(args) | flags), labels=labels))
-    return LoadedCheckpoint(model, diffusion, dataset, config["data"]["shape"], labels, options)
+    return LoadedCheckpoint(model, diffusion, dataset, code_of(config), config["data"]["shape"], labels, options)
 
 
 def make_images(args: Namespace, loaded: LoadedCheckpoint, options: dict, count: int) -> GeneratedImages:
@@ -166,7 +167,7 @@ def make_images(args: Namespace, loaded: LoadedCheckpoint, options: dict, count:
     start, total = time.perf_counter(), -(-len(mine) // args.batch_size) * options["steps"]
     with (Bar(f"{count:,} images by {options['sampler']}", total, "steps", hidden=distributed.rank() > 0) as bar,
           autocast(device, pick_precision(args.precision, device))):
-        images = run_or_suggest_batch_size(partial(to_uint8_batches, bar), lambda batch_size: generate(
+        images = run_or_suggest_batch_size(partial(to_uint8_batches, loaded.code, bar), lambda batch_size: generate(
             loaded.model, loaded.diffusion, loaded.shape, mine, **options | dict(batch_size=batch_size)),
             args.batch_size, device)
     counter.remove()
@@ -177,14 +178,14 @@ def make_images(args: Namespace, loaded: LoadedCheckpoint, options: dict, count:
     return GeneratedImages(images, loaded.labels, evaluated / count, time.perf_counter() - start)
 
 
-def to_uint8_batches(bar: Bar, batches: Iterator) -> list[Tensor] | None:
+def to_uint8_batches(code: LevelCode, bar: Bar, batches: Iterator) -> list[Tensor] | None:
     """The final images of each batch as uint8, as in files; None as soon as one is not finite."""
     images, tuner = [], threads.ThreadTuner(threads.PATIENCE)
     for _, trajectory in batches:
         x = final_image(bar.track(tuner.steps(trajectory)))
         if not x.isfinite().all():
             return None
-        images.append(to_uint8(x).cpu())
+        images.append(code.decode(x).cpu())
     return images
 
 
@@ -201,7 +202,7 @@ def evaluate(args: Namespace, command: Sequence[str], reference: Reference, gene
         bf16 = pick_precision(args.precision, device) == "bf16"
         result["cas"] = classification_accuracy_score(reference, images, labels, device, args.seed, bf16)
     if args.likelihood:
-        result["bits_per_dim"] = likelihood(loaded.model, loaded.diffusion, reference.data, args.seed)
+        result["bits_per_dim"] = likelihood(loaded.model, loaded.diffusion, reference.data, loaded.code, args.seed)
     about = conditions(args, command, device, reference, len(images), loaded.options[0] if loaded else None)
     memorised = memorisation(reference, images, features, args.data_dir, device, output / "nearest.png")
     shares = {name: dict(zip(reference.data.class_names, class_shares(probabilities).tolist(), strict=True))

@@ -13,22 +13,30 @@ from torch.nn import functional as F
 
 from diffusion import DiffusionProcess
 
+LINEAR_EDGES = (torch.arange(255, dtype=torch.float64) + 0.5) / 127.5 - 1  # halfway between the 256 values of a pixel
+BEYOND = 1e3  # stands for infinity, whose gradient would be NaN
 VLB_WEIGHT = 0.001  # of the variational bound in the hybrid loss: lambda in Nichol and Dhariwal 2021, eq. 16
 
 
-def create_process(learn_variance: bool, **config) -> DiffusionProcess:
-    """The process of a network with learned variances or without: `learn_variance` of the model's config."""
-    return (LearnedVariance if learn_variance else DiffusionProcess)(**config)
+def create_process(learn_variance: bool, edges: Tensor | None = None, **config) -> DiffusionProcess:
+    """The process of a network with learned variances or without: `learn_variance` of the model's config.
+
+    edges: as `LearnedVariance`.
+    """
+    return LearnedVariance(edges=edges, **config) if learn_variance else DiffusionProcess(**config)
 
 
 class LearnedVariance(DiffusionProcess):
     """A process whose network also learned the variances of the reverse steps.
 
-    Arguments: as DiffusionProcess. A network without a second half counts as v = -1: the posterior's variance.
+    Other arguments: as DiffusionProcess. A network without a second half counts as v = -1: the posterior's variance.
+
+    edges    (255,): the numbers halfway between the 256 values of a pixel, `LevelCode.edges`; by default LINEAR_EDGES
     """
 
-    def __init__(self, *args, **config):
+    def __init__(self, *args, edges: Tensor | None = None, **config):
         super().__init__(*args, **config)
+        self.edges = LINEAR_EDGES if edges is None else edges
         second = min(1, self.num_timesteps - 1)
         beta_tilde = (1 - self.alphas_cumprod[0]) / (1 - self.alphas_cumprod[second]) * self.betas[second]
         self._first_log_variance = torch.log(beta_tilde).item()  # of the posterior from t = 1 to s = 0
@@ -97,7 +105,8 @@ class LearnedVariance(DiffusionProcess):
         log_q = self.log_variance_bounds(t, t - 1)[0].to(x_0.dtype)
         log_p = self.log_variance(v, t, t - 1)
         divergence = (log_p - log_q + torch.exp(log_q - log_p) + shift**2 * torch.exp(-log_p) - 1) / 2
-        nats = torch.where((t == 0).view(-1, 1, 1, 1), -discretised_log_likelihood(x_0, x_0_hat, log_p), divergence)
+        likelihood = discretised_log_likelihood(x_0, x_0_hat, log_p, self.edges)
+        nats = torch.where((t == 0).view(-1, 1, 1, 1), -likelihood, divergence)
         return nats.flatten(1).mean(1) / math.log(2)
 
 
@@ -108,18 +117,21 @@ def split_output(output: Tensor, channels: int) -> tuple[Tensor, Tensor]:
     return output.chunk(2, dim=1)
 
 
-def discretised_log_likelihood(x: Tensor, mean: Tensor, log_variance: Tensor) -> Tensor:
-    """log P(x) for each entry of x, 8-bit values in [-1, 1], when N(mean, exp(log_variance)) is rounded to 8 bits.
+def discretised_log_likelihood(x: Tensor, mean: Tensor, log_variance: Tensor, edges: Tensor = LINEAR_EDGES) -> Tensor:
+    """log P(x) for each entry of x, one of 256 values in [-1, 1], when N(mean, exp(log_variance)) is rounded to them.
 
-    The probability is the integral from x - 1/255 to x + 1/255, and on to infinity at -1 and 1, so that the 256 values
-    sum to 1 (Ho et al. 2020, eq. 13). Never less than log 1e-30.
+    The probability is the integral between the two of the `edges` (255,) around x, and on to infinity beyond the first
+    and the last, so that the 256 values sum to 1 (Ho et al. 2020, eq. 13). Never less than log 1e-30.
     """
+    bounds = F.pad(edges.to(x), (1, 1))                                                     # (257,)
+    bounds[0], bounds[-1] = -BEYOND, BEYOND
+    level = torch.bucketize(x.contiguous(), bounds[1:-1])
+    low, high = bounds[level] - mean, bounds[level + 1] - mean
     # The normal distribution is symmetric: put each bin below the mean, where no two numbers near 1 are subtracted.
-    outermost, half = x.abs() > 0.999, 1 / 255
-    centre = torch.where(outermost, -x.sign() * (x - mean), -(x - mean).abs())
+    above = low + high > 0
+    low, high = torch.where(above, -high, low), torch.where(above, -low, high)
     scale = torch.exp(-log_variance / 2) / math.sqrt(2)
-    beyond = torch.erfc((half - centre) * scale).masked_fill(outermost, 0.0)
-    return ((torch.erfc((-half - centre) * scale) - beyond) / 2).clamp(min=1e-30).log()
+    return ((torch.erfc(-high * scale) - torch.erfc(-low * scale)) / 2).clamp(min=1e-30).log()
 
 
 # ------------------------------------------------------------------------------------------------ bits per dimension
@@ -128,8 +140,10 @@ def discretised_log_likelihood(x: Tensor, mean: Tensor, log_variance: Tensor) ->
 @torch.no_grad()
 def bits_per_dim(model, diffusion: DiffusionProcess, x_0: Tensor, labels: Tensor | None = None, *,
                  draws: int | None = None, generator: torch.Generator | None = None,
-                 noise: Tensor | None = None) -> Tensor:
+                 noise: Tensor | None = None, edges: Tensor | None = None) -> Tensor:
     """An upper bound of -log2 p(x_0) of 8-bit images x_0 (B, C, H, W) in [-1, 1], per dimension: (B,).
+
+    edges: of the code of the images, as `LearnedVariance`.
 
     KL(q(x_{T-1} | x_0) || N(0, 1)) + sum over t of L_t, where L_t is the `vlb_term` (Nichol and Dhariwal 2021, eq. 4).
     A network without learned variances gets the posterior's. Each L_t is estimated with one noise, without bias: drawn
@@ -141,7 +155,8 @@ def bits_per_dim(model, diffusion: DiffusionProcess, x_0: Tensor, labels: Tensor
     its mean is the sum over all t. The u of a batch are spread evenly (Kingma et al. 2021: low-discrepancy sampler), so
     the errors of its images partly cancel in their mean.
     """
-    process, last = LearnedVariance(**diffusion.config).to(diffusion.device), diffusion.num_timesteps - 1
+    process = LearnedVariance(edges=edges, **diffusion.config).to(diffusion.device)
+    last = diffusion.num_timesteps - 1
     prior = (process.alpha(last) ** 2 * (x_0**2 - 1) - 2 * process.sigma(last).log()) / 2
     bits = prior.flatten(1).mean(1) / math.log(2)
     times, weights = torch.arange(1, last + 1)[:, None].expand(-1, len(x_0)), torch.ones(last, len(x_0))

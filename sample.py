@@ -20,7 +20,7 @@ import numpy as np
 import torch
 
 from checkpoint import load_model
-from data import to_uint8
+from data import LevelCode, code_of
 from runtime import distributed, threads
 from runtime.errors import UserError
 from runtime.files import atomic_write, check_output
@@ -66,7 +66,8 @@ def parse_args(argv: Sequence[str] | None):
 class Film:
     """What --show_intermediate and --gif keep: the images at some times of their trajectories."""
 
-    def __init__(self):
+    def __init__(self, code: LevelCode):
+        self.code = code
         self.frames: dict[float, list[torch.Tensor]] = {}  # by time t, x_t of each batch
         self.pairs: dict[float, torch.Tensor] = {}  # by time t, x_t beside x_0_hat of the first images
 
@@ -79,7 +80,7 @@ class Film:
     def save_gif(self, path: Path) -> Path:
         """Write the pairs as an animation."""
         captions = ["image" if t < 0 else f"t = {t:.0f}: x_t beside the image expected then" for t in self.pairs]
-        save_gif([to_uint8(frame) for frame in self.pairs.values()], path, captions=captions)
+        save_gif([self.code.decode(frame) for frame in self.pairs.values()], path, captions=captions)
         return path
 
     def save(self, output: Path) -> list[Path]:
@@ -94,11 +95,11 @@ class Film:
         for old in (*folder.glob("step_[0-9]*.png"), folder / "final.png"):
             old.unlink(missing_ok=True)
         for t, images in frames.items():
-            save_images(to_uint8(images), folder / ("final.png" if t < 0 else f"step_{t:04.0f}.png"))
+            save_images(self.code.decode(images), folder / ("final.png" if t < 0 else f"step_{t:04.0f}.png"))
         rows = torch.stack([images[:FILM_IMAGES] for images in frames.values()], dim=1).flatten(0, 1)
         strip = output.parent / f"{prefix}film_strip.png"
         captions = ["image" if t < 0 else f"t = {t:.0f}" for t in frames]
-        save_images(to_uint8(rows), strip, columns=len(frames), scale=3, captions=captions)
+        save_images(self.code.decode(rows), strip, columns=len(frames), scale=3, captions=captions)
         return [folder, strip]
 
 
@@ -133,11 +134,10 @@ def rows_by_class(images: torch.Tensor, counts: Sequence[int], columns: int) -> 
 
 def save(images: torch.Tensor, labels: torch.Tensor | None, by_class: bool, output: Path, columns: int | None = None,
          scale: int | None = None) -> None:
-    """Write images (N, C, H, W) in [-1, 1] as a grid or, to .npz, as uint8 arr_0 (N, H, W, C), with their labels.
+    """Write uint8 images (N, C, H, W) as a grid or, to .npz, as uint8 arr_0 (N, H, W, C), with their labels.
 
     by_class: each class starts in a new row of the grid. columns, scale: of the grid; None: by the number of images.
     """
-    images = to_uint8(images)
     if output.suffix == ".npz":
         arrays = {} if labels is None else dict(labels=labels.numpy())
         with atomic_write(output) as file:
@@ -160,11 +160,12 @@ def main(argv=None):
                         f"more")
     model, diffusion, checkpoint = load_model(args.checkpoint, device, args.use_ema)
     config, shape = checkpoint["config"], checkpoint["config"]["data"]["shape"]
+    code = code_of(config)
     options = sampling_options(config, args, args.num_images)
     if distributed.rank() == 0:
         check_output(output, args.checkpoint)
     print(f"Using device: {diffusion.device}")
-    start, film = time.perf_counter(), Film() if args.show_intermediate or args.gif else None
+    start, film = time.perf_counter(), Film(code) if args.show_intermediate or args.gif else None
     mine = range(args.num_images)[distributed.rank_slice(args.num_images)]
     make = partial(make_images, args, options["steps"], film, shape, diffusion.num_timesteps, len(mine))
     with autocast(device, pick_precision(args.precision, device)):
@@ -173,7 +174,7 @@ def main(argv=None):
     seconds = time.perf_counter() - start
     if distributed.rank():
         return distributed.destroy_process_group()
-    save(images, options["labels"], args.label is not None, output, args.columns, args.scale)
+    save(code.decode(images), options["labels"], args.label is not None, output, args.columns, args.scale)
     written = [output, *(film.save(output) if args.show_intermediate else [])]
     if args.gif:
         written.append(film.save_gif(output.with_suffix(".gif")))

@@ -21,7 +21,7 @@ from pathlib import Path
 
 import torch
 
-from data import ImageData, load_dataset, to_uint8
+from data import ImageData, load_dataset
 from learned_variance import create_process
 from models import create_model
 from runtime import distributed, threads
@@ -38,6 +38,7 @@ from training.flags import (
     RECIPES,
     TRAINER_FLAGS,
     check_resumable,
+    make_code,
     make_config,
     make_parser,
     make_settings,
@@ -161,8 +162,9 @@ def save_preview(run: Run, path: Path) -> None:
     images = distributed.all_gather(torch.cat(images) if images else torch.empty(0, *data["shape"]))
     if distributed.rank() == 0:
         with warn_of_failed_writes():
-            save_images(to_uint8(images), path)
-            run.board.add_samples(tile(to_uint8(images), grid_layout(images)[0]), trainer.step)
+            pictures = trainer.data.code.decode(images)
+            save_images(pictures, path)
+            run.board.add_samples(tile(pictures, grid_layout(images)[0]), trainer.step)
 
 
 # ----------------------------------------------------------------------------------------------------------- set-up
@@ -182,11 +184,13 @@ def make_run(args: Namespace, checkpoint: dict | None, start: float) -> tuple[Ru
     with distributed.local_rank_0_first():
         data = load_dataset(args.dataset, "train", args.data_dir).first(args.train_images or sys.maxsize)
     validation = load_dataset(args.dataset, "validation", args.data_dir)
-    config = make_config(settings, data, checkpoint and checkpoint["config"]["diffusion"]["data_std"])
+    saved = checkpoint and checkpoint["config"]
+    data = data.coded(make_code(settings, data, saved))
+    config = make_config(settings, data, saved)
     set_seed(args.seed)
     with checking_user_input():
         model = create_model(**config["model"])
-        diffusion = create_process(model.learn_variance, **config["diffusion"])
+        diffusion = create_process(model.learn_variance, data.code.edges, **config["diffusion"])
         model(torch.zeros(1, *config["data"]["shape"]), torch.zeros(1))  # an unsuitable image size is an error here
     trainer, settings = make_trainer(settings, data.to(device), model.to(device), diffusion.to(device))
     config |= dict(model=model.config, diffusion=diffusion.config, training=vars(settings))

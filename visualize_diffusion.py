@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from checkpoint import load_model
-from data import DATASETS, load_dataset, to_model, to_uint8
+from data import DATASETS, code_of, load_dataset, to_model, to_uint8
 from diffusion import SCHEDULES, DiffusionProcess
 from evaluation.network_plots import Frame, draw_attention, draw_embedding, draw_features, draw_loss
 from runtime.files import check_output
@@ -177,14 +177,15 @@ def draw_denoising(args: Namespace, model, diffusion: DiffusionProcess, config: 
     frames, options = trajectory_frames(args, model, diffusion, config)
     image = frames[-1][2]  # every sampler ends with its last x_0_hat
     shown = shown_frames([*frames, (-1, image, image)], diffusion, args.columns)
-    pairs = [torch.stack([frame[part][i] for part in (1, 2) for frame in shown]) for i in range(args.num_images)]
+    pairs = [code_of(config).decode(torch.stack([frame[part][i] for part in (1, 2) for frame in shown]))
+             for i in range(args.num_images)]
     titles = ["image" if t < 0 else f"t = {t:.0f}" for t, _, _ in shown]
     return show_pairs(pairs, titles, f"{options['sampler']}, {options['steps']} steps: x_t and, below, the clean image "
                                      "expected from it")
 
 
 def show_pairs(pairs: Sequence[Tensor], titles: Sequence[str], caption: str):
-    """A figure of pairs of rows (2 · columns, C, H, W): x_t and x_0_hat. More than four pairs lie in two blocks."""
+    """A figure of pairs of rows (2 · columns, C, H, W) uint8: x_t and x_0_hat. More than four pairs: two blocks."""
     blocks, columns = 1 if len(pairs) <= 4 else 2, len(titles)
     lines, (height, width) = -(-len(pairs) // blocks), pairs[0].shape[2:]
     cell = 0.9 if blocks == 1 else 0.65  # inches
@@ -194,7 +195,7 @@ def show_pairs(pairs: Sequence[Tensor], titles: Sequence[str], caption: str):
         axis.axis("off")
     for axis, pair in zip(axes.T.flat, pairs, strict=False):  # down the first block, then down the second
         axis.axis("on")
-        axis.imshow(tile(to_uint8(pair), columns), interpolation="nearest")
+        axis.imshow(tile(pair, columns), interpolation="nearest")
         axis.set_yticks([height / 2 + row * (height + 1) for row in (0, 1)], ["x_t", "x̂_0"])
         axis.set_xticks([width / 2 + i * (width + 1) for i in range(columns)], titles if axis in axes[0] else [])
         axis.tick_params(length=0, labeltop=True, labelbottom=False, labelsize=8 if blocks == 1 else 7)
@@ -211,13 +212,13 @@ def draw_with_model(args: Namespace, model, diffusion: DiffusionProcess, config:
         frames, options = trajectory_frames(args, model, diffusion, config)
         if args.what == "attention":
             return draw_attention(model, diffusion, shown_frames(frames, diffusion, args.columns), options["labels"],
-                                  args.num_images)
+                                  args.num_images, code_of(config))
         return draw_features(model, diffusion, shown_frames(frames, diffusion, args.columns), options["labels"])
-    name = config["data"]["dataset"]
-    validation = load_dataset(name, "validation", args.data_dir)
+    train, validation = (load_dataset(config["data"]["dataset"], split, args.data_dir).coded(code_of(config))
+                         for split in ("train", "validation"))
     if args.what == "embedding":
         return draw_embedding(model, diffusion, validation, args.projection, args.seed)
-    return draw_loss(model, diffusion, validation, load_dataset(name, "train", args.data_dir), args.seed)
+    return draw_loss(model, diffusion, validation, train, args.seed)
 
 
 @script

@@ -110,7 +110,7 @@ def make_trainer(config: dict, image_size: int | None, batch_size: int | None, d
     data = ImageData("noise", "train", images, labels, tuple(config["data"]["class_names"])).to(device)
     accepted = inspect.signature(Trainer).parameters
     model = create_model(**config["model"]).to(device, memory_format=LAYOUTS[training.get("layout") or "nchw"])
-    diffusion = create_process(model.learn_variance, **config["diffusion"]).to(device)
+    diffusion = create_process(model.learn_variance, data.code.edges, **config["diffusion"]).to(device)
     return Trainer(data, model, diffusion, cuda_graph=cuda_graph,
                    **{name: value for name, value in training.items() if name in accepted})
 

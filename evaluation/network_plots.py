@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from data import ImageData, to_model, to_uint8
+from data import LINEAR, ImageData, LevelCode, to_uint8
 from diffusion import DiffusionProcess
 from evaluation.gaussian import gaussian_bound
 from models.layers import Attention
@@ -99,7 +99,8 @@ def choose_queries(image: Tensor, height: int, width: int, count: int) -> list[t
     return sorted(chosen[:count])
 
 
-def draw_attention(model, diffusion: DiffusionProcess, frames: Sequence[Frame], labels: Tensor | None, rows: int):
+def draw_attention(model, diffusion: DiffusionProcess, frames: Sequence[Frame], labels: Tensor | None, rows: int,
+                   code: LevelCode = LINEAR):
     """The attention of some positions of the first image in each frame, below its x_0_hat.
 
     `rows` positions in all, shared between the layers, at least one for each layer.
@@ -115,7 +116,7 @@ def draw_attention(model, diffusion: DiffusionProcess, frames: Sequence[Frame], 
     figure, axes = pyplot().subplots(len(lines) + 1, len(frames), squeeze=False, layout="compressed",
                                      figsize=(1.1 * len(frames) + 2.2, 1.1 * (len(lines) + 1) + 0.8))
     for axis, (t, _, x_0_hat) in zip(axes[0], frames, strict=True):
-        axis.imshow(to_uint8(x_0_hat[0]).permute(1, 2, 0).numpy(), cmap="gray", vmin=0, vmax=255)
+        axis.imshow(code.decode(x_0_hat[0]).permute(1, 2, 0).numpy(), cmap="gray", vmin=0, vmax=255)
         axis.set_title(f"t = {t:.0f}", fontsize=9)
     axes[0, 0].set_ylabel("x̂_0", rotation=0, ha="right", va="center", fontsize=8)
     for axis_row, (label, query, weights) in zip(axes[1:], lines, strict=True):
@@ -240,7 +241,7 @@ def draw_embedding(model, diffusion: DiffusionProcess, data: ImageData, how: str
     T, count = diffusion.num_timesteps, min(EMBEDDED_IMAGES, len(data.images))
     if T < 5:
         raise UserError(f"this checkpoint's process has T = {T}, fewer than 5: train with more --timesteps")
-    x_0, labels = to_model(data.images[:count]), data.labels[:count]
+    x_0, labels = data.first(count).x_0(), data.labels[:count]
     middle = partial(bottleneck_features, model, diffusion, x_0, seed=seed,
                      labels=labels if model.num_classes else None)
     times = torch.linspace(0, T - 1, min(T, EMBEDDED_TIMES)).round()
@@ -297,10 +298,10 @@ def draw_loss(model, diffusion: DiffusionProcess, unseen: ImageData, train: Imag
     """
     T = diffusion.num_timesteps
     times = sorted({round(t) for t in torch.linspace(0, T - 1, ERROR_TIMES).tolist()})
-    x_0 = to_model(unseen.images[:ERROR_IMAGES])
+    x_0 = unseen.first(ERROR_IMAGES).x_0()
     labels = unseen.labels[:ERROR_IMAGES] if model.num_classes else None
     network = x_0_errors(model, diffusion, x_0, times, seed, labels)
-    bound = gaussian_bound(to_model(train.images[:GAUSSIAN_IMAGES]), diffusion, times)
+    bound = gaussian_bound(train.first(GAUSSIAN_IMAGES).x_0(), diffusion, times)
     figure, (left, right) = pyplot().subplots(1, 2, figsize=(12, 4.2), layout="constrained")
     style = dict(marker="o", markersize=3)
     left.plot(times, bound, "--", color="tab:orange", label="Gaussian model of the data", **style)

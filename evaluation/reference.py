@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from data import ImageData, load_dataset, to_model
+from data import ImageData, LevelCode, load_dataset
 from diffusion import DiffusionProcess
 from evaluation.classifier import Classifier, load_feature_network
 from evaluation.classifier_training import new_classifier
@@ -153,7 +153,7 @@ def draw_nearest(triples: Tensor, path: Path) -> None:
     save_picture(np.concatenate(parts), path)
 
 
-def likelihood(model, diffusion: DiffusionProcess, data: ImageData, seed: int) -> dict[str, float]:
+def likelihood(model, diffusion: DiffusionProcess, data: ImageData, code: LevelCode, seed: int) -> dict[str, float]:
     """bits_per_dim, the variational bound of -log2 p(x_0) per dimension, over LIKELIHOOD_IMAGES real images.
 
     In float32, by `learned_variance.bits_per_dim` with LIKELIHOOD_DRAWS + 1 network evaluations for an image. It has no
@@ -164,8 +164,8 @@ def likelihood(model, diffusion: DiffusionProcess, data: ImageData, seed: int) -
     def batches() -> Iterator[Tensor]:
         for rows in adapting_bar("likelihood")(torch.arange(len(data.images)).split(LIKELIHOOD_BATCH)):
             labels = data.labels[rows].to(device) if model.num_classes else None
-            yield bits_per_dim(model, diffusion, to_model(data.images[rows]).to(device), labels,
-                               draws=LIKELIHOOD_DRAWS, generator=generator).cpu()
+            yield bits_per_dim(model, diffusion, code.encode(data.images[rows]).to(device), labels,
+                               draws=LIKELIHOOD_DRAWS, generator=generator, edges=code.edges).cpu()
 
     bits = torch.cat(list(batches()))                                                       # (N,)
     return dict(estimate(jackknife_means(bits, random_groups(len(bits)))), n=len(bits), floor=None)

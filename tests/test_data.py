@@ -13,7 +13,20 @@ import torch
 import torchvision
 from torch.testing import assert_close
 
-from data import DATASETS, FASHION_FILES, MNIST_FILES, SPLITS, load_dataset, to_model, to_uint8
+from data import (
+    CODE_SHARE,
+    DATASETS,
+    FASHION_FILES,
+    LINEAR,
+    MNIST_FILES,
+    SPLITS,
+    LevelCode,
+    code_of,
+    histogram_code,
+    load_dataset,
+    to_model,
+    to_uint8,
+)
 from data_sources.glyphs import BLOCK, draw_glyphs
 from runtime.errors import UserError
 from runtime.progress import Bar
@@ -40,6 +53,62 @@ def test_to_uint8_rounds_to_the_nearest_level_and_clips():
     step = 2 / 255
     values = torch.tensor([-7, -1 - step, -1 + 0.4 * step, -1 + 0.6 * step, 1 + step, 7])
     assert to_uint8(values).tolist() == [0, 0, 0, 1, 255, 255]
+
+
+# --------------------------------------------------------------------------------------------------------- level code
+
+LEVELS = torch.arange(256, dtype=torch.uint8)
+
+
+def pixels(counts):
+    """Images (N, 1, 1, 1) with so many pixels of each level."""
+    return torch.cat([torch.full((count,), level, dtype=torch.uint8) for level, count in counts.items()])[:, None, None,
+                                                                                                        None]
+
+
+@pytest.mark.parametrize("counts", [{0: 900, 253: 50, 128: 3}, {255: 7}, dict.fromkeys(range(256), 4), {0: 1, 255: 1}])
+@pytest.mark.parametrize("share", [0.0, CODE_SHARE, 0.9])
+def test_a_code_is_undone_exactly_and_stays_in_its_range(counts, share):
+    code = histogram_code(pixels(counts), share)
+    values = code.encode(LEVELS)
+    assert values.dtype == torch.float32 and values[0] == -1 and values[-1] == 1 and bool((values.diff() > 0).all())
+    assert torch.equal(code.decode(values), LEVELS)
+    assert torch.equal(code.decode(torch.tensor([-7.0, 7.0])), LEVELS[[0, -1]])
+
+
+def test_a_level_survives_an_error_of_less_than_half_a_gap_and_no_more():
+    code = histogram_code(pixels({0: 90, 255: 10}))
+    half = torch.from_numpy(np.diff(code.points.numpy())).float() / 2
+    values = code.encode(LEVELS)[:-1]
+    assert torch.equal(code.decode(values + 0.99 * half), LEVELS[:-1])
+    assert torch.equal(code.decode(values + 1.01 * half), LEVELS[1:])
+
+
+def test_common_levels_lie_away_from_their_neighbours():
+    gaps = histogram_code(pixels({0: 1000, 200: 100, 201: 1})).points.diff()
+    assert gaps[0] > gaps[199] > 2 * gaps[100] and gaps[200] > 2 * gaps[100]
+    assert gaps[100] == pytest.approx(2 * (1 - CODE_SHARE) / 255)
+
+
+def test_a_flat_histogram_and_no_share_give_the_linear_code():
+    flat = histogram_code(pixels(dict.fromkeys(range(256), 3))).points
+    assert (flat - LINEAR.points).abs().max() < 2 / 255
+    assert histogram_code(pixels({0: 1000, 9: 1}), share=0.0).is_linear and LINEAR.is_linear
+    assert not histogram_code(pixels({0: 1000, 9: 1})).is_linear
+    assert (LINEAR.encode(LEVELS) - to_model(LEVELS)).abs().max() < 1e-6
+    assert torch.equal(LINEAR.decode(to_model(LEVELS)), LEVELS)
+
+
+def test_a_checkpoint_keeps_its_code_and_old_ones_are_linear():
+    code = histogram_code(pixels({0: 90, 255: 10}))
+    assert torch.equal(code_of({"data": {"level_code": code.points.tolist()}}).points, code.points)
+    assert code_of({"data": {}}) is LINEAR
+
+
+def test_a_split_is_encoded_by_its_code(splits):
+    data = splits["validation"].coded(LevelCode(torch.linspace(-1, 1, 256) ** 3))
+    assert torch.equal(data.first(5).x_0(), data.code.encode(splits["validation"].images[:5]))
+    assert torch.equal(data.x_0(slice(3, 5)), data.first(5).x_0()[3:])
 
 
 # ------------------------------------------------------------------------------------------------------------- glyphs

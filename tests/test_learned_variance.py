@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 from small import small_model
 from torch.testing import assert_close
 
+from data import histogram_code
 from diffusion import SCHEDULES, DiffusionProcess
 from learned_variance import LearnedVariance, bits_per_dim, create_process, discretised_log_likelihood
 from samplers import ddpm, final_image, generate, guide, image_noise, uniform_timesteps
@@ -132,6 +133,24 @@ def test_the_masses_of_the_256_values_sum_to_1(mean, std):
     normal, inner = torch.distributions.Normal(x.new_tensor(mean), x.new_tensor(std)), x[1:-1]
     masses = normal.cdf(inner + 1 / 255) - normal.cdf(inner - 1 / 255)
     assert_close(log_masses[1:-1].exp(), masses.clamp(min=1e-30), rtol=1e-6, atol=1e-15)
+
+
+def test_the_masses_of_the_values_of_a_code_sum_to_1():
+    code = histogram_code(torch.zeros(8, 1, 4, 4, dtype=torch.uint8))
+    x, edges = code.points, code.edges
+    normal = torch.distributions.Normal(x.new_tensor(-0.8), x.new_tensor(0.1))
+    log_masses = discretised_log_likelihood(x, torch.full_like(x, -0.8), torch.full_like(x, 2 * math.log(0.1)), edges)
+    assert log_masses.exp().sum().item() == pytest.approx(1, abs=1e-12)
+    assert_close(log_masses[1:-1].exp(), normal.cdf(edges[1:]) - normal.cdf(edges[:-1]), rtol=1e-6, atol=1e-12)
+    assert log_masses[0].exp().item() == pytest.approx(normal.cdf(edges[0]).item())
+
+
+def test_the_process_of_a_checkpoint_rounds_to_the_values_of_its_code():
+    code, zero = histogram_code(torch.zeros(8, 1, 4, 4, dtype=torch.uint8)), torch.zeros(1, dtype=torch.long)
+    x_0, v = code.encode(torch.zeros(1, 1, 2, 2, dtype=torch.uint8)), torch.zeros(1, 1, 2, 2)
+    linear, coded = (create_process(True, edges, num_timesteps=20).vlb_term(x_0, x_0 + 0.02, v, zero).item()
+                     for edges in (None, code.edges))
+    assert linear > 1 and coded < 0.1  # the next level is farther away in the code
 
 
 def test_the_likelihood_and_its_gradient_are_finite_wherever_the_mean_is():

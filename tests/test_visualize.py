@@ -308,7 +308,7 @@ def test_every_attention_layer_has_its_own_title():
 
 
 def test_eight_pairs_are_no_portrait():
-    pairs = [torch.zeros(20, 1, 28, 28)] * 8
+    pairs = [torch.zeros(20, 1, 28, 28, dtype=torch.uint8)] * 8
     width, height = visualize_diffusion.show_pairs(pairs, [f"t = {i}" for i in range(10)], "x").get_size_inches()
     utils.pyplot().close("all")
     assert width > height

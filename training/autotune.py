@@ -11,7 +11,7 @@ from collections.abc import Callable
 import torch
 from torch import nn
 
-from data import ImageData, to_model
+from data import ImageData
 from diffusion import DiffusionProcess
 from runtime import distributed
 from runtime.errors import UserError
@@ -43,7 +43,7 @@ def forward_backward(network: nn.Module, diffusion: DiffusionProcess, data: Imag
                      precision: str, count: int) -> None:
     """The forward and the backward pass of a step with `count` images; it changes no weight and draws no noise."""
     chosen = torch.arange(count, device=data.images.device) % len(data.images)
-    x_0, t = to_model(data.images[chosen]), torch.zeros_like(chosen)
+    x_0, t = data.x_0(chosen), torch.zeros_like(chosen)
     try:
         with autocast(chosen.device, precision):
             diffusion.loss(network, x_0, t, x_0, data.labels[chosen] if conditional else None).backward()

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import torch
 
-from data import DATASETS, ImageData, to_model
+from data import DATASETS, LEVEL_CODES, LINEAR, ImageData, LevelCode, code_of, histogram_code
 from diffusion import LOSS_WEIGHTS, PREDICTIONS, SCHEDULES, TIMESTEP_SAMPLING
 from models.layers import ACTIVATIONS
 from runtime import distributed
@@ -19,11 +19,11 @@ from training.learning_rate import LR_SCHEDULES
 RECIPES = {
     "fast": dict(schedule="cosine", prediction="edm", timestep_sampling="lognormal",
                  base_channels=None, patch_size=2, middle_depth=3, batch_size=128, optimizer="muon", lr=2e-3,
-                 lr_schedule="cosine", warmup=0.02, precision="auto", conditional=True),
+                 lr_schedule="cosine", warmup=0.02, precision="auto", conditional=True, level_code="histogram"),
     # The textbook (Ho et al. 2020) as small toolkits implement it: full resolution, no tricks.
     "ddpm": dict(schedule="linear", prediction="eps", timestep_sampling="uniform", base_channels=64, patch_size=1,
                  middle_depth=1, batch_size=128, optimizer="adamw", lr=2e-4, lr_schedule="constant", warmup=0.0,
-                 precision="fp32", conditional=False),
+                 precision="fp32", conditional=False, level_code="linear"),
 }
 
 
@@ -71,6 +71,9 @@ def make_parser(description: str) -> Parser:
                             "bits of one that was not interrupted, given the same number of threads; on CUDA it "
                             "differs by rounding, because cuDNN chooses its algorithms by timing them")
     group = parser.add_argument_group("diffusion process")
+    group.add_argument("--level_code", choices=LEVEL_CODES,
+                       help="the numbers that the network sees for the 256 levels of a pixel; histogram: common levels "
+                            "lie away from their neighbours, which prevents a grey haze; linear: evenly spaced")
     group.add_argument("--timesteps", type=number(int, 1, 100_000), default=1000, help="T, the number of noising steps")
     group.add_argument("--schedule", choices=tuple(SCHEDULES), help="the noise schedule")
     group.add_argument("--prediction", choices=tuple(PREDICTIONS), help="what the network predicts")
@@ -168,23 +171,32 @@ def make_settings(args: Namespace, device: torch.device) -> Namespace:
     return Namespace(**vars(args) | open_flags)
 
 
-def make_config(settings: Namespace, data: ImageData, data_std: float | None = None) -> dict:
+def make_code(settings: Namespace, data: ImageData, saved: dict | None = None) -> LevelCode:
+    """The code that --level_code asks for; saved: the config of the checkpoint that is resumed, whose code is kept."""
+    if settings.level_code == "linear":
+        return LINEAR
+    return code_of(saved) if saved else histogram_code(data.images)
+
+
+def make_config(settings: Namespace, data: ImageData, saved: dict | None = None) -> dict:
     """The config of a checkpoint but for its part "training": {"model", "diffusion", "data"}.
 
-    data_std: the standard deviation of the data that the process assumes; None: measured from the images.
+    data     the training images, with their code
+    saved    the config of the checkpoint that is resumed: its data_std is kept, else it is measured from the images
     """
     attention = settings.attention and [factor for factor in settings.attention if factor]
-    if data_std is None:
-        data_std = round(to_model(data.images[:10_000]).std().item(), 3)
+    data_std = saved["diffusion"]["data_std"] if saved else round(data.first(10_000).x_0().std().item(), 3)
+    code = {} if data.code.is_linear else dict(level_code=[round(point, 6) for point in data.code.points.tolist()])
     return dict(
         model=dict({name: getattr(settings, name) for name in MODEL_FLAGS}, image_channels=data.images.shape[1],
                    attention=attention, num_classes=len(data.class_names) if settings.conditional else None),
         diffusion=dict({ours: getattr(settings, flag) for flag, ours in DIFFUSION_FLAGS.items()}, data_std=data_std),
-        data=dict(dataset=data.name, shape=list(data.images.shape[1:]), class_names=list(data.class_names)))
+        data=dict(dataset=data.name, shape=list(data.images.shape[1:]), class_names=list(data.class_names), **code))
 
 
 # ----------------------------------------------------------------------------------------------------------- resuming
 
+BEFORE_FLAGS = dict(level_code="linear")  # what versions that did not have these flags did
 OWN_FLAGS = ("output_dir", "data_dir", "device", "resume")  # a resumed run does not take these from its checkpoint
 
 
@@ -207,7 +219,8 @@ def saved_flags(parser: Parser, args: Namespace, path: Path, checkpoint: dict) -
     --epochs and --budget are left out where `args` gives one of them anew. UserError if they are not valid flags.
     """
     words, left_out = [], {*OWN_FLAGS, *(("epochs", "budget") if args.epochs or args.budget else ())}
-    saved = {name: checkpoint["config"]["training"].get(name) for name in vars(args) if name not in left_out}
+    training = BEFORE_FLAGS | checkpoint["config"]["training"]
+    saved = {name: training.get(name) for name in vars(args) if name not in left_out}
     try:
         for name, value in saved.items():
             words += _flag_words(name, value)

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 
-from data import ImageData, to_model
+from data import ImageData
 from diffusion import DiffusionProcess
 from runtime import distributed
 from runtime.errors import RunFailed, UserError
@@ -92,7 +92,7 @@ class Trainer:
             self._order = self.epoch, order.to(self.device)
         first = self.step % self.steps_per_epoch * self.batch_size
         chosen = self._order[1][first:first + self.batch_size]
-        images = to_model(self.data.images[chosen])
+        images = self.data.x_0(chosen)
         if not self.conditional:
             return images, None
         generator = generator_for(self.seed, LABELS, self.step, device=self.device)
@@ -214,7 +214,7 @@ def validation_loss(trainer: Trainer, validation: ImageData) -> float:
     mine, losses = distributed.rank_slice(count), torch.zeros(1, device=device)
     batch_size = min(trainer.local_batch, 128 if device.type == "cpu" else 512)
     for rows in torch.arange(count)[mine].split(batch_size):
-        parts = (to_model(validation.images[rows]), t[rows], noise[rows], validation.labels[rows])
+        parts = (trainer.data.code.encode(validation.images[rows]), t[rows], noise[rows], validation.labels[rows])
         x_0, times, noises, labels = (part.to(device) for part in parts)
         with autocast(device, trainer.precision):
             losses += trainer.diffusion.simple_loss(trainer.ema, x_0, times, noises,
