@@ -53,18 +53,23 @@ class LevelCode:
     most pixels of an image, and a grey haze covers it. `histogram_code` moves common levels away from their neighbours.
     """
 
-    def __init__(self, points: Sequence[float] | Tensor):
+    def __init__(self, points: Sequence[float] | Tensor, device="cpu"):
         self.points = torch.as_tensor(points, dtype=torch.float64)                          # (256,)
         self.edges = (self.points[1:] + self.points[:-1]) / 2                               # (255,)
+        self._values = self.points.float().to(device)  # what `encode` looks up
 
     @property
     def is_linear(self) -> bool:
         """Whether this is the linear code."""
         return bool((self.points - LINEAR_POINTS).abs().max() < 1e-5)
 
+    def to(self, device) -> "LevelCode":
+        """The same code for images on `device`; it also takes others, but then copies its table each time."""
+        return LevelCode(self.points, device)
+
     def encode(self, images: Tensor) -> Tensor:
         """uint8 images of any shape -> float32 in [-1, 1]."""
-        return self.points.float().to(images.device)[images.int()]
+        return self._values.to(images.device)[images.int()]
 
     def decode(self, images: Tensor) -> Tensor:
         """Float images of any shape -> uint8, the level of the nearest point."""
@@ -90,7 +95,8 @@ def histogram_code(images: Tensor, share: float = CODE_SHARE, power: float = COD
     beside = (weight[1:] + weight[:-1]) / 2                                                 # (255,)
     beside[0], beside[-1] = beside[0] + weight[0] / 2, beside[-1] + weight[-1] / 2
     gaps = (1 - share) / 255 + share * beside
-    return LevelCode(torch.cat([gaps.new_zeros(1), gaps.cumsum(0)]).mul(2).sub(1).clamp(max=1))
+    points = torch.cat([gaps.new_zeros(1), gaps.cumsum(0)]) * 2 - 1
+    return LevelCode(points.round(decimals=6))  # as it stands in a checkpoint, so that a resumed run has the same
 
 
 def code_of(config: dict) -> LevelCode:
@@ -114,7 +120,7 @@ class ImageData:
 
     def to(self, device) -> "ImageData":
         """The same split with images and labels on `device`."""
-        return replace(self, images=self.images.to(device), labels=self.labels.to(device))
+        return replace(self, images=self.images.to(device), labels=self.labels.to(device), code=self.code.to(device))
 
     def first(self, count: int) -> "ImageData":
         """The first `count` images of the split."""

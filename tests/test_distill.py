@@ -8,6 +8,7 @@ import os
 import signal
 import sys
 import time
+from dataclasses import replace
 from types import SimpleNamespace
 
 import numpy as np
@@ -453,6 +454,6 @@ def test_a_second_run_in_the_folder_and_a_small_disk_are_refused(teacher, data_d
 
 def test_other_images_than_the_teachers_are_refused(teacher, data_dir, tmp_path, capfd, monkeypatch):
     data = KNOWN("glyphs", "train", data_dir)
-    wide = SimpleNamespace(name="glyphs", images=data.images.expand(-1, 3, -1, -1), class_names=data.class_names)
+    wide = replace(data, images=data.images.expand(-1, 3, -1, -1))
     monkeypatch.setattr(distill, "load_dataset", lambda *_: wide)
     assert_refused(capfd, distill.main(flags(teacher, data_dir, tmp_path)), "--data_dir")

@@ -186,7 +186,7 @@ def make_config(settings: Namespace, data: ImageData, saved: dict | None = None)
     """
     attention = settings.attention and [factor for factor in settings.attention if factor]
     data_std = saved["diffusion"]["data_std"] if saved else round(data.first(10_000).x_0().std().item(), 3)
-    code = {} if data.code.is_linear else dict(level_code=[round(point, 6) for point in data.code.points.tolist()])
+    code = {} if data.code.is_linear else dict(level_code=data.code.points.tolist())
     return dict(
         model=dict({name: getattr(settings, name) for name in MODEL_FLAGS}, image_channels=data.images.shape[1],
                    attention=attention, num_classes=len(data.class_names) if settings.conditional else None),
