@@ -86,7 +86,8 @@ class DiffusionProcess:
     data_std             standard deviation of the data; "edm" scales the network's input and target by it
     timestep_sampling    distribution of t in training: "uniform"; "stratified" (uniform, one t in each of B equal
                          parts); "lognormal" (stratified, and log(sigma / alpha / data_std) is normally distributed with
-                         mean noise_mean and standard deviation noise_std: Karras et al. 2022, section 5)
+                         mean noise_mean and standard deviation noise_std: Karras et al. 2022, section 5; a share
+                         last_share of the times is T - 1, where samplers start, which is else hardly ever drawn)
     loss_weight          "target": the squared error of the target has weight 1 at all t; "min_snr": the squared error
                          of x_0_hat has weight min(SNR, snr_gamma) (Hang et al. 2023)
     zero_terminal_snr    no signal is left at T - 1 (`zero_terminal`); not possible with "eps"
@@ -97,11 +98,13 @@ class DiffusionProcess:
     def __init__(self, num_timesteps: int = 1000, schedule: str = "linear", beta_start: float = 1e-4,
                  beta_end: float = 0.02, prediction: str = "eps", data_std: float = 1.0,
                  timestep_sampling: str = "uniform", noise_mean: float = -0.5, noise_std: float = 1.2,
-                 loss_weight: str = "target", snr_gamma: float = 5.0, zero_terminal_snr: bool = False):
+                 loss_weight: str = "target", snr_gamma: float = 5.0, zero_terminal_snr: bool = False,
+                 last_share: float = 0.0):
         self.config = dict(num_timesteps=num_timesteps, schedule=schedule, beta_start=beta_start,
                            beta_end=beta_end, prediction=prediction, data_std=data_std,
                            timestep_sampling=timestep_sampling, noise_mean=noise_mean, noise_std=noise_std,
-                           loss_weight=loss_weight, snr_gamma=snr_gamma, zero_terminal_snr=bool(zero_terminal_snr))
+                           loss_weight=loss_weight, snr_gamma=snr_gamma, zero_terminal_snr=bool(zero_terminal_snr),
+                           last_share=last_share)
         _check_config(**self.config)
         self.num_timesteps, self.prediction, self.data_std = num_timesteps, prediction, data_std
         self.snr_gamma = snr_gamma if loss_weight == "min_snr" else None
@@ -113,7 +116,7 @@ class DiffusionProcess:
         # lambda at t = -1, 0, ..., T-1: time t is entry t + 1. The clean image has infinite signal-to-noise.
         clean = torch.full((1,), math.inf, dtype=torch.float64)
         self._log_snr_table = torch.cat([clean, torch.logit(self.alphas_cumprod)])
-        self._timestep_cdf = (_lognormal_cdf(self._log_snr_table[1:], data_std, noise_mean, noise_std)
+        self._timestep_cdf = (_lognormal_cdf(self._log_snr_table[1:], data_std, noise_mean, noise_std, last_share)
                               if timestep_sampling == "lognormal" else None)
         self.to("cpu")
 
@@ -325,13 +328,18 @@ class DiffusionProcess:
         return x
 
 
-def _lognormal_cdf(log_snr: Tensor, data_std: float, mean: float, std: float) -> Tensor:
-    """P(t <= k) for each time k (T,) where log(sigma / alpha / data_std) is normally distributed; log_snr (T,)."""
+def _lognormal_cdf(log_snr: Tensor, data_std: float, mean: float, std: float, last_share: float) -> Tensor:
+    """P(t <= k) for each time k (T,) where log(sigma / alpha / data_std) is normally distributed, or t is T - 1.
+
+    log_snr (T,); last_share: the probability of T - 1 beside the normal distribution's.
+    """
     noise_level = -log_snr / 2 - math.log(data_std)
     edges = torch.cat([noise_level[:1], (noise_level[1:] + noise_level[:-1]) / 2, noise_level[-1:]])
     weight = torch.special.ndtr((edges - mean) / std).diff()
     weight = weight + 1e-12  # not all 0 where T = 1 or all levels are far from the mean
-    return (weight / weight.sum()).cumsum(0)
+    weight = weight / weight.sum() * (1 - last_share)
+    weight[-1] += last_share
+    return weight.cumsum(0)
 
 
 def _check_images(x: Tensor, t, **same_shape: Tensor | None) -> None:
@@ -351,7 +359,7 @@ def _check_choice(what: str, value, allowed) -> None:
 
 
 def _check_config(num_timesteps, schedule, beta_start, beta_end, prediction, data_std, timestep_sampling, noise_mean,
-                  noise_std, loss_weight, snr_gamma, zero_terminal_snr) -> None:
+                  noise_std, loss_weight, snr_gamma, zero_terminal_snr, last_share) -> None:
     _check_choice("schedule", schedule, SCHEDULES)
     _check_choice("prediction", prediction, PREDICTIONS)
     _check_choice("timestep_sampling", timestep_sampling, TIMESTEP_SAMPLING)
@@ -359,6 +367,8 @@ def _check_config(num_timesteps, schedule, beta_start, beta_end, prediction, dat
     if zero_terminal_snr and prediction == "eps":
         raise ValueError("zero_terminal_snr goes with the predictions x0, v and edm: at the last time eps says "
                          "nothing about the image")
+    if not 0 <= last_share <= 1:
+        raise ValueError(f"last_share must lie in 0..1, not {last_share}")
     if not 0 < snr_gamma < math.inf:
         raise ValueError(f"snr_gamma must be a positive number, not {snr_gamma}")
     if not isinstance(num_timesteps, int) or isinstance(num_timesteps, bool) or num_timesteps < 1:

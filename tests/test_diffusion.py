@@ -419,6 +419,17 @@ def test_lognormal_times_have_a_normal_log_noise_level(schedule, mean, std, data
     assert_close(found[1:-1], intended[1:-1], rtol=0, atol=0.004)
 
 
+@schedules
+@pytest.mark.parametrize("T", [1, 2, 1000])
+def test_the_last_time_is_drawn_as_often_as_asked(schedule, T):
+    share = 0.01 if T > 2 else 0.7
+    process = DiffusionProcess(T, schedule, timestep_sampling="lognormal", noise_std=0.3, last_share=share)
+    drawn = process.sample_timesteps(10_000, torch.Generator().manual_seed(0))
+    others = DiffusionProcess(T, schedule, timestep_sampling="lognormal", noise_std=0.3)
+    usual = (others.sample_timesteps(10_000, torch.Generator().manual_seed(0)) == T - 1).double().mean().item()
+    assert (drawn == T - 1).double().mean().item() == pytest.approx(share + (1 - share) * usual, abs=2e-4)
+
+
 # ------------------------------------------------------------------------------------------------------------- loss
 
 
@@ -474,6 +485,7 @@ def test_to_returns_the_process_itself():
 
 
 @pytest.mark.parametrize("arguments, words", [
+    (dict(last_share=1.5), ["last_share", "1.5"]),
     (dict(num_timesteps=0), ["num_timesteps", "0", "1"]),
     (dict(num_timesteps=-3), ["num_timesteps", "-3"]),
     (dict(num_timesteps=2.5), ["num_timesteps", "2.5"]),
