@@ -5,8 +5,8 @@
     python evaluate.py --checkpoint outputs/model_final.pt --sweep 5 10 20 50 --num_images 1000
     torchrun --nproc_per_node=2 evaluate.py --checkpoint outputs/model_final.pt
 
-    lower is better       frechet_distance, kernel_distance, class_distance, bits_per_dim
-    higher is better      precision, recall, coverage, asked_class, cas
+    lower is better       frechet_distance, kernel_distance, class_distance, autoencoder_distance, bits_per_dim
+    higher is better      precision, recall, coverage, autoencoder_precision, autoencoder_recall, asked_class, cas
     as for real images    density, confident
 
 Every figure is printed with its 95 % interval and its floor: the same figure for as many real images that are not in
@@ -32,6 +32,7 @@ from checkpoint import load_model
 from data import DATASETS, SPLITS, LevelCode, code_of, load_dataset
 from data_sources.pictures import read_images
 from diffusion import DiffusionProcess
+from evaluation.autoencoder_training import train_second_network
 from evaluation.classifier_training import train_feature_network
 from evaluation.features import extract_features
 from evaluation.metrics import class_shares, torchmetrics_image
@@ -66,12 +67,13 @@ RESULTS = ("evaluation.json", "nearest.png", "sweep.json", "sweep.png", "sweep_i
 
 def parse_args(argv: Sequence[str] | None):
     parser = Parser(__doc__)
-    group = parser.add_argument_group("what to measure (one of the three)").add_mutually_exclusive_group(required=True)
+    group = parser.add_argument_group("what to measure (one of these)").add_mutually_exclusive_group(required=True)
     group.add_argument("--checkpoint", help="a checkpoint of train.py or distill.py: it makes the images")
     group.add_argument("--images", help="existing images: a .npz with arr_0 (or images), uint8 (N, H, W, C), or a "
                                         "folder of PNGs")
     group.add_argument("--train_features", choices=tuple(DATASETS), metavar="DATASET",
-                       help="train this data set's feature network again: evaluation/weights/DATASET.pt")
+                       help="train this data set's feature networks again: DATASET.pt and DATASET_autoencoder.pt in "
+                            "evaluation/weights")
     group = parser.add_argument_group("how a checkpoint makes images")
     add_shared_flags(group, *SAMPLING_FLAGS)
     group.add_argument("--guidance_scale", **SHARED_FLAGS["guidance_scale"], nargs="+", metavar="SCALE")
@@ -205,8 +207,8 @@ def evaluate(args: Namespace, command: Sequence[str], reference: Reference, gene
         result["bits_per_dim"] = likelihood(loaded.model, loaded.diffusion, reference.data, loaded.code, args.seed)
     about = conditions(args, command, device, reference, len(images), loaded.options[0] if loaded else None)
     memorised = memorisation(reference, images, features, args.data_dir, device, output / "nearest.png")
-    shares = {name: dict(zip(reference.data.class_names, class_shares(probabilities).tolist(), strict=True))
-              for name, (_, probabilities) in (("images", features), ("reference", reference.features))}
+    shares = {name: dict(zip(reference.data.class_names, class_shares(each.probabilities).tolist(), strict=True))
+              for name, each in (("images", features), ("reference", reference.features))}
     print_heading(about)
     print_figures(result)
     print_classes(shares["images"])
@@ -223,7 +225,8 @@ def run_sweep(args: Namespace, command: Sequence[str], reference: Reference | No
     Without a reference: only make this process's part of the images, which another process measures.
     """
     def measure(generated: GeneratedImages) -> dict[str, dict]:
-        features = extract_features(generated.images, reference.classifier, reference.inception)
+        features = extract_features(generated.images, reference.classifier, reference.inception,
+                                    autoencoder=reference.autoencoder)
         return compare(reference, features, generated.labels)
 
     make = partial(make_images, args, loaded)
@@ -285,14 +288,15 @@ def main(argv=None):
         bf16 = pick_precision(args.precision, device) == "bf16"
         print(train_feature_network(args.train_features, args.data_dir, device, args.seed, bf16,
                                     progress("training", "steps")))
+        print(train_second_network(args.train_features, args.data_dir, device, args.seed,
+                                   progress("training the autoencoder", "steps")))
         return
     torchmetrics_image()  # an error now, not after the images are made
-    output = output_folder(args)
+    output, command = output_folder(args), ["evaluate.py", *(sys.argv[1:] if argv is None else argv)]
     with distributed.local_rank_0_first():  # a download happens once; an error is raised by all
         loaded, generated, data, floor_data, networks = load_inputs(args, device, output)
     count = args.num_images if loaded else len(generated.images)
     reference = None if distributed.rank() else make_reference(data, floor_data, *networks)
-    command = ["evaluate.py", *(sys.argv[1:] if argv is None else argv)]
     if args.sweep is not None:
         run_sweep(args, command, reference, loaded, output)
     else:

@@ -60,13 +60,16 @@ class Classifier(nn.Module):
         return self.head(self.features(images))
 
 
-def weights_digest(dataset: str) -> str:
-    """The sha256 of a data set's feature network, as listed in SHA256SUMS. UserError if it is not listed."""
+def weights_digest(dataset: str, suffix: str = "") -> str:
+    """The sha256 of a data set's feature network, as listed in SHA256SUMS. UserError if it is not listed.
+
+    suffix: "" for the classifier; other networks have one in the name of their file.
+    """
     digests = {name: digest for digest, name in map(str.split, _listed_digests())}
-    if f"{dataset}.pt" not in digests:
-        raise UserError(f"there is no feature network for {dataset} in {WEIGHTS}: train one with "
+    if f"{dataset}{suffix}.pt" not in digests:
+        raise UserError(f"there is no {dataset}{suffix}.pt in {WEIGHTS}, which the figures need: train it with "
                         f"python evaluate.py --train_features {dataset}")
-    return digests[f"{dataset}.pt"]
+    return digests[f"{dataset}{suffix}.pt"]
 
 
 def _listed_digests() -> list[str]:
@@ -77,27 +80,31 @@ def _listed_digests() -> list[str]:
 
 def load_feature_network(dataset: str, device: str | torch.device = "cpu") -> Classifier:
     """The data set's classifier, float32, in evaluation mode. UserError if its file is missing or damaged."""
-    digest, path = weights_digest(dataset), WEIGHTS / f"{dataset}.pt"
+    return load_network(Classifier, dataset, "", device)
+
+
+def load_network(kind: type[nn.Module], dataset: str, suffix: str, device: str | torch.device) -> nn.Module:
+    """A network of class `kind` from its file in WEIGHTS, for `load_feature_network` and others like it."""
+    digest, path = weights_digest(dataset, suffix), WEIGHTS / f"{dataset}{suffix}.pt"
     if not path.is_file() or hashlib.sha256(path.read_bytes()).hexdigest() != digest:
         raise UserError(f"{path} is missing or damaged (its sha256 is not the one in SHA256SUMS): restore it with "
                         f"git checkout, or train it with python evaluate.py --train_features {dataset}")
     saved = torch.load(path, map_location=device, weights_only=True)
-    model = Classifier(**saved["config"])
+    model = kind(**saved["config"])
     model.load_state_dict(saved["state_dict"])
     return model.to(device).eval().to(memory_format=torch.channels_last).requires_grad_(False)
 
 
-def save_feature_network(dataset: str, model: Classifier, config: dict, recipe: dict,
-                         accuracy: dict) -> tuple[Path, str]:
+def save_network(dataset: str, suffix: str, model: nn.Module, config: dict, **notes: dict) -> tuple[Path, str]:
     """Write the weights, rounded to float16, and list their sha256 in SHA256SUMS; returns (path, sha256).
 
-    config: the arguments of `Classifier`; recipe and accuracy: notes of JSON types, kept in the file.
+    config: the arguments of the class of `model`; notes: of JSON types, such as the recipe, kept in the file.
     """
     state = {name: value.half() if value.is_floating_point() else value for name, value in model.state_dict().items()}
     state = {name: value.contiguous().cpu() for name, value in state.items()}
-    path = WEIGHTS / f"{dataset}.pt"
+    path = WEIGHTS / f"{dataset}{suffix}.pt"
     with atomic_write(path) as file:
-        torch.save({"config": config, "state_dict": state, "recipe": recipe, "accuracy": accuracy}, file)
+        torch.save({"config": config, "state_dict": state, **notes}, file)
     digest = hashlib.sha256(path.read_bytes()).hexdigest()
     lines = [line for line in _listed_digests() if not line.endswith(f" {path.name}")]
     with atomic_write(WEIGHTS / "SHA256SUMS", "w") as file:

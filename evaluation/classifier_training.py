@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from data import SPLITS, ImageData, load_dataset, to_model
-from evaluation.classifier import WEIGHTS, Classifier, save_feature_network
+from evaluation.classifier import WEIGHTS, Classifier, save_network
 from evaluation.metrics import Progress
 from runtime.files import check_writable
 
@@ -169,6 +169,6 @@ def train_feature_network(dataset: str, data_dir, device, seed: int, bf16: bool,
     accuracies = {split: round(accuracy(model, data.images, data.labels), 4) for split, data in splits.items()}
     notes = asdict(recipe) | dict(augment=getattr(recipe.augment, "__name__", None), seed=seed, bf16=bf16,
                                   training_images=len(train.images), torch=str(torch.__version__))
-    path, digest = save_feature_network(dataset, model, _network_config(train, recipe), notes, accuracies)
+    path, digest = save_network(dataset, "", model, _network_config(train, recipe), recipe=notes, accuracy=accuracies)
     return (f"Saved {path}: accuracy {accuracies['test']:.2%} on test, {accuracies['validation']:.2%} on validation; "
             f"sha256 {digest}")

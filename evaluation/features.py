@@ -1,4 +1,4 @@
-"""Features of images: those of the data set's own classifier, or of Inception v3."""
+"""Features of images: those of the data set's own classifier or of Inception v3, and those of its autoencoder."""
 
 import torch
 from torch import Tensor, nn
@@ -26,19 +26,24 @@ def load_inception() -> nn.Module:
 
 @torch.no_grad()
 def extract_features(images: Tensor, classifier: Classifier, inception: nn.Module | None = None,
-                     progress: Progress = iter) -> ImageFeatures:
+                     progress: Progress = iter, autoencoder: nn.Module | None = None) -> ImageFeatures:
     """Features and class probabilities of uint8 images (N, C, H, W); the features are Inception's if it is given.
+
+    The second features are the autoencoder's, or None without it.
 
     Every figure is computed from these, for generated images and for files alike. Always in float32 without
     TensorFloat-32, so that numbers can be compared between machines.
     """
     if images.dtype != torch.uint8:
         raise ValueError(f"images must be uint8, not {images.dtype}")
-    device, features, probabilities = next(classifier.parameters()).device, [], []
+    device, features, probabilities, second = next(classifier.parameters()).device, [], [], []
     for batch in progress(images.split(BATCH_SIZE)):
         batch = batch.to(device)
         with cudnn.flags(enabled=True, allow_tf32=False):
-            own = classifier.features(to_model(batch).contiguous(memory_format=torch.channels_last))
+            x = to_model(batch).contiguous(memory_format=torch.channels_last)
+            own = classifier.features(x)
             probabilities.append(classifier.head(own).softmax(1).cpu())
             features.append((own if inception is None else inception(batch.expand(-1, 3, -1, -1)).float()).cpu())
-    return ImageFeatures(torch.cat(features), torch.cat(probabilities))
+            if autoencoder is not None:
+                second.append(autoencoder.features(x).cpu())
+    return ImageFeatures(torch.cat(features), torch.cat(probabilities), torch.cat(second) if second else None)

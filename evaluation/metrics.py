@@ -10,6 +10,10 @@
     class_distance     difference between the shares of the classes and the real shares  lower is better, 0 best
     asked_class        share of images that show the requested class                     higher is better, 1 best
 
+autoencoder_distance, autoencoder_precision and autoencoder_recall are frechet_distance, precision and recall in the
+features of a second network, which was trained without labels: those of a classifier need not change where a class
+loses its variety, or all strokes get thicker.
+
 Every figure is computed from all N generated images, and then again without each of GROUPS random groups of them: a
 jackknife, whose spread gives the interval (`estimate`). The reference images stay the same.
 """
@@ -31,14 +35,19 @@ PRECISION_K, DENSITY_K = 3, 5  # number of neighbours: Kynkäänniemi et al. 201
 CONFIDENT = 0.9  # the least class probability of a confident classification
 MAX_DISTANCES = 2**20  # computed at a time: 8 MB in float64
 NEAREST_ROWS = 2000  # images compared with as many others at a time, in `nearest`
-SHARES = ("precision", "recall", "coverage", "confident", "class_distance", "asked_class")  # figures in 0..1
+SHARES = ("precision", "recall", "coverage", "confident", "class_distance", "asked_class", "autoencoder_precision",
+          "autoencoder_recall")  # figures in 0..1
 
 
 class ImageFeatures(NamedTuple):
-    """What networks say of N images: features (N, D) float32 and class probabilities (N, classes), on the CPU."""
+    """What networks say of N images: features (N, D) float32 and class probabilities (N, classes), on the CPU.
+
+    second (N, D2) float32: the features of the autoencoder, or None.
+    """
 
     features: Tensor
     probabilities: Tensor
+    second: Tensor | None = None
 
 
 def torchmetrics_image():
@@ -226,9 +235,23 @@ def check_image_count(count: int, num_features: int) -> None:
 
 
 def figures(generated: ImageFeatures, reference: ImageFeatures, labels: Tensor | None = None) -> dict[str, dict]:
-    """Every figure by its name: {"value", "low", "high", "n"}. asked_class needs the requested labels (N,).
+    """Every figure by its name: {"value", "low", "high", "n"}; arguments and errors as in `figure_values`."""
+    count = len(generated.features)
+    return {name: dict(bounded_estimate(name, values), n=count)
+            for name, values in figure_values(generated, reference, labels).items()}
 
-    UserError if there are too few images (`check_image_count`).
+
+def bounded_estimate(name: str, values: Tensor) -> dict[str, float]:
+    """`estimate` of the values (G + 1,) of the figure `name`, with the interval clipped to the figure's range."""
+    lowest = {"kernel_distance": -math.inf}
+    return estimate(values, lowest.get(name, 0.0), 1.0 if name in SHARES else math.inf)
+
+
+def figure_values(generated: ImageFeatures, reference: ImageFeatures,
+                  labels: Tensor | None = None) -> dict[str, Tensor]:
+    """Every figure by its name: of all images, then without each of the `random_groups`: (G + 1,).
+
+    asked_class needs the requested labels (N,). UserError if there are too few images (`check_image_count`).
     """
     count = len(generated.features)
     check_image_count(count, generated.features.shape[1])
@@ -239,11 +262,18 @@ def figures(generated: ImageFeatures, reference: ImageFeatures, labels: Tensor |
                   **neighbour_figures(generated.features, reference.features, groups),
                   confident=jackknife_means(generated.probabilities.amax(1) > CONFIDENT, groups),
                   class_distance=class_distance(generated.probabilities, reference.probabilities, groups))
+    if generated.second is not None:
+        values |= second_figures(generated.second, reference.second, groups)
     if labels is not None:
         values["asked_class"] = jackknife_means(generated.probabilities.argmax(1) == labels, groups)
-    lowest = {"kernel_distance": -math.inf}
-    return {name: dict(estimate(v, lowest.get(name, 0.0), 1.0 if name in SHARES else math.inf), n=count)
-            for name, v in values.items()}
+    return values
+
+
+def second_figures(generated: Tensor, reference: Tensor, groups: Tensor) -> dict[str, Tensor]:
+    """autoencoder_distance, _precision and _recall, each (G + 1,), of the autoencoder's features (N, D), (M, D)."""
+    shares = neighbour_figures(generated, reference, groups)
+    return dict(autoencoder_distance=frechet_distance(generated, reference, groups),
+                autoencoder_precision=shares["precision"], autoencoder_recall=shares["recall"])
 
 
 # ------------------------------------------------------------------------------------------------------ memorisation

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from data import ImageData, LevelCode, load_dataset
 from diffusion import DiffusionProcess
+from evaluation.autoencoder import Autoencoder, load_autoencoder
 from evaluation.classifier import Classifier, load_feature_network
 from evaluation.classifier_training import new_classifier
 from evaluation.features import INCEPTION_FEATURES, extract_features, load_inception
@@ -39,6 +40,7 @@ class Reference(NamedTuple):
 
     classifier: Classifier
     inception: nn.Module | None
+    autoencoder: Autoencoder | None
     data: ImageData
     features: ImageFeatures
     floor_data: ImageData
@@ -46,7 +48,7 @@ class Reference(NamedTuple):
 
     def extract(self, images: Tensor, title: str) -> ImageFeatures:
         """Features and class probabilities of uint8 images, with a progress bar."""
-        return extract_features(images, self.classifier, self.inception, adapting_bar(title))
+        return extract_features(images, self.classifier, self.inception, adapting_bar(title), self.autoencoder)
 
 
 def adapting_bar(title: str) -> Callable:
@@ -60,12 +62,16 @@ def random_subset(data: ImageData, count: int) -> ImageData:
     return ImageData(data.name, data.split, data.images[chosen], data.labels[chosen], data.class_names)
 
 
-def open_networks(dataset: str, features: str, count: int, device) -> tuple[Classifier, nn.Module | None]:
-    """The data set's classifier and, for `features` "inception", Inception. UserError if `count` images are too few."""
+def open_networks(dataset: str, features: str, count: int,
+                  device) -> tuple[Classifier, nn.Module | None, Autoencoder]:
+    """The data set's classifier, Inception for `features` "inception" or None, and the data set's autoencoder.
+
+    UserError if `count` images are too few.
+    """
     classifier = load_feature_network(dataset, device)
     inception = load_inception().to(device) if features == "inception" else None
     check_image_count(count, INCEPTION_FEATURES if inception else classifier.head.in_features)
-    return classifier, inception
+    return classifier, inception, load_autoencoder(dataset, device)
 
 
 def choose_floor_data(data: ImageData, count: int, data_dir) -> ImageData:
@@ -83,14 +89,14 @@ def choose_floor_data(data: ImageData, count: int, data_dir) -> ImageData:
     return random_subset(other, count)
 
 
-def make_reference(data: ImageData, floor_data: ImageData, classifier: Classifier,
-                   inception: nn.Module | None) -> Reference:
+def make_reference(data: ImageData, floor_data: ImageData, classifier: Classifier, inception: nn.Module | None,
+                   autoencoder: Autoencoder | None) -> Reference:
     """The reference for as many images as floor_data has."""
-    features, floor_features = (extract_features(images, classifier, inception, adapting_bar(title))
+    features, floor_features = (extract_features(images, classifier, inception, adapting_bar(title), autoencoder)
                                 for images, title in ((data.images, data.split), (floor_data.images, "floor")))
     with Bar("computing the floor"):
         floor = figures(floor_features, features, floor_data.labels)
-    return Reference(classifier, inception, data, features, floor_data, floor)
+    return Reference(classifier, inception, autoencoder, data, features, floor_data, floor)
 
 
 def compare(reference: Reference, features: ImageFeatures, labels: Tensor | None) -> dict[str, dict]:
@@ -126,6 +132,7 @@ def memorisation(reference: Reference, images: Tensor, features: ImageFeatures, 
 
     `path` shows image | nearest in pixels | nearest in features: first of the closest images, then of others.
     """
+    reference = reference._replace(autoencoder=None)  # its features are not compared here
     train = load_dataset(reference.data.name, "train", data_dir).images
     real = random_subset(load_dataset(reference.data.name, "test", data_dir), len(images)).images
     queries = torch.cat([images, real]).to(device)

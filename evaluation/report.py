@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from evaluation.autoencoder import SUFFIX
 from evaluation.classifier import weights_digest
 from runtime import distributed
 from runtime.version import __version__
@@ -42,6 +43,7 @@ def conditions(args, command: Sequence[str], device: torch.device, reference, co
                 dataset=data.name, num_images=count, reference=dict(split=data.split, n=len(data.images)),
                 floor=dict(split=floor_data.split, n=len(floor_data.images)),
                 features=args.features, feature_network_sha256=weights_digest(data.name),
+                autoencoder_sha256=weights_digest(data.name, SUFFIX),
                 device=device.type, precision=pick_precision(args.precision, device),
                 versions=dict(python=platform.python_version(), torch=str(torch.__version__), numpy=np.__version__,
                               torchvision=torchvision.__version__, torchmetrics=torchmetrics.__version__))
@@ -56,10 +58,10 @@ def print_heading(about: dict) -> None:
 
 def print_figures(figures: dict[str, dict]) -> None:
     """Print the table: one line for each figure, "-" where it has no floor."""
-    print(f"{'':17} {'value':>9}   {'95 % interval':^19}   {'floor':>9} {'n':>7}")
+    print(f"{'':21} {'value':>9}   {'95 % interval':^19}   {'floor':>9} {'n':>7}")
     for name, f in figures.items():
         floor = "-" if f["floor"] is None else f"{f['floor']:.4f}"
-        print(f"{name:17} {f['value']:9.4f}   {f['low']:9.4f}{f['high']:10.4f}   {floor:>9} {f['n']:7,}")
+        print(f"{name:21} {f['value']:9.4f}   {f['low']:9.4f}{f['high']:10.4f}   {floor:>9} {f['n']:7,}")
 
 
 def print_classes(shares: dict[str, float]) -> None:

@@ -17,7 +17,8 @@ import sample
 from checkpoint import FIELDS, load_checkpoint, load_model, save_checkpoint
 from data import ImageData, load_dataset, to_model
 from diffusion import DiffusionProcess
-from evaluation import classifier, classifier_training, reference
+from evaluation import autoencoder_training, classifier, classifier_training, reference
+from evaluation.autoencoder import SUFFIX, load_autoencoder
 from evaluation.classifier import load_feature_network
 from evaluation.classifier_training import ClassifierRecipe
 from evaluation.features import extract_features
@@ -36,7 +37,7 @@ COUNT = 260
 @pytest.fixture
 def small(monkeypatch, data_dir):
     """Splits of SPLIT images, so that a whole evaluation takes a second; returns run(*flags) -> exit status."""
-    for module in (evaluate, reference, classifier_training):
+    for module in (evaluate, reference, classifier_training, autoencoder_training):
         monkeypatch.setattr(module, "load_dataset", lambda *args: load_dataset(*args).first(SPLIT))
 
     def run(*flags):
@@ -323,18 +324,26 @@ def test_a_data_set_without_a_row_has_a_recipe(data_dir):
     assert network.head.out_features == 3 and classifier_training.accuracy(network, data.images, data.labels) > 0.5
 
 
-def test_train_features_writes_a_checked_network(small, tmp_path, monkeypatch, capsys):
-    for module in (classifier, classifier_training):
+def test_train_features_writes_two_checked_networks(small, tmp_path, monkeypatch, capsys):
+    for module in (classifier, classifier_training, autoencoder_training):
         monkeypatch.setattr(module, "WEIGHTS", tmp_path)
     recipe = ClassifierRecipe(width=32, epochs=1, batch_size=50, augment=None)
     monkeypatch.setitem(classifier_training.CLASSIFIER_RECIPES, "glyphs", recipe)
+    recipe = autoencoder_training.AutoencoderRecipe(width=8, feature_dims=12, epochs=1)
+    monkeypatch.setitem(autoencoder_training.AUTOENCODER_RECIPES, "glyphs", recipe)
     assert small("--train_features", "glyphs") == 0
     out = capsys.readouterr().out
     assert classifier.weights_digest("glyphs") in out and "% on test" in out
+    assert classifier.weights_digest("glyphs", SUFFIX) in out and "mean squared error" in out
     assert load_feature_network("glyphs").head.out_features == 10
-    (tmp_path / "glyphs.pt").write_bytes((tmp_path / "glyphs.pt").read_bytes()[:-1])
-    with pytest.raises(ValueError, match="damaged"):
-        load_feature_network("glyphs")
+    assert load_autoencoder("glyphs").features(torch.zeros(2, 1, 28, 28)).shape == (2, 12)
+    for name, load in (("glyphs", load_feature_network), (f"glyphs{SUFFIX}", load_autoencoder)):
+        path = tmp_path / f"{name}.pt"
+        path.write_bytes(path.read_bytes()[:-1])
+        with pytest.raises(ValueError, match="damaged"):
+            load("glyphs")
+        with pytest.raises(ValueError, match="--train_features mnist"):
+            load("mnist")  # which is not in this folder
 
 
 def refused(run, capsys, *flags):

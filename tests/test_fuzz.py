@@ -131,6 +131,7 @@ def small(data_dir):
         patch.setattr("evaluation.reference.check_image_count", lambda *_: None)
         patch.setattr(evaluate, "make_reference", lambda *_: None)  # images are made, and nothing is measured
         patch.setattr(evaluate, "train_feature_network", lambda *_: "trained")
+        patch.setattr(evaluate, "train_second_network", lambda *_: "trained")
         for name, count in (("SAMPLES", 4), ("REAL", 8), ("BOUND_IMAGES", 16), ("ERROR_IMAGES", 8)):
             patch.setattr(doctor, name, count)
         for part in benchmark.PARTS:

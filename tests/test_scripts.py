@@ -378,8 +378,10 @@ def test_the_help_of_evaluate_says_which_figures_should_be_high(capsys):
     import evaluate
     assert evaluate.main(["--help"]) == 0
     text = capsys.readouterr().out
-    for direction, names in (("lower is better", ["frechet_distance", "kernel_distance", "class_distance"]),
-                             ("higher is better", ["precision", "recall", "coverage", "asked_class", "cas"]),
+    for direction, names in (("lower is better", ["frechet_distance", "kernel_distance", "class_distance",
+                                                  "autoencoder_distance"]),
+                             ("higher is better", ["precision", "recall", "coverage", "autoencoder_precision",
+                                                   "autoencoder_recall", "asked_class", "cas"]),
                              ("as for real images", ["density", "confident"])):
         [line] = [line for line in text.splitlines() if line.strip().startswith(direction)]
         assert all(name in line for name in names), line
