@@ -4,6 +4,7 @@
     python evaluate.py --images samples.npz --dataset mnist
     python evaluate.py --checkpoint outputs/model_final.pt --sweep 5 10 20 50 --num_images 1000
     torchrun --nproc_per_node=2 evaluate.py --checkpoint outputs/model_final.pt
+    python evaluate.py --compare outputs/old/model_final.pt outputs/new/model_final.pt
 
     lower is better       frechet_distance, kernel_distance, class_distance, autoencoder_distance, bits_per_dim
     higher is better      precision, recall, coverage, autoencoder_precision, autoencoder_recall, asked_class, cas
@@ -34,8 +35,10 @@ from data_sources.pictures import read_images
 from diffusion import DiffusionProcess
 from evaluation.autoencoder_training import train_second_network
 from evaluation.classifier_training import train_feature_network
+from evaluation.compare import RESULT as COMPARE_RESULT
+from evaluation.compare import check_comparable, comparison, is_ready, print_comparison
 from evaluation.features import extract_features
-from evaluation.metrics import class_shares, torchmetrics_image
+from evaluation.metrics import class_shares, figure_values, torchmetrics_image
 from evaluation.reference import (
     LIKELIHOOD_IMAGES,
     Reference,
@@ -62,7 +65,7 @@ from utils import autocast, get_device, pick_precision
 
 SAMPLING_FLAGS = ("num_images", "use_ema", "sampler", "spacing", "steps", "eta", "guidance_interval", "batch_size")
 SWEEP_STEPS = (5, 10, 20, 50)
-RESULTS = ("evaluation.json", "nearest.png", "sweep.json", "sweep.png", "sweep_images.png")
+RESULTS = ("evaluation.json", "nearest.png", "sweep.json", "sweep.png", "sweep_images.png", COMPARE_RESULT)
 
 
 def parse_args(argv: Sequence[str] | None):
@@ -74,6 +77,9 @@ def parse_args(argv: Sequence[str] | None):
     group.add_argument("--train_features", choices=tuple(DATASETS), metavar="DATASET",
                        help="train this data set's feature networks again: DATASET.pt and DATASET_autoencoder.pt in "
                             "evaluation/weights")
+    group.add_argument("--compare", nargs=2, metavar=("A", "B"),
+                       help="each figure of A, of B and their difference: two checkpoints, which start from the same "
+                            "noise, or ready images as for --images")
     group = parser.add_argument_group("how a checkpoint makes images")
     add_shared_flags(group, *SAMPLING_FLAGS)
     group.add_argument("--guidance_scale", **SHARED_FLAGS["guidance_scale"], nargs="+", metavar="SCALE")
@@ -109,11 +115,16 @@ def parse_args(argv: Sequence[str] | None):
 
 def check_flags(args, parser: Parser) -> None:
     """UserError for flags that cannot be combined."""
-    if args.images and not args.dataset:
-        parser.error(f"--images needs --dataset, the real images to compare with: {', '.join(DATASETS)}")
+    ready = [is_ready(path) for path in args.compare] if args.compare else [bool(args.images)]
+    if any(ready) and not args.dataset:
+        parser.error(f"{'ready images need' if args.compare else '--images needs'} --dataset, the real images to "
+                     f"compare with: {', '.join(DATASETS)}")
     for name in (*SAMPLING_FLAGS, "guidance_scale", "sweep"):
-        if name in parser.typed and not args.checkpoint:
+        if name in parser.typed and (all(ready) or not (args.checkpoint or args.compare)):
             parser.error(f"--{name} needs --checkpoint: it sets how a checkpoint makes images")
+    for name in ("cas", "likelihood", "sweep"):
+        if args.compare and name in parser.typed:
+            parser.error(f"--{name} and --compare cannot be combined: run --{name} with each checkpoint")
     if args.likelihood and not args.checkpoint:
         parser.error("--likelihood needs --checkpoint: it is the likelihood of the checkpoint's diffusion process")
     for name in ("cas", "likelihood"):
@@ -248,6 +259,32 @@ def run_sweep(args: Namespace, command: Sequence[str], reference: Reference | No
     print(f"Saved {output / 'sweep.json'}, {output / 'sweep.png'} and {output / 'sweep_images.png'}")
 
 
+def run_comparison(args: Namespace, command: Sequence[str], device: torch.device, output: Path) -> None:
+    """Measure the two of --compare with the same seed: prints the table of differences, writes compare.json."""
+    sides = [Namespace(**vars(args) | {"images" if is_ready(path) else "checkpoint": path}) for path in args.compare]
+    with distributed.local_rank_0_first():
+        inputs = [load_inputs(side, device, output) for side in sides]
+    _, _, data, floor_data, networks = inputs[0]
+    counts = [len(floor.images) for *_, floor, _ in inputs]
+    check_comparable(args.compare, [data.name for _, _, data, _, _ in inputs], counts)
+    reference = None if distributed.rank() else make_reference(data, floor_data, *networks)
+    values, about = [], []
+    for side, (loaded, generated, *_) in zip(sides, inputs, strict=True):
+        images, labels, *_ = generated or make_images(side, loaded, loaded.options[0], counts[0])
+        if reference:
+            features = reference.extract(images, "images")
+            with Bar("computing the figures"):
+                values.append(figure_values(features, reference.features, labels))
+            about.append(conditions(side, command, device, reference, counts[0], loaded.options[0] if loaded else None)
+                         | dict(images_sha256=hashlib.sha256(images.numpy().tobytes()).hexdigest()))
+    if reference:
+        rows = comparison(*values, reference.floor)
+        print_heading(about[0])
+        print_comparison(rows, args.compare, counts[0])
+        write_json(dict(figures=rows, a=about[0], b=about[1]), output / COMPARE_RESULT)
+        print(f"Saved {output / COMPARE_RESULT}")
+
+
 # ------------------------------------------------------------------------------------------------------------- main
 
 
@@ -282,7 +319,7 @@ def main(argv=None):
     device = get_device(distributed.local_device(args.device))
     distributed.init_process_group(device)
     threads.set_up(args.threads, device)
-    if distributed.world_size() > 1 and not args.checkpoint:
+    if distributed.world_size() > 1 and not (args.checkpoint or args.compare):
         raise UserError("several processes only help to make images: without --checkpoint leave torchrun out")
     if args.train_features:
         bf16 = pick_precision(args.precision, device) == "bf16"
@@ -293,6 +330,9 @@ def main(argv=None):
         return
     torchmetrics_image()  # an error now, not after the images are made
     output, command = output_folder(args), ["evaluate.py", *(sys.argv[1:] if argv is None else argv)]
+    if args.compare:
+        run_comparison(args, command, device, output)
+        return distributed.destroy_process_group()
     with distributed.local_rank_0_first():  # a download happens once; an error is raised by all
         loaded, generated, data, floor_data, networks = load_inputs(args, device, output)
     count = args.num_images if loaded else len(generated.images)

@@ -346,6 +346,48 @@ def test_train_features_writes_two_checked_networks(small, tmp_path, monkeypatch
             load("mnist")  # which is not in this folder
 
 
+def test_two_sets_are_compared_as_each_is_measured_alone(small, tmp_path, data_dir, capsys):
+    data = random_subset(load_dataset("glyphs", "validation", data_dir).first(SPLIT), COUNT)
+    real = write_npz(tmp_path / "real.npz", data.images, labels=data.labels.numpy())
+    blurry = write_npz(tmp_path / "blurry.npz", blurred(data.images, 3), labels=data.labels.numpy())
+    assert small("--compare", real, blurry, "--dataset", "glyphs", "--output_dir", tmp_path) == 0
+    out, rows = capsys.readouterr().out, json.loads((tmp_path / "compare.json").read_text())["figures"]
+    for side, path in (("a", real), ("b", blurry)):
+        assert small("--images", path, "--dataset", "glyphs", "--output_dir", tmp_path) == 0
+        alone = report(tmp_path)["figures"]
+        assert set(rows) <= set(alone) and "asked_class" in rows and "autoencoder_recall" in rows
+        for name, row in rows.items():
+            assert dict(row[side], floor=row["floor"], n=COUNT) == alone[name]
+    for name, row in rows.items():
+        assert row["difference"]["value"] == pytest.approx(row["b"]["value"] - row["a"]["value"])
+        line = next(line for line in out.splitlines() if line.startswith(f"{name} "))
+        assert row["differs"] is line.endswith("*")
+    assert rows["frechet_distance"]["differs"] and rows["frechet_distance"]["difference"]["low"] > 0
+
+
+def test_two_checkpoints_are_compared_on_the_same_noise(small, checkpoint, tmp_path):
+    path = checkpoint(10)
+    flags = ["--num_images", COUNT, "--steps", 2, "--seed", 4, "--output_dir", tmp_path]
+    assert small("--compare", path, path, *flags) == 0
+    result = json.loads((tmp_path / "compare.json").read_text())
+    assert {tuple(row["difference"].values()) for row in result["figures"].values()} == {(0, 0, 0)}
+    assert result["a"]["images_sha256"] == result["b"]["images_sha256"] and result["a"]["seed"] == 4
+    assert small("--checkpoint", path, *flags) == 0
+    assert report(tmp_path)["images_sha256"] == result["a"]["images_sha256"]
+
+
+def test_what_cannot_be_compared_is_refused(small, checkpoint, tmp_path, data_dir, capsys):
+    path, images = checkpoint(), load_dataset("glyphs", "train", data_dir).images
+    few, many = (write_npz(tmp_path / f"{count}.npz", images[:count]) for count in (COUNT, COUNT + 1))
+    for flags, message in (((few, many), "dataset"), ((few, many, "--dataset", "glyphs"), "as many of both"),
+                           ((few, few, "--dataset", "glyphs", "--steps", 3), "--steps needs --checkpoint"),
+                           ((path, path, "--cas"), "--cas and --compare"), ((path, path, "--sweep"), "--sweep and"),
+                           ((path, path, "--likelihood"), "--likelihood and --compare"),
+                           ((path, tmp_path / "none.pt", "--num_images", COUNT), "no checkpoint"),
+                           ((path, path, "--images", few), "not allowed")):
+        assert message in refused(small, capsys, "--compare", *flags, "--output_dir", tmp_path / "out")
+
+
 def refused(run, capsys, *flags):
     """The one line on stderr with which these flags are refused."""
     assert run(*flags) == 2
