@@ -5,6 +5,7 @@
     python evaluate.py --checkpoint outputs/model_final.pt --sweep 5 10 20 50 --num_images 1000
     torchrun --nproc_per_node=2 evaluate.py --checkpoint outputs/model_final.pt
     python evaluate.py --compare outputs/old/model_final.pt outputs/new/model_final.pt
+    python evaluate.py --runs outputs
 
     lower is better       frechet_distance, kernel_distance, class_distance, autoencoder_distance, bits_per_dim
     higher is better      precision, recall, coverage, autoencoder_precision, autoencoder_recall, asked_class, cas
@@ -51,6 +52,7 @@ from evaluation.reference import (
     open_networks,
 )
 from evaluation.report import conditions, print_classes, print_figures, print_heading, print_memorisation
+from evaluation.runs import list_runs
 from evaluation.sweep import GeneratedImages, plot_cells, plot_sweep, print_table_header, print_table_row, sweep
 from runtime import distributed, threads
 from runtime.errors import UserError
@@ -80,6 +82,8 @@ def parse_args(argv: Sequence[str] | None):
     group.add_argument("--compare", nargs=2, metavar=("A", "B"),
                        help="each figure of A, of B and their difference: two checkpoints, which start from the same "
                             "noise, or ready images as for --images")
+    group.add_argument("--runs", metavar="FOLDER",
+                       help="list the runs below a folder with their flags, times and figures; writes FOLDER/runs.csv")
     group = parser.add_argument_group("how a checkpoint makes images")
     add_shared_flags(group, *SAMPLING_FLAGS)
     group.add_argument("--guidance_scale", **SHARED_FLAGS["guidance_scale"], nargs="+", metavar="SCALE")
@@ -115,6 +119,8 @@ def parse_args(argv: Sequence[str] | None):
 
 def check_flags(args, parser: Parser) -> None:
     """UserError for flags that cannot be combined."""
+    if args.runs and (others := sorted(parser.typed - {"runs"})):
+        parser.error(f"--runs only reads files, so that --{others[0]} changes nothing: leave it out")
     ready = [is_ready(path) for path in args.compare] if args.compare else [bool(args.images)]
     if any(ready) and not args.dataset:
         parser.error(f"{'ready images need' if args.compare else '--images needs'} --dataset, the real images to "
@@ -321,6 +327,8 @@ def main(argv=None):
     threads.set_up(args.threads, device)
     if distributed.world_size() > 1 and not (args.checkpoint or args.compare):
         raise UserError("several processes only help to make images: without --checkpoint leave torchrun out")
+    if args.runs:
+        return list_runs(Path(args.runs))
     if args.train_features:
         bf16 = pick_precision(args.precision, device) == "bf16"
         print(train_feature_network(args.train_features, args.data_dir, device, args.seed, bf16,
