@@ -45,6 +45,7 @@ from evaluation.reference import (
     make_reference,
     memorisation,
     open_networks,
+    two_sample_test,
 )
 from evaluation.report import conditions, print_classes, print_figures, print_heading, print_memorisation
 from evaluation.sweep import GeneratedImages, plot_cells, plot_sweep, print_table_header, print_table_row, sweep
@@ -196,7 +197,7 @@ def evaluate(args: Namespace, command: Sequence[str], reference: Reference, gene
     """Measure one set of images: prints the tables, writes evaluation.json and nearest.png."""
     device, (images, labels, *_) = get_device(distributed.local_device(args.device)), generated
     features = reference.extract(images, "images")
-    result = compare(reference, features, labels)
+    result = compare(reference, images, features, labels) | two_sample_test(reference, images, device)
     if args.cas:
         bf16 = pick_precision(args.precision, device) == "bf16"
         result["cas"] = classification_accuracy_score(reference, images, labels, device, args.seed, bf16)
@@ -223,7 +224,7 @@ def run_sweep(args: Namespace, command: Sequence[str], reference: Reference | No
     """
     def measure(generated: GeneratedImages) -> dict[str, dict]:
         features = extract_features(generated.images, reference.classifier, reference.inception)
-        return compare(reference, features, generated.labels)
+        return compare(reference, generated.images, features, generated.labels)
 
     make = partial(make_images, args, loaded)
     # A warm-up, so that the seconds of the first row are comparable:
@@ -290,7 +291,7 @@ def main(argv=None):
     with distributed.local_rank_0_first():  # a download happens once; an error is raised by all
         loaded, generated, data, floor_data, networks = load_inputs(args, device, output)
     count = args.num_images if loaded else len(generated.images)
-    reference = None if distributed.rank() else make_reference(data, floor_data, *networks)
+    reference = None if distributed.rank() else make_reference(data, floor_data, *networks, args.data_dir)
     command = ["evaluate.py", *(sys.argv[1:] if argv is None else argv)]
     if args.sweep is not None:
         run_sweep(args, command, reference, loaded, output)

@@ -11,8 +11,9 @@ from torch import Tensor, nn
 from data import ImageData, load_dataset, to_model
 from diffusion import DiffusionProcess
 from evaluation.classifier import Classifier, load_feature_network
-from evaluation.classifier_training import new_classifier
+from evaluation.classifier_training import new_classifier, recipe_notes
 from evaluation.features import INCEPTION_FEATURES, extract_features, load_inception
+from evaluation.floors import FloorCache, floor_cache
 from evaluation.metrics import (
     ImageFeatures,
     check_image_count,
@@ -23,6 +24,7 @@ from evaluation.metrics import (
     nearest,
     random_groups,
 )
+from evaluation.two_sample import two_sample_figures
 from learned_variance import bits_per_dim
 from runtime import threads
 from runtime.errors import UserError
@@ -43,6 +45,7 @@ class Reference(NamedTuple):
     features: ImageFeatures
     floor_data: ImageData
     floor: dict[str, dict]  # the figures of floor_data
+    floors: FloorCache  # of figures that are only computed where they are asked for
 
     def extract(self, images: Tensor, title: str) -> ImageFeatures:
         """Features and class probabilities of uint8 images, with a progress bar."""
@@ -83,21 +86,41 @@ def choose_floor_data(data: ImageData, count: int, data_dir) -> ImageData:
     return random_subset(other, count)
 
 
-def make_reference(data: ImageData, floor_data: ImageData, classifier: Classifier,
-                   inception: nn.Module | None) -> Reference:
-    """The reference for as many images as floor_data has."""
-    features, floor_features = (extract_features(images, classifier, inception, adapting_bar(title))
-                                for images, title in ((data.images, data.split), (floor_data.images, "floor")))
-    with Bar("computing the floor"):
-        floor = figures(floor_features, features, floor_data.labels)
-    return Reference(classifier, inception, data, features, floor_data, floor)
+def make_reference(data: ImageData, floor_data: ImageData, classifier: Classifier, inception: nn.Module | None,
+                   data_dir) -> Reference:
+    """The reference for as many images as floor_data has. The floor comes from data_dir/floors if it is there."""
+    features = extract_features(data.images, classifier, inception, adapting_bar(data.split))
+
+    def compute() -> dict[str, dict]:
+        floor_features = extract_features(floor_data.images, classifier, inception, adapting_bar("floor"))
+        with Bar("computing the floor"):
+            return figures(floor_features, features, floor_data.labels, (floor_data.images, data.images))
+
+    device = next(classifier.parameters()).device
+    floors = floor_cache(data, floor_data, "inception" if inception else "own", device, data_dir)
+    return Reference(classifier, inception, data, features, floor_data, floors.get("figures", compute), floors)
 
 
-def compare(reference: Reference, features: ImageFeatures, labels: Tensor | None) -> dict[str, dict]:
-    """The figures of generated images, each with its floor; labels (N,) that were requested, or None."""
+def with_floor(result: dict[str, dict], floor: dict[str, dict]) -> dict[str, dict]:
+    """The figures of generated images, each with the value of its floor."""
+    return {name: dict(figure, floor=floor[name]["value"]) for name, figure in result.items()}
+
+
+def compare(reference: Reference, images: Tensor, features: ImageFeatures, labels: Tensor | None) -> dict[str, dict]:
+    """The figures of generated uint8 images, each with its floor; labels (N,) that were requested, or None."""
     with Bar("computing the figures"):
-        result = figures(features, reference.features, labels)
-    return {name: dict(figure, floor=reference.floor[name]["value"]) for name, figure in result.items()}
+        result = figures(features, reference.features, labels, (images, reference.data.images))
+    return with_floor(result, reference.floor)
+
+
+def two_sample_test(reference: Reference, images: Tensor, device) -> dict[str, dict]:
+    """two_sample_pixels and two_sample_shapes of generated uint8 images, each with its floor."""
+    def tell(some: Tensor, title: str) -> dict[str, dict]:
+        return two_sample_figures(some, reference.data.images, device,
+                                  lambda view: adapting_bar(f"telling {title} from {reference.data.split}: {view}"))
+
+    floor = reference.floors.get("two_sample", lambda: tell(reference.floor_data.images, "floor"))
+    return with_floor(tell(images, "images"), floor)
 
 
 def classification_accuracy_score(reference: Reference, images: Tensor, labels: Tensor, device, seed: int,
@@ -110,15 +133,16 @@ def classification_accuracy_score(reference: Reference, images: Tensor, labels: 
     """
     data = reference.data
 
-    def correct(train: ImageData, title: str) -> Tensor:
+    def score(train: ImageData, title: str) -> dict[str, dict]:
         model = new_classifier(train, device, seed, bf16, progress(title))
-        return extract_features(data.images, model).probabilities.argmax(1) == data.labels
+        right = extract_features(data.images, model).probabilities.argmax(1) == data.labels
+        return dict(cas=dict(estimate(jackknife_means(right, random_groups(len(right))), 0.0, 1.0), n=len(train.images)))
 
     generated = ImageData(data.name, "generated", images, labels, data.class_names)
-    right = correct(generated, "training on generated images")
-    floor = correct(reference.floor_data, "training on real images")
-    result = estimate(jackknife_means(right, random_groups(len(right))), 0.0, 1.0)
-    return dict(result, n=len(images), floor=floor.double().mean().item())
+    result = score(generated, "training on generated images")
+    floor = reference.floors.get("cas", lambda: score(reference.floor_data, "training on real images"),
+                                 recipe=recipe_notes(data.name), seed=seed, bf16=bf16)
+    return with_floor(result, floor)["cas"]
 
 
 def memorisation(reference: Reference, images: Tensor, features: ImageFeatures, data_dir, device, path: Path) -> dict:

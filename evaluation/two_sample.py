@@ -1,42 +1,80 @@
 """The classifier two-sample test: how often a network that was trained for it tells generated images from real ones.
 
+    two_sample_pixels   the share of images that it judges rightly, all 256 levels      lower is better, 0.5 best
+    two_sample_shapes   the same for black-and-white images: each channel >= 128        lower is better, 0.5 best
+
 Lopez-Paz and Oquab 2017: if both sets come from one distribution, no network is right on more than half of the images
-that it was not trained on. A random half of each set trains the network, and it judges the other half.
+that it was not trained on. Here a random half of each set trains the network, and it judges the other half. The floor
+of real images can be above one half: MNIST's training and test images were written by different people.
+
+What it does not see: copies of training images, which are real (`evaluation.reference.memorisation` finds them), and
+what so small a network does not learn from so few images, such as a jitter of two levels within the strokes of digits
+(tests/evaluation/test_planting.py). Figures of different n cannot be compared: more images train a better network.
 """
+
+from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.backends import cudnn
 
-from evaluation.metrics import Progress
+from evaluation.metrics import Progress, estimate, jackknife_means, random_groups
 
 CHANNELS, STRIDES, DROPOUT = (24, 48, 96, 96), (1, 2, 2, 1), 0.3
 LR, WEIGHT_DECAY, BATCH_SIZE, EPOCHS = 2e-3, 0.05, 64, 8
 
 
-def new_network(channels: int, height: int, width: int) -> nn.Sequential:
-    """The network: images (B, C, H, W) in 0..1 -> one logit (B, 1), positive for "generated"."""
-    layers, count, wide = [], channels, (height, width)
-    for out, stride in zip(CHANNELS, STRIDES, strict=True):
-        layers += [nn.Conv2d(count, out, 3, stride, 1, bias=False), nn.BatchNorm2d(out), nn.ReLU()]
-        count, wide = out, tuple(-(-side // stride) for side in wide)
-    features = count * (wide[0] // 2) * (wide[1] // 2)
-    return nn.Sequential(*layers, nn.AvgPool2d(2), nn.Flatten(), nn.Dropout(DROPOUT), nn.Linear(features, 1))
+def black_and_white(images: Tensor) -> Tensor:
+    """uint8 images whose levels are 0 below 128 and 255 from there on, in each channel."""
+    return (images >= 128).to(torch.uint8) * 255
+
+
+VIEWS = {"two_sample_pixels": lambda images: images, "two_sample_shapes": black_and_white}
+
+
+def two_sample_figures(generated: Tensor, real: Tensor, device="cpu",
+                       show: Callable[[str], Progress] = lambda title: iter) -> dict[str, dict]:
+    """Both figures of uint8 images (N, C, H, W) and (M, C, H, W): {"value", "low", "high", "n"}.
+
+    n is the smaller of N and M. The interval is over the images that are judged: the chance in the training of the
+    network is not in it. show("pixels") and show("shapes") give the progress bars.
+    """
+    figures = {}
+    for name, view in VIEWS.items():
+        right = two_sample(view(generated).to(device), view(real).to(device), progress=show(name.split("_")[-1]))
+        means = jackknife_means(right.cpu(), random_groups(len(right)))
+        figures[name] = dict(estimate(means, 0.0, 1.0), n=min(len(generated), len(real)))
+    return figures
 
 
 def two_sample(generated: Tensor, real: Tensor, seed: int = 0, progress: Progress = iter) -> Tensor:
     """Whether the network is right on each held-out image, (K,) bool: the generated ones first, then as many real.
 
-    generated (N, C, H, W) and real (M, C, H, W): uint8. As many of both are used, the smaller of N and M.
+    generated (N, C, H, W) and real (M, C, H, W): uint8. As many of both are used, the smaller of N and M. In float32
+    on their device; the same seed and images give the same result, but for rounding. Torch's own random state stays
+    as it is.
     """
-    count, generator = min(len(generated), len(real)), torch.Generator().manual_seed(seed)
-    sets = [images[torch.randperm(len(images), generator=generator)[:count]] for images in (generated, real)]
-    half = count // 2
-    torch.manual_seed(seed)
-    network = new_network(*generated.shape[1:]).to(generated.device, memory_format=torch.channels_last)
-    train(network, torch.cat([s[:half] for s in sets]), torch.arange(2 * half) < half, generator, progress)
-    guesses = judge(network, torch.cat([s[half:] for s in sets]))
+    count = min(len(generated), len(real))
+    half, generator = count // 2, torch.Generator().manual_seed(seed)
+    real, generated = (images[torch.randperm(len(images), generator=generator)[:count].to(images.device)]
+                       for images in (real, generated))
+    with torch.random.fork_rng(), cudnn.flags(enabled=True, allow_tf32=False):
+        torch.manual_seed(seed)
+        network = new_network(*generated.shape[1:]).to(generated.device, memory_format=torch.channels_last)
+        train(network, torch.cat([generated[:half], real[:half]]), torch.arange(2 * half) < half, generator, progress)
+        guesses = judge(network, torch.cat([generated[half:], real[half:]]))
     return guesses == (torch.arange(len(guesses), device=guesses.device) < count - half)
+
+
+def new_network(channels: int, height: int, width: int) -> nn.Sequential:
+    """The network: images (B, C, H, W) in 0..1 -> one logit (B, 1), positive for "generated"."""
+    layers, features = [], channels
+    for out, stride in zip(CHANNELS, STRIDES, strict=True):
+        layers += [nn.Conv2d(features, out, 3, stride, 1, bias=False), nn.BatchNorm2d(out), nn.ReLU()]
+        features, height, width = out, -(-height // stride), -(-width // stride)
+    features *= (height // 2) * (width // 2)
+    return nn.Sequential(*layers, nn.AvgPool2d(2), nn.Flatten(), nn.Dropout(DROPOUT), nn.Linear(features, 1))
 
 
 def as_input(images: Tensor) -> Tensor:
@@ -46,11 +84,12 @@ def as_input(images: Tensor) -> Tensor:
 
 def train(network: nn.Module, images: Tensor, fake: Tensor, generator: torch.Generator, progress: Progress) -> None:
     """Train on images (N, C, H, W) uint8 and `fake` (N,) bool: AdamW with a one-cycle learning rate."""
-    fake, steps = fake.to(images.device, torch.float32), len(images) // BATCH_SIZE
+    fake, size = fake.to(images.device, torch.float32), min(BATCH_SIZE, len(images))
+    steps = len(images) // size  # in an epoch; what is left over waits for the next epoch's order
     optimizer = torch.optim.AdamW(network.parameters(), LR, weight_decay=WEIGHT_DECAY)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, LR, total_steps=EPOCHS * steps)
     batches = (rows for _ in range(EPOCHS)
-               for rows in torch.randperm(len(images), generator=generator)[:steps * BATCH_SIZE].split(BATCH_SIZE))
+               for rows in torch.randperm(len(images), generator=generator)[:steps * size].split(size))
     network.train()
     for _, rows in zip(progress(range(EPOCHS * steps)), batches, strict=True):
         rows = rows.to(images.device)
