@@ -49,6 +49,7 @@ from evaluation.reference import (
 )
 from evaluation.report import conditions, print_classes, print_figures, print_heading, print_memorisation
 from evaluation.sweep import GeneratedImages, plot_cells, plot_sweep, print_table_header, print_table_row, sweep
+from evaluation.verdict import verdict
 from runtime import distributed, threads
 from runtime.errors import UserError
 from runtime.files import check_inputs_stay, check_writable, write_json
@@ -211,6 +212,7 @@ def evaluate(args: Namespace, command: Sequence[str], reference: Reference, gene
     print_figures(result)
     print_classes(shares["images"])
     print_memorisation(memorised)
+    print(verdict(result, memorised))
     write_json(dict(figures=result, classes=shares, memorisation=memorised, **about,
                     images_sha256=hashlib.sha256(images.numpy().tobytes()).hexdigest()), output / "evaluation.json")
     print(f"Saved {output / 'evaluation.json'} and {output / 'nearest.png'}")

@@ -175,6 +175,7 @@ def train_feature_network(dataset: str, data_dir, device, seed: int, bf16: bool,
     accuracies = {split: round(accuracy(model, data.images, data.labels), 4) for split, data in splits.items()}
     notes = recipe_notes(dataset) | dict(seed=seed, bf16=bf16, training_images=len(train.images),
                                          torch=str(torch.__version__))
-    path, digest = save_feature_network(dataset, model, _network_config(train, classifier_recipe(dataset)), notes, accuracies)
+    config = _network_config(train, classifier_recipe(dataset))
+    path, digest = save_feature_network(dataset, model, config, notes, accuracies)
     return (f"Saved {path}: accuracy {accuracies['test']:.2%} on test, {accuracies['validation']:.2%} on validation; "
             f"sha256 {digest}")

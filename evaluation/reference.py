@@ -136,7 +136,8 @@ def classification_accuracy_score(reference: Reference, images: Tensor, labels: 
     def score(train: ImageData, title: str) -> dict[str, dict]:
         model = new_classifier(train, device, seed, bf16, progress(title))
         right = extract_features(data.images, model).probabilities.argmax(1) == data.labels
-        return dict(cas=dict(estimate(jackknife_means(right, random_groups(len(right))), 0.0, 1.0), n=len(train.images)))
+        means = jackknife_means(right, random_groups(len(right)))
+        return dict(cas=dict(estimate(means, 0.0, 1.0), n=len(train.images)))
 
     generated = ImageData(data.name, "generated", images, labels, data.class_names)
     result = score(generated, "training on generated images")
