@@ -77,7 +77,8 @@ def new_network(channels: int) -> nn.Sequential:
     for out, stride in zip(CHANNELS, STRIDES, strict=True):
         layers += [nn.Conv2d(features, out, 3, stride, 1, bias=False), nn.BatchNorm2d(out), nn.ReLU()]
         features = out
-    return nn.Sequential(*layers, nn.AdaptiveAvgPool2d(2), nn.Flatten(), nn.Dropout(DROPOUT), nn.Linear(4 * features, 1))
+    layers += [nn.AdaptiveAvgPool2d(2), nn.Flatten(), nn.Dropout(DROPOUT), nn.Linear(4 * features, 1)]
+    return nn.Sequential(*layers)
 
 
 def as_input(images: Tensor) -> Tensor:
