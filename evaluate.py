@@ -5,14 +5,17 @@
     python evaluate.py --checkpoint outputs/model_final.pt --sweep 5 10 20 50 --num_images 1000
     torchrun --nproc_per_node=2 evaluate.py --checkpoint outputs/model_final.pt
 
-    lower is better       frechet_distance, kernel_distance, class_distance, bits_per_dim
+    lower is better       frechet_distance, kernel_distance, class_distance, class_frechet, levels,
+                          two_sample_pixels, two_sample_shapes, bits_per_dim
     higher is better      precision, recall, coverage, asked_class, cas
     as for real images    density, confident
 
 Every figure is printed with its 95 % interval and its floor: the same figure for as many real images that are not in
 the reference, at most 5,000 of validation or, with --reference validation, 10,000 of test. Fréchet distances of
 different n cannot be compared. asked_class and cas need labels: a conditional checkpoint, or an array `labels` in the
-.npz.
+.npz. two_sample_pixels is how often a network, trained for it, tells the images from real ones, two_sample_shapes the
+same in black and white. The last line says what gives the images away. The floors of a reference are kept in the folder
+floors of --data_dir.
 """
 
 import hashlib
