@@ -215,8 +215,8 @@ def evaluate(args: Namespace, command: Sequence[str], reference: Reference, gene
     print_figures(result)
     print_classes(shares["images"])
     print_memorisation(memorised)
-    print(verdict(result, memorised))
-    write_json(dict(figures=result, classes=shares, memorisation=memorised, **about,
+    print(said := verdict(result, memorised))
+    write_json(dict(figures=result, classes=shares, memorisation=memorised, verdict=said, **about,
                     images_sha256=hashlib.sha256(images.numpy().tobytes()).hexdigest()), output / "evaluation.json")
     print(f"Saved {output / 'evaluation.json'} and {output / 'nearest.png'}")
 

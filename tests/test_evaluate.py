@@ -304,6 +304,12 @@ def test_cas_is_the_accuracy_of_a_classifier_that_saw_only_the_images(small, tmp
     assert small("--images", good, "--dataset", "glyphs", "--cas", "--output_dir", tmp_path) == 0
     cas = report(tmp_path)["figures"]["cas"]
     assert cas["value"] > 0.5 and cas["floor"] > 0.5 and cas["low"] < cas["value"] < cas["high"] and cas["n"] == COUNT
+    trained, train = [], reference.new_classifier
+    monkeypatch.setattr(reference, "new_classifier", lambda data, *how: trained.append(data.split) or train(data, *how))
+    assert small("--images", good, "--dataset", "glyphs", "--cas", "--output_dir", tmp_path) == 0
+    assert report(tmp_path)["figures"]["cas"] == cas and trained == ["generated"]  # the floor was kept
+    assert small("--images", good, "--dataset", "glyphs", "--cas", "--seed", 1, "--output_dir", tmp_path) == 0
+    assert trained == ["generated", "generated", "validation"]
 
 
 @pytest.mark.parametrize("num_classes", [None, 10])
