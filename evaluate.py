@@ -7,14 +7,17 @@
     python evaluate.py --compare outputs/old/model_final.pt outputs/new/model_final.pt
     python evaluate.py --runs outputs
 
-    lower is better       frechet_distance, kernel_distance, class_distance, autoencoder_distance, bits_per_dim
+    lower is better       frechet_distance, kernel_distance, class_distance, class_frechet, levels,
+                          autoencoder_distance, two_sample_pixels, two_sample_shapes, bits_per_dim
     higher is better      precision, recall, coverage, autoencoder_precision, autoencoder_recall, asked_class, cas
     as for real images    density, confident
 
 Every figure is printed with its 95 % interval and its floor: the same figure for as many real images that are not in
 the reference, at most 5,000 of validation or, with --reference validation, 10,000 of test. Fréchet distances of
 different n cannot be compared. asked_class and cas need labels: a conditional checkpoint, or an array `labels` in the
-.npz.
+.npz. two_sample_pixels is how often a network, trained for it, tells the images from real ones, two_sample_shapes the
+same in black and white. The last line says what gives the images away. The floors of a reference are kept in the folder
+floors of --data_dir.
 """
 
 import hashlib
@@ -50,10 +53,15 @@ from evaluation.reference import (
     make_reference,
     memorisation,
     open_networks,
+    two_sample_bars,
+    two_sample_floor,
+    two_sample_test,
 )
 from evaluation.report import conditions, print_classes, print_figures, print_heading, print_memorisation
 from evaluation.runs import list_runs
 from evaluation.sweep import GeneratedImages, plot_cells, plot_sweep, print_table_header, print_table_row, sweep
+from evaluation.two_sample import two_sample_values
+from evaluation.verdict import verdict
 from runtime import distributed, threads
 from runtime.errors import UserError
 from runtime.files import check_inputs_stay, check_writable, write_json
@@ -216,7 +224,7 @@ def evaluate(args: Namespace, command: Sequence[str], reference: Reference, gene
     """Measure one set of images: prints the tables, writes evaluation.json and nearest.png."""
     device, (images, labels, *_) = get_device(distributed.local_device(args.device)), generated
     features = reference.extract(images, "images")
-    result = compare(reference, features, labels)
+    result = compare(reference, images, features, labels) | two_sample_test(reference, images, device)
     if args.cas:
         bf16 = pick_precision(args.precision, device) == "bf16"
         result["cas"] = classification_accuracy_score(reference, images, labels, device, args.seed, bf16)
@@ -230,7 +238,8 @@ def evaluate(args: Namespace, command: Sequence[str], reference: Reference, gene
     print_figures(result)
     print_classes(shares["images"])
     print_memorisation(memorised)
-    write_json(dict(figures=result, classes=shares, memorisation=memorised, **about,
+    print(said := verdict(result, memorised))
+    write_json(dict(figures=result, classes=shares, memorisation=memorised, verdict=said, **about,
                     images_sha256=hashlib.sha256(images.numpy().tobytes()).hexdigest()), output / "evaluation.json")
     print(f"Saved {output / 'evaluation.json'} and {output / 'nearest.png'}")
 
@@ -244,7 +253,7 @@ def run_sweep(args: Namespace, command: Sequence[str], reference: Reference | No
     def measure(generated: GeneratedImages) -> dict[str, dict]:
         features = extract_features(generated.images, reference.classifier, reference.inception,
                                     autoencoder=reference.autoencoder)
-        return compare(reference, features, generated.labels)
+        return compare(reference, generated.images, features, generated.labels)
 
     make = partial(make_images, args, loaded)
     # A warm-up, so that the seconds of the first row are comparable:
@@ -273,18 +282,20 @@ def run_comparison(args: Namespace, command: Sequence[str], device: torch.device
     _, _, data, floor_data, networks = inputs[0]
     counts = [len(floor.images) for *_, floor, _ in inputs]
     check_comparable(args.compare, [data.name for _, _, data, _, _ in inputs], counts)
-    reference = None if distributed.rank() else make_reference(data, floor_data, *networks)
+    reference = None if distributed.rank() else make_reference(data, floor_data, *networks, args.data_dir)
     values, about = [], []
     for side, (loaded, generated, *_) in zip(sides, inputs, strict=True):
         images, labels, *_ = generated or make_images(side, loaded, loaded.options[0], counts[0])
         if reference:
             features = reference.extract(images, "images")
             with Bar("computing the figures"):
-                values.append(figure_values(features, reference.features, labels))
+                figures = figure_values(features, reference.features, labels, (images, reference.data.images))
+            bars = two_sample_bars(reference, "images")
+            values.append(figures | two_sample_values(images, reference.data.images, device, bars))
             about.append(conditions(side, command, device, reference, counts[0], loaded.options[0] if loaded else None)
                          | dict(images_sha256=hashlib.sha256(images.numpy().tobytes()).hexdigest()))
     if reference:
-        rows = comparison(*values, reference.floor)
+        rows = comparison(*values, reference.floor | two_sample_floor(reference, device))
         print_heading(about[0])
         print_comparison(rows, args.compare, counts[0])
         write_json(dict(figures=rows, a=about[0], b=about[1]), output / COMPARE_RESULT)
@@ -344,7 +355,7 @@ def main(argv=None):
     with distributed.local_rank_0_first():  # a download happens once; an error is raised by all
         loaded, generated, data, floor_data, networks = load_inputs(args, device, output)
     count = args.num_images if loaded else len(generated.images)
-    reference = None if distributed.rank() else make_reference(data, floor_data, *networks)
+    reference = None if distributed.rank() else make_reference(data, floor_data, *networks, args.data_dir)
     if args.sweep is not None:
         run_sweep(args, command, reference, loaded, output)
     else:

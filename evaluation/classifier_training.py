@@ -99,6 +99,12 @@ def classifier_recipe(dataset: str) -> ClassifierRecipe:
     return CLASSIFIER_RECIPES.get(dataset, ClassifierRecipe())
 
 
+def recipe_notes(dataset: str) -> dict:
+    """The data set's recipe as JSON types: the name of its augmentation instead of the function."""
+    recipe = classifier_recipe(dataset)
+    return asdict(recipe) | dict(augment=getattr(recipe.augment, "__name__", None))
+
+
 def train_classifier(model: Classifier, images: Tensor, labels: Tensor, recipe: ClassifierRecipe, *, seed: int = 0,
                      bf16: bool = True, progress: Progress = iter) -> None:
     """Train in place on uint8 images (N, C, H, W) and labels (N,): SGD with a one-cycle learning rate.
@@ -163,12 +169,13 @@ def train_feature_network(dataset: str, data_dir, device, seed: int, bf16: bool,
     """Train a data set's feature network on the training split and write it to WEIGHTS; returns a line about it."""
     check_writable(WEIGHTS)
     splits = {split: load_dataset(dataset, split, data_dir) for split in SPLITS}
-    train, recipe = splits.pop("train"), classifier_recipe(dataset)
+    train = splits.pop("train")
     model = new_classifier(train, device, seed, bf16, progress)
     model.half().float()  # the precision of the file
     accuracies = {split: round(accuracy(model, data.images, data.labels), 4) for split, data in splits.items()}
-    notes = asdict(recipe) | dict(augment=getattr(recipe.augment, "__name__", None), seed=seed, bf16=bf16,
-                                  training_images=len(train.images), torch=str(torch.__version__))
-    path, digest = save_network(dataset, "", model, _network_config(train, recipe), recipe=notes, accuracy=accuracies)
+    notes = recipe_notes(dataset) | dict(seed=seed, bf16=bf16, training_images=len(train.images),
+                                         torch=str(torch.__version__))
+    config = _network_config(train, classifier_recipe(dataset))
+    path, digest = save_network(dataset, "", model, config, recipe=notes, accuracy=accuracies)
     return (f"Saved {path}: accuracy {accuracies['test']:.2%} on test, {accuracies['validation']:.2%} on validation; "
             f"sha256 {digest}")

@@ -9,10 +9,13 @@
     confident          share of images whose class probability is above 0.9              as for real images
     class_distance     difference between the shares of the classes and the real shares  lower is better, 0 best
     asked_class        share of images that show the requested class                     higher is better, 1 best
+    class_frechet      Fréchet distance within each class, averaged over the classes     lower is better, 0 best
+    levels             difference between the histograms of the 256 grey levels          lower is better, 0 best
 
 autoencoder_distance, autoencoder_precision and autoencoder_recall are frechet_distance, precision and recall in the
 features of a second network, which was trained without labels: those of a classifier need not change where a class
-loses its variety, or all strokes get thicker.
+loses its variety, or all strokes get thicker. Two more, two_sample_pixels and two_sample_shapes, are in
+evaluation/two_sample.py.
 
 Every figure is computed from all N generated images, and then again without each of GROUPS random groups of them: a
 jackknife, whose spread gives the interval (`estimate`). The reference images stay the same.
@@ -35,8 +38,15 @@ PRECISION_K, DENSITY_K = 3, 5  # number of neighbours: Kynkäänniemi et al. 201
 CONFIDENT = 0.9  # the least class probability of a confident classification
 MAX_DISTANCES = 2**20  # computed at a time: 8 MB in float64
 NEAREST_ROWS = 2000  # images compared with as many others at a time, in `nearest`
-SHARES = ("precision", "recall", "coverage", "confident", "class_distance", "asked_class", "autoencoder_precision",
-          "autoencoder_recall")  # figures in 0..1
+CLASS_IMAGES = 20  # a class with fewer generated images cannot be measured by itself, in `class_frechet`
+MAX_CLASS_FEATURES = 512  # more features than a class has images: no `class_frechet`
+SHARES = ("precision", "recall", "coverage", "confident", "class_distance", "asked_class", "levels",
+          "autoencoder_precision", "autoencoder_recall", "two_sample_pixels", "two_sample_shapes")  # figures in 0..1
+# Which way is better: 1 higher, -1 lower, 0 as for real images.
+BETTER = dict(frechet_distance=-1, kernel_distance=-1, precision=1, recall=1, density=0, coverage=1, confident=0,
+              class_distance=-1, asked_class=1, class_frechet=-1, levels=-1, autoencoder_distance=-1,
+              autoencoder_precision=1, autoencoder_recall=1, two_sample_pixels=-1, two_sample_shapes=-1, cas=1,
+              bits_per_dim=-1)
 
 
 class ImageFeatures(NamedTuple):
@@ -223,6 +233,49 @@ def class_distance(probabilities: Tensor, reference: Tensor, groups: Tensor) -> 
     return (shares - class_shares(reference)).abs().sum(1) / 2
 
 
+def class_frechet(generated: ImageFeatures, reference: ImageFeatures, groups: Tensor) -> Tensor:
+    """The mean over the classes of `frechet_distance` between the images of one class: (G + 1,).
+
+    The class of an image, real or generated, is its most probable one. So a lack of variety within the classes is seen
+    by itself, which the differences between the classes hide in the distance of the whole sets. Classes with fewer than
+    CLASS_IMAGES real images do not count. A class with fewer generated ones is compared with all generated images: so
+    leaving it out makes the figure worse. The fewer images in a class, the larger the bias: compare with the floor.
+    """
+    classes, real_classes = generated.probabilities.argmax(1), reference.probabilities.argmax(1)
+    distances = []
+    for label in range(generated.probabilities.shape[1]):
+        real, chosen = real_classes == label, classes == label
+        if real.sum() < CLASS_IMAGES:
+            continue
+        if chosen.sum() < CLASS_IMAGES:
+            chosen = torch.ones_like(chosen)
+        distances.append(frechet_distance(generated.features[chosen], reference.features[real], groups[chosen]))
+    if not distances:
+        return frechet_distance(generated.features, reference.features, groups)
+    return torch.stack(distances).mean(0)
+
+
+# -------------------------------------------------------------------------------------------------------- grey levels
+
+
+def level_counts(images: Tensor, groups: Tensor | None = None) -> Tensor:
+    """How often each of the 256 levels occurs in uint8 images (N, C, H, W), by group: (G, 256); one row if None."""
+    parts = [images] if groups is None else [images[groups == g] for g in range(GROUPS)]
+    return torch.stack([part.flatten().bincount(minlength=256) for part in parts]).double()
+
+
+def levels(generated: Tensor, reference: Tensor, groups: Tensor) -> Tensor:
+    """½ Σ_k |share of level k among the pixels - its share in the reference|, 0..1: (G + 1,).
+
+    The total variation distance of the histograms of the 256 grey levels, all channels together. It sees a haze over
+    the background that is too weak for an eye or for a classifier. uint8 images (N, C, H, W) and (M, C, H, W).
+    """
+    counts = level_counts(generated, groups)
+    counts = torch.cat([counts.sum(0, keepdim=True), counts.sum(0) - counts])               # (G + 1, 256)
+    shares, real = counts / counts.sum(1, keepdim=True), level_counts(reference)[0]
+    return (shares - real / real.sum()).abs().sum(1) / 2
+
+
 # ---------------------------------------------------------------------------------------------------- all figures
 
 
@@ -234,11 +287,12 @@ def check_image_count(count: int, num_features: int) -> None:
                         f"give more, with --num_images where a checkpoint makes them")
 
 
-def figures(generated: ImageFeatures, reference: ImageFeatures, labels: Tensor | None = None) -> dict[str, dict]:
+def figures(generated: ImageFeatures, reference: ImageFeatures, labels: Tensor | None = None,
+            images: tuple[Tensor, Tensor] | None = None) -> dict[str, dict]:
     """Every figure by its name: {"value", "low", "high", "n"}; arguments and errors as in `figure_values`."""
     count = len(generated.features)
     return {name: dict(bounded_estimate(name, values), n=count)
-            for name, values in figure_values(generated, reference, labels).items()}
+            for name, values in figure_values(generated, reference, labels, images).items()}
 
 
 def bounded_estimate(name: str, values: Tensor) -> dict[str, float]:
@@ -247,11 +301,12 @@ def bounded_estimate(name: str, values: Tensor) -> dict[str, float]:
     return estimate(values, lowest.get(name, 0.0), 1.0 if name in SHARES else math.inf)
 
 
-def figure_values(generated: ImageFeatures, reference: ImageFeatures,
-                  labels: Tensor | None = None) -> dict[str, Tensor]:
+def figure_values(generated: ImageFeatures, reference: ImageFeatures, labels: Tensor | None = None,
+                  images: tuple[Tensor, Tensor] | None = None) -> dict[str, Tensor]:
     """Every figure by its name: of all images, then without each of the `random_groups`: (G + 1,).
 
-    asked_class needs the requested labels (N,). UserError if there are too few images (`check_image_count`).
+    asked_class needs the requested labels (N,); levels needs the uint8 `images`, the generated and those of the
+    reference. UserError if there are too few images (`check_image_count`).
     """
     count = len(generated.features)
     check_image_count(count, generated.features.shape[1])
@@ -262,6 +317,10 @@ def figure_values(generated: ImageFeatures, reference: ImageFeatures,
                   **neighbour_figures(generated.features, reference.features, groups),
                   confident=jackknife_means(generated.probabilities.amax(1) > CONFIDENT, groups),
                   class_distance=class_distance(generated.probabilities, reference.probabilities, groups))
+    if generated.features.shape[1] <= MAX_CLASS_FEATURES:
+        values["class_frechet"] = class_frechet(generated, reference, groups)
+    if images is not None:
+        values["levels"] = levels(*images, groups)
     if generated.second is not None:
         values |= second_figures(generated.second, reference.second, groups)
     if labels is not None:
@@ -311,11 +370,12 @@ def closeness(generated: Tensor, real: Tensor) -> dict[str, float]:
 
         closer_than_any_real    share of generated images closer than the closest real one: 0 expected
         closer_than_99_percent  share closer than 99 % of the real ones: 0.01 expected, 1 if all are copies
-        copies                  share at distance 0
+        copies, real_copies     share at distance 0 of both
         median, real_median     of both sets of distances
     """
     def share(condition: Tensor) -> float:
         return condition.double().mean().item()
     return dict(closer_than_any_real=share(generated < real.min()),
                 closer_than_99_percent=share(generated < real.quantile(0.01)),
-                copies=share(generated == 0), median=generated.median().item(), real_median=real.median().item())
+                copies=share(generated == 0), real_copies=share(real == 0),
+                median=generated.median().item(), real_median=real.median().item())

@@ -12,8 +12,9 @@ from data import ImageData, LevelCode, load_dataset
 from diffusion import DiffusionProcess
 from evaluation.autoencoder import Autoencoder, load_autoencoder
 from evaluation.classifier import Classifier, load_feature_network
-from evaluation.classifier_training import new_classifier
+from evaluation.classifier_training import new_classifier, recipe_notes
 from evaluation.features import INCEPTION_FEATURES, extract_features, load_inception
+from evaluation.floors import FloorCache, floor_cache
 from evaluation.metrics import (
     ImageFeatures,
     check_image_count,
@@ -24,6 +25,7 @@ from evaluation.metrics import (
     nearest,
     random_groups,
 )
+from evaluation.two_sample import two_sample_figures
 from learned_variance import bits_per_dim
 from runtime import threads
 from runtime.errors import UserError
@@ -45,6 +47,7 @@ class Reference(NamedTuple):
     features: ImageFeatures
     floor_data: ImageData
     floor: dict[str, dict]  # the figures of floor_data
+    floors: FloorCache  # of figures that are only computed where they are asked for
 
     def extract(self, images: Tensor, title: str) -> ImageFeatures:
         """Features and class probabilities of uint8 images, with a progress bar."""
@@ -90,20 +93,48 @@ def choose_floor_data(data: ImageData, count: int, data_dir) -> ImageData:
 
 
 def make_reference(data: ImageData, floor_data: ImageData, classifier: Classifier, inception: nn.Module | None,
-                   autoencoder: Autoencoder | None) -> Reference:
-    """The reference for as many images as floor_data has."""
-    features, floor_features = (extract_features(images, classifier, inception, adapting_bar(title), autoencoder)
-                                for images, title in ((data.images, data.split), (floor_data.images, "floor")))
-    with Bar("computing the floor"):
-        floor = figures(floor_features, features, floor_data.labels)
-    return Reference(classifier, inception, autoencoder, data, features, floor_data, floor)
+                   autoencoder: Autoencoder | None, data_dir) -> Reference:
+    """The reference for as many images as floor_data has. The floor comes from data_dir/floors if it is there."""
+    features = extract_features(data.images, classifier, inception, adapting_bar(data.split), autoencoder)
+
+    def compute() -> dict[str, dict]:
+        floor_features = extract_features(floor_data.images, classifier, inception, adapting_bar("floor"), autoencoder)
+        with Bar("computing the floor"):
+            return figures(floor_features, features, floor_data.labels, (floor_data.images, data.images))
+
+    device = next(classifier.parameters()).device
+    floors = floor_cache(data, floor_data, "inception" if inception else "own", device, data_dir)
+    return Reference(classifier, inception, autoencoder, data, features, floor_data, floors.get("figures", compute),
+                     floors)
 
 
-def compare(reference: Reference, features: ImageFeatures, labels: Tensor | None) -> dict[str, dict]:
-    """The figures of generated images, each with its floor; labels (N,) that were requested, or None."""
+def with_floor(result: dict[str, dict], floor: dict[str, dict]) -> dict[str, dict]:
+    """The figures of generated images, each with the value of its floor."""
+    return {name: dict(figure, floor=floor[name]["value"]) for name, figure in result.items()}
+
+
+def compare(reference: Reference, images: Tensor, features: ImageFeatures, labels: Tensor | None) -> dict[str, dict]:
+    """The figures of generated uint8 images, each with its floor; labels (N,) that were requested, or None."""
     with Bar("computing the figures"):
-        result = figures(features, reference.features, labels)
-    return {name: dict(figure, floor=reference.floor[name]["value"]) for name, figure in result.items()}
+        result = figures(features, reference.features, labels, (images, reference.data.images))
+    return with_floor(result, reference.floor)
+
+
+def two_sample_test(reference: Reference, images: Tensor, device) -> dict[str, dict]:
+    """two_sample_pixels and two_sample_shapes of generated uint8 images, each with its floor."""
+    figures = two_sample_figures(images, reference.data.images, device, two_sample_bars(reference, "images"))
+    return with_floor(figures, two_sample_floor(reference, device))
+
+
+def two_sample_floor(reference: Reference, device) -> dict[str, dict]:
+    """two_sample_pixels and two_sample_shapes of the real images of the floor."""
+    return reference.floors.get("two_sample", lambda: two_sample_figures(
+        reference.floor_data.images, reference.data.images, device, two_sample_bars(reference, "floor")))
+
+
+def two_sample_bars(reference: Reference, title: str) -> Callable[[str], Callable]:
+    """The progress bars of a two-sample test."""
+    return lambda view: adapting_bar(f"telling {title} from {reference.data.split}: {view}")
 
 
 def classification_accuracy_score(reference: Reference, images: Tensor, labels: Tensor, device, seed: int,
@@ -116,15 +147,17 @@ def classification_accuracy_score(reference: Reference, images: Tensor, labels: 
     """
     data = reference.data
 
-    def correct(train: ImageData, title: str) -> Tensor:
+    def score(train: ImageData, title: str) -> dict[str, dict]:
         model = new_classifier(train, device, seed, bf16, progress(title))
-        return extract_features(data.images, model).probabilities.argmax(1) == data.labels
+        right = extract_features(data.images, model).probabilities.argmax(1) == data.labels
+        means = jackknife_means(right, random_groups(len(right)))
+        return dict(cas=dict(estimate(means, 0.0, 1.0), n=len(train.images)))
 
     generated = ImageData(data.name, "generated", images, labels, data.class_names)
-    right = correct(generated, "training on generated images")
-    floor = correct(reference.floor_data, "training on real images")
-    result = estimate(jackknife_means(right, random_groups(len(right))), 0.0, 1.0)
-    return dict(result, n=len(images), floor=floor.double().mean().item())
+    result = score(generated, "training on generated images")
+    floor = reference.floors.get("cas", lambda: score(reference.floor_data, "training on real images"),
+                                 recipe=recipe_notes(data.name), seed=seed, bf16=bf16)
+    return with_floor(result, floor)["cas"]
 
 
 def memorisation(reference: Reference, images: Tensor, features: ImageFeatures, data_dir, device, path: Path) -> dict:

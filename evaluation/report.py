@@ -58,10 +58,11 @@ def print_heading(about: dict) -> None:
 
 def print_figures(figures: dict[str, dict]) -> None:
     """Print the table: one line for each figure, "-" where it has no floor."""
-    print(f"{'':21} {'value':>9}   {'95 % interval':^19}   {'floor':>9} {'n':>7}")
+    width = max(map(len, figures))
+    print(f"{'':{width}} {'value':>9}   {'95 % interval':^19}   {'floor':>9} {'n':>7}")
     for name, f in figures.items():
         floor = "-" if f["floor"] is None else f"{f['floor']:.4f}"
-        print(f"{name:21} {f['value']:9.4f}   {f['low']:9.4f}{f['high']:10.4f}   {floor:>9} {f['n']:7,}")
+        print(f"{name:{width}} {f['value']:9.4f}   {f['low']:9.4f}{f['high']:10.4f}   {floor:>9} {f['n']:7,}")
 
 
 def print_classes(shares: dict[str, float]) -> None:

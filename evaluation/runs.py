@@ -16,7 +16,7 @@ from training import run_record
 
 RESULT = "runs.csv"
 METRICS, EVALUATION = "metrics.jsonl", "evaluation.json"
-SHOWN_FIGURES = ("frechet_distance", "autoencoder_distance", "precision", "recall", "asked_class")
+SHOWN_FIGURES = ("two_sample_pixels", "two_sample_shapes", "frechet_distance", "recall", "asked_class")
 HIDDEN_FLAGS = ("output_dir", "data_dir", "resume")  # they do not say how a run differs from another
 LARGEST, LAST_BYTES = 2**24, 2**16  # bytes of a JSON file that is read; bytes read at the end of metrics.jsonl
 SHOWN_LETTERS = 60  # of the flags and of the end

@@ -17,11 +17,12 @@ import sample
 from checkpoint import FIELDS, load_checkpoint, load_model, save_checkpoint
 from data import ImageData, load_dataset, to_model
 from diffusion import DiffusionProcess
-from evaluation import autoencoder_training, classifier, classifier_training, reference
+from evaluation import autoencoder_training, classifier, classifier_training, reference, two_sample
 from evaluation.autoencoder import SUFFIX, load_autoencoder
 from evaluation.classifier import load_feature_network
 from evaluation.classifier_training import ClassifierRecipe
 from evaluation.features import extract_features
+from evaluation.floors import floor_cache
 from evaluation.metrics import figures, torchmetrics_image
 from evaluation.reference import random_subset
 from learned_variance import bits_per_dim
@@ -34,11 +35,19 @@ SPLIT = 600  # images of each split
 COUNT = 260
 
 
+@pytest.fixture(scope="module")
+def floors(tmp_path_factory):
+    """The folder in which the tests of this file keep floors."""
+    return tmp_path_factory.mktemp("floors")
+
+
 @pytest.fixture
-def small(monkeypatch, data_dir):
+def small(monkeypatch, data_dir, floors):
     """Splits of SPLIT images, so that a whole evaluation takes a second; returns run(*flags) -> exit status."""
     for module in (evaluate, reference, classifier_training, autoencoder_training):
         monkeypatch.setattr(module, "load_dataset", lambda *args: load_dataset(*args).first(SPLIT))
+    monkeypatch.setattr(reference, "floor_cache", lambda *args: floor_cache(*args)._replace(folder=floors))
+    monkeypatch.setattr(two_sample, "EPOCHS", 1)
 
     def run(*flags):
         return evaluate.main([*map(str, flags), "--data_dir", str(data_dir), "--device", "cpu", "--precision", "fp32"])
@@ -141,7 +150,8 @@ def test_a_copying_generator_is_caught(small, tmp_path, data_dir, capsys):
     memorised = report(tmp_path)["memorisation"]
     for space in ("pixels", "features"):
         assert memorised[space]["closer_than_99_percent"] == 1 and memorised[space]["copies"] > 0.99
-    assert "copies: 100.00%" in capsys.readouterr().out and (tmp_path / "nearest.png").exists()
+    out = capsys.readouterr().out
+    assert "copies: 100.00%" in out and "100 % of them are copies" in out and (tmp_path / "nearest.png").exists()
 
 
 def test_unseen_images_are_not_accused_and_have_all_figures(small, tmp_path, data_dir, capsys):
@@ -150,6 +160,8 @@ def test_unseen_images_are_not_accused_and_have_all_figures(small, tmp_path, dat
     assert small("--images", path, "--dataset", "glyphs", "--output_dir", tmp_path) == 0
     result, out = report(tmp_path), capsys.readouterr().out
     assert result["memorisation"]["features"]["copies"] < 0.1
+    assert {"levels", "class_frechet", "two_sample_pixels", "two_sample_shapes"} < set(result["figures"])
+    assert "\nWhat gives the images away: " in out
     for name, figure in result["figures"].items():
         assert set(figure) == {"value", "low", "high", "floor", "n"} and figure["n"] == COUNT and name in out
         assert figure["low"] <= figure["value"] <= figure["high"]
@@ -293,6 +305,12 @@ def test_cas_is_the_accuracy_of_a_classifier_that_saw_only_the_images(small, tmp
     assert small("--images", good, "--dataset", "glyphs", "--cas", "--output_dir", tmp_path) == 0
     cas = report(tmp_path)["figures"]["cas"]
     assert cas["value"] > 0.5 and cas["floor"] > 0.5 and cas["low"] < cas["value"] < cas["high"] and cas["n"] == COUNT
+    trained, train = [], reference.new_classifier
+    monkeypatch.setattr(reference, "new_classifier", lambda data, *how: trained.append(data.split) or train(data, *how))
+    assert small("--images", good, "--dataset", "glyphs", "--cas", "--output_dir", tmp_path) == 0
+    assert report(tmp_path)["figures"]["cas"] == cas and trained == ["generated"]  # the floor was kept
+    assert small("--images", good, "--dataset", "glyphs", "--cas", "--seed", 1, "--output_dir", tmp_path) == 0
+    assert trained == ["generated", "generated", "validation"]
 
 
 @pytest.mark.parametrize("num_classes", [None, 10])
@@ -421,6 +439,7 @@ def test_an_npz_may_call_its_images_images(tmp_path):
 
 def test_every_bar_counts_to_its_end(small, checkpoint, tmp_path, monkeypatch):
     closed, leave = [], Bar.__exit__
+    monkeypatch.setattr(reference, "floor_cache", lambda *args: floor_cache(*args)._replace(folder=tmp_path / "floors"))
     monkeypatch.setattr(Bar, "__exit__", lambda bar, *error: closed.append((bar.title, bar.done, bar.total)) or leave(
         bar, *error))
     monkeypatch.setattr(reference, "LIKELIHOOD_IMAGES", 40)
@@ -429,7 +448,9 @@ def test_every_bar_counts_to_its_end(small, checkpoint, tmp_path, monkeypatch):
     assert small("--checkpoint", checkpoint(10), "--num_images", COUNT, "--steps", 3, "--batch_size", 100, "--cas",
                  "--likelihood", "--output_dir", tmp_path) == 0
     assert (f"{COUNT} images by dpmpp_2m", 9, 9) in closed and ("training on generated images", 6, 6) in closed
-    assert {"images", "likelihood", "nearest in pixels", "computing the figures"} <= {title for title, *_ in closed}
+    titles = {"images", "likelihood", "nearest in pixels", "computing the figures", "training on real images",
+              *(f"telling {some} from test: {view}" for some in ("images", "floor") for view in ("pixels", "shapes"))}
+    assert titles <= {title for title, *_ in closed}
     assert all(total is None or done == total > 0 for _, done, total in closed), closed
 
 

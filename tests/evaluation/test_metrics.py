@@ -10,6 +10,7 @@ from evaluation.metrics import (
     GROUPS,
     ImageFeatures,
     class_distance,
+    class_frechet,
     closeness,
     estimate,
     figures,
@@ -17,6 +18,7 @@ from evaluation.metrics import (
     jackknife_means,
     jackknife_radii,
     kernel_distance,
+    levels,
     nearest,
     neighbour_figures,
     radii,
@@ -124,6 +126,50 @@ def test_class_distance_is_the_total_variation():
     assert class_distance(one_hot[:1].expand(400, -1), even, groups)[0].item() == pytest.approx(0.75)
 
 
+def test_the_frechet_distance_within_classes_is_the_mean_of_each_class():
+    """Two classes with the closed form, of a set whose classes are all alike but for their means."""
+    def classes(count, seed, stds):
+        x, labels = gaussian(2 * count, seed), torch.arange(2 * count) % 2
+        x = x * torch.tensor(stds)[labels, None] + 20 * labels[:, None]
+        return ImageFeatures(x.double(), torch.eye(2)[labels])
+    x, y = classes(10_000, 0, [1.5, 0.8]), classes(10_000, 1, [1.0, 1.0])
+    value = class_frechet(x, y, random_groups(20_000))[0].item()
+    assert value == pytest.approx(D * (0.5**2 + 0.2**2) / 2, rel=0.03)
+    labels = x.probabilities.argmax(1)
+    parts = [frechet_distance(x.features[labels == c], y.features[y.probabilities.argmax(1) == c],
+                              random_groups(20_000)[labels == c]) for c in (0, 1)]
+    torch.testing.assert_close(class_frechet(x, y, random_groups(20_000)), (parts[0] + parts[1]) / 2)
+
+
+def test_a_class_that_is_left_out_makes_the_distance_within_classes_worse():
+    def classes(labels, seed):
+        return ImageFeatures(gaussian(len(labels), seed).double() + 20 * labels[:, None], torch.eye(4)[labels])
+    real = classes(torch.cat([torch.arange(900) % 3, torch.full((10,), 3)]), 0)  # too few real images of class 3 count
+    whole, missing = classes(torch.arange(900) % 3, 1), classes(torch.arange(900) % 2, 2)
+    few = classes(torch.cat([torch.arange(881) % 2, torch.full((19,), 2)]), 3)
+    values = [class_frechet(x, real, random_groups(900))[0].item() for x in (whole, missing, few)]
+    assert values[0] < 0.3 and values[1] > 100 and values[2] > 100
+    rare = classes(torch.full((10,), 3), 4)
+    alone = class_frechet(rare, rare, torch.arange(10) % GROUPS)[0].item()  # no class counts: the whole sets
+    assert alone == pytest.approx(0, abs=1e-6)
+
+
+def test_levels_is_the_total_variation_of_the_histograms_and_its_jackknife():
+    dark, light = (torch.full((40, 1, 4, 4), level, dtype=torch.uint8) for level in (0, 255))
+    half, groups = torch.cat([dark[:, :, :2], light[:, :, :2]], 2), random_groups(40)
+    assert levels(dark, dark, groups).abs().max() == 0 and (levels(dark, light, groups) == 1).all()
+    assert (levels(half, dark, groups) == 0.5).all()
+    images = torch.randint(0, 256, (40, 3, 5, 4), generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
+    real = images.square() % 251
+    values = levels(images, real, groups)
+
+    def direct(x):
+        a, b = (torch.stack([(part == k).double().mean() for k in range(256)]) for part in (x, real))
+        return (a - b).abs().sum() / 2
+    torch.testing.assert_close(values[0], direct(images))
+    torch.testing.assert_close(values[1 + 7], direct(images[groups != 7]))
+
+
 def test_the_interval_of_a_mean_is_students():
     x = gaussian(400, 0)[:, 0].double()
     result = estimate(jackknife_means(x, torch.arange(400) % GROUPS))
@@ -140,6 +186,7 @@ def test_intervals_cover_the_mean_of_fresh_sets_of_the_same_size():
         values = dict(frechet_distance=frechet_distance(generated.features, reference.features, groups),
                       kernel_distance=kernel_distance(generated.features, reference.features, groups),
                       class_distance=class_distance(generated.probabilities, reference.probabilities, groups),
+                      class_frechet=class_frechet(generated, reference, groups),
                       confident=jackknife_means(generated.probabilities.amax(1) > 0.9, groups),
                       **neighbour_figures(generated.features, reference.features, groups))
         return {name: estimate(value) for name, value in values.items()}
@@ -152,12 +199,15 @@ def test_intervals_cover_the_mean_of_fresh_sets_of_the_same_size():
 
 def test_figures_of_the_real_thing_are_near_their_best():
     real = classified(gaussian(2000, 0))
-    result = figures(classified(gaussian(1000, 1)), real, real.probabilities.argmax(1)[:1000])
+    images = torch.randint(0, 256, (3000, 1, 8, 8), generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
+    result = figures(classified(gaussian(1000, 1)), real, real.probabilities.argmax(1)[:1000],
+                     (images[:1000], images[1000:]))
     assert set(result) == {"frechet_distance", "kernel_distance", "precision", "recall", "density", "coverage",
-                           "confident", "class_distance", "asked_class"}
+                           "confident", "class_distance", "asked_class", "class_frechet", "levels"}
     assert all(f["low"] <= f["value"] <= f["high"] and f["n"] == 1000 for f in result.values())
     assert result["frechet_distance"]["value"] < 0.1 and abs(result["kernel_distance"]["value"]) < 0.05
     assert result["precision"]["value"] > 0.8 and result["recall"]["value"] > 0.8
+    assert result["class_frechet"]["value"] < 0.2 and result["levels"]["value"] < 0.05
 
 
 def test_too_few_images_are_refused():
