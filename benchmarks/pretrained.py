@@ -23,7 +23,6 @@ from torch import Tensor
 from checkpoint import load_checkpoint, load_model, save_checkpoint
 from data import to_uint8
 from evaluation.report import file_digest
-from models import create_model
 from runtime import checkpoints
 from runtime.errors import UserError
 from runtime.files import write_json
@@ -51,13 +50,8 @@ def parse_args(argv: Sequence[str] | None):
 
 
 def packed(checkpoint: dict) -> dict:
-    """The fields of the packed file of a loaded checkpoint.
-
-    Parameters become float16. Buffers do not: t = 1,000 times a frequency of the time embedding must stay exact.
-    """
-    with torch.device("meta"):
-        parameters = dict(create_model(**checkpoint["config"]["model"]).named_parameters())
-    weights = {name: value.half() if name in parameters else value.clone() for name, value in checkpoint["ema"].items()}
+    """The fields of the packed file of a loaded checkpoint."""
+    weights = {name: weight.half() for name, weight in checkpoint["ema"].items()}
     records = checkpoint["history"].get("records", [])
     history = dict(records=[records[i] for i in evenly_spaced(len(records), RECORDS)] if records else [], losses=[])
     fields = {name: value for name, value in checkpoint.items() if name not in ("format", "version")}

@@ -13,7 +13,7 @@ import pytest
 from harness import files
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from small import small_checkpoint
+from small import pretrained_folder, small_checkpoint
 
 import benchmark
 import distill
@@ -47,9 +47,10 @@ def choices(script, *argv):
 
 @pytest.fixture(scope="module")
 def place(tmp_path_factory, data_dir):
-    """A folder to work in, with a checkpoint, a file that is none, ready images, and the user's notes."""
+    """A folder to work in, with a checkpoint (also pretrained), a file that is none, images, and the user's notes."""
     folder = tmp_path_factory.mktemp("fuzz")
     small_checkpoint(folder / "model.pt", conditional=True, num_timesteps=8)
+    pretrained = pretrained_folder(tmp_path_factory.mktemp("pretrained"), mnist=folder / "model.pt")
     (folder / "broken.pt").write_bytes(b"broken")
     np.savez(folder / "images.npz", arr_0=np.zeros((2, 28, 28, 1), np.uint8), labels=np.zeros(2, int))
     (folder / "outputs").mkdir()
@@ -57,7 +58,9 @@ def place(tmp_path_factory, data_dir):
     before = os.getcwd()
     os.chdir(folder)
     os.symlink(data_dir.resolve(), folder / "data")
-    yield folder
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("runtime.checkpoints.PRETRAINED", pretrained)
+        yield folder
     os.chdir(before)
 
 
