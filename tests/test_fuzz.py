@@ -186,7 +186,7 @@ VALID_ELSEWHERE = {  # the same for the other scripts
     distill: {"teacher_steps": ["2", "8", "9"], "teacher_order": ["1", "2"], "guidance_scale": ["0", "1", "3.5"],
               "batch_size": ["1", "3", "1000"], "lr": ["0", "1e30"], "muon_lr": ["0", "1e30"], "seed": ["0", "9"],
               "precision": ["fp32", "bf16", "auto"], "budget": ["1e-9", "1m"]},
-    doctor: {"checkpoint": ["model.pt", "broken.pt"], "dataset": ["glyphs", "mnist"], "json": [""]},
+    doctor: {"checkpoint": ["model.pt", "broken.pt", "mnist"], "dataset": ["glyphs", "mnist"], "json": [""]},
     benchmark: {"contestants": ["fast", "ddpm fast", "first_try"], "budgets": ["1s", "1m 2m"], "quick": [""],
                 "num_images": ["1", "500"], "limit": ["0", "1"], "dataset": ["glyphs", "mnist"]},
 }
@@ -211,10 +211,10 @@ def test_train_ends_well_or_says_why_with_flags_that_make_sense(place, flags):
 
 
 @quietly
-@given(flags=flags_of(choices(sample, "--checkpoint", "x")), whole=st.booleans())
-def test_sample_refuses_or_makes_images_with_any_flags(place, flags, whole):
+@given(flags=flags_of(choices(sample)), given=st.sampled_from(["model.pt", "mnist", None]), whole=st.booleans())
+def test_sample_refuses_or_makes_images_with_any_flags(place, flags, given, whole):
     end = ["--num_images", "2", "--steps", "2", "--device", "cpu", "--output", "outputs/x.png"]
-    call(sample, ["--checkpoint", "model.pt", *flags, *(end if whole else end[:2])], place)
+    call(sample, [*(["--checkpoint", given] if given else []), *flags, *(end if whole else end[:2])], place)
 
 
 @quietly
