@@ -65,9 +65,9 @@ def save_checkpoint(path: str | Path, **fields) -> None:
 def load_checkpoint(path: str | Path) -> dict:
     """Read a checkpoint and check all of it; its tensors are on the CPU, its weights float32.
 
-    Nothing in the file is executed (weights_only), and little more memory is allocated than the file has. UserError,
-    with the reason, for a file that is not a checkpoint, was changed after it was written, or does not fit its own
-    config.
+    Nothing in the file is executed (weights_only), and the memory that is allocated is a few times the file's
+    size at most. UserError, with the reason, for a file that is not a checkpoint, was changed after it was written, or
+    does not fit its own config.
     """
     path = Path(path)
     if not path.is_file():
