@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from checkpoint import load_checkpoint, load_model, save_checkpoint
-from data import to_uint8
+from data import code_of
 from evaluation.report import file_digest
 from runtime import checkpoints
 from runtime.errors import UserError
@@ -96,9 +96,10 @@ def describe(path: Path, checkpoint: dict) -> dict:
 def draw(path: Path) -> Tensor:
     """The first images (N, C, H, W) uint8 that the checkpoint at `path` makes, as sample.py makes them in float32."""
     model, diffusion, checkpoint = load_model(path)
-    options = sampling_options(checkpoint["config"], count=COMPARED_IMAGES)
-    batches = generate(model, diffusion, checkpoint["config"]["data"]["shape"], range(COMPARED_IMAGES), **options)
-    return to_uint8(torch.cat([final_image(trajectory) for _, trajectory in batches]))
+    config = checkpoint["config"]
+    options = sampling_options(config, count=COMPARED_IMAGES)
+    batches = generate(model, diffusion, config["data"]["shape"], range(COMPARED_IMAGES), **options)
+    return code_of(config).decode(torch.cat([final_image(trajectory) for _, trajectory in batches]))
 
 
 @script
