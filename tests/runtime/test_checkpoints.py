@@ -272,7 +272,7 @@ def test_with_a_name_every_script_does_its_work_and_writes_nothing_beside_the_we
     assert status == (1 if script == "doctor" else 0), said  # the network of this test is not trained
     assert (files(installed), [path.stat().st_mtime_ns for path in (installed, *sorted(installed.iterdir()))]) == (
         before, times)
-    assert sorted(files(here)) == WRITTEN[script]
+    assert [name for name in sorted(files(here)) if not name.startswith("data/")] == WRITTEN[script]
     if script == "doctor":
         assert "error against t" in said and "train longer (python train.py --dataset glyphs --budget 10m)" in said
     if script == "evaluate":
