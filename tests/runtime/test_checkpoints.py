@@ -218,7 +218,10 @@ def test_what_needs_no_model_looks_for_none(here, data_dir, tmp_path, monkeypatc
     monkeypatch.setattr(doctor, "examine_machine", lambda *_: iter(()))
     assert doctor.main([]) == 0
     monkeypatch.setattr(evaluate, "train_feature_network", lambda *_: "trained")
+    monkeypatch.setattr(evaluate, "train_second_network", lambda *_: "trained")
     assert evaluate.main(["--train_features", "glyphs", "--device", "cpu"]) == 0
+    monkeypatch.setattr(evaluate, "list_runs", lambda folder: print(f"runs of {folder}"))
+    assert evaluate.main(["--runs", "x"]) == 0
     assert "Using the" not in capsys.readouterr().out
 
 
@@ -278,6 +281,15 @@ def test_with_a_name_every_script_does_its_work_and_writes_nothing_beside_the_we
     if script == "evaluate":
         about = json.loads((here / WRITTEN[script][0]).read_text())
         assert about["checkpoint"] == str(installed / "glyphs.pt")
+
+
+def test_a_pretrained_model_is_compared_with_a_run(here, little, made):
+    put(here / "outputs/a/model_final.pt", made.run, 1000)
+    assert evaluate.main(["--compare", "glyphs", "outputs/a/model_final.pt", "--num_images", "260", "--steps", "1",
+                          "--device", "cpu"]) == 0
+    result = json.loads((here / "outputs/compare.json").read_text())
+    assert [result[side]["checkpoint"] for side in "ab"] == [str(checkpoints.PRETRAINED / "glyphs.pt"),
+                                                             "outputs/a/model_final.pt"]
 
 
 def test_results_of_a_pretrained_model_do_not_lie_among_those_of_a_run(here, monkeypatch):
