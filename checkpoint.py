@@ -3,8 +3,9 @@
     format            FORMAT
     version           of the program that wrote the file; missing in files from before version 1.0.0
     config            {"model", "diffusion", "data", "training"}: JSON types only; the first two rebuild both
-    model, ema        weights by name, the second their exponential moving average: the same keys
-    optimizer         the optimiser's state_dict
+    model, ema        weights by name, the second their exponential moving average: the same keys; float32 or, to save
+                      space, float16, which load_checkpoint converts to float32
+    optimizer         the optimiser's state_dict; empty in a file that is only for making images
     step, epoch, images_seen, seconds, precision, seed
     history           {"records": the lines of metrics.jsonl, "losses": of the steps since the last of them}
 """
@@ -62,10 +63,11 @@ def save_checkpoint(path: str | Path, **fields) -> None:
 
 
 def load_checkpoint(path: str | Path) -> dict:
-    """Read a checkpoint and check all of it; its tensors are on the CPU.
+    """Read a checkpoint and check all of it; its tensors are on the CPU, its weights float32.
 
-    Nothing in the file is executed (weights_only), and no more memory is allocated than the file has. UserError, with
-    the reason, for a file that is not a checkpoint, was changed after it was written, or does not fit its own config.
+    Nothing in the file is executed (weights_only), and the memory that is allocated is a few times the file's
+    size at most. UserError, with the reason, for a file that is not a checkpoint, was changed after it was written, or
+    does not fit its own config.
     """
     path = Path(path)
     if not path.is_file():
@@ -84,6 +86,9 @@ def load_checkpoint(path: str | Path) -> dict:
         problem = _first_sentence(error)
     if problem:
         raise UserError(f"{path} is no checkpoint of this project: {problem}")
+    for part in ("model", "ema"):
+        if any(weight.dtype == torch.float16 for weight in checkpoint[part].values()):
+            checkpoint[part] = {name: weight.float() for name, weight in checkpoint[part].items()}
     return checkpoint
 
 
@@ -100,11 +105,16 @@ def load_model(path: str | Path, device="cpu", use_ema: bool = True) -> tuple[nn
     return model.to(device).eval().requires_grad_(False), diffusion.to(device), checkpoint
 
 
+def peek(path: Path) -> dict:
+    """A checkpoint that is not checked and whose weights are not read yet. Any error if the file cannot be read."""
+    check_archive(path, largest=path.stat().st_size)
+    return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+
+
 def saved_step(path: Path) -> float:
     """The step of a checkpoint, read without its weights; infinity if the file cannot be read."""
     try:
-        check_archive(path, largest=path.stat().st_size)
-        step = torch.load(path, map_location="cpu", weights_only=True, mmap=True)["step"]
+        step = peek(path)["step"]
         return step if type(step) is int else math.inf
     except Exception:  # load_checkpoint gives the reason
         return math.inf
@@ -217,7 +227,7 @@ def _wrong_network(checkpoint: dict, file_size: int) -> str | None:
     if any(side % model.divisor for side in config["data"]["shape"][1:]):
         return f"its network cannot make images of the shape {config['data']['shape']}"
     expected = model.state_dict()
-    size = sum(weight.numel() * weight.element_size() for weight in expected.values())
+    size = sum(2 * weight.numel() for weight in expected.values())  # float16 at least
     if size > file_size:
         return f"its config asks for a network of {size:,} bytes, which do not fit into the file's {file_size:,}"
     return _wrong_weights(checkpoint, expected)
@@ -232,7 +242,7 @@ def _wrong_weights(checkpoint: dict, expected: dict) -> str | None:
         for name in weights.keys() - expected.keys():
             return f"the tensor {_shown(name)} of {part} is unknown"
         for name, weight in weights.items():
-            if not is_tensor_like(weight, expected[name]):
+            if not any(is_tensor_like(weight, like) for like in (expected[name], expected[name].half())):
                 return (f"the tensor {name!r} of {part} does not fit its config: it should be of the shape "
                         f"{tuple(expected[name].shape)}")
             if not bool(weight.isfinite().all()):

@@ -1,6 +1,6 @@
 """Train a student that makes images in one to four network evaluations; its teacher, a checkpoint, needs ten or more.
 
-    python distill.py --checkpoint outputs/model_final.pt
+    python distill.py
     python distill.py --checkpoint outputs/model_final.pt --budget 10m --guidance_scale 2 --output_dir outputs/guided
 
 Consistency distillation (Song et al. 2023): the teacher goes to an image in many small steps, the student learns to
@@ -29,6 +29,7 @@ from checkpoint import data_mismatch, load_model
 from data import ImageData, code_of, load_dataset
 from diffusion import Denoise, DiffusionProcess
 from runtime import threads
+from runtime.checkpoints import with_checkpoint
 from runtime.errors import UserError
 from runtime.parser import SHARED_FLAGS, Parser, add_shared_flags, duration, number
 from runtime.sampling import is_student, sampling_options
@@ -48,7 +49,9 @@ SAMPLE_STEPS, SAMPLE_IMAGES, SAMPLE_COLUMNS = (1, 2, 4), 20, 10
 def parse_args(argv: Sequence[str] | None):
     parser = Parser(__doc__)
     group = parser.add_argument_group("run")
-    group.add_argument("--checkpoint", required=True, help="the teacher: a checkpoint of train.py")
+    group.add_argument("--checkpoint", help="the teacher: a file of train.py, or a pretrained model by its name: "
+                                            "mnist, fashion_mnist or glyphs (default: the newest model_final.pt of "
+                                            "train.py below outputs/, else mnist)")
     group.add_argument("--budget", type=duration, default="5m", metavar="TIME",
                        help="the wall-clock time for everything, including start-up and saving: 90s, 10m, 1.5h")
     add_shared_flags(group, "data_dir", "output_dir", "device", "precision", "threads", "seed")
@@ -234,8 +237,8 @@ def memory_advice(trainer: Trainer) -> str:
 
 @script
 def main(argv=None):
-    args = parse_args(argv)
     start = time.perf_counter() - (seconds_since_start() if argv is None else 0.0)  # with the time of the imports
+    args = with_checkpoint(parse_args(argv), students=False)
     with run_folder.claim(args.output_dir) as folder:
         run = make_run(args, start)
         with run_folder.stop_on_signals(run):

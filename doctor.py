@@ -3,6 +3,7 @@
     python doctor.py
     python doctor.py --dataset cifar10
     python doctor.py --checkpoint outputs/model_final.pt --json
+    python doctor.py --checkpoint mnist
 
 Each line is OK, WARN or FAIL, with the likely cause and, below it, how to fix it. Exit status: 1 if a line is FAIL.
 """
@@ -44,6 +45,7 @@ from evaluation.health_checks import (
 from evaluation.machine_checks import examine_machine
 from evaluation.metrics import closeness, nearest
 from models import create_model
+from runtime.checkpoints import is_pretrained, pretrained_models, with_checkpoint
 from runtime.errors import UserError
 from runtime.parser import SHARED_FLAGS, Parser, add_shared_flags
 from runtime.sampling import dataset_of, is_student, sampling_options
@@ -61,7 +63,9 @@ LOG_SNRS = (4.0, 2.0, 0.0, -2.0, -4.0)  # where the error is measured, from litt
 def parse_args(argv: Sequence[str] | None):
     parser = Parser(__doc__)
     group = parser.add_argument_group("what to examine")
-    group.add_argument("--checkpoint", help="a file that train.py wrote: also examine its schedule, data and images")
+    group.add_argument("--checkpoint", help="a file of train.py or distill.py, or a pretrained model by its name "
+                                            "(mnist, fashion_mnist or glyphs): also examine its schedule, data and "
+                                            "images (default: none)")
     group.add_argument("--dataset", choices=SHARED_FLAGS["dataset"]["choices"],
                        help="the data set to examine (default: that of --checkpoint, else none)")
     add_shared_flags(group, "data_dir")
@@ -69,10 +73,7 @@ def parse_args(argv: Sequence[str] | None):
         help="the folder that is examined for whether results can be written to it"))
     add_shared_flags(group, "device")
     group.add_argument("--json", action="store_true", help="print a JSON list of {check, status, message, fix} instead")
-    args = parser.parse_args(argv)
-    if args.checkpoint and not Path(args.checkpoint).is_file():
-        parser.error(f"there is no checkpoint {args.checkpoint}: train one with python train.py")
-    return args
+    return parser.parse_args(argv)
 
 
 # -------------------------------------------------------------------------------------------------- the checkpoint
@@ -92,7 +93,9 @@ def training_flag(checkpoint: dict, name: str, default):
 
 
 def command_to_resume(args, *more: str) -> str:
-    """The command that resumes the run of --checkpoint."""
+    """The command that resumes the run of --checkpoint; of a pretrained one, which cannot be resumed, its training."""
+    if is_pretrained(args.checkpoint):
+        return pretrained_models()[Path(args.checkpoint).stem]["command"]
     folder = Path(args.checkpoint).parent
     folder = folder.parent if folder.name == "checkpoints" else folder
     return " ".join([resume_command(Namespace(**vars(args) | dict(output_dir=folder))), *more])
@@ -244,6 +247,7 @@ def examine_data(args, name: str, model, diffusion: DiffusionProcess, checkpoint
 @script
 def main(argv=None):
     args, findings = parse_args(argv), []
+    args = with_checkpoint(args) if args.checkpoint is not None else args
     if args.json:
         with contextlib.redirect_stdout(sys.stderr):  # messages of downloads do not belong in the JSON
             findings = list(examine(args))

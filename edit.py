@@ -1,8 +1,8 @@
 """Change a picture with a trained model, or make the images between two pictures or two seeds.
 
-    python edit.py inpaint --checkpoint outputs/model_final.pt --mask left
-    python edit.py vary --checkpoint outputs/model_final.pt --image my_digit.png --strength 0.6
-    python edit.py vary --checkpoint outputs/model_final.pt --label 7 --guidance_scale 2
+    python edit.py inpaint --mask left
+    python edit.py vary --checkpoint mnist --image my_digit.png --strength 0.6
+    python edit.py vary --checkpoint mnist --label 7 --guidance_scale 2
     python edit.py interpolate --checkpoint outputs/model_final.pt --image two.png seven.png --gif
     python edit.py invert --checkpoint outputs/model_final.pt --index 5
 
@@ -24,6 +24,7 @@ from data import code_of, load_dataset, to_uint8
 from data_sources.pictures import FITS, read_mask, read_picture
 from diffusion import Denoise
 from editing import ddim_inversion, inpaint, slerp
+from runtime.checkpoints import with_checkpoint
 from runtime.errors import UserError
 from runtime.files import check_inputs_stay, check_output
 from runtime.parser import SHARED_FLAGS, Parser, add_shared_flags, number
@@ -102,7 +103,9 @@ def colour(text: str) -> str:
 def add_command(commands, name: str, text: str, pictures: int = 1) -> Parser:
     """The parser of a command, with the flags that all commands share."""
     sub = commands.add_parser(name, description=text, help=text)
-    sub.add_argument("--checkpoint", required=True, help="a checkpoint of train.py")
+    sub.add_argument("--checkpoint", help="a file of train.py, or a pretrained model by its name: mnist, fashion_mnist "
+                                          "or glyphs (default: the newest model_final.pt of train.py below outputs/, "
+                                          "else mnist)")
     sub.add_argument("--output", default=f"outputs/{name}.png", help="the .png file to write")
     sub.add_argument("--gif", action="store_true", help="also write an animation of the steps beside the output")
     sub.add_argument("--columns", **SHARED_FLAGS["columns"] | dict(help="pictures in a row (default: 16)"))
@@ -332,7 +335,7 @@ def tell_of_pictures(args: Namespace, paths: Sequence[str], editor: Editor) -> N
 
 @script
 def main(argv=None):
-    args = parse_args(argv)
+    args = with_checkpoint(parse_args(argv), students=False)
     output = Path(args.output)
     paths = [args.image] if isinstance(args.image, str) else args.image or []
     outputs = [output, output.with_suffix(".gif")] if args.gif else [output]

@@ -1,8 +1,8 @@
 """Measure how good generated images are.
 
-    python evaluate.py --checkpoint outputs/model_final.pt
+    python evaluate.py
     python evaluate.py --images samples.npz --dataset mnist
-    python evaluate.py --checkpoint outputs/model_final.pt --sweep 5 10 20 50 --num_images 1000
+    python evaluate.py --checkpoint mnist --sweep 5 10 20 50 --num_images 1000
     torchrun --nproc_per_node=2 evaluate.py --checkpoint outputs/model_final.pt
     python evaluate.py --compare outputs/old/model_final.pt outputs/new/model_final.pt
     python evaluate.py --runs outputs
@@ -63,6 +63,7 @@ from evaluation.sweep import GeneratedImages, plot_cells, plot_sweep, print_tabl
 from evaluation.two_sample import two_sample_values
 from evaluation.verdict import verdict
 from runtime import distributed, threads
+from runtime.checkpoints import folder_of_results, with_checkpoint
 from runtime.errors import UserError
 from runtime.files import check_inputs_stay, check_writable, write_json
 from runtime.memory import run_or_suggest_batch_size
@@ -80,8 +81,8 @@ RESULTS = ("evaluation.json", "nearest.png", "sweep.json", "sweep.png", "sweep_i
 
 def parse_args(argv: Sequence[str] | None):
     parser = Parser(__doc__)
-    group = parser.add_argument_group("what to measure (one of these)").add_mutually_exclusive_group(required=True)
-    group.add_argument("--checkpoint", help="a checkpoint of train.py or distill.py: it makes the images")
+    group = parser.add_argument_group("what to measure (one of these)").add_mutually_exclusive_group()
+    add_shared_flags(group, "checkpoint")
     group.add_argument("--images", help="existing images: a .npz with arr_0 (or images), uint8 (N, H, W, C), or a "
                                         "folder of PNGs")
     group.add_argument("--train_features", choices=tuple(DATASETS), metavar="DATASET",
@@ -117,12 +118,17 @@ def parse_args(argv: Sequence[str] | None):
                             f"over {LIKELIHOOD_IMAGES:,} real images")
     group = parser.add_argument_group("run")
     add_shared_flags(group, "data_dir")
-    group.add_argument("--output_dir", help="the folder for the results (default: the folder of --checkpoint; "
-                                            "with --images: outputs)")
+    group.add_argument("--output_dir", help="the folder for the results (default: the folder of --checkpoint, of a "
+                                            "pretrained one outputs/pretrained/NAME; with --images: outputs)")
     add_shared_flags(group, "device", "precision", "threads", "seed")
     args = parser.parse_args(argv)
     check_flags(args, parser)
     return args
+
+
+def measures_checkpoint(args: Namespace) -> bool:
+    """Whether a checkpoint makes the images that are measured; without --checkpoint it is the default one."""
+    return all(other is None for other in (args.images, args.train_features, args.compare, args.runs))
 
 
 def check_flags(args, parser: Parser) -> None:
@@ -134,12 +140,12 @@ def check_flags(args, parser: Parser) -> None:
         parser.error(f"{'ready images need' if args.compare else '--images needs'} --dataset, the real images to "
                      f"compare with: {', '.join(DATASETS)}")
     for name in (*SAMPLING_FLAGS, "guidance_scale", "sweep"):
-        if name in parser.typed and (all(ready) or not (args.checkpoint or args.compare)):
+        if name in parser.typed and (all(ready) or not (measures_checkpoint(args) or args.compare)):
             parser.error(f"--{name} needs --checkpoint: it sets how a checkpoint makes images")
     for name in ("cas", "likelihood", "sweep"):
         if args.compare and name in parser.typed:
             parser.error(f"--{name} and --compare cannot be combined: run --{name} with each checkpoint")
-    if args.likelihood and not args.checkpoint:
+    if args.likelihood and not measures_checkpoint(args):
         parser.error("--likelihood needs --checkpoint: it is the likelihood of the checkpoint's diffusion process")
     for name in ("cas", "likelihood"):
         if args.sweep is not None and getattr(args, name):
@@ -277,6 +283,7 @@ def run_sweep(args: Namespace, command: Sequence[str], reference: Reference | No
 def run_comparison(args: Namespace, command: Sequence[str], device: torch.device, output: Path) -> None:
     """Measure the two of --compare with the same seed: prints the table of differences, writes compare.json."""
     sides = [Namespace(**vars(args) | {"images" if is_ready(path) else "checkpoint": path}) for path in args.compare]
+    sides = [with_checkpoint(side) if side.checkpoint else side for side in sides]
     with distributed.local_rank_0_first():
         inputs = [load_inputs(side, device, output) for side in sides]
     _, _, data, floor_data, networks = inputs[0]
@@ -307,7 +314,7 @@ def run_comparison(args: Namespace, command: Sequence[str], device: torch.device
 
 def output_folder(args: Namespace) -> Path:
     """--output_dir, else the folder of the checkpoint, else outputs/."""
-    return Path(args.output_dir or (Path(args.checkpoint).parent if args.checkpoint else "outputs"))
+    return Path(args.output_dir or (folder_of_results(args.checkpoint) if args.checkpoint else "outputs"))
 
 
 def load_inputs(args: Namespace, device: torch.device, output: Path):
@@ -336,9 +343,9 @@ def main(argv=None):
     device = get_device(distributed.local_device(args.device))
     distributed.init_process_group(device)
     threads.set_up(args.threads, device)
-    if distributed.world_size() > 1 and not (args.checkpoint or args.compare):
+    if distributed.world_size() > 1 and not (measures_checkpoint(args) or args.compare):
         raise UserError("several processes only help to make images: without --checkpoint leave torchrun out")
-    if args.runs:
+    if args.runs is not None:
         return list_runs(Path(args.runs))
     if args.train_features:
         bf16 = pick_precision(args.precision, device) == "bf16"
@@ -348,6 +355,7 @@ def main(argv=None):
                                    progress("training the autoencoder", "steps")))
         return
     torchmetrics_image()  # an error now, not after the images are made
+    args = with_checkpoint(args) if measures_checkpoint(args) else args
     output, command = output_folder(args), ["evaluate.py", *(sys.argv[1:] if argv is None else argv)]
     if args.compare:
         run_comparison(args, command, device, output)

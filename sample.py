@@ -1,8 +1,8 @@
 """Make images with a trained model.
 
-    python sample.py --checkpoint outputs/model_final.pt --show_intermediate
+    python sample.py --show_intermediate
     python sample.py --checkpoint outputs/model_final.pt --sampler ddpm --timesteps 1000 --seed 7
-    python sample.py --checkpoint outputs/model_final.pt --label 0-9 --guidance_scale 2
+    python sample.py --checkpoint mnist --label 0-9 --guidance_scale 2
 
 No flag of the training has to be repeated: the checkpoint holds them. If --output ends in .npz, it gets the images as
 arr_0, uint8 (N, H, W, C), and labels (N,) where there are any, instead of a picture. Without --label, a conditional
@@ -22,6 +22,7 @@ import torch
 from checkpoint import load_model
 from data import LevelCode, code_of
 from runtime import distributed, threads
+from runtime.checkpoints import with_checkpoint
 from runtime.errors import UserError
 from runtime.files import atomic_write, check_output
 from runtime.memory import run_or_suggest_batch_size
@@ -41,8 +42,7 @@ GIF_FRAMES, GIF_IMAGES = 40, 16
 def parse_args(argv: Sequence[str] | None):
     parser = Parser(__doc__)
     group = parser.add_argument_group("what")
-    group.add_argument("--checkpoint", required=True, help="a checkpoint of train.py or distill.py")
-    add_shared_flags(group, "use_ema", "num_images", "label")
+    add_shared_flags(group, "checkpoint", "use_ema", "num_images", "label")
     group.add_argument("--output", default=DEFAULT_OUTPUT, help="the .png or .npz file to write")
     add_shared_flags(group, "columns", "scale")
     group.add_argument("--show_intermediate", action="store_true",
@@ -158,6 +158,7 @@ def main(argv=None):
     if args.num_images < distributed.world_size():
         raise UserError(f"{args.num_images} images do not divide among {distributed.world_size()} processes: choose "
                         f"more")
+    args = with_checkpoint(args)
     model, diffusion, checkpoint = load_model(args.checkpoint, device, args.use_ema)
     config, shape = checkpoint["config"], checkpoint["config"]["data"]["shape"]
     code = code_of(config)

@@ -2,7 +2,8 @@
 
     python visualize_diffusion.py
     python visualize_diffusion.py --what schedules --save_path outputs/schedules.png
-    python visualize_diffusion.py --what denoising --checkpoint outputs/model_final.pt
+    python visualize_diffusion.py --what denoising
+    python visualize_diffusion.py --what attention --checkpoint mnist
 
     forward     images at increasing t               attention   attention weights of some positions
     schedules   the noise schedules                  features    activations of the U-Net's stages
@@ -24,6 +25,7 @@ from checkpoint import load_model
 from data import DATASETS, code_of, load_dataset, to_model, to_uint8
 from diffusion import SCHEDULES, DiffusionProcess
 from evaluation.network_plots import Frame, draw_attention, draw_embedding, draw_features, draw_loss
+from runtime.checkpoints import with_checkpoint
 from runtime.files import check_output
 from runtime.parser import Parser, add_shared_flags, number
 from runtime.sampling import dataset_of, sampling_options
@@ -58,26 +60,23 @@ def parse_args(argv: Sequence[str] | None):
     parser.add_argument("--timesteps", type=number(int, 1, 100_000), default=1000,
                         help="T, the number of noising steps, for --what forward and schedules")
     parser.add_argument("--dataset", choices=tuple(DATASETS),
-                        help="the images that --what forward shows (default: mnist; of a --checkpoint: its own)")
+                        help="the images that --what forward shows (default: mnist; of a model: its own)")
     add_shared_flags(parser, "data_dir", "seed", "device")
     parser.add_argument("--columns", type=number(int, 2, 100),
                         help=f"the number of times t to show (default: {FRAME_COLUMNS}; for --what forward "
                              f"{len(COLUMNS)})")
     parser.add_argument("--dpi", type=number(int, 10, 2400), default=120, help="the resolution, in pixels per inch")
     group = parser.add_argument_group(f"--what {', '.join(WITH_MODEL)}")
-    group.add_argument("--checkpoint", help="a checkpoint of train.py or distill.py; its data set is used")
-    add_shared_flags(group, "sampler", "spacing", "steps", "label", "guidance_scale")
+    add_shared_flags(group, "checkpoint", "sampler", "spacing", "steps", "label", "guidance_scale")
     group.add_argument("--projection", choices=("tsne", "pca"), default="tsne",
                        help="the method by which --what embedding brings features into two dimensions")
     args = parser.parse_args(argv)
-    if args.what in WITH_MODEL and not args.checkpoint:
-        parser.error(f"--what {args.what} needs a trained model: add --checkpoint outputs/model_final.pt")
     if args.what in WITHOUT_MODEL and args.checkpoint:
         parser.error(f"--what {args.what} does not use a model: leave out --checkpoint, or choose --what "
                      f"{', '.join(WITH_MODEL)}")
     for name in sorted({flag for flags in READ_FLAGS.values() for flag in flags} & parser.typed):
         readers = [what for what, flags in READ_FLAGS.items() if name in flags]
-        if args.what not in readers and not (name == "dataset" and args.checkpoint):
+        if args.what not in readers and not (name == "dataset" and args.what in WITH_MODEL):
             parser.error(f"--{name} changes nothing with --what {args.what}: leave it out (it is for --what "
                          f"{', '.join(readers)})")
     if args.save_path is not None and Path(args.save_path).suffix not in FIGURE_FORMATS:
@@ -229,6 +228,7 @@ def main(argv=None):
     if args.what in WITHOUT_MODEL:
         draw = partial({"forward": draw_forward, "schedules": draw_schedules}[args.what], args)
     else:
+        args = with_checkpoint(args)
         model, diffusion, checkpoint = load_model(args.checkpoint, get_device(args.device))
         dataset_of(checkpoint, args.dataset)  # an error if --dataset names another
         draw = partial(draw_with_model, args, model, diffusion, checkpoint["config"])

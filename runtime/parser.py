@@ -69,8 +69,6 @@ class Parser(argparse.ArgumentParser):
         return split
 
     def error(self, message: str):
-        if "required" in message and "--checkpoint" in message:
-            message += ", such as --checkpoint outputs/model_final.pt"
         raise UserError(f"{message} (python {self.prog} --help lists the flags)")
 
 
@@ -128,6 +126,8 @@ SHARED_FLAGS = {
                          "fewer while other programs are busy, except in a training that ends after --epochs, so "
                          "that it can be repeated bit for bit)"),
     # for scripts that make images with a checkpoint
+    "checkpoint": dict(help="a file of train.py or distill.py, or a pretrained model by its name: mnist, "
+                            "fashion_mnist or glyphs (default: the newest model_final.pt below outputs/, else mnist)"),
     "use_ema": dict(action=argparse.BooleanOptionalAction, default=True,
                     help="use the moving average of the weights, which makes better images; --no-use_ema: the weights "
                          "after the last step"),

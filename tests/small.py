@@ -1,8 +1,12 @@
 """Small networks and checkpoints that act without any training."""
 
+import hashlib
+import json
+
 import torch
 
-from checkpoint import FIELDS, save_checkpoint
+from benchmarks.pretrained import packed
+from checkpoint import FIELDS, load_checkpoint, save_checkpoint
 from data import DATASETS
 from diffusion import DiffusionProcess
 from models import create_model
@@ -29,3 +33,14 @@ def small_checkpoint(path, dataset="glyphs", conditional=False, num_timesteps=40
                  model=model.state_dict(), ema=model.state_dict())
     save_checkpoint(path, **{name: given.get(name, kind()) for name, kind in FIELDS.items()})
     return path
+
+
+def pretrained_folder(folder, **paths):
+    """Make a folder like models/pretrained/ that holds checkpoints by their names; returns it."""
+    index = {}
+    for name, path in paths.items():
+        save_checkpoint(folder / f"{name}.pt", **packed(load_checkpoint(path)))
+        digest = hashlib.sha256((folder / f"{name}.pt").read_bytes()).hexdigest()
+        index[name] = dict(sha256=digest, command=f"python train.py --dataset {name} --budget 10m", figures={})
+    (folder / "index.json").write_text(json.dumps(index))
+    return folder

@@ -484,7 +484,7 @@ def test_flags_that_do_not_go_together_are_refused(small, tmp_path, checkpoint, 
     npz = write_npz(tmp_path / "x.npz", load_dataset("glyphs", "test", data_dir).images[:COUNT])
     here, ready = ("--output_dir", tmp_path), ("--images", npz, "--dataset", "glyphs")
     for flags, message in (
-            (("--images", npz), "--dataset"), ((), "required"),
+            (("--images", npz), "--dataset"),
             (("--images", npz, "--checkpoint", path), "not allowed"),
             (("--images", npz, "--dataset", "glyphs", "--sweep"), "--checkpoint"),
             (("--images", npz, "--dataset", "glyphs", "--cas"), "labels"),

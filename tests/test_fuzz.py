@@ -13,7 +13,7 @@ import pytest
 from harness import files
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from small import small_checkpoint
+from small import pretrained_folder, small_checkpoint
 
 import benchmark
 import distill
@@ -47,9 +47,10 @@ def choices(script, *argv):
 
 @pytest.fixture(scope="module")
 def place(tmp_path_factory, data_dir):
-    """A folder to work in, with a checkpoint, a file that is none, ready images, and the user's notes."""
+    """A folder to work in, with a checkpoint (also pretrained), a file that is none, images, and the user's notes."""
     folder = tmp_path_factory.mktemp("fuzz")
     small_checkpoint(folder / "model.pt", conditional=True, num_timesteps=8)
+    pretrained = pretrained_folder(tmp_path_factory.mktemp("pretrained"), mnist=folder / "model.pt")
     (folder / "broken.pt").write_bytes(b"broken")
     np.savez(folder / "images.npz", arr_0=np.zeros((2, 28, 28, 1), np.uint8), labels=np.zeros(2, int))
     (folder / "outputs").mkdir()
@@ -57,7 +58,9 @@ def place(tmp_path_factory, data_dir):
     before = os.getcwd()
     os.chdir(folder)
     os.symlink(data_dir.resolve(), folder / "data")
-    yield folder
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("runtime.checkpoints.PRETRAINED", pretrained)
+        yield folder
     os.chdir(before)
 
 
@@ -183,7 +186,7 @@ VALID_ELSEWHERE = {  # the same for the other scripts
     distill: {"teacher_steps": ["2", "8", "9"], "teacher_order": ["1", "2"], "guidance_scale": ["0", "1", "3.5"],
               "batch_size": ["1", "3", "1000"], "lr": ["0", "1e30"], "muon_lr": ["0", "1e30"], "seed": ["0", "9"],
               "precision": ["fp32", "bf16", "auto"], "budget": ["1e-9", "1m"]},
-    doctor: {"checkpoint": ["model.pt", "broken.pt"], "dataset": ["glyphs", "mnist"], "json": [""]},
+    doctor: {"checkpoint": ["model.pt", "broken.pt", "mnist"], "dataset": ["glyphs", "mnist"], "json": [""]},
     benchmark: {"contestants": ["fast", "ddpm fast", "first_try"], "budgets": ["1s", "1m 2m"], "quick": [""],
                 "num_images": ["1", "500"], "limit": ["0", "1"], "dataset": ["glyphs", "mnist"]},
 }
@@ -208,10 +211,10 @@ def test_train_ends_well_or_says_why_with_flags_that_make_sense(place, flags):
 
 
 @quietly
-@given(flags=flags_of(choices(sample, "--checkpoint", "x")), whole=st.booleans())
-def test_sample_refuses_or_makes_images_with_any_flags(place, flags, whole):
+@given(flags=flags_of(choices(sample)), given=st.sampled_from(["model.pt", "mnist", None]), whole=st.booleans())
+def test_sample_refuses_or_makes_images_with_any_flags(place, flags, given, whole):
     end = ["--num_images", "2", "--steps", "2", "--device", "cpu", "--output", "outputs/x.png"]
-    call(sample, ["--checkpoint", "model.pt", *flags, *(end if whole else end[:2])], place)
+    call(sample, [*(["--checkpoint", given] if given else []), *flags, *(end if whole else end[:2])], place)
 
 
 @quietly

@@ -254,7 +254,7 @@ WEIGHTS = {
     "whole numbers": lambda w, name: w.update({name: w[name].long()}),
     "double": lambda w, name: w.update({name: w[name].double()}),
     "complex": lambda w, name: w.update({name: w[name].to(torch.complex64)}),
-    "half": lambda w, name: w.update({name: w[name].half()}),
+    "bfloat16": lambda w, name: w.update({name: w[name].bfloat16()}),
     "sparse": lambda w, name: w.update({name: w[name].to_sparse()}),
     "nowhere": lambda w, name: w.update({name: w[name].to("meta")}),
     "without memory": lambda w, name: w.update({name: torch.zeros(1).expand(w[name].shape)}),

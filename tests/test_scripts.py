@@ -478,7 +478,6 @@ def test_no_folder_is_made_for_a_checkpoint_that_is_missing(tmp_path, capsys):
 
 
 @pytest.mark.parametrize("flags, words", [
-    (["--what", "denoising"], ["--checkpoint"]),
     (["--what", "denoising", "--checkpoint", "missing.pt"], ["missing.pt", "train.py"]),
     (["--save_path", "x.jpg"], [".png", ".pdf", ".svg", "x.jpg"]),
     (["--num_images", "0"], ["--num_images", "'0'"]),

@@ -247,13 +247,6 @@ def test_what_cannot_be_seen_is_told_in_one_line(checkpoints, data_dir, tmp_path
     assert len(error.splitlines()) == 1 and all(word in error for word in words) and not any(tmp_path.iterdir())
 
 
-@pytest.mark.parametrize("what", INSIDE)
-def test_a_look_inside_needs_a_checkpoint(what, tmp_path, capsys):
-    assert visualize_diffusion.main(["--what", what, "--save_path", str(tmp_path / "x.png")]) == 2
-    error = capsys.readouterr().err
-    assert len(error.splitlines()) == 1 and "--checkpoint" in error and what in error
-
-
 WHAT = ("forward", "schedules", "denoising", "attention", "features", "embedding", "loss")
 
 

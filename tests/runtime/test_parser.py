@@ -107,13 +107,6 @@ def test_a_parser_knows_what_was_typed():
     assert known.typed == {"count", "rate"}
 
 
-def test_a_missing_checkpoint_is_told_with_an_example():
-    known = Parser("What it does.")
-    known.add_argument("--checkpoint", required=True)
-    with pytest.raises(UserError, match=r"--checkpoint.*such as --checkpoint outputs/model_final\.pt"):
-        known.parse_args([])
-
-
 @pytest.mark.parametrize("text, seconds", [("90", 90), ("90s", 90), ("10m", 600), ("1.5h", 5400)])
 def test_durations_have_units(text, seconds):
     assert duration(text) == seconds

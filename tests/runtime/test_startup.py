@@ -78,7 +78,7 @@ def test_where_the_system_says_nothing_it_is_the_processor_time(monkeypatch):
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="/proc is Linux's")
-@pytest.mark.parametrize("script, more", [("train", ["--device", "cpu"]), ("distill", ["--checkpoint", "x"])])
+@pytest.mark.parametrize("script, more", [("train", ["--device", "cpu"]), ("distill", ["--checkpoint", __file__])])
 def test_the_budget_of_a_script_begins_when_its_process_does(root, tmp_path, script, more):
     """With processor time it began seconds before the process, or after what the process slept and waited."""
     argv = ["--output_dir", str(tmp_path / "run"), *more]
