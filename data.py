@@ -79,7 +79,7 @@ class LevelCode:
 LINEAR_POINTS = torch.arange(256, dtype=torch.float64) / 127.5 - 1
 LINEAR = LevelCode(LINEAR_POINTS)
 LEVEL_CODES = ("histogram", "linear")
-CODE_SHARE, CODE_POWER = 0.35, 0.75  # of `histogram_code`; measured: benchmarks/RECORDS.md
+CODE_SHARE, CODE_POWER = 0.95, 0.6  # of `histogram_code`; measured: benchmarks/RECORDS.md
 
 
 def histogram_code(images: Tensor, share: float = CODE_SHARE, power: float = CODE_POWER) -> LevelCode:
