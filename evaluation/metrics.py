@@ -53,11 +53,13 @@ class ImageFeatures(NamedTuple):
     """What networks say of N images: features (N, D) float32 and class probabilities (N, classes), on the CPU.
 
     second (N, D2) float32: the features of the autoencoder, or None.
+    marks (N, num_marks) float32: how likely each mark is in each image, 0..1, or None where the data has none.
     """
 
     features: Tensor
     probabilities: Tensor
     second: Tensor | None = None
+    marks: Tensor | None = None
 
 
 def torchmetrics_image():
