@@ -329,8 +329,8 @@ class DataSet(NamedTuple):
     read_marks: Callable[[Path, bool], Tensor] | None = None
 
 
-# To add a data set, add a row. Noise levels: measured (benchmarks/RECORDS.md); that of cifar10: Karras et al. 2022; that
-# of scenes: the same plus log(64 / 32), because twice the pixels need twice the noise (Hoogeboom et al. 2023, eq. 3).
+# To add a data set, add a row. Noise levels: measured (benchmarks/RECORDS.md); that of cifar10: Karras et al. 2022; of
+# scenes: the same plus log(64 / 32), since twice the side needs twice the noise (Hoogeboom et al. 2023, section 3.1).
 DATASETS = {
     "mnist": DataSet(partial(_mnist, "MNIST", MNIST_FILES), DIGITS, noise_level=(0.7, 0.9)),
     "fashion_mnist": DataSet(partial(_mnist, "FashionMNIST", FASHION_FILES), FASHION, noise_level=(0.0, 1.2)),

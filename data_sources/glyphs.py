@@ -9,12 +9,9 @@ from functools import lru_cache
 from pathlib import Path
 from typing import NamedTuple
 
-import matplotlib
 import numpy as np
 import torch
 import torch.nn.functional as F
-from matplotlib.font_manager import FontProperties
-from matplotlib.textpath import TextPath
 
 SIDE = 28  # image side in pixels
 FIELD_EXTENT = 25.0  # side of the square that a distance field covers, in pixels of an undistorted digit
@@ -34,6 +31,10 @@ TYPEFACES = (
 
 def outline(typeface: str, digit: int) -> np.ndarray:
     """Line segments (n, 2 ends, 2) of a digit in pixels: y downwards, centred at the origin, of size DIGIT_SIZE."""
+    import matplotlib  # slow, and only needed to draw
+    from matplotlib.font_manager import FontProperties
+    from matplotlib.textpath import TextPath
+
     file = Path(matplotlib.get_data_path()) / "fonts" / "ttf" / f"{typeface}.ttf"
     path = TextPath((0, 0), str(digit), size=40, prop=FontProperties(fname=str(file)))
     rings = path.to_polygons()

@@ -151,8 +151,9 @@ def _compose(fields, there, places, turn, paint, ground, light) -> torch.Tensor:
     for k in range(MOST):
         rows = there[:, k].nonzero()[:, 0]
         cover = (_distances(fields[rows, k], places[rows, k], turn[rows, k]) + 0.5).clamp(0, 1)[:, None]
-        side = ((pixels - places[rows, k, None, None, :2]) * light[rows, None, None]).sum(-1) / places[rows, k, 2:, None]
-        lit = paint[rows, k, :, None, None] * (1 + 0.25 * side.clamp(-1, 1)[:, None])
+        facing = ((pixels - places[rows, k, None, None, :2]) * light[rows, None, None]).sum(-1)
+        facing = (facing / places[rows, k, 2:, None]).clamp(-1, 1)
+        lit = paint[rows, k, :, None, None] * (1 + 0.25 * facing[:, None])
         images[rows] = images[rows] * (1 - cover) + lit * cover
     return images
 

@@ -7,8 +7,8 @@ import pytest
 import torch
 
 import train
-from training import flags
 from data import ImageData
+from training import flags
 from training.flags import RECIPES, make_settings, resume_command
 
 CPU = torch.device("cpu")
@@ -50,8 +50,8 @@ def test_what_is_left_open_is_filled_in_by_the_data_set(dataset, mean, std):
 
 
 def test_without_epochs_and_budget_there_are_twenty_epochs():
-    assert [make_settings(parsed(*words), DATA, CPU).epochs for words in ([], ["--budget", "9s"], ["--epochs", "3"])] == [
-        20, None, 3]
+    given = ([], ["--budget", "9s"], ["--epochs", "3"])
+    assert [make_settings(parsed(*words), DATA, CPU).epochs for words in given] == [20, None, 3]
 
 
 @pytest.mark.parametrize("own", [dict(), dict(data_dir="my data"), dict(output_dir="a b/run", device="cpu")], ids=str)
