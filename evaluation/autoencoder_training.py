@@ -31,7 +31,7 @@ AUTOENCODER_RECIPES = {
     "mnist": AutoencoderRecipe(feature_dims=64),
     "glyphs": AutoencoderRecipe(feature_dims=64),
     "fashion_mnist": AutoencoderRecipe(feature_dims=64),
-    "scenes": AutoencoderRecipe(epochs=4, shrink=2),
+    "scenes": AutoencoderRecipe(epochs=6, shrink=2),
 }
 
 

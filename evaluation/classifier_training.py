@@ -92,7 +92,7 @@ CLASSIFIER_RECIPES = {
     "glyphs": ClassifierRecipe(width=32, epochs=6, weight_decay=3e-4, augment=warp),
     "fashion_mnist": ClassifierRecipe(epochs=18, augment=augment_clothes),
     "cifar10": ClassifierRecipe(epochs=24, augment=augment_photos),
-    "scenes": ClassifierRecipe(width=16, epochs=3),
+    "scenes": ClassifierRecipe(width=16, epochs=6),
 }
 
 

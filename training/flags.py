@@ -178,7 +178,8 @@ def make_config(settings: Namespace, data: ImageData, saved: dict | None = None)
     """
     attention = settings.attention and [factor for factor in settings.attention if factor]
     last_share = saved["diffusion"].get("last_share", 0.0) if saved else LAST_SHARE
-    data_std = saved["diffusion"]["data_std"] if saved else round(data.first(10_000).x_0().std().item(), 3)
+    some = data.first(min(10_000, 2**25 // data.images[0].numel()))  # large images would need much memory as floats
+    data_std = saved["diffusion"]["data_std"] if saved else round(some.x_0().std().item(), 3)
     code = {} if data.code.is_linear else dict(level_code=data.code.points.tolist())
     return dict(
         model=dict({name: getattr(settings, name) for name in MODEL_FLAGS}, image_channels=data.images.shape[1],
