@@ -87,8 +87,8 @@ def test_pictures_in_colour_are_edited_distilled_examined_and_looked_into(checkp
     here = ["--checkpoint", str(checkpoint), "--device", "cpu"]
     assert edit.main(["inpaint", *here, "--image", str(tmp_path / "a.png"), "--mask", "left", "--steps", "2",
                       "--output", str(tmp_path / "b.png")]) == 0
-    assert distill.main([*here, "--data_dir", str(few), "--output_dir", str(tmp_path / "student"), "--teacher_steps", "4",
-                         "--batch_size", "8"]) == 0
+    assert distill.main([*here, "--data_dir", str(few), "--output_dir", str(tmp_path / "student"), "--teacher_steps",
+                         "4", "--batch_size", "8"]) == 0
     assert doctor.main([*here, "--data_dir", str(few)]) in (0, 1)  # a network of two steps has its defects
     for what in ("denoising", "attention", "loss"):
         assert visualize_diffusion.main([*here, "--what", what, "--data_dir", str(few), "--save_path",
