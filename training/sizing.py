@@ -22,7 +22,8 @@ def network_size(shape: Sequence[int], images: int, budget: float | None, device
                         positions counts as an n-th of the budget, because an image takes about n times as long
 
     Below 2,000 images it is at most 32 channels. Grey and colour are treated alike: colour only changes the first and
-    the last layer. For 28 × 28 and 32 × 32 the grids are 14, 7 and 16, 8. Measured: benchmarks/RECORDS.md.
+    the last layer. For 28 × 28 and 32 × 32 the grids are 14, 7 and 16, 8. Measured (benchmarks/RECORDS.md) are the
+    widths on digits and clothes and the patches at 64 × 64; the widths of fewer images and of other grids are not.
 
     images: the number of training images; budget: seconds, or None; patch_size: that of the flags, which is kept.
     """
