@@ -236,7 +236,7 @@ def quadratic_timesteps(num_timesteps: int, steps: int) -> list[float]:
     return [max(0.0, num_timesteps * ((steps - i) / steps) ** 2 - 1) for i in range(steps)]
 
 
-HIGHEST_NOISE, LOWEST_NOISE = 20.0, 0.1  # measured: benchmarks/RECORDS.md
+HIGHEST_NOISE, LOWEST_NOISE, KARRAS_RHO = 20.0, 0.1, 3  # measured: benchmarks/RECORDS.md
 
 
 def noise_level_timesteps(diffusion: DiffusionProcess, steps: int, rho: float = math.inf) -> list[float]:
@@ -262,7 +262,7 @@ SPACINGS = {  # name -> times(diffusion, steps)
     "uniform": lambda diffusion, steps: uniform_timesteps(diffusion.num_timesteps, steps),
     "quadratic": lambda diffusion, steps: quadratic_timesteps(diffusion.num_timesteps, steps),
     "log_snr": noise_level_timesteps,
-    "karras": lambda diffusion, steps: noise_level_timesteps(diffusion, steps, rho=3),
+    "karras": lambda diffusion, steps: noise_level_timesteps(diffusion, steps, rho=KARRAS_RHO),
 }
 
 
