@@ -34,7 +34,8 @@ $(VENV)/demo: requirements.txt | $(BIN)/python
 	$(INSTALL) -r requirements.txt
 	touch $@
 
-$(VENV)/dev: requirements.txt requirements-dev.txt requirements-eval.txt requirements-web.txt | $(BIN)/python
+$(VENV)/dev: requirements.txt requirements-dev.txt requirements-eval.txt requirements-export.txt \
+    requirements-web.txt | $(BIN)/python
 	$(INSTALL) -r requirements-dev.txt
 	touch $@
 

@@ -2,13 +2,18 @@
 
 import json
 import re
+import sys
 
+import numpy as np
 import pytest
 import torch
 from harness import assert_refused
-from small import small_checkpoint
+from small import small_checkpoint, small_model
+from torch.testing import assert_close
 
 import export
+import sample
+from checkpoint import load_checkpoint
 from web import page as page_of
 
 
@@ -65,7 +70,9 @@ def test_half_precision_is_as_close_as_it_can_be():
 
 @pytest.mark.parametrize("flags, words", [
     (["--output", "x.pdf"], ["x.pdf", ".html"]), (["--weights", "int8"], ["int8"]),
-    (["--output", "model.pt/x.html"], ["model.pt"])])
+    (["--output", "model.pt/x.html"], ["model.pt"]), (["--format", "onnx", "--weights", "float16"], ["float32"]),
+    (["--format", "onnx", "--checkpoint", "model.pt", "model.pt"], ["one --checkpoint"]),
+    (["--format", "onnx", "--output", "x.html"], ["x.html", ".onnx"])])
 def test_wrong_flags_are_refused(flags, words, tmp_path, monkeypatch, capfd):
     monkeypatch.chdir(tmp_path)
     path = small_checkpoint(tmp_path / "model.pt")
@@ -88,3 +95,111 @@ def test_what_the_page_cannot_run_is_refused(tmp_path, monkeypatch, capfd):
     monkeypatch.setattr(page_of, "SimpleUNet", object)
     assert_refused(capfd, exported(path), "model.pt", "SimpleUNet")
     assert not (tmp_path / "page.html").exists()
+
+
+# ------------------------------------------------------------------------------------------------------- safetensors
+
+
+def images(checkpoint, folder):
+    """The images that sample.py makes with a checkpoint."""
+    flags = ["--num_images", "3", "--steps", "3", "--device", "cpu", "--precision", "fp32"]
+    assert sample.main(["--checkpoint", str(checkpoint), "--output", str(folder / "x.npz"), *flags]) == 0
+    return np.load(folder / "x.npz")["arr_0"].astype(int)
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """What --format safetensors writes of a small checkpoint, which was measured."""
+    pytest.importorskip("safetensors", reason="safetensors is missing: pip install -r requirements-export.txt")
+    path = small_checkpoint(tmp_path / "model.pt", "fashion_mnist", conditional=True)
+    figures = dict(frechet_distance=dict(value=0.1234, low=0.1, high=0.2, floor=0.05),
+                   bits_per_dim=dict(value=1.5, low=1.4, high=1.6, floor=None))
+    (tmp_path / "evaluation.json").write_text(json.dumps(dict(checkpoint="outputs/model.pt", figures=figures)))
+    assert exported(path, "--format", "safetensors") == 0
+    return tmp_path / "safetensors"
+
+
+def test_sample_py_draws_the_same_from_the_folder(folder, tmp_path):
+    assert {path.name for path in folder.iterdir()} == {"model.safetensors", "config.json", "README.md"}
+    expected = images(tmp_path / "model.pt", tmp_path)
+    assert (images(folder, tmp_path) == expected).all() and expected.std() > 10
+    assert exported(tmp_path / "model.pt", "--format", "safetensors", "--weights", "float16", "--output", folder) == 0
+    assert np.abs(images(folder / "model.safetensors", tmp_path) - expected).max() <= 3
+    assert load_checkpoint(folder / "model.safetensors")["config"] == load_checkpoint(tmp_path / "model.pt")["config"]
+
+
+def test_the_model_card_says_what_it_is_and_its_example_runs(folder, tmp_path, monkeypatch):
+    card = (folder / "README.md").read_text()
+    assert card.startswith("---\n") and "fashion_mnist" in card and "Ankle boot" in card and "MIT" in card
+    assert "| frechet_distance | 0.1234 | 0.1000 to 0.2000 | 0.0500 |" in card
+    assert "| bits_per_dim | 1.5000 | 1.4000 to 1.6000 |  |" in card and str(tmp_path) not in card
+    [code] = re.findall(r"```python\n(.*?)```", card, re.DOTALL)
+    monkeypatch.chdir(tmp_path)
+    names = dict(x_t=torch.zeros(2, 1, 28, 28), t=torch.zeros(2), labels=torch.zeros(2, dtype=torch.long))
+    exec(code, names)
+    assert names["prediction"].shape == (2, 1, 28, 28)
+
+
+def test_a_card_without_figures_says_how_to_measure(tmp_path):
+    pytest.importorskip("safetensors", reason="safetensors is missing: pip install -r requirements-export.txt")
+    path = small_checkpoint(tmp_path / "model.pt")
+    (tmp_path / "evaluation.json").write_text(json.dumps(dict(checkpoint="outputs/another.pt", figures={"a": {}})))
+    assert exported(path, "--format", "safetensors", "--output", tmp_path / "x") == 0
+    assert "evaluate.py" in (tmp_path / "x/README.md").read_text()
+
+
+@pytest.mark.parametrize("damage", [
+    lambda folder: (folder / "config.json").unlink(), lambda folder: (folder / "config.json").write_text("{"),
+    lambda folder: (folder / "config.json").write_text("[]"), lambda folder: (folder / "config.json").write_text("{}"),
+    lambda folder: (folder / "model.safetensors").write_bytes(b""),
+    lambda folder: (folder / "model.safetensors").write_bytes((folder / "model.safetensors").read_bytes()[:-8])])
+def test_a_damaged_folder_is_refused(folder, damage, capfd):
+    damage(folder)
+    assert_refused(capfd, sample.main(["--checkpoint", str(folder)]), "model.safetensors")
+
+
+def test_a_folder_has_no_other_weights_than_the_average(folder, capfd):
+    assert_refused(capfd, sample.main(["--checkpoint", str(folder), "--no-use_ema"]), "--no-use_ema")
+
+
+@pytest.mark.parametrize("name", ["safetensors", "onnx"])
+def test_a_missing_library_is_named(name, tmp_path, monkeypatch, capfd):
+    path = small_checkpoint(tmp_path / "model.pt")
+    for module in (name, f"{name}.torch"):
+        monkeypatch.setitem(sys.modules, module, None)
+    assert_refused(capfd, exported(path, "--format", name), name, "requirements-export.txt")
+    assert [file.name for file in tmp_path.rglob("*") if file.is_file()] == ["model.pt"]
+
+
+# -------------------------------------------------------------------------------------------------------------- onnx
+
+
+@pytest.mark.parametrize("config", [dict(conditional=True), dict(patch_size=1, attention=[2, 4], depth=2)])
+def test_onnx_predicts_the_same_for_batches_of_any_size(config, tmp_path, capsys):
+    for name in ("onnx", "onnxscript"):
+        pytest.importorskip(name, reason=f"{name} is missing: pip install -r requirements-export.txt")
+    onnxruntime = pytest.importorskip("onnxruntime", reason="onnxruntime is missing: pip install -r "
+                                                            "requirements-export.txt")
+    path = small_checkpoint(tmp_path / "model.pt", **config)
+    assert exported(path, "--format", "onnx") == 0
+    assert float(re.search(r"by (\S+) at most", capsys.readouterr().out)[1]) < 1e-4
+    content = (tmp_path / "model.onnx").read_bytes()
+    assert not any(str(folder).encode() in content for folder in (tmp_path, export.__file__, torch.__path__[0]))
+    session = onnxruntime.InferenceSession(content)
+    assert json.loads(session.get_modelmeta().custom_metadata_map["config"]) == load_checkpoint(path)["config"]
+    conditional = config.pop("conditional", False)
+    model = small_model(num_classes=10 if conditional else None, **config)
+    assert [each.name for each in session.get_inputs()] == ["x", "t", "labels"][:3 if conditional else 2]
+    for count in (1, 7):
+        inputs = export.example_inputs(model, (1, 28, 28), count)
+        named = dict(zip(("x", "t", "labels"), (each.numpy() for each in inputs), strict=False))
+        [prediction] = session.run(None, named)
+        assert_close(torch.from_numpy(prediction), model(*inputs), rtol=0, atol=1e-4)
+
+
+def test_predictions_that_differ_are_not_written(tmp_path, monkeypatch, capfd):
+    path = small_checkpoint(tmp_path / "model.pt")
+    monkeypatch.setattr(export, "to_onnx", lambda *_: type("Model", (), {"SerializeToString": lambda self: b""})())
+    monkeypatch.setattr(export, "difference", lambda *_: float("nan"))
+    assert exported(path, "--format", "onnx") == 1
+    assert "nothing is written" in capfd.readouterr().err and not (tmp_path / "model.onnx").exists()
