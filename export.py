@@ -218,9 +218,10 @@ def main(argv=None):
             check_output(output / SAFETENSORS, *paths)
             write_safetensors(paths[0], args, check_writable(output))
     except ModuleNotFoundError as error:
-        if error.name not in LIBRARIES:
+        library = (error.name or "").split(".")[0]
+        if library not in LIBRARIES:
             raise
-        raise UserError(f"--format {args.format} needs {error.name}: pip install -r requirements-export.txt") from error
+        raise UserError(f"--format {args.format} needs {library}: pip install -r requirements-export.txt") from error
 
 
 if __name__ == "__main__":

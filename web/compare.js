@@ -50,7 +50,7 @@ function showTable() {
 // The images at even shares of the way, first the ends; the slider shows the nearest at once, then its own.
 const between = {images: []};
 
-async function showBetween() {
+function showBetween() {
   const {a, b} = app.state, job = {...jobOf(app.state), seed: a, towards: b};
   between.images = [];
   const last = BETWEEN_FRAMES - 1, order = [0, last, ...Array.from({length: last - 1}, (_, i) => i + 1)];
@@ -64,7 +64,7 @@ async function showBetween() {
   });
   $("between-strip").replaceChildren(...canvases);
   const jobs = order.map((i) => ({...job, share: i / last}));
-  await app.engine.ask("between", "many", {model: app.state.model, jobs}, ({index, x}) => {
+  return app.engine.ask("between", "many", {model: app.state.model, jobs}, ({index, x}) => {
     const i = order[index], levels = app.code.decode(x);
     between.images[i] = x;
     paint(canvases[i], levels, app.entry.shape);
@@ -93,7 +93,7 @@ const compareView = {
     $("new-noise").addEventListener("click", () => {
       app.setState({seed: Math.floor(Math.random() * 1e6)});
       makeImage();
-      this.open();
+      this.open();  // the rest of what was being made is overtaken
     });
     $("share").addEventListener("input", onFrame(() => {
       app.setState({share: Number($("share").value)});
@@ -121,10 +121,13 @@ const compareView = {
     if (document.activeElement !== $("seed-b")) $("seed-b").value = b;
   },
 
+  // Make what is not shown yet, from top to bottom.
   async open() {
-    await showClasses();
-    await showTable();
-    showShare();
-    await showBetween();
+    const {view, step, share, block, ...asked} = app.state, key = JSON.stringify(asked);
+    if (key === this.shown) return;
+    this.shown = null;
+    if (await showClasses() && await showTable() && await showBetween()) this.shown = key;
   },
+
+  close() { for (const slot of ["classes", "table", "between"]) app.engine.ask(slot, "nothing", {}); },
 };

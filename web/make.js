@@ -116,7 +116,12 @@ const makeView = {
     $("step").addEventListener("input", () => scrubTo(Number($("step").value)));
     $("play").addEventListener("click", () => film.timer === null ? film.done && playFilm() : stopFilm());
     $("copy").addEventListener("click", async () => {
-      await navigator.clipboard?.writeText($("command").textContent);
+      try {
+        await navigator.clipboard.writeText($("command").textContent);
+      } catch {  // not allowed here: select it, and let the browser copy what is selected
+        getSelection().selectAllChildren($("command"));
+        document.execCommand("copy");
+      }
       $("copy").textContent = "Copied";
       setTimeout(() => { $("copy").textContent = "Copy"; }, 1500);
     });

@@ -79,23 +79,23 @@ function doubled(x) {
 
 // (3C, H, W): queries, keys, values -> (C, H, W): softmax(q · k / sqrt(size)) · v of each head, over all pixels.
 function attend({data, channels, height, width}, heads) {
-  const result = tensor(channels / 3, height, width), pixels = height * width, size = result.channels / heads;
-  const scores = new Float64Array(pixels);
-  for (let head = 0; head < heads; head++)
+  const result = tensor(channels / 3, height, width), out = result.data, width3 = channels, width1 = channels / 3;
+  const pixels = height * width, size = width1 / heads, scale = 1 / Math.sqrt(size), scores = new Float64Array(pixels);
+  for (let first = 0; first < width1; first += size)  // the first channel of each head
     for (let i = 0; i < pixels; i++) {
-      const query = i * channels + head * size, target = i * result.channels + head * size;
-      for (let j = 0; j < pixels; j++) {
+      const query = i * width3 + first, target = i * width1 + first;
+      let largest = -Infinity, sum = 0;
+      for (let j = 0, key = width1 + first; j < pixels; j++, key += width3) {
         let dot = 0;
-        for (let c = 0, key = j * channels + result.channels + head * size; c < size; c++)
-          dot += data[query + c] * data[key + c];
-        scores[j] = dot / Math.sqrt(size);
+        for (let c = 0; c < size; c++) dot += data[query + c] * data[key + c];
+        scores[j] = dot * scale;
+        largest = Math.max(largest, scores[j]);
       }
-      const largest = scores.reduce((a, b) => Math.max(a, b));
-      let sum = 0;
       for (let j = 0; j < pixels; j++) sum += scores[j] = Math.exp(scores[j] - largest);
-      for (let j = 0; j < pixels; j++)
-        for (let c = 0, value = j * channels + 2 * result.channels + head * size; c < size; c++)
-          result.data[target + c] += scores[j] / sum * data[value + c];
+      for (let j = 0, value = 2 * width1 + first; j < pixels; j++, value += width3) {
+        const share = scores[j] / sum;
+        for (let c = 0; c < size; c++) out[target + c] += share * data[value + c];
+      }
     }
   return result;
 }

@@ -10,7 +10,7 @@ const within = (low, high, whole = true) => (text) => {
   return text !== "" && number >= low && number <= high && (!whole || Number.isInteger(number)) ? number : undefined;
 };
 const KEYS = {
-  view: (text) => text in app.views ? text : undefined,
+  view: (text) => Object.hasOwn(app.views, text) ? text : undefined,
   model: (text) => within(0, app.entries.length - 1)(text),
   label: (text, {class_names: names}) => text === "any" ? null : within(0, names.length - 1)(text),
   sampler: (text, {samplers}) => Object.hasOwn(samplers, text) ? text : undefined,
@@ -45,12 +45,18 @@ app.setState = (changes) => {
   writeAddress();
 };
 
-const writeAddress = onFrame(() => {
-  const words = Object.entries(app.state).filter(([key, value]) => value !== null || key === "label");
-  history.replaceState(null, "", "#" + new URLSearchParams(words.map(([key, value]) => [key, value ?? "any"])));
-});
+// Browsers allow few changes of the address in a minute.
+let waitingToWrite = null;
+function writeAddress() {
+  waitingToWrite ??= setTimeout(() => {
+    waitingToWrite = null;
+    const words = Object.entries(app.state).filter(([key, value]) => value !== null || key === "label");
+    history.replaceState(null, "", "#" + new URLSearchParams(words.map(([key, value]) => [key, value ?? "any"])));
+  }, 400);
+}
 
 app.open = (name) => {
+  if (name !== app.state.view) app.views[app.state.view].close?.();
   app.setState({view: name});
   for (const each of Object.keys(app.views)) {
     $(each).hidden = each !== name;
@@ -69,6 +75,7 @@ async function takeAddress() {
     Object.assign(film, {frames: [], at: 0, done: false});
     app.state = state;
     for (const view of Object.values(app.views)) view.build?.(entry);
+    document.documentElement.style.setProperty("--aspect", entry.shape[2] / entry.shape[1]);
     $("parameters").textContent = entry.parameters.toLocaleString("en");
     $("dataset").textContent = entry.dataset;
     await app.engine.ask("load", "load", {model: state.model, entry, weights: $(`weights-${state.model}`).textContent,

@@ -103,8 +103,10 @@ const sketchView = {
     $("complete").addEventListener("click", complete);
     choices($("pens"), [...Object.keys(PENS), "eraser"].map((name) => [name, name]), (pen) => { sketch.pen = pen; })
       .set(sketch.pen);
-    choices($("halves"), Object.keys(HALVES).map((name) => [name, name]), (keep) => { sketch.keep = keep; })
-      .set(sketch.keep);
+    choices($("halves"), Object.keys(HALVES).map((name) => [name, name]), (keep) => {
+      sketch.keep = pad.parentElement.dataset.keep = keep;
+    }).set(sketch.keep);
+    pad.parentElement.dataset.keep = sketch.keep;
   },
 
   // Arrow keys move the pen by a pixel; the space bar lowers and lifts it.

@@ -29,6 +29,9 @@ const TASKS = {
     yield {};
   },
 
+  // To overtake another task.
+  * nothing() {},
+
   // One image with all its steps.
   * make({model, job}) {
     const {start, times, path} = trajectory(loaded[model], job);

@@ -19,8 +19,11 @@ from runtime import checkpoints
 from web.page import page_model
 
 PHONE = dict(viewport=dict(width=390, height=844), has_touch=True, is_mobile=True, device_scale_factor=2)
-LEVELS = "canvas => { const {data} = canvas.getContext('2d').getImageData(0, 0, canvas.width, canvas.height); " \
-         "return [...data].filter((_, i) => i % 4 === 0); }"
+LEVELS = """canvas => {
+    const copy = new OffscreenCanvas(canvas.width, canvas.height).getContext("2d", {willReadFrequently: true});
+    copy.drawImage(canvas, 0, 0);
+    return [...copy.getImageData(0, 0, canvas.width, canvas.height).data].filter((_, i) => i % 4 === 0);
+}"""
 TABS = ("make", "sketch", "compare", "inside")
 
 
@@ -59,7 +62,7 @@ def slide(opened, selector, value):
 
 
 def address(opened):
-    opened.page.wait_for_timeout(100)
+    opened.page.wait_for_timeout(700)  # it is written now and then
     return opened.page.evaluate("location.hash")
 
 
