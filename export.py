@@ -193,6 +193,9 @@ def model_card(checkpoint: dict, figures: dict[str, dict], folder: Path, paramet
 
 
 def write_safetensors(path: Path, args: Namespace, output: Path) -> None:
+    others = [name for name in ("README.md", "config.json") if (output / name).exists()]
+    if others and not (output / SAFETENSORS).exists():
+        raise UserError(f"{output / others[0]} is not of an export and would be overwritten: name another folder")
     model, _, checkpoint = load_model(path, use_ema=args.use_ema)
     card = model_card(checkpoint, figures_of(path), output.resolve(), count_parameters(model.requires_grad_(True)))
     dtype = PRECISIONS[args.weights or "float32"]

@@ -8,12 +8,13 @@ import numpy as np
 import pytest
 import torch
 from harness import assert_refused
-from small import small_checkpoint, small_model
+from small import pretrained_folder, small_checkpoint, small_model
 from torch.testing import assert_close
 
 import export
 import sample
 from checkpoint import load_checkpoint
+from runtime import checkpoints
 from web import page as page_of
 
 
@@ -45,6 +46,17 @@ def test_the_name_is_seen_from_the_working_folder(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     assert exported(path, "--output", "x.html") == 0
     assert entries(tmp_path / "x.html")[0]["name"] == "'a b/model.pt'"
+
+
+def test_a_pretrained_model_has_its_page_below_outputs(tmp_path, monkeypatch, capsys):
+    (tmp_path / "pretrained").mkdir()
+    path = small_checkpoint(tmp_path / "model.pt")
+    monkeypatch.setattr(checkpoints, "PRETRAINED", pretrained_folder(tmp_path / "pretrained", mnist=path, glyphs=path))
+    monkeypatch.chdir(tmp_path)
+    assert export.main([]) == 0 and "pretrained mnist" in capsys.readouterr().out
+    assert entries(tmp_path / "outputs/pretrained/mnist/page.html")[0]["name"] == "mnist"
+    assert export.main(["--checkpoint", "glyphs", "mnist", "--output", "x.html"]) == 0
+    assert [entry["name"] for entry in entries(tmp_path / "x.html")] == ["glyphs", "mnist"]
 
 
 def test_several_checkpoints_in_one_page(tmp_path):
@@ -156,6 +168,14 @@ def test_a_card_without_figures_says_how_to_measure(tmp_path):
 def test_a_damaged_folder_is_refused(folder, damage, capfd):
     damage(folder)
     assert_refused(capfd, sample.main(["--checkpoint", str(folder)]), "model.safetensors")
+
+
+def test_files_of_others_are_not_overwritten(tmp_path, capfd):
+    path = small_checkpoint(tmp_path / "model.pt")
+    (tmp_path / "README.md").write_text("mine")
+    status = exported(path, "--format", "safetensors", "--output", tmp_path)
+    assert_refused(capfd, status, "README.md", "another folder")
+    assert (tmp_path / "README.md").read_text() == "mine" and not (tmp_path / "model.safetensors").exists()
 
 
 def test_a_folder_has_no_other_weights_than_the_average(folder, capfd):

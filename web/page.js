@@ -87,7 +87,14 @@ async function takeAddress() {
   app.open(state.view);
 }
 
+// Say what went wrong: of this page, or of its worker.
+function complain(problem) {
+  $("told").textContent = `This did not work: ${problem}. A newer browser may help.`;
+}
+
 function startPage() {
+  addEventListener("error", (event) => complain(event.message));
+  addEventListener("unhandledrejection", (event) => complain(event.reason));
   app.entries = JSON.parse($("entries").textContent);
   app.engine = new Engine($("program").textContent);
   for (const view of Object.values(app.views)) view.start();

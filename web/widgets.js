@@ -81,6 +81,7 @@ class Engine {
     this.pending = new Map();
     this.slots = new Map();
     this.count = 0;
+    this.worker.onerror = (event) => complain(event.message || "the worker did not start");
     this.worker.onmessage = ({data: {id, part, error, done}}) => {
       const request = this.pending.get(id);
       if (!request) return;

@@ -7,9 +7,11 @@ import torch
 from small import small_model
 from torch.testing import assert_close
 
+import diffusion
 from data import LevelCode, histogram_code
 from editing import inpaint, slerp
 from learned_variance import create_process
+from models.layers import ACTIVATIONS
 from samplers import SAMPLERS, SPACINGS, final_image, generate, guide, image_noise, spaced_timesteps, uniform_timesteps
 from web import page as page_of
 from web.page import PRODUCT, page_model
@@ -107,11 +109,12 @@ def test_schedules_and_times_are_those_of_python(config, opened):
         assert_close(torch.tensor(found, dtype=torch.float64), expected, rtol=1e-6, atol=1e-6)
 
 
-def test_every_sampler_and_spacing_is_in_the_page(opened):
+def test_every_row_of_pythons_tables_is_in_the_page(opened):
     model, process, config = network_and_process("base", "edm")
     page = opened([page_model("x.pt", model, process, config)], "#steps=1")
     page.made()
-    assert page.page.evaluate("Object.keys(SAMPLERS)") == list(SAMPLERS)
+    for name, table in dict(SAMPLERS=SAMPLERS, PREDICTIONS=diffusion.PREDICTIONS, ACTIVATIONS=ACTIVATIONS).items():
+        assert page.page.evaluate(f"Object.keys({name})") == list(table)
     assert {row.spacing for row in SAMPLERS.values()} <= {"uniform", "karras"} <= set(SPACINGS)
 
 

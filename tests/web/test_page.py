@@ -369,6 +369,14 @@ def test_a_switch_changes_the_model(opened):
     page.wait("film.done && $('told').textContent.includes('the 1')")
 
 
+def test_what_goes_wrong_is_told(opened, exported):
+    page = opened(exported, "#steps=1")
+    page.made()
+    page.page.evaluate("void app.engine.ask('test', 'make', {model: 5, job: {}})")
+    assert "did not work" in page.wait("$('told').textContent.includes('work') && $('told').textContent")
+    page.complaints.clear()
+
+
 def test_the_newest_request_overtakes_the_others(opened, exported):
     page = opened(exported, "#view=sketch&steps=2")
     page.made()
