@@ -263,7 +263,7 @@ def test_doctor_refuses_or_examines_with_any_flags(place, flags, given, whole):
     call(doctor, [*(["--checkpoint", "model.pt"] if given else []), *flags, *(end if whole else [])], place)
 
 
-@quietly
+@settings(quietly, max_examples=max(10, CASES // 4))
 @given(flags=flags_of(choices(export)), given=st.booleans())
 def test_export_refuses_or_writes_with_any_flags(place, flags, given):
     call(export, [*(["--checkpoint", "model.pt"] if given else []), *flags, "--output", "outputs/x.html"], place)

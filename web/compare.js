@@ -108,8 +108,9 @@ const compareView = {
 
   build({class_names: names}) {
     $("classes-title").textContent = names.length ? "One noise, all classes" : "Ten noises";
-    $("classes-text").textContent = names.length ? "The same noise, and another label each time: slant and stroke " +
-      "often stay, for they are in the noise." : "This network was trained without labels: the noise alone decides.";
+    $("classes-text").textContent = names.length ? "The same noise, with another label each time. What the images " +
+      "have in common, such as slant or thickness, comes from the noise."
+      : "This network was trained without labels: the noise alone decides.";
     $("table-title").textContent = names.length ? "Guidance and steps" : "Samplers and steps";
     $("table-text").textContent = names.length ? "Guidance pushes the image towards its label, from 0 (the label is " +
       "ignored) over 1 (what was learnt) to what is too much; more steps follow the path more closely."
