@@ -148,7 +148,8 @@ DIFFUSION_FLAGS = {"timesteps": "num_timesteps"} | {name: name for name in (
     "zero_terminal_snr")}
 TRAINER_FLAGS = ("batch_size", "optimizer", "lr", "muon_lr", "lr_schedule", "warmup", "weight_decay", "max_grad_norm",
                  "ema_decay", "conditional", "label_dropout", "precision", "seed")
-LAST_SHARE = 0.01  # of the training times is T - 1, with --timestep_sampling lognormal
+# Shares of the training times, with --timestep_sampling lognormal: T - 1, and nearly clean images.
+SHARES = dict(last_share=0.01, low_share=0.05)
 FIXED_FLAGS = ("train_images", "batch_size", "optimizer")  # besides network and data: what --resume cannot change
 
 
@@ -183,17 +184,17 @@ def make_config(settings: Namespace, data: ImageData, saved: dict | None = None)
     """The config of a checkpoint but for its part "training": {"model", "diffusion", "data"}.
 
     data     the training images, with their code
-    saved    the config of the checkpoint that is resumed: its data_std, else measured, and its last_share are kept
+    saved    the config of the checkpoint that is resumed: its data_std, else measured, and its SHARES are kept
     """
     attention = settings.attention and [factor for factor in settings.attention if factor]
-    last_share = saved["diffusion"].get("last_share", 0.0) if saved else LAST_SHARE
+    shares = {name: saved["diffusion"].get(name, 0.0) for name in SHARES} if saved else SHARES
     data_std = saved["diffusion"]["data_std"] if saved else round(data.first(10_000).x_0().std().item(), 3)
     code = {} if data.code.is_linear else dict(level_code=data.code.points.tolist())
     return dict(
         model=dict({name: getattr(settings, name) for name in MODEL_FLAGS}, image_channels=data.images.shape[1],
                    attention=attention, num_classes=len(data.class_names) if settings.conditional else None),
         diffusion=dict({ours: getattr(settings, flag) for flag, ours in DIFFUSION_FLAGS.items()}, data_std=data_std,
-                       last_share=last_share),
+                       **shares),
         data=dict(dataset=data.name, shape=list(data.images.shape[1:]), class_names=list(data.class_names), **code))
 
 

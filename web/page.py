@@ -19,7 +19,7 @@ from diffusion import DiffusionProcess
 from models.unet import SimpleUNet
 from runtime.errors import UserError
 from runtime.sampling import is_student, sampling_options
-from samplers import HIGHEST_NOISE, KARRAS_RHO, LOWEST_NOISE, SAMPLERS
+from samplers import KARRAS_RHO, SAMPLERS, noise_range
 from utils import count_parameters
 
 FOLDER = Path(__file__).parent
@@ -61,7 +61,7 @@ def page_model(name: str, model: nn.Module, diffusion: DiffusionProcess, config:
         tensors=[[key, list(weight.shape)] for key, weight in tensors.items()],
         defaults={key: options[key] for key in ("sampler", "steps", "guidance_scale")},
         samplers={key: row.spacing for key, row in SAMPLERS.items() if not (model.learn_variance and key == "ddpm")},
-        noise_levels=dict(highest=HIGHEST_NOISE, lowest=LOWEST_NOISE, rho=KARRAS_RHO))
+        noise_range=dict(zip(("low", "high"), noise_range(diffusion), strict=True), rho=KARRAS_RHO))
     return PageModel(entry, weights)
 
 

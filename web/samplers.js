@@ -104,11 +104,8 @@ function slerp(a, b, share) {
 
 const uniformTimesteps = (T, steps) => Array.from({length: steps}, (_, i) => Math.ceil(T * (steps - i) / steps) - 1);
 
-// T-1, then times at which (sigma/alpha)^(1/rho) falls evenly from the highest to the lowest noise level.
-function karrasTimesteps(process, steps, {highest, lowest, rho}) {
-  const levels = [process.numTimesteps - 1, 0].map((t) => Math.exp(-process.logSnr(t) / 2));
-  const high = Math.min(highest * process.std, levels[0]);
-  const low = Math.min(high, Math.max(lowest * process.std, levels[1]));
+// T-1, then times at which (sigma/alpha)^(1/rho) falls evenly from high to low.
+function karrasTimesteps(process, steps, {low, high, rho}) {
   return Array.from({length: steps}, (_, i) => {
     const share = i / (steps - 1);
     const level = (high ** (1 / rho) * (1 - share) + low ** (1 / rho) * share) ** rho;
@@ -116,9 +113,9 @@ function karrasTimesteps(process, steps, {highest, lowest, rho}) {
   });
 }
 
-// The times of a sampler. spacing: "uniform" or "karras"; levels: {highest, lowest, rho}, the constants of samplers.py.
-function spacedTimesteps(process, steps, spacing, levels) {
-  const times = spacing === "karras" ? karrasTimesteps(process, steps, levels)
+// The times of a sampler. spacing: "uniform" or "karras"; range: {low, high, rho} of the latter.
+function spacedTimesteps(process, steps, spacing, range) {
+  const times = spacing === "karras" ? karrasTimesteps(process, steps, range)
     : uniformTimesteps(process.numTimesteps, steps);
   const gap = 1 / (2 * steps), last = process.numTimesteps - 1;
   for (let i = steps - 1; i > 0; i--) times[i] = Math.max(times[i], i + 1 < steps ? times[i + 1] + gap : 0);

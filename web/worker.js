@@ -17,7 +17,7 @@ function load({model, entry, weights, wasm}) {
 function trajectory({network, process, entry}, {label, sampler, steps, guidance, seed, towards, share}) {
   const count = entry.shape.reduce((a, b) => a * b), randn = imageNoise(seed, 0, count);
   const start = share ? slerp(randn(), imageNoise(towards, 0, count)(), share) : randn();
-  const times = spacedTimesteps(process, steps, entry.samplers[sampler], entry.noise_levels);
+  const times = spacedTimesteps(process, steps, entry.samplers[sampler], entry.noise_range);
   const path = SAMPLERS[sampler](process.guided(network, label, guidance), start, times, process, randn);
   return {start, times, path};
 }

@@ -89,7 +89,8 @@ def test_images_are_those_of_samplers_py(name, prediction, opened):
     assert_close(drawn(page, jobs, 1), expected, rtol=0, atol=1e-4)
 
 
-@pytest.mark.parametrize("config", [dict(schedule="cosine"), dict(zero_terminal_snr=True), dict(data_std=0.3)])
+@pytest.mark.parametrize("config", [dict(schedule="cosine"), dict(zero_terminal_snr=True),
+                                    dict(data_std=0.3, timestep_sampling="lognormal", low_share=0.05)])
 def test_schedules_and_times_are_those_of_python(config, opened):
     config = dict(prediction="edm", **config)
     model = small_model()
@@ -104,7 +105,7 @@ def test_schedules_and_times_are_those_of_python(config, opened):
     assert_close(found, torch.tensor([[process.alpha(t), process.sigma(t)] for t in times], dtype=torch.float64))
     for spacing, steps in itertools.product(("uniform", "karras"), (1, 2, 7, 60)):
         found = page.page.evaluate("([steps, spacing]) => spacedTimesteps(app.process, steps, spacing, "
-                                   "app.entry.noise_levels)", [steps, spacing])
+                                   "app.entry.noise_range)", [steps, spacing])
         expected = torch.tensor(spaced_timesteps(process, steps, spacing), dtype=torch.float64)
         assert_close(torch.tensor(found, dtype=torch.float64), expected, rtol=1e-6, atol=1e-6)
 
