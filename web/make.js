@@ -1,9 +1,11 @@
 // The view "Make": one image, with all steps of its way from noise.
 
 const FILM_SECONDS = 0.9, STRIP_FRAMES = 16;
+const PATIENCE = 300;  // milliseconds: an image that takes longer gives way to a newer one
 
-// frames: {t, x, x0} of each step, x0 what the network sees in x; at: the one that is shown; timer: of the playback.
-const film = {frames: [], at: 0, timer: null, done: false};
+// frames: {t, x, x0} of each step, x0 what the network sees in x; at: the one that is shown; timer: of the playback;
+// job: what was asked for; begun: when; again: whether the state has changed since.
+const film = {frames: [], at: 0, timer: null, done: false, job: null, begun: 0, again: false};
 
 function jobOf({label, sampler, steps, guidance, seed}) {
   return {label, sampler, steps, guidance: label === null ? 1 : guidance, seed};
@@ -13,11 +15,11 @@ const nameOf = (label) => label === null ? "image without a label" : app.entry.c
 
 // Make the image of the state. motion: show its steps one after the other; step: show this one at the end.
 async function makeImage({motion = false, step = null} = {}) {
-  const start = performance.now(), frames = [];
+  const begun = performance.now(), frames = [], job = jobOf(app.state);
   stopFilm();
-  Object.assign(film, {frames, done: false});
+  Object.assign(film, {frames, job, begun, done: false, again: false});
   if (motion && likesMotion()) playFilm();
-  const done = await app.engine.ask("make", "make", {model: app.state.model, job: jobOf(app.state)}, ({t, x, x0}) => {
+  const done = await app.engine.ask("make", "make", {model: app.state.model, job}, ({t, x, x0}) => {
     if (x0) frames.at(-1).x0 = x0;
     frames.push({t, x, x0: t < 0 ? x : null});
   });
@@ -26,14 +28,15 @@ async function makeImage({motion = false, step = null} = {}) {
   showStrip();
   showCommand();
   if (film.timer === null) showFrame(step === null ? frames.length - 1 : Math.min(step, frames.length - 1));
-  const seconds = (performance.now() - start) / 1000, {label, steps} = app.state;
+  const seconds = (performance.now() - begun) / 1000, {label, steps} = job;
   $("told").textContent = `Made ${label === null ? "an" : "the"} ${nameOf(label)} in ${steps} ` +
     `${steps === 1 ? "step" : "steps"} and ${round(seconds)} seconds.`;
   app.views[app.state.view].filmChanged?.();
+  if (film.again) makeImage();
 }
 
 function playFilm() {
-  const pause = Math.max(16, FILM_SECONDS * 1000 / (app.state.steps + 1));
+  const pause = Math.max(16, FILM_SECONDS * 1000 / (film.job.steps + 1));
   let next = 0;
   (function tick() {
     film.timer = setTimeout(tick, pause);
@@ -56,9 +59,9 @@ function showFrame(index) {
   const {t, x, x0} = film.frames[index], last = film.frames.length - 1, {shape} = app.entry;
   film.at = index;
   paint($("make-x"), app.code.decode(x), shape, `The image at step ${index}`);
-  paint($("make-x0"), app.code.decode(x0), shape, `What the network sees in it: ${nameOf(app.state.label)}`);
+  paint($("make-x0"), app.code.decode(x0), shape, `What the network sees in it: ${nameOf(film.job.label)}`);
   for (const id of ["step", "inside-step"]) {
-    $(id).max = app.state.steps;
+    $(id).max = film.job.steps;
     $(id).value = index;
     $(id).setAttribute("aria-valuetext", t < 0 ? "the image" : `step ${index}, t = ${t.toFixed(0)}`);
   }
@@ -96,7 +99,7 @@ function scrubTo(index) {
 
 // The command that makes the same image. Without a label: a guidance of 0 leaves nothing of the label 0.
 function showCommand() {
-  const {label, sampler, steps, guidance, seed} = app.state, {name, class_names: names} = app.entry;
+  const {label, sampler, steps, guidance, seed} = film.job, {name, class_names: names} = app.entry;
   const asked = !names.length ? [] : label === null ? ["--label 0", "--guidance_scale 0"]
     : [`--label ${label}`, `--guidance_scale ${guidance}`];
   const words = ["python sample.py", `--checkpoint ${name}`, "--num_images 1", ...asked, `--sampler ${sampler}`,
@@ -155,7 +158,8 @@ const makeView = {
   open() { if (film.frames.length && film.done) showFrame(film.at); },
 };
 
+// While a slider moves, image after image is finished, each of the newest state then.
 function changeAndMake(changes) {
   app.setState(changes);
-  makeImage();
+  if (!film.done && performance.now() - film.begun < PATIENCE) film.again = true; else makeImage();
 }

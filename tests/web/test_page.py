@@ -8,10 +8,11 @@ import numpy as np
 import pytest
 import torch
 from small import small_checkpoint, small_model
+from test_engine import draw, drawn
 
 import export
 import sample
-from checkpoint import load_checkpoint, save_checkpoint
+from checkpoint import load_checkpoint, load_model, save_checkpoint
 from diffusion import DiffusionProcess
 from evaluation.classifier import load_feature_network
 from evaluation.features import extract_features
@@ -137,6 +138,23 @@ def test_a_link_shows_the_same_picture(opened, exported):
 def test_an_address_that_makes_no_sense_is_ignored(opened, exported, hash):
     page = opened(exported, hash)
     assert "the 7" in page.made() and page.page.evaluate("app.state.steps") == 10
+
+
+def test_a_dragged_slider_ends_with_its_last_image(opened, exported):
+    page = opened(exported, "#steps=8&guidance=1&seed=3")
+    page.made()
+    page.page.evaluate("""async () => {
+        const input = document.querySelector("#sliders label:nth-child(2) input");
+        for (let value = 1; value <= 6; value += 0.25) {
+            input.value = value;
+            input.dispatchEvent(new Event("input"));
+            await new Promise((resolve) => setTimeout(resolve, 10));
+        }
+    }""")
+    page.wait("film.done && !film.again && film.job.guidance === 6")
+    assert "--guidance_scale 6 " in page.page.inner_text("#command")
+    images = drawn(page, [dict(label=7, sampler="dpmpp_2m", steps=8, guidance=6, seed=3)])
+    assert page.page.evaluate("x => [...app.code.decode(x)]", images[0].tolist()) == levels(page, "make-x").tolist()
 
 
 def test_without_motion_the_steps_are_not_played(opened, exported):
@@ -392,9 +410,6 @@ def test_the_newest_request_overtakes_the_others(opened, exported):
 @pytest.mark.parametrize("name", sorted({"mnist", "fashion_mnist"} & set(checkpoints.pretrained_models())))
 def test_pretrained_models_draw_what_they_are_asked_for(opened, name, tmp_path):
     """By the classifier that comes along; half precision changes the images by less than 5e-3."""
-    from test_engine import draw, drawn
-
-    from checkpoint import load_model
     pages = []
     for weights in ("float16", "float32"):
         pages.append(tmp_path / f"{weights}.html")
