@@ -7,8 +7,8 @@
 
     html          one page that draws in any browser, without a server and without a network: open it with a double
                   click; it can hold several models
-    onnx          the network alone: (x, t, labels) -> its prediction, for batches of any size; the config is in its
-                  metadata
+    onnx          the network alone: (x, t, labels) -> its prediction, for batches of any size, as
+                  DiffusionProcess.predict calls it (for edm it scales x); the config is in the metadata
     safetensors   a folder with the weights, config.json and a model card; sample.py --checkpoint FOLDER draws with it
 
 The last two need pip install -r requirements-export.txt.
@@ -30,7 +30,7 @@ from runtime.errors import RunFailed, UserError
 from runtime.files import atomic_write, check_output, check_writable
 from runtime.parser import SHARED_FLAGS, Parser, add_shared_flags
 from runtime.script import script
-from utils import count_parameters
+from samplers import DEFAULT_GUIDANCE
 from web.page import PRECISIONS, PageModel, page, page_model
 
 OUTPUTS = {"html": "page.html", "onnx": "model.onnx", "safetensors": "safetensors"}  # beside the checkpoint
@@ -172,6 +172,8 @@ def model_card(checkpoint: dict, figures: dict[str, dict], folder: Path, paramet
     classes = ", ".join(config["data"]["class_names"]) if config["model"].get("num_classes") else "none: no labels"
     rows = [f"| {name} | {f['value']:.4f} | {f['low']:.4f} to {f['high']:.4f} | "
             f"{'' if f['floor'] is None else format(f['floor'], '.4f')} |" for name, f in figures.items()]
+    labels = f", labels=torch.arange(16) % {len(config['data']['class_names'])}, guidance_scale={DEFAULT_GUIDANCE}"
+    shape = tuple(config["data"]["shape"])
     table = ["| figure | value | 95 % interval | floor |", "| --- | --- | --- | --- |", *rows] if rows else [
         "Not measured: `python evaluate.py --checkpoint FILE` before the export measures them."]
     return "\n".join([
@@ -186,10 +188,12 @@ def model_card(checkpoint: dict, figures: dict[str, dict], folder: Path, paramet
         "## Figures", "", *table, "", "## Licence", "",
         f"The program has the MIT licence. {LICENCES.get(data, 'The data are the user’s own: ask them.')}", "",
         "## Use", "", "```sh", f"python sample.py --checkpoint {shlex.quote(folder.name)}", "```", "", "```python",
-        "from checkpoint import load_model", "",
+        "import torch", "from checkpoint import load_model", "from data import code_of",
+        "from samplers import final_image, generate", "",
         f"model, diffusion, checkpoint = load_model({str(Path(folder.name) / SAFETENSORS)!r})",
-        "prediction = model(x_t, t, labels)  # (B, C, H, W), (B,), (B,); diffusion.to_x_0 makes it the clean image",
-        "```", ""])
+        f"[(_, trajectory)] = generate(model, diffusion, {shape}, range(16)"
+        f"{labels if config['model'].get('num_classes') else ''})",
+        f"images = code_of(checkpoint['config']).decode(final_image(trajectory))  # {(16, *shape)} uint8", "```", ""])
 
 
 def write_safetensors(path: Path, args: Namespace, output: Path) -> None:
@@ -197,9 +201,10 @@ def write_safetensors(path: Path, args: Namespace, output: Path) -> None:
     if others and not (output / SAFETENSORS).exists():
         raise UserError(f"{output / others[0]} is not of an export and would be overwritten: name another folder")
     model, _, checkpoint = load_model(path, use_ema=args.use_ema)
-    card = model_card(checkpoint, figures_of(path), output.resolve(), count_parameters(model.requires_grad_(True)))
     dtype = PRECISIONS[args.weights or "float32"]
     weights = {name: weight.to(dtype) for name, weight in model.state_dict().items()}
+    parameters = sum(weight.numel() for weight in weights.values())
+    card = model_card(checkpoint, figures_of(path), output.resolve(), parameters)
     save_safetensors(output, weights, checkpoint)
     with atomic_write(output / "README.md", "w") as file:
         file.write(card)

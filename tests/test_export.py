@@ -147,9 +147,10 @@ def test_the_model_card_says_what_it_is_and_its_example_runs(folder, tmp_path, m
     assert "| bits_per_dim | 1.5000 | 1.4000 to 1.6000 |  |" in card and str(tmp_path) not in card
     [code] = re.findall(r"```python\n(.*?)```", card, re.DOTALL)
     monkeypatch.chdir(tmp_path)
-    names = dict(x_t=torch.zeros(2, 1, 28, 28), t=torch.zeros(2), labels=torch.zeros(2, dtype=torch.long))
+    names = {}
     exec(code, names)
-    assert names["prediction"].shape == (2, 1, 28, 28)
+    assert names["images"].shape == (16, 1, 28, 28) and names["images"].dtype == torch.uint8
+    assert names["images"].float().std() > 10
 
 
 def test_a_card_without_figures_says_how_to_measure(tmp_path):

@@ -20,7 +20,6 @@ from models.unet import SimpleUNet
 from runtime.errors import UserError
 from runtime.sampling import is_student, sampling_options
 from samplers import KARRAS_RHO, SAMPLERS, noise_range
-from utils import count_parameters
 
 FOLDER = Path(__file__).parent
 SCRIPT = ("weights", "convolutions", "network", "noise", "diffusion", "samplers", "worker", "widgets", "make", "sketch",
@@ -54,8 +53,8 @@ def page_model(name: str, model: nn.Module, diffusion: DiffusionProcess, config:
     data, options = config["data"], sampling_options(config, count=1)
     entry = dict(
         name=name, dataset=data["dataset"], shape=data["shape"], levels=code_of(config).points.tolist(),
-        class_names=data["class_names"] if model.num_classes else [], parameters=count_parameters(model) or sum(
-            weight.numel() for weight in tensors.values()), network=model.config,
+        class_names=data["class_names"] if model.num_classes else [], network=model.config,
+        parameters=sum(weight.numel() for weight in tensors.values()),
         diffusion={key: diffusion.config[key] for key in ("prediction", "data_std", "schedule")},
         alphas_cumprod=diffusion.alphas_cumprod.tolist(), student=is_student(config), precision=precision,
         tensors=[[key, list(weight.shape)] for key, weight in tensors.items()],
