@@ -124,7 +124,7 @@ const compareView = {
 
   // Make what is not shown yet, from top to bottom.
   async open() {
-    const {view, step, share, block, ...asked} = app.state, key = JSON.stringify(asked);
+    const {model, a, b} = app.state, key = JSON.stringify([model, a, b, jobOf(app.state)]);
     if (key === this.shown) return;
     this.shown = null;
     if (await showClasses() && await showTable() && await showBetween()) this.shown = key;

@@ -22,11 +22,16 @@ const KEYS = {
   a: within(0, 999999999),
   b: within(0, 999999999),
   share: within(0, 100),
+  t: (text, {alphas_cumprod: {length}}) => within(0, length - 1)(text),
+  told: (text, {class_names: names}) => within(0, names.length - 1)(text),
+  keep: (text) => Object.hasOwn(HALVES, text) ? text : undefined,
+  drawing: (text, {shape}) => unpackDrawing(text, shape.reduce((a, b) => a * b)) && text,
 };
 
-const defaultsOf = ({class_names: names, defaults}) => ({
+const defaultsOf = ({class_names: names, defaults, alphas_cumprod: {length}}) => ({
   view: "make", model: 0, label: names.length ? Math.min(7, names.length - 1) : null, sampler: defaults.sampler,
   steps: defaults.steps, guidance: defaults.guidance_scale, seed: 0, step: null, block: "middle", a: 0, b: 1, share: 50,
+  t: Math.round((length - 1) / 2), told: null, keep: "left", drawing: null,
 });
 
 function readAddress() {

@@ -3,7 +3,8 @@
 const PENS = {thin: 0.8, medium: 1.3, thick: 2.2};  // radius in pixels of an image 28 pixels high
 const PROPOSALS = 4, COMPLETE_STEPS = 20, RESAMPLE = 5, NOISE_SEED = 1;
 
-const sketch = {levels: null, pen: "medium", label: null, keep: "left", t: 0, cursor: null, down: false};
+// levels: the drawing; cursor, down: the pen of the keyboard. What else there is stands in the state of the page.
+const sketch = {levels: null, pen: "medium", cursor: null, down: false};
 
 // The parts that can be kept: whether a pixel belongs to it.
 const HALVES = {
@@ -32,7 +33,32 @@ function drawLine([x0, y0], [x1, y1]) {
   drawingChanged();
 }
 
+// A drawing as a text for the address: levels as they are, but 0 with the length of its run behind it.
+function packDrawing(levels) {
+  const bytes = [];
+  for (let i = 0; i < levels.length;) {
+    let run = 0;
+    while (levels[i + run] === 0 && run < 255) run++;
+    bytes.push(...run ? [0, run] : [levels[i]]);
+    i += run || 1;
+  }
+  return btoa(String.fromCharCode(...bytes)).replaceAll("+", "-").replaceAll("/", "_").replaceAll("=", "");
+}
+
+// The `count` levels of such a text; undefined if it is of another size or no such text.
+function unpackDrawing(text, count) {
+  try {
+    const bytes = bytesOf(text.replaceAll("-", "+").replaceAll("_", "/")), levels = [];
+    for (let i = 0; i < bytes.length && levels.length <= count; i++)
+      levels.push(...bytes[i] ? [bytes[i]] : Array(bytes[++i] ?? 0).fill(0));
+    return levels.length === count ? Uint8Array.from(levels) : undefined;
+  } catch {
+    return undefined;
+  }
+}
+
 function drawingChanged() {
+  app.setState({drawing: packDrawing(sketch.levels)});
   paint($("pad"), sketch.levels, app.entry.shape);
   showCursor();
   guess();
@@ -47,9 +73,9 @@ function showCursor() {
 }
 
 const guess = onFrame(async () => {
-  const start = performance.now(), {t, label} = sketch, {shape} = app.entry;
-  await app.engine.ask("guess", "guess", {model: app.state.model, x0: app.code.encode(sketch.levels), t, label,
-                                          seed: NOISE_SEED}, ({x, x0}) => {
+  const start = performance.now(), {model, t, told: label} = app.state, {shape} = app.entry;
+  const x0 = app.code.encode(sketch.levels);
+  await app.engine.ask("guess", "guess", {model, x0, t, label, seed: NOISE_SEED}, ({x, x0}) => {
     paint($("sketch-x"), app.code.decode(x), shape, `The drawing with noise, t = ${t}`);
     paint($("sketch-x0"), app.code.decode(x0), shape, "What the network sees in it");
     showMixture($("guess-told"), t);
@@ -58,7 +84,7 @@ const guess = onFrame(async () => {
 });
 
 async function complete() {
-  const [channels, height, width] = app.entry.shape, {state, entry, code} = app, {label, keep} = sketch;
+  const [channels, height, width] = app.entry.shape, {state, entry, code} = app, {told: label, keep} = state;
   const mask = Uint8Array.from({length: channels * height * width}, (_, i) =>
     HALVES[keep](i % width, Math.floor(i / width) % height, width, height) ? 0 : 1);
   const seed = Math.floor(Math.random() * 1e6), start = performance.now();
@@ -103,10 +129,7 @@ const sketchView = {
     $("complete").addEventListener("click", complete);
     choices($("pens"), [...Object.keys(PENS), "eraser"].map((name) => [name, name]), (pen) => { sketch.pen = pen; })
       .set(sketch.pen);
-    choices($("halves"), Object.keys(HALVES).map((name) => [name, name]), (keep) => {
-      sketch.keep = pad.parentElement.dataset.keep = keep;
-    }).set(sketch.keep);
-    pad.parentElement.dataset.keep = sketch.keep;
+    this.keep = choices($("halves"), Object.keys(HALVES).map((name) => [name, name]), (keep) => app.setState({keep}));
   },
 
   // Arrow keys move the pen by a pixel; the space bar lowers and lifts it.
@@ -130,21 +153,18 @@ const sketchView = {
 
   build({shape: [channels, height, width], class_names: names, student}) {
     sketch.levels = new Uint8Array(channels * height * width);
-    sketch.label = null;
-    this.taken = false;
     $("ink-field").hidden = channels === 1;
     $("completion").hidden = student;  // a student only makes images from pure noise
     $("sketch-labels").hidden = !names.length;
     $("sketch-labels").replaceChildren($("sketch-labels").firstElementChild);
-    choices($("sketch-labels"), [[null, "nothing"], ...names.map((name, i) => [i, name])], (label) => {
-      sketch.label = label;
+    this.told = choices($("sketch-labels"), [[null, "nothing"], ...names.map((name, i) => [i, name])], (told) => {
+      app.setState({told});
       guess();
-    }).set(null);
+    });
     $("noise-slider").replaceChildren();
-    const last = app.process.numTimesteps - 1;
-    sketch.t = Math.round(last / 2);
-    slider($("noise-slider"), {name: "Noise: time t", min: 0, max: last, value: sketch.t}, (t) => {
-      sketch.t = t;
+    const max = app.process.numTimesteps - 1;
+    this.t = slider($("noise-slider"), {name: "Noise: time t", min: 0, max, value: 0}, (t) => {
+      app.setState({t});
       guess();
     });
     $("proposals").replaceChildren();
@@ -152,13 +172,18 @@ const sketchView = {
     paint($("pad"), sketch.levels, app.entry.shape);
   },
 
-  open() {
-    if (!this.taken) this.take();
-    this.taken = true;
-    drawingChanged();
+  // Put the state into the controls.
+  show({t, told, keep}) {
+    this.t.set(t);
+    this.told.set(told);
+    this.keep.set(keep);
+    $("pad").parentElement.dataset.keep = keep;
   },
 
-  filmChanged() {
-    if (!sketch.levels.some(Boolean)) this.take();
+  // The drawing of the address; at first, the image that was made.
+  open() {
+    const given = app.state.drawing && unpackDrawing(app.state.drawing, sketch.levels.length);
+    if (given) sketch.levels = given; else this.take();
+    drawingChanged();
   },
 };

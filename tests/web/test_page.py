@@ -133,7 +133,26 @@ def test_a_link_shows_the_same_picture(opened, exported):
     assert second.page.evaluate("app.state.label") == 5
 
 
-@pytest.mark.parametrize("hash", ["#label=99&steps=0&sampler=constructor&view=toString&model=7&guidance=-1&block=x",
+def test_a_link_shows_the_same_drawing(opened, exported):
+    first = opened(exported, "#view=sketch&steps=1")
+    first.made()
+    click(first, "#clear")
+    draw_a_stroke(first, [(0.3, 0.2), (0.6, 0.8)])
+    slide(first, "#noise-slider input", 12)
+    choose(first, "sketch-labels", "4")
+    choose(first, "halves", "top")
+    link = address(first)
+    assert len(link) < 700
+    second = opened(exported, link)
+    second.made()
+    assert (levels(second, "pad") == levels(first, "pad")).all() and levels(second, "pad").any()
+    assert second.page.evaluate("[app.state.t, app.state.told, app.state.keep]") == [12, 4, "top"]
+    second.wait("$('guess-told').textContent.startsWith('t = 12:')")
+    assert (levels(second, "sketch-x0") == levels(first, "sketch-x0")).all()
+
+
+@pytest.mark.parametrize("hash", ["#view=sketch&drawing=AAAA&t=40&told=10&keep=all", "#view=sketch&drawing=%F0%9F%98",
+"#label=99&steps=0&sampler=constructor&view=toString&model=7&guidance=-1&block=x",
                                   "#seed=-1&share=1e9&step=60&label=&steps=1.5", "#<img src=x onerror=alert(1)>"])
 def test_an_address_that_makes_no_sense_is_ignored(opened, exported, hash):
     page = opened(exported, hash)
@@ -193,7 +212,7 @@ def test_a_drawing_is_noised_guessed_and_completed(opened, exported):
     assert np.abs(levels(page, "sketch-x") - drawing.reshape(-1)).mean() < np.abs(before - drawing.reshape(-1)).mean()
     guess = levels(page, "sketch-x0")
     choose(page, "sketch-labels", "4")
-    page.wait("sketch.label === 4")
+    page.wait("app.state.told === 4")
     page.page.wait_for_timeout(500)
     assert (levels(page, "sketch-x0") != guess).any()
     choose(page, "halves", "left")
