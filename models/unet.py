@@ -104,7 +104,7 @@ class SimpleUNet(nn.Module):
             raise ValueError(f"image height and width must be divisible by {self.divisor} (patch_size and "
                              f"down-sampling together), got {x.shape[2]}×{x.shape[3]}: choose another image size, "
                              f"patch_size or channel_mults")
-        if t.shape != (len(x),):
+        if t.shape != x.shape[:1]:  # without len(x), which would fix the batch size of an exported network
             raise ValueError(f"t must have one entry for each of the {len(x)} images, not shape {tuple(t.shape)}")
         if labels is not None and self.label_embedding is None:
             raise ValueError("this network was built without labels (num_classes=None): call it without them")
