@@ -178,7 +178,7 @@ def make_config(settings: Namespace, data: ImageData, saved: dict | None = None)
     saved    the config of the checkpoint that is resumed: its data_std, else measured, and its SHARES are kept
     """
     attention = settings.attention and [factor for factor in settings.attention if factor]
-shares = {name: saved["diffusion"].get(name, 0.0) for name in SHARES} if saved else SHARES
+    shares = {name: saved["diffusion"].get(name, 0.0) for name in SHARES} if saved else SHARES
     some = data.first(min(10_000, 2**25 // data.images[0].numel()))  # large images would need much memory as floats
     data_std = saved["diffusion"]["data_std"] if saved else round(some.x_0().std().item(), 3)
     code = {} if data.code.is_linear else dict(level_code=data.code.points.tolist())
