@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 POINT_SHAPE = (2, 1, 1)
-COUNTS = {"train": 25_000, "test": 5_000}  # points that are drawn
+COUNTS = {"train": 20_000, "test": 5_000}  # points that are drawn
 LETTERS = "TINY"  # two above, two below
 CENTRES = 0.7 * np.array([(math.cos(angle), math.sin(angle)) for angle in np.arange(8) * math.pi / 4])
 CENTRE_STD = 0.07  # standard deviation of the points around each of CENTRES, in each coordinate

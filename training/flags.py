@@ -27,8 +27,8 @@ RECIPES = {
                  precision="fp32", conditional=False, level_code="linear"),
 }
 # Points in the plane have a small network of their own, which learns them in seconds.
-POINT_DEFAULTS = dict(base_channels=128, depth=3, time_emb_dim=64, batch_size=256, optimizer="adamw",
-                      precision="fp32", level_code="linear", sample_interval=5)
+POINT_DEFAULTS = dict(base_channels=128, depth=3, time_emb_dim=64, label_dropout=0.5, batch_size=256,
+                      optimizer="adamw", precision="fp32", level_code="linear", sample_interval=5)
 
 
 def defaults(args: Namespace) -> dict:
