@@ -19,7 +19,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from data import ImageData, code_of
+from data import ImageData, code_of, refuse_points
 from diffusion import DiffusionProcess
 from learned_variance import create_process
 from models import create_model
@@ -117,12 +117,18 @@ def save_safetensors(folder: Path, weights: dict, checkpoint: dict) -> None:
         file.write(save({name: weight.contiguous() for name, weight in weights.items()}, {"format": "pt"}))
 
 
-def load_model(path: str | Path, device="cpu", use_ema: bool = True) -> tuple[nn.Module, DiffusionProcess, dict]:
+def load_model(path: str | Path, device="cpu", use_ema: bool = True,
+               points: bool = False) -> tuple[nn.Module, DiffusionProcess, dict]:
     """(model, diffusion, checkpoint): network and process as the config in the file says, in eval mode on `device`.
 
-    use_ema: take the moving average of the weights, which makes better images. UserError: as load_checkpoint.
+    use_ema   take the moving average of the weights, which makes better images
+    points    whether the caller can use points in the plane, too
+
+    UserError: as load_checkpoint, and for points where the caller cannot use them.
     """
     checkpoint = load_checkpoint(path)
+    if not points:
+        refuse_points(checkpoint["config"]["data"]["dataset"], str(path))
     model = create_model(**checkpoint["config"]["model"])
     edges = code_of(checkpoint["config"]).edges
     diffusion = create_process(model.learn_variance, edges, **checkpoint["config"]["diffusion"])

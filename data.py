@@ -21,6 +21,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from data_sources.points import COORDINATES, POINT_SETS, READERS, Coordinates, is_points
 from runtime.errors import UserError
 from runtime.files import atomic_write, one_line
 from runtime.progress import Bar, progress
@@ -53,6 +54,8 @@ class LevelCode:
     half a level misses the level. Where one level is very common, as the black of a digit's background, that happens in
     most pixels of an image, and a grey haze covers it. `histogram_code` moves common levels away from their neighbours.
     """
+
+    holds = "images"
 
     def __init__(self, points: Sequence[float] | Tensor, device="cpu"):
         self.points = torch.as_tensor(points, dtype=torch.float64)                          # (256,)
@@ -100,8 +103,10 @@ def histogram_code(images: Tensor, share: float = CODE_SHARE, power: float = COD
     return LevelCode(points.round(decimals=6))  # as it stands in a checkpoint, so that a resumed run has the same
 
 
-def code_of(config: dict) -> LevelCode:
+def code_of(config: dict) -> LevelCode | Coordinates:
     """The code of a checkpoint with this config; linear for files from before version 1.1.0."""
+    if is_points(config["data"]["shape"]):
+        return COORDINATES
     return LevelCode(config["data"]["level_code"]) if "level_code" in config["data"] else LINEAR
 
 
@@ -110,14 +115,17 @@ def code_of(config: dict) -> LevelCode:
 
 @dataclass(frozen=True)
 class ImageData:
-    """A split of a data set: images (N, C, H, W) uint8, labels (N,) int64, the names of the classes, and a code."""
+    """A split of a data set: images (N, C, H, W) uint8, labels (N,) int64, the names of the classes, and a code.
+
+    Points in the plane are images (N, 2, 1, 1) float32, with the code COORDINATES.
+    """
 
     name: str
     split: str
     images: Tensor
     labels: Tensor
     class_names: tuple[str, ...]
-    code: LevelCode = LINEAR
+    code: LevelCode | Coordinates = LINEAR
 
     def to(self, device) -> "ImageData":
         """The same split with images and labels on `device`."""
@@ -136,18 +144,21 @@ class ImageData:
         return self.code.encode(self.images[chosen])
 
 
-def load_dataset(name: str, split: str = "train", data_dir: str | Path = "data") -> ImageData:
+def load_dataset(name: str, split: str = "train", data_dir: str | Path = "data", points: bool = False) -> ImageData:
     """Load a split of the data set `name` from `data_dir`; if it is missing, download it (or draw it: glyphs, scenes).
 
-    UserError for an unknown name or split, a damaged file, and a download that fails.
+    points: whether the caller can use points in the plane, too. UserError for points where it cannot, an unknown name
+    or split, a damaged file, and a download that fails.
     """
     if name not in DATASETS:
         raise UserError(f"unknown dataset {name!r}: choose one of {', '.join(DATASETS)}")
     if split not in SPLITS:
         raise UserError(f"unknown split {split!r}: choose one of {', '.join(SPLITS)}")
+    if not points:
+        refuse_points(name)
     images, labels = _read(name, Path(data_dir).absolute(), split != "test")
     part = _part(split)
-    return ImageData(name, split, images[part], labels[part], DATASETS[name].class_names)
+    return ImageData(name, split, images[part], labels[part], DATASETS[name].class_names, DATASETS[name].code)
 
 
 def load_marks(name: str, split: str, data_dir: str | Path = "data") -> Tensor | None:
@@ -163,6 +174,14 @@ def _part(split: str) -> slice:
     """Which images of a file are those of the split."""
     return {"train": slice(None, -VALIDATION_IMAGES), "validation": slice(-VALIDATION_IMAGES, None),
             "test": slice(None)}[split]
+
+
+def refuse_points(name: str | None, what: str = "") -> None:
+    """UserError if the data set of this name, which `what` was trained on if that is given, holds points."""
+    if name in POINT_SETS:
+        raise UserError(f"{f'{what} was trained on {name}, which' if what else name} holds points in the plane, and "
+                        f"this is for images: points are for train.py, sample.py and visualize_diffusion.py --what "
+                        f"field")
 
 
 @lru_cache(maxsize=1)  # train and validation are parts of the same files: read and checked once
@@ -321,12 +340,14 @@ class DataSet(NamedTuple):
     class_names   one for each label
     noise_level   mean and standard deviation of log(sigma / alpha / data_std) in training
     read_marks    read_marks(data_dir, train) -> (N, marks) bool: what else is known to be in each image; None: nothing
+    code          of the data as they are read
     """
 
     read: Callable[[Path, bool], tuple[Tensor, Tensor]]
     class_names: tuple[str, ...]
     noise_level: tuple[float, float] = (-0.5, 1.2)
     read_marks: Callable[[Path, bool], Tensor] | None = None
+    code: LevelCode | Coordinates = LINEAR
 
 
 # To add a data set, add a row. Noise levels: measured (benchmarks/RECORDS.md); that of cifar10: Karras et al. 2022; of
@@ -337,4 +358,5 @@ DATASETS = {
     "cifar10": DataSet(_cifar10, CIFAR),
     "glyphs": DataSet(_glyphs, DIGITS, noise_level=(0.7, 0.9)),
     "scenes": DataSet(_scenes, OBJECTS, noise_level=(0.2, 1.2), read_marks=_scene_marks),
+    **{name: DataSet(READERS[name], row.class_names, code=COORDINATES) for name, row in POINT_SETS.items()},
 }

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from checkpoint import MAX_COUNT, data_mismatch, load_model
-from data import ImageData, code_of, load_dataset, to_model
+from data import ImageData, code_of, load_dataset, refuse_points, to_model
 from diffusion import DiffusionProcess
 from evaluation.classifier import load_feature_network
 from evaluation.features import extract_features
@@ -211,7 +211,7 @@ def examine(args) -> Iterator[Finding]:
     model, diffusion, checkpoint, name = None, DiffusionProcess(), None, args.dataset
     if args.checkpoint:
         try:
-            model, diffusion, checkpoint = load_model(args.checkpoint, get_device(args.device))
+            model, diffusion, checkpoint = load_model(args.checkpoint, get_device(args.device), points=True)
         except UserError as error:
             fix = f"{command_to_resume(args)}: resumes from the newest valid checkpoint"
             yield Finding("checkpoint", "FAIL", str(error), fix)
@@ -225,6 +225,7 @@ def examine(args) -> Iterator[Finding]:
 
 def examine_data(args, name: str, model, diffusion: DiffusionProcess, checkpoint: dict | None) -> Iterator[Finding]:
     """The data set and, if there is a checkpoint, its errors and samples."""
+    refuse_points(name, args.checkpoint or "")
     opened = open_data(args, name)
     if isinstance(opened, Finding):
         yield opened

@@ -6,7 +6,7 @@
 
 No flag of the training has to be repeated: the checkpoint holds them. If --output ends in .npz, it gets the images as
 arr_0, uint8 (N, H, W, C), and labels (N,) where there are any, instead of a picture. Without --label, a conditional
-model makes all classes in turn.
+model makes all classes in turn. Points in the plane become dots in one picture, or float32 (N, 1, 1, 2).
 """
 
 import sys
@@ -21,6 +21,7 @@ import torch
 
 from checkpoint import load_model
 from data import LevelCode, code_of
+from data_sources.points import is_points, scatter
 from runtime import distributed, threads
 from runtime.checkpoints import with_checkpoint
 from runtime.errors import UserError
@@ -31,7 +32,7 @@ from runtime.progress import Bar
 from runtime.sampling import sampling_options
 from runtime.script import script
 from samplers import generate, image_noise
-from utils import GREY, autocast, evenly_spaced, get_device, pick_precision, save_gif, save_images
+from utils import GREY, autocast, evenly_spaced, get_device, pick_precision, save_gif, save_images, save_picture
 
 DEFAULT_OUTPUT = "outputs/generated_samples.png"
 MAX_COLUMNS = 16  # of a grid with a row for each class
@@ -61,6 +62,14 @@ def parse_args(argv: Sequence[str] | None):
         if Path(args.output).suffix == ".npz":
             parser.error(f"--{name} is for a picture, an --output that ends in .png")
     return args
+
+
+def check_flags(args: Namespace, shape: Sequence[int]) -> None:
+    """UserError for flags that make no sense with data of this shape (C, H, W): those of grids, with points."""
+    given = [name for name in ("show_intermediate", "gif", "columns", "scale") if getattr(args, name)]
+    if is_points(shape) and given:
+        raise UserError(f"--{given[0]} is for images, and {args.checkpoint} makes points in the plane: leave it out "
+                        f"(python visualize_diffusion.py --what field shows their paths)")
 
 
 class Film:
@@ -136,12 +145,15 @@ def save(images: torch.Tensor, labels: torch.Tensor | None, by_class: bool, outp
          scale: int | None = None) -> None:
     """Write uint8 images (N, C, H, W) as a grid or, to .npz, as uint8 arr_0 (N, H, W, C), with their labels.
 
+    Points (N, 2, 1, 1) become dots in one picture, with a colour for each label.
     by_class: each class starts in a new row of the grid. columns, scale: of the grid; None: by the number of images.
     """
     if output.suffix == ".npz":
         arrays = {} if labels is None else dict(labels=labels.numpy())
         with atomic_write(output) as file:
             np.savez_compressed(file, arr_0=images.permute(0, 2, 3, 1).numpy(), **arrays)
+    elif is_points(images.shape[1:]):
+        save_picture(scatter(images, labels), output)
     elif by_class and len(counts := labels.unique_consecutive(return_counts=True)[1].tolist()) > 1:
         columns = min(max(counts), columns or MAX_COLUMNS)
         save_images(rows_by_class(images, counts, columns), output, columns, scale)
@@ -158,9 +170,10 @@ def main(argv=None):
     if args.num_images < distributed.world_size():
         raise UserError(f"{args.num_images} images do not divide among {distributed.world_size()} processes: choose "
                         f"more")
-    args = with_checkpoint(args)
-    model, diffusion, checkpoint = load_model(args.checkpoint, device, args.use_ema)
+    args = with_checkpoint(args, points=True)
+    model, diffusion, checkpoint = load_model(args.checkpoint, device, args.use_ema, points=True)
     config, shape = checkpoint["config"], checkpoint["config"]["data"]["shape"]
+    check_flags(args, shape)
     code = code_of(config)
     options = sampling_options(config, args, args.num_images)
     if distributed.rank() == 0:
@@ -179,7 +192,7 @@ def main(argv=None):
     written = [output, *(film.save(output) if args.show_intermediate else [])]
     if args.gif:
         written.append(film.save_gif(output.with_suffix(".gif")))
-    print(f"{len(images)} images by {options['sampler']} in {options['steps']} steps: {seconds:.2f} s")
+    print(f"{len(images)} {code.holds} by {options['sampler']} in {options['steps']} steps: {seconds:.2f} s")
     for path in written:
         print(f"Saved {path}")
     distributed.destroy_process_group()

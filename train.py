@@ -37,7 +37,9 @@ from training.budget import Budget
 from training.flags import (
     RECIPES,
     TRAINER_FLAGS,
+    check_point_flags,
     check_resumable,
+    defaults,
     make_code,
     make_config,
     make_parser,
@@ -66,8 +68,9 @@ def parse_args(argv: Sequence[str] | None) -> tuple[Namespace, dict | None]:
     """The flags and, with --resume, the checkpoint to continue from; its flags are the defaults then."""
     parser = make_parser(__doc__)
     args = parser.parse_args(argv)
-    parser.set_defaults(**RECIPES[args.recipe])
+    parser.set_defaults(**defaults(args))
     args = parser.parse_args(argv)
+    check_point_flags(parser, args)
     found = find_checkpoint(args) if args.resume or distributed.is_launched() else None
     if not found:
         return args, None
@@ -180,10 +183,10 @@ def make_run(args: Namespace, checkpoint: dict | None, start: float) -> tuple[Ru
     device = get_device(distributed.local_device(args.device))
     autotune.set_up_cuda(device)
     with distributed.local_rank_0_first():
-        data = load_dataset(args.dataset, "train", args.data_dir).first(args.train_images or sys.maxsize)
+        data = load_dataset(args.dataset, "train", args.data_dir, points=True).first(args.train_images or sys.maxsize)
     settings = make_settings(args, data, device)
     threads.set_up(args.threads, device, adapt=settings.epochs is None)
-    validation = load_dataset(args.dataset, "validation", args.data_dir)
+    validation = load_dataset(args.dataset, "validation", args.data_dir, points=True)
     saved = checkpoint and checkpoint["config"]
     data = data.coded(make_code(settings, data, saved))
     config = make_config(settings, data, saved)

@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from data_sources.points import is_points, scatter
 from runtime.errors import UserError
 from runtime.files import atomic_write
 
@@ -100,8 +101,10 @@ def tile(images: Tensor, columns: int, scale: int = 1, captions: Sequence[str] =
     """uint8 images (B, C, H, W), C 1 or 3, in rows of `columns` with a grey line around each: (H', W', 3) uint8.
 
     Each pixel is scale × scale large; captions[k] stands above image k. As torchvision's make_grid, whose import takes
-    a second and 160 MB.
+    a second and 160 MB. Points in the plane (B, 2, 1, 1) are all dots in one picture, without captions.
     """
+    if is_points(images.shape[1:]):
+        return scatter(images.cpu())
     if images.dtype != torch.uint8:
         raise ValueError(f"images must be uint8, not {images.dtype}: convert them with data.to_uint8")
     count, _, height, width = images.shape

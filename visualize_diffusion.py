@@ -4,11 +4,15 @@
     python visualize_diffusion.py --what schedules --save_path outputs/schedules.png
     python visualize_diffusion.py --what denoising
     python visualize_diffusion.py --what attention --checkpoint mnist
+    python visualize_diffusion.py --what field --dataset moons
 
     forward     images at increasing t               attention   attention weights of some positions
     schedules   the noise schedules                  features    activations of the U-Net's stages
     denoising   a trajectory from noise to image     embedding   time and bottleneck features in 2-D
-                                                     loss        the error of x_0_hat against t
+    field       points in the plane: their density,  loss        the error of x_0_hat against t
+                arrows and paths of a sampler
+
+--what field with --dataset shows what the best possible network would do; with the checkpoint of points, this network.
 """
 
 import math
@@ -23,20 +27,23 @@ from torch import Tensor
 
 from checkpoint import load_model
 from data import DATASETS, code_of, load_dataset, to_model, to_uint8
+from data_sources.points import POINT_SETS
 from diffusion import SCHEDULES, DiffusionProcess
 from evaluation.network_plots import Frame, draw_attention, draw_embedding, draw_features, draw_loss
+from evaluation.point_plots import draw_field
 from runtime.checkpoints import with_checkpoint
+from runtime.errors import UserError
 from runtime.files import check_output
 from runtime.parser import Parser, add_shared_flags, number
-from runtime.sampling import dataset_of, sampling_options
+from runtime.sampling import dataset_of, named_classes, sampling_options
 from runtime.script import script
-from samplers import HIGHEST_NOISE, LOWEST_NOISE, generate, image_noise
+from samplers import DEFAULT_GUIDANCE, DEFAULT_SAMPLER, HIGHEST_NOISE, LOWEST_NOISE, generate, image_noise
 from utils import FIGURE_FORMATS, evenly_spaced, generator_for, get_device, pyplot, save_figure, tile
 
 COLUMNS = (0, 50, 100, 200, 400, 600, 800, 999)  # times t of --what forward, if T is 1,000
 FRAME_COLUMNS = 10
 WITHOUT_MODEL = ("forward", "schedules")
-WITH_MODEL = ("denoising", "attention", "features", "embedding", "loss")
+WITH_MODEL = ("field", "denoising", "attention", "features", "embedding", "loss")
 
 
 TRAJECTORY_FLAGS = ("num_images", "columns", "seed", "sampler", "spacing", "steps", "label", "guidance_scale")
@@ -44,6 +51,7 @@ READ_FLAGS = {  # the flags that each picture reads, besides those of files and 
     "forward": ("num_images", "columns", "seed", "schedule", "timesteps", "dataset"), "schedules": ("timesteps",),
     "denoising": TRAJECTORY_FLAGS, "attention": TRAJECTORY_FLAGS, "features": TRAJECTORY_FLAGS,
     "embedding": ("seed", "projection"), "loss": ("seed",),
+    "field": ("dataset", "seed", "sampler", "spacing", "label", "guidance_scale"),
 }
 
 
@@ -60,7 +68,8 @@ def parse_args(argv: Sequence[str] | None):
     parser.add_argument("--timesteps", type=number(int, 1, 100_000), default=1000,
                         help="T, the number of noising steps, for --what forward and schedules")
     parser.add_argument("--dataset", choices=tuple(DATASETS),
-                        help="the images that --what forward shows (default: mnist; of a model: its own)")
+                        help="the images that --what forward shows, or the points of --what field (default: mnist; "
+                             "of a model: its own)")
     add_shared_flags(parser, "data_dir", "seed", "device")
     parser.add_argument("--columns", type=number(int, 2, 100),
                         help=f"the number of times t to show (default: {FRAME_COLUMNS}; for --what forward "
@@ -203,6 +212,32 @@ def show_pairs(pairs: Sequence[Tensor], titles: Sequence[str], caption: str):
     return figure
 
 
+def draw_points(args: Namespace):
+    """Points in the plane as the best possible network sees them and, with a checkpoint, as its network does."""
+    model, name = None, args.dataset
+    if args.checkpoint:
+        model, process, checkpoint = load_model(args.checkpoint, points=True)
+        name = dataset_of(checkpoint, args.dataset)
+    if name not in POINT_SETS:
+        raise UserError(f"--what field shows points in the plane, and {name} holds images: choose --dataset "
+                        f"{', '.join(POINT_SETS)}, or train on one of them and give its --checkpoint")
+    data = load_dataset(name, "train", args.data_dir, points=True)
+    if model is None:
+        process = DiffusionProcess(schedule="cosine", data_std=data.images.std().item())
+    names = data.class_names if model is None or model.num_classes else ()
+    classes = None if args.label is None else named_classes(args.label, names)
+    if classes and len(classes) > 1:
+        raise UserError("--what field shows one class at a time: name one with --label")
+    if args.guidance_scale is not None and not (model and classes):
+        raise UserError("--guidance_scale needs --checkpoint, of a model with labels, and --label")
+    scale = DEFAULT_GUIDANCE if args.guidance_scale is None else args.guidance_scale
+    return draw_field(data, classes and classes[0], process, model, scale, args.sampler or DEFAULT_SAMPLER,
+                      args.spacing, args.seed)
+
+
+DRAWN_FROM_FLAGS = {"forward": draw_forward, "schedules": draw_schedules, "field": draw_points}
+
+
 def draw_with_model(args: Namespace, model, diffusion: DiffusionProcess, config: dict):
     """A picture that needs a trained model."""
     if args.what == "denoising":
@@ -225,8 +260,10 @@ def main(argv=None):
     args = parse_args(argv)
     name = "forward_diffusion" if args.what == "forward" else args.what
     path = Path(args.save_path or f"outputs/{name}.png")
-    if args.what in WITHOUT_MODEL:
-        draw = partial({"forward": draw_forward, "schedules": draw_schedules}[args.what], args)
+    if args.what == "field" and not (args.dataset and args.checkpoint is None):
+        args = with_checkpoint(args, points=True)
+    if args.what in DRAWN_FROM_FLAGS:
+        draw = partial(DRAWN_FROM_FLAGS[args.what], args)
     else:
         args = with_checkpoint(args)
         model, diffusion, checkpoint = load_model(args.checkpoint, get_device(args.device))

@@ -138,3 +138,46 @@ class UpBlock(nn.Module):
     def forward(self, x: Tensor, skip: Tensor, emb: Tensor) -> Tensor:
         x = self.up(F.interpolate(x, scale_factor=2, mode="nearest"))                       # (B, C_out, 2H, 2W)
         return self.stage(torch.cat([x, skip], dim=1), emb)
+
+
+class ConditionedNetwork(nn.Module):
+    """What all networks share: the embedding of time and label, and the checks of what they are called with.
+
+    image_channels, time_emb_dim, activation, num_classes: as in SimpleUNet. counts: other arguments that are numbers
+    from 1 up. ValueError for numbers below and for unknown activations.
+    """
+
+    def __init__(self, image_channels: int, time_emb_dim: int, activation: str, num_classes: int | None, **counts):
+        super().__init__()
+        if activation not in ACTIVATIONS:
+            raise ValueError(f"unknown activation {activation!r}: choose one of {', '.join(ACTIVATIONS)}")
+        for name, value in dict(counts, num_classes=num_classes).items():
+            if value is not None and value < 1:
+                raise ValueError(f"{name} must be 1 or more, not {value}")
+        self.image_channels, self.num_classes = image_channels, num_classes
+        self.time_embedding = TimeEmbedding(time_emb_dim, activation)
+        # The last of the num_classes + 1 entries means "no label".
+        self.label_embedding = nn.Embedding(num_classes + 1, time_emb_dim) if num_classes else None
+        self.act = ACTIVATIONS[activation]()
+
+    def embed(self, t: Tensor, labels: Tensor | None = None) -> Tensor:
+        """The embedding of the time, plus that of the label where the model has labels: (B, time_emb_dim).
+
+        labels (B,) int64 in 0..num_classes, where num_classes, like labels=None, means "no label".
+        """
+        emb = self.time_embedding(t)
+        if self.label_embedding is None:
+            return emb
+        return emb + self.label_embedding(t.new_full(t.shape, self.num_classes).long() if labels is None else labels)
+
+    def check_inputs(self, x: Tensor, t: Tensor, labels: Tensor | None) -> None:
+        """ValueError unless x is (B, image_channels, H, W), t is (B,), and labels, where there are any, are (B,)."""
+        if x.ndim != 4 or x.shape[1] != self.image_channels:
+            raise ValueError(f"this network takes images (B, {self.image_channels}, H, W), not {tuple(x.shape)}")
+        if t.shape != x.shape[:1]:  # without len(x), which would fix the batch size of an exported network
+            raise ValueError(f"t must have one entry for each of the {len(x)} images, not shape {tuple(t.shape)}")
+        if labels is not None and self.label_embedding is None:
+            raise ValueError("this network was built without labels (num_classes=None): call it without them")
+        if labels is not None and labels.shape != t.shape:
+            raise ValueError(f"labels must have one entry for each of the {len(x)} images, not shape "
+                             f"{tuple(labels.shape)}")

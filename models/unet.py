@@ -4,13 +4,13 @@ from collections.abc import Sequence
 
 from torch import Tensor, nn
 
-from .layers import ACTIVATIONS, DownBlock, Stage, TimeEmbedding, UpBlock, normalisation, zero_init
+from .layers import ACTIVATIONS, ConditionedNetwork, DownBlock, Stage, UpBlock, normalisation, zero_init
 
 # By patch_size: channels at each resolution, as multiples of base_channels; the lowest is 1/4 of the image's size.
 CHANNEL_MULTS = {1: (1, 2, 2), 2: (1, 2), 4: (2,)}
 
 
-class SimpleUNet(nn.Module):
+class SimpleUNet(ConditionedNetwork):
     """(x (B, C, H, W), t (B,), labels (B,)) -> (B, C, H, W), or (B, 2C, H, W): a time-embedded U-Net.
 
     image_channels   1 or 3
@@ -36,9 +36,10 @@ class SimpleUNet(nn.Module):
                  channel_mults: Sequence[int] | None = None, depth: int = 1, middle_depth: int | None = None,
                  attention: Sequence[int] | None = None, activation: str = "silu", num_classes: int | None = None,
                  patch_size: int = 1, checkpointing: bool = False, learn_variance: bool = False):
-        super().__init__()
         middle_depth = depth if middle_depth is None else middle_depth
-        _check_arguments(image_channels, base_channels, min(depth, middle_depth), activation, num_classes, patch_size)
+        _check_arguments(image_channels, patch_size)
+        super().__init__(image_channels, time_emb_dim, activation, num_classes, base_channels=base_channels,
+                         depth=min(depth, middle_depth))
         mults = tuple(CHANNEL_MULTS[patch_size] if channel_mults is None else channel_mults)
         if not mults or min(mults) < 1:
             raise ValueError(f"channel_mults must be whole numbers from 1 up, not {mults}")
@@ -50,7 +51,7 @@ class SimpleUNet(nn.Module):
                            channel_mults=list(mults), depth=depth, middle_depth=middle_depth, attention=attention,
                            activation=activation, num_classes=num_classes, patch_size=patch_size,
                            checkpointing=bool(checkpointing), learn_variance=bool(learn_variance))
-        self.image_channels, self.num_classes, self.learn_variance = image_channels, num_classes, bool(learn_variance)
+        self.learn_variance = bool(learn_variance)
         out_channels = image_channels * (2 if learn_variance else 1)
         self.divisor = factors[-1]
         widths = [base_channels * m for m in mults]
@@ -59,10 +60,6 @@ class SimpleUNet(nn.Module):
             return dict(depth=depth, attention=factors[level] in attention, activation=activation,
                         checkpointing=checkpointing)
 
-        self.time_embedding = TimeEmbedding(time_emb_dim, activation)
-        # The last of the num_classes + 1 entries means "no label".
-        self.label_embedding = nn.Embedding(num_classes + 1, time_emb_dim) if num_classes else None
-        self.act = ACTIVATIONS[activation]()
         self.stem = nn.Sequential(nn.PixelUnshuffle(patch_size),
                                   nn.Conv2d(image_channels * patch_size**2, widths[0], 3, padding=1))
         inputs = [widths[0], *widths]
@@ -87,39 +84,16 @@ class SimpleUNet(nn.Module):
             x = up(x, skips.pop(), emb)                                                     # twice the resolution
         return self.head(x)                                                                 # (B, C or 2C, H, W)
 
-    def embed(self, t: Tensor, labels: Tensor | None = None) -> Tensor:
-        """The embedding of the time, plus that of the label where the model has labels: (B, time_emb_dim).
-
-        labels (B,) int64 in 0..num_classes, where num_classes, like labels=None, means "no label".
-        """
-        emb = self.time_embedding(t)
-        if self.label_embedding is None:
-            return emb
-        return emb + self.label_embedding(t.new_full(t.shape, self.num_classes).long() if labels is None else labels)
-
     def _check(self, x: Tensor, t: Tensor, labels: Tensor | None) -> None:
-        if x.ndim != 4 or x.shape[1] != self.image_channels:
-            raise ValueError(f"this network takes images (B, {self.image_channels}, H, W), not {tuple(x.shape)}")
+        self.check_inputs(x, t, labels)
         if x.shape[2] % self.divisor or x.shape[3] % self.divisor:
             raise ValueError(f"image height and width must be divisible by {self.divisor} (patch_size and "
                              f"down-sampling together), got {x.shape[2]}×{x.shape[3]}: choose another image size, "
                              f"patch_size or channel_mults")
-        if t.shape != x.shape[:1]:  # without len(x), which would fix the batch size of an exported network
-            raise ValueError(f"t must have one entry for each of the {len(x)} images, not shape {tuple(t.shape)}")
-        if labels is not None and self.label_embedding is None:
-            raise ValueError("this network was built without labels (num_classes=None): call it without them")
-        if labels is not None and labels.shape != t.shape:
-            raise ValueError(f"labels must have one entry for each of the {len(x)} images, not shape "
-                             f"{tuple(labels.shape)}")
 
 
-def _check_arguments(image_channels, base_channels, depth, activation, num_classes, patch_size) -> None:
+def _check_arguments(image_channels: int, patch_size: int) -> None:
     if image_channels not in (1, 3):
         raise ValueError(f"image_channels must be 1 or 3, not {image_channels}")
     if patch_size not in CHANNEL_MULTS:
         raise ValueError(f"patch_size must be 1, 2 or 4, not {patch_size}")
-    if activation not in ACTIVATIONS:
-        raise ValueError(f"unknown activation {activation!r}: choose one of {', '.join(ACTIVATIONS)}")
-    for name, value in (("base_channels", base_channels), ("depth", depth), ("num_classes", num_classes)):
-        if value is not None and value < 1:
-            raise ValueError(f"{name} must be 1 or more, not {value}")

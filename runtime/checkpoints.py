@@ -12,6 +12,7 @@ from argparse import Namespace
 from pathlib import Path
 
 from checkpoint import SAFETENSORS, peek
+from data_sources.points import is_points
 from runtime import distributed
 from runtime.errors import UserError
 from runtime.sampling import is_student
@@ -21,19 +22,20 @@ OUTPUTS = Path("outputs")  # of train.py without --output_dir
 DEFAULT = "mnist"
 
 
-def with_checkpoint(args: Namespace, students: bool = True) -> Namespace:
+def with_checkpoint(args: Namespace, students: bool = True, points: bool = False) -> Namespace:
     """The parsed flags, and as `checkpoint` the path of the file to read.
 
     Without --checkpoint that is the newest model_final.pt below outputs/, else the pretrained DEFAULT, and a line says
     which. Call it after the processes of torchrun have joined: all of them take the file that rank 0 has found.
 
-    students: whether the script can use the students of distill.py; if not, none is taken without --checkpoint.
+    students: whether the script can use the students of distill.py, and points: points in the plane; if not, none is
+    taken without --checkpoint.
     UserError if there is no such file or name, or if a pretrained file is damaged.
     """
     if args.checkpoint is not None:
         path = find_checkpoint(args.checkpoint)
     else:
-        path, whose = distributed.broadcast(newest_checkpoint(students)), "" if students else " of train.py"
+        path, whose = distributed.broadcast(newest_checkpoint(students, points)), "" if students else " of train.py"
         if path:
             print(f"Using {path} (the newest{whose}; give another with --checkpoint)")
         else:
@@ -66,11 +68,11 @@ def find_checkpoint(given: str) -> Path:
                     f"{OUTPUTS}/model_final.pt{listed}")
 
 
-def newest_checkpoint(students: bool = True) -> Path | None:
+def newest_checkpoint(students: bool = True, points: bool = False) -> Path | None:
     """The model_final.pt below outputs/ that was written last; None if there is none.
 
-    students: whether it may be a student of distill.py. A file that cannot be read counts as none of them: the script
-    that loads it gives the reason.
+    students, points: whether it may be a student of distill.py, and one of points in the plane. A file that
+    cannot be read counts as none of them: the script that loads it gives the reason.
     """
     written = {}
     for path in OUTPUTS.rglob("model_final.pt"):
@@ -78,14 +80,15 @@ def newest_checkpoint(students: bool = True) -> Path | None:
             if path.is_file():
                 written[path] = path.stat().st_mtime_ns
     newest_first = sorted(written, key=lambda path: (written[path], str(path)), reverse=True)
-    return next((path for path in newest_first if students or not _holds_student(path)), None)
+    return next((path for path in newest_first if _suits(path, students, points)), None)
 
 
-def _holds_student(path: Path) -> bool:
+def _suits(path: Path, students: bool, points: bool) -> bool:
     try:
-        return is_student(peek(path)["config"])
+        config = peek(path)["config"]
+        return (students or not is_student(config)) and (points or not is_points(config["data"]["shape"]))
     except Exception:  # load_checkpoint gives the reason
-        return False
+        return True
 
 
 # ------------------------------------------------------------------------------------------------ pretrained models

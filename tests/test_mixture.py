@@ -7,6 +7,7 @@ import torch
 from torch.testing import assert_close
 
 from diffusion import SCHEDULES, DiffusionProcess
+from evaluation.mixture import Mixture
 from samplers import SAMPLERS, churn, ddim, ddpm, final_image, heun, uniform_timesteps
 
 SHARE, MODES, STD = 0.3, torch.tensor([-0.7, 0.5], dtype=torch.float64), 0.15  # 30 % at -0.7, 70 % at 0.5
@@ -14,20 +15,8 @@ DETERMINISTIC = ("ddim", "dpmpp_2m", "heun", "ipndm")
 
 
 def perfect_denoiser(process):
-    """E[x_0 | x_t] of pixels that are N(MODES[0], STD²) with probability SHARE, and N(MODES[1], STD²) otherwise.
-
-    Each mode's Wiener estimate, weighted by how likely that mode is given x_t.
-    """
-    prior = torch.tensor([SHARE, 1 - SHARE], dtype=torch.float64).log()
-
-    def denoise(x_t, t):
-        alpha = process.alpha(t).double()
-        variance = alpha**2 * STD**2 + 1 - alpha**2
-        x, alpha, variance = x_t[..., None], alpha[..., None], variance[..., None]
-        away = x - alpha * MODES                                                            # (B, 1, 1, 1, 2)
-        likely = (prior - away.square() / (2 * variance)).softmax(-1)
-        return (likely * (MODES + alpha * STD**2 / variance * away)).sum(-1)
-    return denoise
+    """E[x_0 | x_t] of pixels that are N(MODES[0], STD²) with probability SHARE, and N(MODES[1], STD²) otherwise."""
+    return Mixture(MODES.view(2, 1, 1, 1), STD, torch.tensor([SHARE, 1 - SHARE])).denoiser(process)
 
 
 def normal(count, seed=0):

@@ -6,7 +6,8 @@ from pathlib import Path
 
 import torch
 
-from data import DATASETS, LEVEL_CODES, LINEAR, ImageData, LevelCode, code_of, histogram_code
+from data import DATASETS, LEVEL_CODES, ImageData, LevelCode, code_of, histogram_code
+from data_sources.points import POINT_SETS, is_points
 from diffusion import LOSS_WEIGHTS, PREDICTIONS, SCHEDULES, TIMESTEP_SAMPLING
 from models.layers import ACTIVATIONS
 from runtime import distributed
@@ -26,6 +27,14 @@ RECIPES = {
                  middle_depth=1, batch_size=128, optimizer="adamw", lr=2e-4, lr_schedule="constant", warmup=0.0,
                  precision="fp32", conditional=False, level_code="linear"),
 }
+# Points in the plane have a small network of their own, which learns them in seconds.
+POINT_DEFAULTS = dict(base_channels=128, depth=3, time_emb_dim=64, label_dropout=0.5, batch_size=256,
+                      optimizer="adamw", precision="fp32", level_code="linear", sample_interval=5)
+
+
+def defaults(args: Namespace) -> dict:
+    """The defaults that the recipe and the data set of these flags give to others."""
+    return RECIPES[args.recipe] | (POINT_DEFAULTS if args.dataset in POINT_SETS else {})
 
 
 def batch_size(text: str) -> int | str:
@@ -142,8 +151,9 @@ def make_parser(description: str) -> Parser:
 
 # ------------------------------------------------------------------------------- from flags to a checkpoint's config
 
-MODEL_FLAGS = ("base_channels", "time_emb_dim", "channel_mults", "depth", "middle_depth", "attention", "activation",
-               "patch_size", "checkpointing", "learn_variance")
+IMAGE_FLAGS = ("channel_mults", "middle_depth", "attention", "patch_size", "checkpointing", "learn_variance")
+MLP_FLAGS = ("base_channels", "time_emb_dim", "depth", "activation")
+MODEL_FLAGS = {"unet": MLP_FLAGS + IMAGE_FLAGS, "mlp": MLP_FLAGS}
 DIFFUSION_FLAGS = {"timesteps": "num_timesteps"} | {name: name for name in (
     "schedule", "prediction", "timestep_sampling", "noise_mean", "noise_std", "loss_weight", "snr_gamma",
     "zero_terminal_snr")}
@@ -152,6 +162,13 @@ TRAINER_FLAGS = ("batch_size", "optimizer", "lr", "muon_lr", "lr_schedule", "war
 # Shares of the training times, with --timestep_sampling lognormal: T - 1, and nearly clean images.
 SHARES = dict(last_share=0.01, low_share=0.05)
 FIXED_FLAGS = ("train_images", "batch_size", "optimizer")  # besides network and data: what --resume cannot change
+
+
+def check_point_flags(parser: Parser, args: Namespace) -> None:
+    """UserError for flags of the command line that change nothing for points in the plane."""
+    unread = sorted({*IMAGE_FLAGS, "level_code"} & parser.typed) if args.dataset in POINT_SETS else []
+    if unread:
+        parser.error(f"--{unread[0]} is for images, and {args.dataset} holds points in the plane: leave it out")
 
 
 def make_settings(args: Namespace, data: ImageData, device: torch.device) -> Namespace:
@@ -167,7 +184,7 @@ def make_settings(args: Namespace, data: ImageData, device: torch.device) -> Nam
 def make_code(settings: Namespace, data: ImageData, saved: dict | None = None) -> LevelCode:
     """The code that --level_code asks for; saved: the config of the checkpoint that is resumed, whose code is kept."""
     if settings.level_code == "linear":
-        return LINEAR
+        return data.code
     return code_of(saved) if saved else histogram_code(data.images)
 
 
@@ -181,10 +198,12 @@ def make_config(settings: Namespace, data: ImageData, saved: dict | None = None)
     shares = {name: saved["diffusion"].get(name, 0.0) for name in SHARES} if saved else SHARES
     some = data.first(min(10_000, 2**25 // data.images[0].numel()))  # large images would need much memory as floats
     data_std = saved["diffusion"]["data_std"] if saved else round(some.x_0().std().item(), 3)
+    network, flags = "mlp" if is_points(data.images.shape[1:]) else "unet", vars(settings) | dict(attention=attention)
     code = {} if data.code.is_linear else dict(level_code=data.code.points.tolist())
     return dict(
-        model=dict({name: getattr(settings, name) for name in MODEL_FLAGS}, image_channels=data.images.shape[1],
-                   attention=attention, num_classes=len(data.class_names) if settings.conditional else None),
+        model=dict({name: flags[name] for name in MODEL_FLAGS[network]}, network=network,
+                   image_channels=data.images.shape[1],
+                   num_classes=len(data.class_names) if settings.conditional else None),
         diffusion=dict({ours: getattr(settings, flag) for flag, ours in DIFFUSION_FLAGS.items()}, data_std=data_std,
                        **shares),
         data=dict(dataset=data.name, shape=list(data.images.shape[1:]), class_names=list(data.class_names), **code))

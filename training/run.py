@@ -180,7 +180,7 @@ class Run:
 def print_summary(trainer, network: str) -> None:
     """Print the device, the images, the size of the network, which is called `network`, and the number of threads."""
     print(f"Using device: {trainer.device}")
-    print(f"{trainer.data.name}: {len(trainer.data.images):,} images; {network} of "
+    print(f"{trainer.data.name}: {len(trainer.data.images):,} {trainer.data.code.holds}; {network} of "
           f"{count_parameters(trainer.model):,} parameters; {trainer.precision}", flush=True)
     if trainer.device.type == "cpu":
         print(threads.describe(), flush=True)
