@@ -104,7 +104,7 @@ def histogram_code(images: Tensor, share: float = CODE_SHARE, power: float = COD
 
 
 def code_of(config: dict) -> LevelCode | Coordinates:
-    """The code of a checkpoint with this config; linear for files from before version 1.1.0."""
+    """The code of a checkpoint with this config; linear for files without one, from before 1.0.0."""
     if is_points(config["data"]["shape"]):
         return COORDINATES
     return LevelCode(config["data"]["level_code"]) if "level_code" in config["data"] else LINEAR
