@@ -11,8 +11,10 @@ demo: $(VENV)/demo
 	$(BIN)/python train.py --dataset glyphs --budget 2m --sample_interval 0 --output_dir outputs/demo
 	$(BIN)/python sample.py --checkpoint outputs/demo/model_final.pt --label 0-9 --num_images 80 \
 	    --output outputs/demo/generated_samples.png
+	$(BIN)/python export.py --checkpoint outputs/demo/model_final.pt
 	@echo
 	@echo "Look at outputs/demo/generated_samples.png: a row for each digit, as this machine learnt to draw it."
+	@echo "Open outputs/demo/page.html in a browser: the same model draws there, and shows how."
 
 test: $(VENV)/dev
 	$(BIN)/python -m pytest -n auto
@@ -32,7 +34,8 @@ $(VENV)/demo: requirements.txt | $(BIN)/python
 	$(INSTALL) -r requirements.txt
 	touch $@
 
-$(VENV)/dev: requirements.txt requirements-dev.txt requirements-eval.txt | $(BIN)/python
+$(VENV)/dev: requirements.txt requirements-dev.txt requirements-eval.txt requirements-export.txt \
+    requirements-web.txt | $(BIN)/python
 	$(INSTALL) -r requirements-dev.txt
 	touch $@
 

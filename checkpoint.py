@@ -24,11 +24,12 @@ from diffusion import DiffusionProcess
 from learned_variance import create_process
 from models import create_model
 from runtime.errors import UserError
-from runtime.files import atomic_write, check_archive, one_line, verified_archive
+from runtime.files import atomic_write, check_archive, one_line, verified_archive, write_json
 from runtime.version import __version__
 from utils import is_tensor_like
 
 FORMAT = "tiny-diffusion-1"
+SAFETENSORS = "model.safetensors"  # a checkpoint that is only for making images; the rest is in config.json beside it
 FIELDS = {"config": dict, "model": dict, "ema": dict, "optimizer": dict, "step": int, "epoch": int,
           "images_seen": int, "seconds": float, "precision": str, "seed": int, "history": dict}
 CONFIG_PARTS = ("model", "diffusion", "data", "training")
@@ -74,10 +75,9 @@ def load_checkpoint(path: str | Path) -> dict:
         raise UserError(f"there is no checkpoint {path}: train one with python train.py, "
                         f"which writes outputs/model_final.pt")
     try:
-        verified = verified_archive(path)  # torch checks no CRC and trusts the headers
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # the error below says the same in one line
-            checkpoint = torch.load(verified, map_location="cpu", weights_only=True)
+        checkpoint = _read_safetensors(path) if path.suffix == ".safetensors" else _read_archive(path)
+    except ModuleNotFoundError as error:
+        raise UserError(f"{path} needs {error.name}: pip install -r requirements-export.txt") from error
     except Exception as error:  # torch, zipfile and pickle have different errors for a damaged or foreign file
         raise UserError(f"{path} is damaged or no checkpoint: {_first_sentence(error)}") from error
     try:
@@ -90,6 +90,31 @@ def load_checkpoint(path: str | Path) -> dict:
         if any(weight.dtype == torch.float16 for weight in checkpoint[part].values()):
             checkpoint[part] = {name: weight.float() for name, weight in checkpoint[part].items()}
     return checkpoint
+
+
+def _read_archive(path: Path):
+    verified = verified_archive(path)  # torch checks no CRC and trusts the headers
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # load_checkpoint says the same in one line
+        return torch.load(verified, map_location="cpu", weights_only=True)
+
+
+def _read_safetensors(path: Path) -> dict:
+    from safetensors.torch import load
+
+    weights = load(path.read_bytes())
+    return {**json.loads(path.with_name("config.json").read_text()), "model": weights, "ema": weights, "optimizer": {},
+            "history": {}}
+
+
+def save_safetensors(folder: Path, weights: dict, checkpoint: dict) -> None:
+    """Write SAFETENSORS with these weights and config.json, from which load_checkpoint makes the same images."""
+    from safetensors.torch import save
+
+    about = {name: value for name, value in checkpoint.items() if name not in ("model", "ema", "optimizer", "history")}
+    write_json(about, folder / "config.json")
+    with atomic_write(folder / SAFETENSORS) as file:
+        file.write(save({name: weight.contiguous() for name, weight in weights.items()}, {"format": "pt"}))
 
 
 def load_model(path: str | Path, device="cpu", use_ema: bool = True,

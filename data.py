@@ -30,6 +30,7 @@ VALIDATION_IMAGES = 5000
 SPLITS = ("train", "validation", "test")
 DIGITS = tuple("0123456789")
 FASHION = ("T-shirt/top", "Trouser", "Pullover", "Dress", "Coat", "Sandal", "Shirt", "Sneaker", "Bag", "Ankle boot")
+OBJECTS = ("one", "two", "three", "four")
 CIFAR = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
 
 
@@ -144,7 +145,7 @@ class ImageData:
 
 
 def load_dataset(name: str, split: str = "train", data_dir: str | Path = "data", points: bool = False) -> ImageData:
-    """Load a split of the data set `name` from `data_dir`; if it is missing, download it (or draw it: glyphs).
+    """Load a split of the data set `name` from `data_dir`; if it is missing, download it (or draw it: glyphs, scenes).
 
     points: whether the caller can use points in the plane, too. UserError for points where it cannot, an unknown name
     or split, a damaged file, and a download that fails.
@@ -156,10 +157,8 @@ def load_dataset(name: str, split: str = "train", data_dir: str | Path = "data",
     if not points:
         refuse_points(name)
     images, labels = _read(name, Path(data_dir).absolute(), split != "test")
-    if split != "test":
-        part = slice(-VALIDATION_IMAGES, None) if split == "validation" else slice(None, -VALIDATION_IMAGES)
-        images, labels = images[part], labels[part]
-    return ImageData(name, split, images, labels, DATASETS[name].class_names, DATASETS[name].code)
+    part = _part(split)
+    return ImageData(name, split, images[part], labels[part], DATASETS[name].class_names, DATASETS[name].code)
 
 
 def refuse_points(name: str | None, what: str = "") -> None:
@@ -168,6 +167,21 @@ def refuse_points(name: str | None, what: str = "") -> None:
         raise UserError(f"{f'{what} was trained on {name}, which' if what else name} holds points in the plane, and "
                         f"this is for images: points are for train.py, sample.py and visualize_diffusion.py --what "
                         f"field")
+
+
+def load_marks(name: str, split: str, data_dir: str | Path = "data") -> Tensor | None:
+    """What is known to be in each image of a split besides its class: (N, marks) bool; None where nothing is.
+
+    For scenes: which colours and kinds of objects (`data_sources.scenes.MARKS`).
+    """
+    read = DATASETS[name].read_marks
+    return read(Path(data_dir).absolute(), split != "test")[_part(split)] if read else None
+
+
+def _part(split: str) -> slice:
+    """Which images of a file are those of the split."""
+    return {"train": slice(None, -VALIDATION_IMAGES), "validation": slice(-VALIDATION_IMAGES, None),
+            "test": slice(None)}[split]
 
 
 @lru_cache(maxsize=1)  # train and validation are parts of the same files: read and checked once
@@ -262,33 +276,61 @@ def _checked(path: Path, digest: str, algorithm: str = "sha256") -> np.ndarray:
 
 def _glyphs(data_dir: Path, train: bool) -> tuple[Tensor, Tensor]:
     """60,000 or 10,000 typeset digits, drawn once and kept in data_dir/glyphs."""
-    count, seed = (60_000, 0) if train else (10_000, 1)
-    path = data_dir / "glyphs" / ("train.npz" if train else "test.npz")
+    images, labels = _drawn("glyphs", GLYPHS[train], data_dir, train, "images", "labels")
+    return images[:, None], labels.long()
+
+
+def _scenes(data_dir: Path, train: bool) -> tuple[Tensor, Tensor]:
+    """30,000 or 10,000 scenes, drawn once and kept in data_dir/scenes; labels: the number of objects less one."""
+    images, labels = _drawn("scenes", SCENES[train], data_dir, train, "images", "labels")
+    return images, labels.long()
+
+
+def _scene_marks(data_dir: Path, train: bool) -> Tensor:
+    """Which of MARKS are in each of the scenes: (N, marks) bool."""
+    from data_sources.scenes import marks
+
+    return marks(*_drawn("scenes", SCENES[train], data_dir, train, "colours", "kinds"))
+
+
+GLYPHS, SCENES = ((10_000, 28, 28), (60_000, 28, 28)), ((10_000, 3, 64, 64), (30_000, 3, 64, 64))  # test, train
+
+
+def _drawn(name: str, shape: tuple[int, ...], data_dir: Path, train: bool, *wanted: str) -> list[Tensor]:
+    """The `wanted` arrays of data_dir/NAME/train.npz or test.npz, which is drawn if it is missing.
+
+    shape: of the images in it. UserError for a damaged file.
+    """
+    path = data_dir / name / ("train.npz" if train else "test.npz")
     if not path.exists():
-        _draw_glyphs(path, count, seed)
+        _draw(name, shape[0], 0 if train else 1, path)
     try:
         with np.load(path, allow_pickle=False) as file:
-            images, labels = file["images"], file["labels"]
-        if images.shape != (count, 28, 28) or images.dtype != np.uint8 or labels.shape != (count,):
-            raise UserError(f"it holds {images.dtype} {images.shape}")
+            arrays = [file[each] for each in wanted]
+        for each, array in zip(wanted, arrays, strict=True):
+            fits = array.shape == shape and array.dtype == np.uint8 if each == "images" else len(array) == shape[0]
+            if not fits:
+                raise UserError(f"its {each} are {array.dtype} {array.shape}")
     except Exception as error:  # zipfile, zlib and numpy have different errors for a damaged file
         raise UserError(f"{path} is damaged ({one_line(error)}): delete it and run again, "
                         f"then it is drawn again") from error
-    return torch.from_numpy(images)[:, None], torch.from_numpy(labels).long()
+    return [torch.from_numpy(array) for array in arrays]
 
 
-def _draw_glyphs(path: Path, count: int, seed: int) -> None:
+def _draw(name: str, count: int, seed: int, path: Path) -> None:
+    """Draw a data set and write its arrays to `path`."""
     from data_sources.glyphs import draw_glyphs
+    from data_sources.scenes import draw_scenes
 
-    print(f"Drawing {count:,} glyphs into {path} (once) ...", flush=True)
+    print(f"Drawing {count:,} {name} into {path} (once) ...", flush=True)
     threads = torch.get_num_threads()
     torch.set_num_threads(1)  # with small tensors several threads are slower
     try:
-        images, labels = draw_glyphs(count, seed, progress("drawing"))
+        drawn = {"glyphs": draw_glyphs, "scenes": draw_scenes}[name](count, seed, progress("drawing"))
     finally:
         torch.set_num_threads(threads)
     with atomic_write(path) as file:
-        np.savez(file, images=images, labels=labels)
+        np.savez(file, **drawn._asdict())
 
 
 class DataSet(NamedTuple):
@@ -298,19 +340,23 @@ class DataSet(NamedTuple):
     class_names   one for each label
     noise_level   mean and standard deviation of log(sigma / alpha / data_std) in training
     code          of the data as they are read
+    read_marks    read_marks(data_dir, train) -> (N, marks) bool: what else is known to be in each image; None: nothing
     """
 
     read: Callable[[Path, bool], tuple[Tensor, Tensor]]
     class_names: tuple[str, ...]
     noise_level: tuple[float, float] = (-0.5, 1.2)
     code: LevelCode | Coordinates = LINEAR
+    read_marks: Callable[[Path, bool], Tensor] | None = None
 
 
-# To add a data set, add a row. Noise levels: measured (benchmarks/RECORDS.md); that of cifar10: Karras et al. 2022.
+# To add a data set, add a row. Noise levels: measured (benchmarks/RECORDS.md); that of cifar10: Karras et al. 2022; of
+# scenes: the same plus log(64 / 32), since twice the side needs twice the noise (Hoogeboom et al. 2023, section 3.1).
 DATASETS = {
     "mnist": DataSet(partial(_mnist, "MNIST", MNIST_FILES), DIGITS, noise_level=(0.7, 0.9)),
     "fashion_mnist": DataSet(partial(_mnist, "FashionMNIST", FASHION_FILES), FASHION, noise_level=(0.0, 1.2)),
     "cifar10": DataSet(_cifar10, CIFAR),
     "glyphs": DataSet(_glyphs, DIGITS, noise_level=(0.7, 0.9)),
     **{name: DataSet(READERS[name], row.class_names, code=COORDINATES) for name, row in POINT_SETS.items()},
+    "scenes": DataSet(_scenes, OBJECTS, noise_level=(0.2, 1.2), read_marks=_scene_marks),
 }

@@ -72,6 +72,7 @@ PREDICTIONS = {
 }
 
 TIMESTEP_SAMPLING = ("uniform", "stratified", "lognormal")
+LOW_NOISE = (-2.0, 0.7)  # mean and standard deviation of log(sigma / alpha / data_std) in a share low_share of training
 LOSS_WEIGHTS = ("target", "min_snr")
 
 
@@ -86,8 +87,9 @@ class DiffusionProcess:
     data_std             standard deviation of the data; "edm" scales the network's input and target by it
     timestep_sampling    distribution of t in training: "uniform"; "stratified" (uniform, one t in each of B equal
                          parts); "lognormal" (stratified, and log(sigma / alpha / data_std) is normally distributed with
-                         mean noise_mean and standard deviation noise_std: Karras et al. 2022, section 5; a share
-                         last_share of the times is T - 1, where samplers start, which is else hardly ever drawn)
+                         mean noise_mean and standard deviation noise_std: Karras et al. 2022, section 5; but a share
+                         last_share of the times is T - 1, where samplers start, and a share low_share has LOW_NOISE,
+                         where the exact levels of pixels are decided; both are else hardly ever drawn)
     loss_weight          "target": the squared error of the target has weight 1 at all t; "min_snr": the squared error
                          of x_0_hat has weight min(SNR, snr_gamma) (Hang et al. 2023)
     zero_terminal_snr    no signal is left at T - 1 (`zero_terminal`); not possible with "eps"
@@ -99,12 +101,12 @@ class DiffusionProcess:
                  beta_end: float = 0.02, prediction: str = "eps", data_std: float = 1.0,
                  timestep_sampling: str = "uniform", noise_mean: float = -0.5, noise_std: float = 1.2,
                  loss_weight: str = "target", snr_gamma: float = 5.0, zero_terminal_snr: bool = False,
-                 last_share: float = 0.0):
+                 last_share: float = 0.0, low_share: float = 0.0):
         self.config = dict(num_timesteps=num_timesteps, schedule=schedule, beta_start=beta_start,
                            beta_end=beta_end, prediction=prediction, data_std=data_std,
                            timestep_sampling=timestep_sampling, noise_mean=noise_mean, noise_std=noise_std,
                            loss_weight=loss_weight, snr_gamma=snr_gamma, zero_terminal_snr=bool(zero_terminal_snr),
-                           last_share=last_share)
+                           last_share=last_share, low_share=low_share)
         _check_config(**self.config)
         self.num_timesteps, self.prediction, self.data_std = num_timesteps, prediction, data_std
         self.snr_gamma = snr_gamma if loss_weight == "min_snr" else None
@@ -116,7 +118,8 @@ class DiffusionProcess:
         # lambda at t = -1, 0, ..., T-1: time t is entry t + 1. The clean image has infinite signal-to-noise.
         clean = torch.full((1,), math.inf, dtype=torch.float64)
         self._log_snr_table = torch.cat([clean, torch.logit(self.alphas_cumprod)])
-        self._timestep_cdf = (_lognormal_cdf(self._log_snr_table[1:], data_std, noise_mean, noise_std, last_share)
+        self._timestep_cdf = (_lognormal_cdf(self._log_snr_table[1:], data_std, noise_mean, noise_std, last_share,
+                                             low_share)
                               if timestep_sampling == "lognormal" else None)
         self.to("cpu")
 
@@ -328,18 +331,20 @@ class DiffusionProcess:
         return x
 
 
-def _lognormal_cdf(log_snr: Tensor, data_std: float, mean: float, std: float, last_share: float) -> Tensor:
-    """P(t <= k) for each time k (T,) where log(sigma / alpha / data_std) is normally distributed, or t is T - 1.
-
-    log_snr (T,); last_share: the probability of T - 1 beside the normal distribution's.
+def _lognormal_cdf(log_snr: Tensor, data_std: float, mean: float, std: float, last_share: float,
+                   low_share: float) -> Tensor:
+    """P(t <= k) for each time k (T,), where t is T - 1 with probability last_share, and else log(sigma / alpha /
+    data_std) is normally distributed: by LOW_NOISE with probability low_share, by (mean, std) otherwise. log_snr (T,).
     """
     noise_level = -log_snr / 2 - math.log(data_std)
     edges = torch.cat([noise_level[:1], (noise_level[1:] + noise_level[:-1]) / 2, noise_level[-1:]])
-    weight = torch.special.ndtr((edges - mean) / std).diff()
-    weight = weight + 1e-12  # not all 0 where T = 1 or all levels are far from the mean
-    weight = weight / weight.sum() * (1 - last_share)
-    weight[-1] += last_share
-    return weight.cumsum(0)
+
+    def shares(mean: float, std: float) -> Tensor:
+        weight = torch.special.ndtr((edges - mean) / std).diff() + 1e-12  # not all 0 where all levels are far from it
+        return weight / weight.sum()
+    share = (1 - last_share - low_share) * shares(mean, std) + low_share * shares(*LOW_NOISE)
+    share[-1] += last_share
+    return share.cumsum(0)
 
 
 def _check_images(x: Tensor, t, **same_shape: Tensor | None) -> None:
@@ -359,7 +364,7 @@ def _check_choice(what: str, value, allowed) -> None:
 
 
 def _check_config(num_timesteps, schedule, beta_start, beta_end, prediction, data_std, timestep_sampling, noise_mean,
-                  noise_std, loss_weight, snr_gamma, zero_terminal_snr, last_share) -> None:
+                  noise_std, loss_weight, snr_gamma, zero_terminal_snr, last_share, low_share) -> None:
     _check_choice("schedule", schedule, SCHEDULES)
     _check_choice("prediction", prediction, PREDICTIONS)
     _check_choice("timestep_sampling", timestep_sampling, TIMESTEP_SAMPLING)
@@ -367,8 +372,9 @@ def _check_config(num_timesteps, schedule, beta_start, beta_end, prediction, dat
     if zero_terminal_snr and prediction == "eps":
         raise ValueError("zero_terminal_snr goes with the predictions x0, v and edm: at the last time eps says "
                          "nothing about the image")
-    if not 0 <= last_share <= 1:
-        raise ValueError(f"last_share must lie in 0..1, not {last_share}")
+    if not (last_share >= 0 and low_share >= 0 and last_share + low_share <= 1):
+        raise ValueError(f"last_share and low_share must be at least 0 and together at most 1, not {last_share} and "
+                         f"{low_share}")
     if not 0 < snr_gamma < math.inf:
         raise ValueError(f"snr_gamma must be a positive number, not {snr_gamma}")
     if not isinstance(num_timesteps, int) or isinstance(num_timesteps, bool) or num_timesteps < 1:

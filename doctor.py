@@ -25,7 +25,7 @@ from data import ImageData, code_of, load_dataset, refuse_points, to_model
 from diffusion import DiffusionProcess
 from evaluation.classifier import load_feature_network
 from evaluation.features import extract_features
-from evaluation.gaussian import gaussian_bound
+from evaluation.gaussian import MOST_VALUES, gaussian_bound
 from evaluation.health_checks import (
     Finding,
     check_copies,
@@ -137,7 +137,8 @@ def examine_error(model, diffusion: DiffusionProcess, train: ImageData, unseen: 
     unseen = unseen.first(ERROR_IMAGES)
     x_0, labels = unseen.x_0(), unseen.labels.to(diffusion.device) if model.num_classes else None
     times = sorted({time_of(diffusion, log_snr) for log_snr in LOG_SNRS})
-    count = max(BOUND_IMAGES, BOUND_RATIO * train.images[0].numel())
+    values = train.images[0].numel()
+    count = max(BOUND_IMAGES, BOUND_RATIO * values if values <= MOST_VALUES else 0)
     bound = gaussian_bound(train.first(count).x_0(), diffusion, times)
     denoised = [denoise_at(model, diffusion, x_0, labels, t) for t in times]
     yield check_error(torch.stack([(x - x_0).double().square().mean() for x in denoised]), bound,

@@ -8,16 +8,18 @@
     python evaluate.py --runs outputs
 
     lower is better       frechet_distance, kernel_distance, class_distance, class_frechet, levels,
-                          autoencoder_distance, two_sample_pixels, two_sample_shapes, bits_per_dim
-    higher is better      precision, recall, coverage, autoencoder_precision, autoencoder_recall, asked_class, cas
+                          autoencoder_distance, two_sample_pixels, two_sample_shapes, bits_per_dim, mark_distance
+    higher is better      precision, recall, coverage, autoencoder_precision, autoencoder_recall, asked_class, cas,
+                          scene_right
     as for real images    density, confident
 
 Every figure is printed with its 95 % interval and its floor: the same figure for as many real images that are not in
 the reference, at most 5,000 of validation or, with --reference validation, 10,000 of test. Fréchet distances of
 different n cannot be compared. asked_class and cas need labels: a conditional checkpoint, or an array `labels` in the
 .npz. two_sample_pixels is how often a network, trained for it, tells the images from real ones, two_sample_shapes the
-same in black and white. The last line says what gives the images away. The floors of a reference are kept in the folder
-floors of --data_dir.
+same in black and white. Of scenes, scene_right is the share with the asked number of objects, in clear colours, and
+mark_distance how much the shares of the colours and kinds of objects differ. The last line says what gives the images
+away. The floors of a reference are kept in the folder floors of --data_dir.
 """
 
 import hashlib

@@ -236,20 +236,27 @@ def quadratic_timesteps(num_timesteps: int, steps: int) -> list[float]:
     return [max(0.0, num_timesteps * ((steps - i) / steps) ** 2 - 1) for i in range(steps)]
 
 
-HIGHEST_NOISE, LOWEST_NOISE = 20.0, 0.1  # measured: benchmarks/RECORDS.md
+HIGHEST_NOISE, LOWEST_NOISE, KARRAS_RHO = 20.0, 0.1, 3  # measured: benchmarks/RECORDS.md
+LOWEST_TRAINED_NOISE = 0.05  # the lowest noise where a low_share of the training looks at nearly clean images
+
+
+def noise_range(diffusion: DiffusionProcess) -> tuple[float, float]:
+    """The lowest and the highest sigma/alpha of `noise_level_timesteps`, within what the schedule has."""
+    levels = [math.exp(-diffusion.log_snr(t).item() / 2) for t in (diffusion.num_timesteps - 1, 0)]
+    high = min(HIGHEST_NOISE * diffusion.data_std, levels[0])
+    lowest = LOWEST_TRAINED_NOISE if diffusion.config["low_share"] else LOWEST_NOISE
+    return min(high, max(lowest * diffusion.data_std, levels[1])), high
 
 
 def noise_level_timesteps(diffusion: DiffusionProcess, steps: int, rho: float = math.inf) -> list[float]:
     """T-1, then real times at which (sigma/alpha)^(1/rho) falls evenly (Karras et al. 2022, eq. 5).
 
     sigma/alpha goes from HIGHEST_NOISE to LOWEST_NOISE times the data's standard deviation, within what the schedule
-    has. rho = inf: log(sigma/alpha), and with it the log-SNR, is evenly spaced. Log-normal training hardly ever draws
-    T-1, but to begin at HIGHEST_NOISE or a few times that makes worse images (benchmarks/RECORDS.md): there the noise
-    x_T still differs from images with so much noise.
+    has; to LOWEST_TRAINED_NOISE where the process has a low_share. rho = inf: log(sigma/alpha), and with it the
+    log-SNR, is evenly spaced. To begin at HIGHEST_NOISE or a few times that instead of T-1 makes worse images
+    (benchmarks/RECORDS.md): there the noise x_T still differs from images with so much noise.
     """
-    levels = [math.exp(-diffusion.log_snr(t).item() / 2) for t in (diffusion.num_timesteps - 1, 0)]
-    high = min(HIGHEST_NOISE * diffusion.data_std, levels[0])
-    low = min(high, max(LOWEST_NOISE * diffusion.data_std, levels[1]))
+    low, high = noise_range(diffusion)
     share = np.linspace(0, 1, steps)
     if math.isinf(rho):
         sigmas = high ** (1 - share) * low**share
@@ -262,7 +269,7 @@ SPACINGS = {  # name -> times(diffusion, steps)
     "uniform": lambda diffusion, steps: uniform_timesteps(diffusion.num_timesteps, steps),
     "quadratic": lambda diffusion, steps: quadratic_timesteps(diffusion.num_timesteps, steps),
     "log_snr": noise_level_timesteps,
-    "karras": lambda diffusion, steps: noise_level_timesteps(diffusion, steps, rho=3),
+    "karras": lambda diffusion, steps: noise_level_timesteps(diffusion, steps, rho=KARRAS_RHO),
 }
 
 

@@ -182,10 +182,10 @@ def make_run(args: Namespace, checkpoint: dict | None, start: float) -> tuple[Ru
         summary_writer()  # an error now, if it is not installed
     device = get_device(distributed.local_device(args.device))
     autotune.set_up_cuda(device)
-    settings = make_settings(args, device)
-    threads.set_up(args.threads, device, adapt=settings.epochs is None)
     with distributed.local_rank_0_first():
         data = load_dataset(args.dataset, "train", args.data_dir, points=True).first(args.train_images or sys.maxsize)
+    settings = make_settings(args, data, device)
+    threads.set_up(args.threads, device, adapt=settings.epochs is None)
     validation = load_dataset(args.dataset, "validation", args.data_dir, points=True)
     saved = checkpoint and checkpoint["config"]
     data = data.coded(make_code(settings, data, saved))

@@ -3,6 +3,7 @@
 import contextlib
 import math
 from collections.abc import Callable, Sequence
+from functools import cache
 from pathlib import Path
 
 import numpy as np
@@ -58,6 +59,7 @@ def pick_precision(precision: str, device: torch.device) -> str:
     return "bf16" if device.type == "cpu" and has_bf16_instructions() else "fp32"
 
 
+@cache
 def has_bf16_instructions() -> bool:
     """Whether the CPU has the AVX-512 instructions for bfloat16."""
     if hasattr(torch.cpu, "get_capabilities"):  # not in older versions of torch

@@ -166,7 +166,7 @@ def shown_frames(frames: Sequence[Frame], diffusion: DiffusionProcess, columns: 
     """At most `columns` of the frames, the first and the last among them, spread evenly over the log-SNR.
 
     The image appears in a small part of the time; over the log-SNR that part is large. What lies beyond HIGHEST_NOISE
-    and LOWEST_NOISE, the range in which samplers take their steps, counts as their value.
+    and LOWEST_NOISE counts as their value.
     """
     ends = [-2 * math.log(level * diffusion.data_std) for level in (HIGHEST_NOISE, LOWEST_NOISE)]
     places = torch.tensor([diffusion.log_snr(t).item() for t, _, _ in frames]).clamp(*ends)

@@ -7,13 +7,11 @@ warp.
 from collections.abc import Callable
 from functools import lru_cache
 from pathlib import Path
+from typing import NamedTuple
 
-import matplotlib
 import numpy as np
 import torch
 import torch.nn.functional as F
-from matplotlib.font_manager import FontProperties
-from matplotlib.textpath import TextPath
 
 SIDE = 28  # image side in pixels
 FIELD_EXTENT = 25.0  # side of the square that a distance field covers, in pixels of an undistorted digit
@@ -31,8 +29,12 @@ TYPEFACES = (
 )  # fmt: skip
 
 
-def _outline(typeface: str, digit: int) -> np.ndarray:
+def outline(typeface: str, digit: int) -> np.ndarray:
     """Line segments (n, 2 ends, 2) of a digit in pixels: y downwards, centred at the origin, of size DIGIT_SIZE."""
+    import matplotlib  # slow, and only needed to draw
+    from matplotlib.font_manager import FontProperties
+    from matplotlib.textpath import TextPath
+
     file = Path(matplotlib.get_data_path()) / "fonts" / "ttf" / f"{typeface}.ttf"
     path = TextPath((0, 0), str(digit), size=40, prop=FontProperties(fname=str(file)))
     rings = path.to_polygons()
@@ -42,7 +44,7 @@ def _outline(typeface: str, digit: int) -> np.ndarray:
     return (segments * [1, -1]).astype(np.float32)
 
 
-def _distance_field(segments: np.ndarray) -> np.ndarray:
+def distance_field(segments: np.ndarray) -> np.ndarray:
     """Signed distance (FIELD_SIDE, FIELD_SIDE) in pixels to an outline: positive inside, negative outside."""
     axis = (np.arange(FIELD_SIDE, dtype=np.float32) + 0.5) * (FIELD_EXTENT / FIELD_SIDE) - FIELD_EXTENT / 2
     x, y = axis[None, :, None], axis[:, None, None]
@@ -61,9 +63,9 @@ def _distance_field(segments: np.ndarray) -> np.ndarray:
 @lru_cache(maxsize=1)
 def _tables() -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Per typeface and digit: distance field (FIELD_SIDE, FIELD_SIDE), half box (2,) as x, y, half stroke width ()."""
-    outlines = [_outline(typeface, digit) for typeface in TYPEFACES for digit in range(10)]
-    fields = torch.from_numpy(np.stack([_distance_field(outline) for outline in outlines]))
-    boxes = torch.from_numpy(np.stack([outline.max(axis=(0, 1)) for outline in outlines]))
+    outlines = [outline(typeface, digit) for typeface in TYPEFACES for digit in range(10)]
+    fields = torch.from_numpy(np.stack([distance_field(segments) for segments in outlines]))
+    boxes = torch.from_numpy(np.stack([segments.max(axis=(0, 1)) for segments in outlines]))
     # Inside a stroke the distance rises linearly from the edge: its maximum is twice its mean.
     strokes = 2 * fields.clamp(min=0).sum(dim=(1, 2)) / (fields > 0).sum(dim=(1, 2))
     return tuple(table.unflatten(0, (len(TYPEFACES), 10)) for table in (fields, boxes, strokes))
@@ -118,7 +120,14 @@ def _draw_block(seed: int, block: int) -> tuple[np.ndarray, np.ndarray]:
     return (ink * 255).round().to(torch.uint8).numpy(), labels
 
 
-def draw_glyphs(count: int, seed: int, progress: Callable = iter) -> tuple[np.ndarray, np.ndarray]:
+class Glyphs(NamedTuple):
+    """Images (N, 28, 28) uint8 and labels (N,) int64."""
+
+    images: np.ndarray
+    labels: np.ndarray
+
+
+def draw_glyphs(count: int, seed: int, progress: Callable = iter) -> Glyphs:
     """Draw `count` typeset digits: images (count, 28, 28) uint8 and labels (count,) int64.
 
     White on black as in MNIST, values 0-255, in random order; the numbers of images of two digits differ by at most
@@ -132,4 +141,4 @@ def draw_glyphs(count: int, seed: int, progress: Callable = iter) -> tuple[np.nd
         block_images, block_labels = _draw_block(seed, start // BLOCK)
         images[start : start + wanted] = block_images[:wanted]
         labels[start : start + wanted] = block_labels[:wanted]
-    return images, labels
+    return Glyphs(images, labels)

@@ -1,6 +1,7 @@
 """The second feature network of a data set: a denoising autoencoder, whose features no label has shaped."""
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from evaluation.classifier import load_network
@@ -20,16 +21,17 @@ class Autoencoder(nn.Module):
     """Removes Gaussian noise of unknown level from an image through a vector of `feature_dims` numbers.
 
     A denoising autoencoder (Vincent et al. 2010): the vector has to hold what tells one image from another, whatever
-    its class. UserError unless height and width, `size`, are multiples of 4 from 8 up.
+    its class. It sees the means of squares of `shrink` × `shrink` pixels: small weights for large images. UserError
+    unless height and width, `size`, are multiples of 4 · shrink from 8 · shrink up.
     """
 
     def __init__(self, image_channels: int = 1, size: tuple[int, int] = (28, 28), width: int = 16,
-                 feature_dims: int = 64) -> None:
+                 feature_dims: int = 64, shrink: int = 1) -> None:
         super().__init__()
-        if any(side % 4 or side < 8 for side in size):
-            raise UserError(f"the height and width of images must be multiples of 4 from 8 up, not "
-                            f"{size[0]}×{size[1]}: let the reader of the data set pad them")
-        self.code = (CODE_CHANNELS, size[0] // 4, size[1] // 4)
+        if any(side % (4 * shrink) or side < 8 * shrink for side in size):
+            raise UserError(f"the height and width of images must be multiples of {4 * shrink} from {8 * shrink} up, "
+                            f"not {size[0]}×{size[1]}: let the reader of the data set pad them")
+        self.shrink, self.code = shrink, (CODE_CHANNELS, size[0] // (4 * shrink), size[1] // (4 * shrink))
         values = CODE_CHANNELS * self.code[1] * self.code[2]
         self.encoder = nn.Sequential(
             block(image_channels, width), block(width, width, stride=2),                    # (B, width, H/2, W/2)
@@ -43,11 +45,12 @@ class Autoencoder(nn.Module):
 
     def features(self, images: Tensor) -> Tensor:
         """The vectors (B, feature_dims) of images (B, C, H, W) in [-1, 1], each with a variance of about 1."""
-        return self.encoder(images)
+        return self.encoder(F.avg_pool2d(images, self.shrink) if self.shrink > 1 else images)
 
     def forward(self, images: Tensor) -> Tensor:
-        """The clean images (B, C, H, W) that noisy ones are taken for."""
-        return self.decoder(self.widen(self.features(images)).unflatten(1, self.code))
+        """The clean images (B, C, H, W) that noisy ones are taken for, in squares of `shrink` × `shrink` pixels."""
+        clean = self.decoder(self.widen(self.features(images)).unflatten(1, self.code))
+        return F.interpolate(clean, scale_factor=self.shrink) if self.shrink > 1 else clean
 
 
 def load_autoencoder(dataset: str, device: str | torch.device = "cpu") -> Autoencoder:

@@ -24,12 +24,14 @@ class AutoencoderRecipe:
     batch_size: int = 128
     lr: float = 3e-3  # the peak of the one-cycle learning rate
     weight_decay: float = 0.01
+    shrink: int = 1  # pixels of a side that the network sees as one
 
 
 AUTOENCODER_RECIPES = {
     "mnist": AutoencoderRecipe(feature_dims=64),
     "glyphs": AutoencoderRecipe(feature_dims=64),
     "fashion_mnist": AutoencoderRecipe(feature_dims=64),
+    "scenes": AutoencoderRecipe(epochs=6, shrink=2),
 }
 
 
@@ -46,7 +48,8 @@ def train_autoencoder(data: ImageData, recipe: AutoencoderRecipe, device, seed: 
     The loss is the mean of (network(x + s · noise) - x)². AdamW with a one-cycle learning rate, in float32.
     """
     channels, *size = data.images.shape[1:]
-    config = dict(image_channels=channels, size=size, width=recipe.width, feature_dims=recipe.feature_dims)
+    config = dict(image_channels=channels, size=size, width=recipe.width, feature_dims=recipe.feature_dims,
+                  shrink=recipe.shrink)
     torch.manual_seed(seed)
     model = Autoencoder(**config).to(device, memory_format=torch.channels_last).train()
     generator, images = torch.Generator(device).manual_seed(seed), data.images.to(device)

@@ -36,17 +36,18 @@ def make_stage(inputs: int, outputs: int) -> nn.Sequential:
 class Classifier(nn.Module):
     """Three stages, each of which halves the image, the mean over the positions, and one linear layer.
 
-    The stages have `width`, 2 * `width` and `feature_dims` channels. Images need at least 8x8 pixels.
+    The stages have `width`, 2 * `width` and `feature_dims` channels. Images need at least 8x8 pixels. With num_marks
+    there is another linear layer, `marks`, from the features to a logit for each mark (`data.load_marks`).
     """
 
-    def __init__(
-        self, image_channels: int = 1, num_classes: int = 10, width: int = 32, feature_dims: int = 128
-    ) -> None:
+    def __init__(self, image_channels: int = 1, num_classes: int = 10, width: int = 32, feature_dims: int = 128,
+                 num_marks: int = 0) -> None:
         super().__init__()
         self.stage1 = make_stage(image_channels, width)
         self.stage2 = make_stage(width, 2 * width)
         self.stage3 = make_stage(2 * width, feature_dims)
         self.head = nn.Linear(feature_dims, num_classes)
+        self.marks = nn.Linear(feature_dims, num_marks) if num_marks else None
 
     def features(self, images: Tensor) -> Tensor:
         """Penultimate activations (B, feature_dims), non-negative, of images (B, C, H, W) in [-1, 1]."""

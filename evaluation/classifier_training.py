@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from data import SPLITS, ImageData, load_dataset, to_model
+from data import SPLITS, ImageData, load_dataset, load_marks, to_model
 from evaluation.classifier import WEIGHTS, Classifier, save_network
 from evaluation.metrics import Progress
 from runtime.files import check_writable
@@ -84,6 +84,7 @@ class ClassifierRecipe:
     lr: float = 0.1  # the peak of the one-cycle learning rate
     weight_decay: float = 5e-4
     augment: Callable[[Tensor, torch.Generator], Tensor] | None = augment_any
+    mark_weight: float = 10.0  # of the loss of the marks, where images have some
 
 
 CLASSIFIER_RECIPES = {
@@ -91,6 +92,7 @@ CLASSIFIER_RECIPES = {
     "glyphs": ClassifierRecipe(width=32, epochs=6, weight_decay=3e-4, augment=warp),
     "fashion_mnist": ClassifierRecipe(epochs=18, augment=augment_clothes),
     "cifar10": ClassifierRecipe(epochs=24, augment=augment_photos),
+    "scenes": ClassifierRecipe(width=16, epochs=6),
 }
 
 
@@ -106,10 +108,11 @@ def recipe_notes(dataset: str) -> dict:
 
 
 def train_classifier(model: Classifier, images: Tensor, labels: Tensor, recipe: ClassifierRecipe, *, seed: int = 0,
-                     bf16: bool = True, progress: Progress = iter) -> None:
+                     bf16: bool = True, progress: Progress = iter, marks: Tensor | None = None) -> None:
     """Train in place on uint8 images (N, C, H, W) and labels (N,): SGD with a one-cycle learning rate.
 
-    bf16: compute the network in bfloat16.
+    The loss is the cross-entropy of the labels, plus mark_weight times the mean cross-entropy of the marks
+    (N, num_marks) bool if they are given. bf16: compute the network in bfloat16.
     """
     device, batch_size = next(model.parameters()).device, recipe.batch_size
     generator = torch.Generator(device).manual_seed(seed)
@@ -124,8 +127,11 @@ def train_classifier(model: Classifier, images: Tensor, labels: Tensor, recipe: 
         batch = to_model(images[chosen])
         batch = recipe.augment(batch, generator) if recipe.augment else batch
         with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
-            logits = model(batch.contiguous(memory_format=torch.channels_last))
-        loss = F.cross_entropy(logits.float(), labels[chosen])
+            features = model.features(batch.contiguous(memory_format=torch.channels_last))
+            loss = F.cross_entropy(model.head(features).float(), labels[chosen])
+            if marks is not None:
+                loss += recipe.mark_weight * F.binary_cross_entropy_with_logits(
+                    model.marks(features).float(), marks[chosen.to(marks.device)].to(device, torch.float32))
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
@@ -151,31 +157,46 @@ def accuracy(model: Classifier, images: Tensor, labels: Tensor, batch_size: int 
     return correct / len(images)
 
 
-def new_classifier(data: ImageData, device, seed: int, bf16: bool, progress: Progress = iter) -> Classifier:
-    """A classifier trained by the data set's recipe on these images and labels alone."""
+@torch.no_grad()
+def mark_accuracy(model: Classifier, images: Tensor, marks: Tensor, batch_size: int = 500) -> float:
+    """Share of uint8 images (N, C, H, W) of which every mark (N, num_marks) is judged rightly, in [0, 1]."""
+    device, right = next(model.parameters()).device, 0
+    for batch, truth in zip(images.split(batch_size), marks.split(batch_size), strict=True):
+        guesses = model.marks(model.features(to_model(batch.to(device)))) > 0
+        right += (guesses == truth.to(device)).all(1).sum().item()
+    return right / len(images)
+
+
+def new_classifier(data: ImageData, device, seed: int, bf16: bool, progress: Progress = iter,
+                   marks: Tensor | None = None) -> Classifier:
+    """A classifier trained by the data set's recipe on these images, labels and marks alone."""
     recipe = classifier_recipe(data.name)
     torch.manual_seed(seed)
-    model = Classifier(**_network_config(data, recipe)).to(device)
-    train_classifier(model, data.images, data.labels, recipe, seed=seed, bf16=bf16, progress=progress)
+    model = Classifier(**_network_config(data, recipe, marks)).to(device)
+    train_classifier(model, data.images, data.labels, recipe, seed=seed, bf16=bf16, progress=progress, marks=marks)
     return model
 
 
-def _network_config(data: ImageData, recipe: ClassifierRecipe) -> dict:
+def _network_config(data: ImageData, recipe: ClassifierRecipe, marks: Tensor | None) -> dict:
     """The arguments of `Classifier` for a data set."""
-    return dict(image_channels=data.images.shape[1], num_classes=len(data.class_names), width=recipe.width)
+    config = dict(image_channels=data.images.shape[1], num_classes=len(data.class_names), width=recipe.width)
+    return config if marks is None else config | dict(num_marks=marks.shape[1])
 
 
 def train_feature_network(dataset: str, data_dir, device, seed: int, bf16: bool, progress: Progress = iter) -> str:
     """Train a data set's feature network on the training split and write it to WEIGHTS; returns a line about it."""
     check_writable(WEIGHTS)
     splits = {split: load_dataset(dataset, split, data_dir) for split in SPLITS}
-    train = splits.pop("train")
-    model = new_classifier(train, device, seed, bf16, progress)
+    train, marks = splits.pop("train"), load_marks(dataset, "train", data_dir)
+    model = new_classifier(train, device, seed, bf16, progress, marks)
     model.half().float()  # the precision of the file
     accuracies = {split: round(accuracy(model, data.images, data.labels), 4) for split, data in splits.items()}
+    accuracies |= {f"{split}_marks": round(mark_accuracy(model, data.images, load_marks(dataset, split, data_dir)), 4)
+                   for split, data in splits.items() if marks is not None}
     notes = recipe_notes(dataset) | dict(seed=seed, bf16=bf16, training_images=len(train.images),
                                          torch=str(torch.__version__))
-    config = _network_config(train, classifier_recipe(dataset))
+    config = _network_config(train, classifier_recipe(dataset), marks)
     path, digest = save_network(dataset, "", model, config, recipe=notes, accuracy=accuracies)
-    return (f"Saved {path}: accuracy {accuracies['test']:.2%} on test, {accuracies['validation']:.2%} on validation; "
-            f"sha256 {digest}")
+    said = f"; all marks right in {accuracies['test_marks']:.2%} of test" if marks is not None else ""
+    return (f"Saved {path}: accuracy {accuracies['test']:.2%} on test, {accuracies['validation']:.2%} on validation"
+            f"{said}; sha256 {digest}")

@@ -29,14 +29,14 @@ def extract_features(images: Tensor, classifier: Classifier, inception: nn.Modul
                      progress: Progress = iter, autoencoder: nn.Module | None = None) -> ImageFeatures:
     """Features and class probabilities of uint8 images (N, C, H, W); the features are Inception's if it is given.
 
-    The second features are the autoencoder's, or None without it.
+    The second features are the autoencoder's, or None without it; marks are those of a classifier that knows some.
 
     Every figure is computed from these, for generated images and for files alike. Always in float32 without
     TensorFloat-32, so that numbers can be compared between machines.
     """
     if images.dtype != torch.uint8:
         raise ValueError(f"images must be uint8, not {images.dtype}")
-    device, features, probabilities, second = next(classifier.parameters()).device, [], [], []
+    device, features, probabilities, second, marks = next(classifier.parameters()).device, [], [], [], []
     for batch in progress(images.split(BATCH_SIZE)):
         batch = batch.to(device)
         with cudnn.flags(enabled=True, allow_tf32=False):
@@ -46,4 +46,7 @@ def extract_features(images: Tensor, classifier: Classifier, inception: nn.Modul
             features.append((own if inception is None else inception(batch.expand(-1, 3, -1, -1)).float()).cpu())
             if autoencoder is not None:
                 second.append(autoencoder.features(x).cpu())
-    return ImageFeatures(torch.cat(features), torch.cat(probabilities), torch.cat(second) if second else None)
+            if classifier.marks is not None:
+                marks.append(classifier.marks(own).sigmoid().cpu())
+    return ImageFeatures(torch.cat(features), torch.cat(probabilities), torch.cat(second) if second else None,
+                         torch.cat(marks) if marks else None)

@@ -7,6 +7,9 @@ from torch import Tensor
 
 from diffusion import DiffusionProcess
 
+MOST_VALUES = 4096  # of an image, up to which the covariance of all pairs of its values is computed
+ROWS = 500  # images at a time in float64: all at once would need much memory
+
 
 def gaussian_bound(images: Tensor, diffusion: DiffusionProcess, times: Tensor | Sequence[float]) -> Tensor:
     """The mean squared error of x_0_hat, per pixel, of the best linear denoiser of `images` at each of `times`.
@@ -16,14 +19,29 @@ def gaussian_bound(images: Tensor, diffusion: DiffusionProcess, times: Tensor | 
 
         c · sigma² / (alpha² c + sigma²),
 
-    and the bound is its mean over the axes: 0 at t = -1, the variance of a pixel where alpha is 0.
+    and the bound is its mean over the axes: 0 at t = -1, the variance of a pixel where alpha is 0. Images of more than
+    MOST_VALUES values have too many axes: there it is the best of the filters that treat every place alike, whose axes
+    are waves, C of each frequency. Its error is larger, unless the data look the same at every place.
     images (N, C, H, W) in [-1, 1], N several times the number of pixels; times (K,); returns (K,) float64.
     """
-    pixels = images.flatten(1).cpu()                                                        # (N, C·H·W)
-    mean = pixels.double().mean(0)
-    chunks = (part.double() - mean for part in pixels.split(1000))  # all in float64 at once would need much memory
-    covariance = sum(part.T @ part for part in chunks) / (len(pixels) - 1)                  # (C·H·W, C·H·W)
-    variances = torch.linalg.eigvalsh(covariance).clamp(min=0)
+    images = images.cpu()
+    variances = (_variances if images[0].numel() <= MOST_VALUES else _wave_variances)(images).clamp(min=0)
     log_snr = diffusion.log_snr(torch.as_tensor(times, dtype=torch.float64, device="cpu")).reshape(-1, 1)
     alpha2, sigma2 = torch.sigmoid(log_snr), torch.sigmoid(-log_snr)                        # (K, 1)
     return (variances * sigma2 / (alpha2 * variances + sigma2).clamp(min=1e-300)).mean(1)
+
+
+def _variances(images: Tensor) -> Tensor:
+    """The variances along the principal axes of images (N, C, H, W): (C·H·W,) float64."""
+    pixels = images.flatten(1)                                                              # (N, C·H·W)
+    mean = pixels.double().mean(0)
+    chunks = (part.double() - mean for part in pixels.split(ROWS))
+    return torch.linalg.eigvalsh(sum(part.T @ part for part in chunks) / (len(pixels) - 1))
+
+
+def _wave_variances(images: Tensor) -> Tensor:
+    """The same where the axes have to be waves: those of the C channels at each frequency, (C·H·W,) float64."""
+    mean = images.double().mean(0)
+    spectra = (torch.fft.fft2(part.double() - mean, norm="ortho") for part in images.split(ROWS))
+    covariance = sum(torch.einsum("nchw,ndhw->hwcd", s, s.conj()) for s in spectra) / (len(images) - 1)
+    return torch.linalg.eigvalsh(covariance).flatten()                                      # (H, W, C) before

@@ -11,6 +11,8 @@
     asked_class        share of images that show the requested class                     higher is better, 1 best
     class_frechet      Fréchet distance within each class, averaged over the classes     lower is better, 0 best
     levels             difference between the histograms of the 256 grey levels          lower is better, 0 best
+    scene_right        share of scenes with the asked number of objects, of clear colours higher is better, 1 best
+    mark_distance      difference between the shares of scenes with each colour and kind lower is better, 0 best
 
 autoencoder_distance, autoencoder_precision and autoencoder_recall are frechet_distance, precision and recall in the
 features of a second network, which was trained without labels: those of a classifier need not change where a class
@@ -29,6 +31,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from data_sources.scenes import COLOURS
 from runtime.errors import UserError
 
 Progress = Callable  # wraps an iterable and shows how far it is, as tqdm does
@@ -41,23 +44,26 @@ NEAREST_ROWS = 2000  # images compared with as many others at a time, in `neares
 CLASS_IMAGES = 20  # a class with fewer generated images cannot be measured by itself, in `class_frechet`
 MAX_CLASS_FEATURES = 512  # more features than a class has images: no `class_frechet`
 SHARES = ("precision", "recall", "coverage", "confident", "class_distance", "asked_class", "levels",
-          "autoencoder_precision", "autoencoder_recall", "two_sample_pixels", "two_sample_shapes")  # figures in 0..1
+          "autoencoder_precision", "autoencoder_recall", "two_sample_pixels", "two_sample_shapes", "scene_right",
+          "mark_distance")  # figures in 0..1
 # Which way is better: 1 higher, -1 lower, 0 as for real images.
 BETTER = dict(frechet_distance=-1, kernel_distance=-1, precision=1, recall=1, density=0, coverage=1, confident=0,
               class_distance=-1, asked_class=1, class_frechet=-1, levels=-1, autoencoder_distance=-1,
               autoencoder_precision=1, autoencoder_recall=1, two_sample_pixels=-1, two_sample_shapes=-1, cas=1,
-              bits_per_dim=-1)
+              bits_per_dim=-1, scene_right=1, mark_distance=-1)
 
 
 class ImageFeatures(NamedTuple):
     """What networks say of N images: features (N, D) float32 and class probabilities (N, classes), on the CPU.
 
     second (N, D2) float32: the features of the autoencoder, or None.
+    marks (N, num_marks) float32: how likely each mark is in each image, 0..1, or None where the data has none.
     """
 
     features: Tensor
     probabilities: Tensor
     second: Tensor | None = None
+    marks: Tensor | None = None
 
 
 def torchmetrics_image():
@@ -325,6 +331,8 @@ def figure_values(generated: ImageFeatures, reference: ImageFeatures, labels: Te
         values |= second_figures(generated.second, reference.second, groups)
     if labels is not None:
         values["asked_class"] = jackknife_means(generated.probabilities.argmax(1) == labels, groups)
+    if generated.marks is not None:
+        values |= scene_figures(generated, reference, labels, groups)
     return values
 
 
@@ -333,6 +341,25 @@ def second_figures(generated: Tensor, reference: Tensor, groups: Tensor) -> dict
     shares = neighbour_figures(generated, reference, groups)
     return dict(autoencoder_distance=frechet_distance(generated, reference, groups),
                 autoencoder_precision=shares["precision"], autoencoder_recall=shares["recall"])
+
+
+def scene_figures(generated: ImageFeatures, reference: ImageFeatures, labels: Tensor | None,
+                  groups: Tensor) -> dict[str, Tensor]:
+    """scene_right and mark_distance, each (G + 1,), of scenes (`data_sources.scenes`), by what the classifier sees.
+
+        scene_right     share of images with the asked number of objects (without labels: with a number that it is sure
+                        of), and with at least one and at most so many colours, each clearly there or clearly not
+        mark_distance   mean over the marks of |share of images that have it - its share of the reference|
+
+    It is sure of what it gives a probability above CONFIDENT.
+    """
+    count, marks = generated.probabilities.argmax(1) + 1, generated.marks > 0.5
+    counted = generated.probabilities.amax(1) > CONFIDENT if labels is None else count == labels + 1
+    colours = marks[:, :len(COLOURS)].sum(1)
+    clear = ((generated.marks[:, :len(COLOURS)] - 0.5).abs() > CONFIDENT - 0.5).all(1)
+    shares = torch.stack([jackknife_means(mark, groups) for mark in marks.T], 1)            # (G + 1, marks)
+    return dict(scene_right=jackknife_means(counted & clear & (colours >= 1) & (colours <= count), groups),
+                mark_distance=(shares - (reference.marks > 0.5).double().mean(0)).abs().mean(1))
 
 
 # ------------------------------------------------------------------------------------------------------ memorisation

@@ -16,6 +16,8 @@ DIFFERENCES = {
     "how sure a classifier is of them": ("confident",),
     "how often each class occurs": ("class_distance",),
     "other classes than were asked for": ("asked_class",),
+    "other numbers of objects than were asked for, or unclear colours": ("scene_right",),
+    "how often each colour and kind of object occurs": ("mark_distance",),
     "what a classifier learns from them": ("cas",),
 }
 

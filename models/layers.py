@@ -174,7 +174,7 @@ class ConditionedNetwork(nn.Module):
         """ValueError unless x is (B, image_channels, H, W), t is (B,), and labels, where there are any, are (B,)."""
         if x.ndim != 4 or x.shape[1] != self.image_channels:
             raise ValueError(f"this network takes images (B, {self.image_channels}, H, W), not {tuple(x.shape)}")
-        if t.shape != (len(x),):
+        if t.shape != x.shape[:1]:  # without len(x), which would fix the batch size of an exported network
             raise ValueError(f"t must have one entry for each of the {len(x)} images, not shape {tuple(t.shape)}")
         if labels is not None and self.label_embedding is None:
             raise ValueError("this network was built without labels (num_classes=None): call it without them")

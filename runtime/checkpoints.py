@@ -11,7 +11,7 @@ import os
 from argparse import Namespace
 from pathlib import Path
 
-from checkpoint import peek
+from checkpoint import SAFETENSORS, peek
 from data_sources.points import is_points
 from runtime import distributed
 from runtime.errors import UserError
@@ -42,17 +42,20 @@ def with_checkpoint(args: Namespace, students: bool = True, points: bool = False
             path = pretrained_path(DEFAULT)
             print(f"Using the pretrained {DEFAULT} ({OUTPUTS}/ holds no model_final.pt{whose}; give another with "
                   f"--checkpoint)")
-    if is_pretrained(path) and not getattr(args, "use_ema", True):
+    if (is_pretrained(path) or path.suffix == ".safetensors") and not getattr(args, "use_ema", True):
         raise UserError(f"{path} only holds the moving average of the weights: leave out --no-use_ema")
     return Namespace(**vars(args) | dict(checkpoint=str(path)))
 
 
 def find_checkpoint(given: str) -> Path:
-    """The file that --checkpoint names: a path or, where nothing has that path, the name of a pretrained model.
+    """The file that --checkpoint names: a path, also of a folder that export.py --format safetensors wrote; or, where
+    nothing has that path, the name of a pretrained model.
 
     UserError that lists the names if there is neither, for a folder, and for a damaged pretrained file.
     """
     path = Path(given)
+    if (path / SAFETENSORS).is_file():
+        return path / SAFETENSORS
     if os.path.isdir(given):
         raise UserError(f"{given} is a folder: give a checkpoint in it, such as {path / 'model_final.pt'}")
     if os.path.exists(given):

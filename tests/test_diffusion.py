@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from torch.testing import assert_close
 
 from diffusion import (
+    LOW_NOISE,
     PREDICTIONS,
     SCHEDULES,
     DiffusionProcess,
@@ -430,6 +431,20 @@ def test_the_last_time_is_drawn_as_often_as_asked(schedule, T):
     assert (drawn == T - 1).double().mean().item() == pytest.approx(share + (1 - share) * usual, abs=2e-4)
 
 
+def test_a_low_share_of_the_times_has_nearly_clean_images():
+    """The distribution is the mixture of the two, and with a share of 0 it is what it was."""
+    level = lambda process: -process.log_snr(torch.arange(1000)).flatten() / 2 - math.log(process.data_std)  # noqa: E731
+    config = dict(schedule="cosine", data_std=0.6, timestep_sampling="lognormal", noise_mean=0.7, noise_std=0.9)
+    mean, std = LOW_NOISE
+    parts = [DiffusionProcess(**config), DiffusionProcess(**config | dict(noise_mean=mean, noise_std=std)),
+             DiffusionProcess(**config, low_share=0.3)]
+    usual, low, mixed = (process._timestep_cdf.diff(prepend=torch.zeros(1)) for process in parts)
+    assert_close(mixed, 0.7 * usual + 0.3 * low)
+    assert usual[level(parts[0]) < mean].sum() < 0.01 < 0.1 < mixed[level(parts[0]) < mean].sum()
+    drawn = parts[2].sample_timesteps(20_000, torch.Generator().manual_seed(0)).bincount(minlength=1000) / 20_000
+    assert_close(drawn.double().cumsum(0), mixed.cumsum(0), rtol=0, atol=1e-3)
+
+
 # ------------------------------------------------------------------------------------------------------------- loss
 
 
@@ -485,7 +500,8 @@ def test_to_returns_the_process_itself():
 
 
 @pytest.mark.parametrize("arguments, words", [
-    (dict(last_share=1.5), ["last_share", "1.5"]),
+    (dict(last_share=1.5), ["last_share", "1.5"]), (dict(low_share=-0.1), ["low_share", "-0.1"]),
+    (dict(last_share=0.6, low_share=0.6), ["together", "0.6"]),
     (dict(num_timesteps=0), ["num_timesteps", "0", "1"]),
     (dict(num_timesteps=-3), ["num_timesteps", "-3"]),
     (dict(num_timesteps=2.5), ["num_timesteps", "2.5"]),

@@ -14,7 +14,7 @@ import sample
 from checkpoint import FIELDS, load_model, save_checkpoint
 from data import ImageData, load_dataset, to_model, to_uint8
 from diffusion import DiffusionProcess
-from evaluation import health_checks, machine_checks
+from evaluation import gaussian, health_checks, machine_checks
 from evaluation.gaussian import gaussian_bound
 from evaluation.health_checks import check_history, check_samples, check_schedule, check_versions
 from models import create_model
@@ -92,7 +92,20 @@ def test_the_error_of_the_best_linear_denoiser_is_the_bound(blobs):
     assert finding.status == "OK" and len(ratios) == 5 and all(0.9 < ratio < 1.1 for ratio in ratios)
 
 
-@pytest.mark.parametrize("shape, count", [((1, 28, 28), 5000), ((3, 32, 32), 15_360)], ids=str)
+def test_large_images_are_bounded_by_the_best_filter_that_treats_every_place_alike(monkeypatch):
+    """On images that look the same at every place, here with coupled colours, it is the best linear filter."""
+    waves = torch.fft.rfft2(normal(20_000, 2, 6, 6).double()) / (1 + torch.arange(4.0))
+    x_0 = torch.einsum("dc,nchw->ndhw", normal(2, 2, seed=1).double(), torch.fft.irfft2(waves, s=(6, 6)))
+    exact = gaussian_bound(x_0, DiffusionProcess(), [300, 600])
+    monkeypatch.setattr(gaussian, "MOST_VALUES", 71)
+    assert_close(gaussian_bound(x_0, DiffusionProcess(), [300, 600]), exact, rtol=0.01, atol=0)
+    somewhere = x_0 * torch.linspace(0, 2, 6)
+    waves = gaussian_bound(somewhere, DiffusionProcess(), [300, 600])
+    monkeypatch.undo()
+    assert bool((waves > gaussian_bound(somewhere, DiffusionProcess(), [300, 600])).all())
+
+
+@pytest.mark.parametrize("shape, count", [((1, 28, 28), 5000), ((3, 32, 32), 15_360), ((3, 64, 64), 5000)], ids=str)
 def test_the_bound_is_of_several_times_as_many_images_as_pixels(monkeypatch, shape, count):
     images, given = torch.zeros(1, dtype=torch.uint8).expand(20_000, *shape), []
 

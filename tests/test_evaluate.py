@@ -16,6 +16,7 @@ import evaluate
 import sample
 from checkpoint import FIELDS, load_checkpoint, load_model, save_checkpoint
 from data import ImageData, load_dataset, to_model
+from data_sources.scenes import COLOURS, draw_scenes, marks
 from diffusion import DiffusionProcess
 from evaluation import autoencoder_training, classifier, classifier_training, reference, two_sample
 from evaluation.autoencoder import SUFFIX, load_autoencoder
@@ -23,7 +24,7 @@ from evaluation.classifier import load_feature_network
 from evaluation.classifier_training import ClassifierRecipe
 from evaluation.features import extract_features
 from evaluation.floors import floor_cache
-from evaluation.metrics import figures, torchmetrics_image
+from evaluation.metrics import figures, random_groups, scene_figures, torchmetrics_image
 from evaluation.reference import random_subset
 from learned_variance import bits_per_dim
 from models import create_model
@@ -109,6 +110,41 @@ def test_the_shipped_network_knows_real_images(name, request):
     probabilities = extract_features(data.images, load_feature_network(name)).probabilities
     accuracy = (probabilities.argmax(1) == data.labels).double().mean().item()
     assert accuracy > {"mnist": 0.98, "fashion_mnist": 0.9, "cifar10": 0.8}[name]
+
+
+@pytest.fixture(scope="module")
+def scenes():
+    """judge(images, labels) -> the figures of scenes against others; judge.real: 400 scenes that no network knows."""
+    network, real = load_feature_network("scenes"), draw_scenes(400, 1)
+    known = extract_features(torch.from_numpy(draw_scenes(600, 2).images), network)
+
+    def judge(images, labels):
+        features = extract_features(images, network)
+        found = scene_figures(features, known, labels, random_groups(len(images)))
+        return {name: values[0].item() for name, values in found.items()} | dict(features=features)
+    judge.real, judge.labels = real, torch.from_numpy(real.labels)
+    return judge
+
+
+def test_the_shipped_network_knows_scenes(scenes):
+    found = scenes(torch.from_numpy(scenes.real.images), scenes.labels)
+    right = (found["features"].probabilities.argmax(1) == scenes.labels).double().mean()
+    there = marks(torch.from_numpy(scenes.real.colours), torch.from_numpy(scenes.real.kinds))[:, :len(COLOURS)]
+    assert right > 0.9 and ((found["features"].marks[:, :len(COLOURS)] > 0.5) == there).double().mean() > 0.97
+    assert found["scene_right"] > 0.6 and found["mark_distance"] < 0.05
+
+
+@pytest.mark.parametrize("spoil", ["other labels", "no colour", "two in one", "blurred"])
+def test_wrong_numbers_and_unclear_colours_make_scenes_wrong(scenes, spoil):
+    images, labels = torch.from_numpy(scenes.real.images), scenes.labels
+    right = scenes(images, labels)["scene_right"]
+    if spoil == "other labels":
+        assert scenes(images, (labels + 1) % 4)["scene_right"] < 0.1
+        return
+    spoiled = {"no colour": lambda x: x.float().mean(1, keepdim=True).expand_as(x).to(torch.uint8),
+               "two in one": lambda x: ((x.float() + x.roll(1, 0).float()) / 2).to(torch.uint8),
+               "blurred": lambda x: blurred(x, 15)}[spoil](images)
+    assert scenes(spoiled, labels)["scene_right"] < right / 2
 
 
 def blurred(images, size):

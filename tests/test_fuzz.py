@@ -7,6 +7,7 @@ import os
 import re
 import warnings
 from collections import Counter
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -20,6 +21,7 @@ import distill
 import doctor
 import edit
 import evaluate
+import export
 import sample
 import train
 import visualize_diffusion
@@ -140,6 +142,8 @@ def small(data_dir):
         for part in benchmark.PARTS:
             patch.setitem(benchmark.PARTS, part, lambda _: {})
         patch.setattr(train, "PREVIEW_IMAGES", 2)
+        patch.setattr(export, "to_onnx", lambda *_: SimpleNamespace(SerializeToString=lambda: b"a network"))  # fast
+        patch.setattr(export, "difference", lambda *_: 0.0)
         patch.setattr("training.trainer.VALIDATION_LOSS_IMAGES", 2)
         yield
 
@@ -257,6 +261,12 @@ def test_distill_refuses_or_teaches_with_any_flags(place, flags, whole):
 def test_doctor_refuses_or_examines_with_any_flags(place, flags, given, whole):
     end = ["--device", "cpu", "--data_dir", "data"]
     call(doctor, [*(["--checkpoint", "model.pt"] if given else []), *flags, *(end if whole else [])], place)
+
+
+@settings(quietly, max_examples=max(10, CASES // 4))
+@given(flags=flags_of(choices(export)), given=st.booleans())
+def test_export_refuses_or_writes_with_any_flags(place, flags, given):
+    call(export, [*(["--checkpoint", "model.pt"] if given else []), *flags, "--output", "outputs/x.html"], place)
 
 
 @quietly

@@ -350,7 +350,7 @@ def test_help_shows_every_flag_and_ends_with_0(name, flags, capsys):
 
 
 COMMANDS = ("train", "sample", "visualize_diffusion", "edit inpaint", "edit vary", "edit interpolate", "edit invert",
-            "edit", "evaluate", "doctor", "distill", "benchmark")
+            "edit", "evaluate", "doctor", "distill", "export", "benchmark")
 
 
 @pytest.mark.parametrize("command", COMMANDS)

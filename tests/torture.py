@@ -450,7 +450,7 @@ def test_thousands_of_changed_bytes_never_load_as_something_else(tmp_path):
 
 BAD = ["", "-1", "0", "nan", "inf", "1e400", "x", "é", "9" * 400, "--", "/dev/null", "auto", "cuda:99", "a\nb"]
 SCRIPTS = ("train.py", "sample.py", "visualize_diffusion.py", "edit.py", "evaluate.py", "doctor.py", "benchmark.py",
-           "distill.py")
+           "distill.py", "export.py")
 
 
 def random_argv(chance, name, data_dir):
@@ -464,6 +464,7 @@ def random_argv(chance, name, data_dir):
              "evaluate.py": ["--checkpoint", chance.choice(["broken.pt", "none.pt"])],
              "doctor.py": ["--checkpoint", chance.choice(["broken.pt", "none.pt"])],
              "benchmark.py": ["--budgets", chance.choice(BAD)],
+             "export.py": ["--checkpoint", chance.choice(["model.pt", "broken.pt"])],
              "distill.py": ["--checkpoint", chance.choice(["model.pt", "broken.pt"]), "--budget", "10s", "--data_dir",
                             str(data_dir), "--teacher_steps", "2", "--batch_size", "4"]}[name]
     for _ in range(chance.randrange(4)):

@@ -15,11 +15,12 @@ from runtime.errors import UserError
 from runtime.parser import SHARED_FLAGS, Parser, add_shared_flags, duration, number
 from training.autotune import LAYOUTS
 from training.learning_rate import LR_SCHEDULES
+from training.sizing import network_size
 
 # A recipe is a set of defaults; flags override them. What each gives: benchmarks/RESULTS.md and RECORDS.md.
 RECIPES = {
     "fast": dict(schedule="cosine", prediction="edm", timestep_sampling="lognormal",
-                 base_channels=None, patch_size=2, middle_depth=3, batch_size=128, optimizer="muon", lr=2e-3,
+                 base_channels=None, patch_size=None, middle_depth=3, batch_size=128, optimizer="muon", lr=2e-3,
                  lr_schedule="cosine", warmup=0.02, precision="auto", conditional=True, level_code="histogram"),
     # The textbook (Ho et al. 2020) as small toolkits implement it: full resolution, no tricks.
     "ddpm": dict(schedule="linear", prediction="eps", timestep_sampling="uniform", base_channels=64, patch_size=1,
@@ -106,13 +107,13 @@ def make_parser(description: str) -> Parser:
     group = parser.add_argument_group("network")
     group.add_argument("--base_channels", type=number(int, 1, 4096),
                        help="the number of channels at the highest resolution (default: on a CPU 24, or 32 to 64 by "
-                            "the --budget; on other devices 64)")
+                            "the --budget; on other devices 64; of fewer than 2,000 images at most 32)")
     group.add_argument("--patch_size", type=int, choices=(1, 2, 4),
                        help="the side of the squares of pixels that become channels; 1: convolutions at full "
-                            "resolution")
+                            "resolution (default: 2, above 32 pixels 4)")
     group.add_argument("--channel_mults", type=number(int, 1, 64), nargs="+", metavar="N",
-                       help="the numbers of channels at each resolution, in multiples of --base_channels (default: by "
-                            "--patch_size)")
+                       help="the numbers of channels at each resolution, in multiples of --base_channels (default: 1, "
+                            "then 2 at each half of the resolution, down to about 8 × 8 positions)")
     group.add_argument("--depth", type=number(int, 1, 64), default=1, help="the number of residual blocks in each "
                                                                            "stage")
     group.add_argument("--middle_depth", type=number(int, 1, 64),
@@ -158,7 +159,8 @@ DIFFUSION_FLAGS = {"timesteps": "num_timesteps"} | {name: name for name in (
     "zero_terminal_snr")}
 TRAINER_FLAGS = ("batch_size", "optimizer", "lr", "muon_lr", "lr_schedule", "warmup", "weight_decay", "max_grad_norm",
                  "ema_decay", "conditional", "label_dropout", "precision", "seed")
-LAST_SHARE = 0.01  # of the training times is T - 1, with --timestep_sampling lognormal
+# Shares of the training times, with --timestep_sampling lognormal: T - 1, and nearly clean images.
+SHARES = dict(last_share=0.01, low_share=0.05)
 FIXED_FLAGS = ("train_images", "batch_size", "optimizer")  # besides network and data: what --resume cannot change
 
 
@@ -169,22 +171,12 @@ def check_point_flags(parser: Parser, args: Namespace) -> None:
         parser.error(f"--{unread[0]} is for images, and {args.dataset} holds points in the plane: leave it out")
 
 
-def good_width(budget: float | None, device: torch.device) -> int:
-    """Base channels for a run of `budget` seconds: what measured best on a CPU (benchmarks/RECORDS.md).
-
-    A wider network learns more from an image and sees fewer. Without a budget: twenty epochs in about ten minutes.
-    """
-    if device.type != "cpu":
-        return 64
-    return 24 if budget is None else 32 if budget < 90 else 48 if budget < 1200 else 64
-
-
-def make_settings(args: Namespace, device: torch.device) -> Namespace:
-    """A copy of the flags in which those that depend on the data set, the budget or the device have their values."""
+def make_settings(args: Namespace, data: ImageData, device: torch.device) -> Namespace:
+    """A copy of the flags in which those that depend on the data, the budget or the device have their values."""
     mean, std = DATASETS[args.dataset].noise_level
-    open_flags = dict(
+    size = network_size(data.images.shape[1:], len(data.images), args.budget, device, args.patch_size)
+    open_flags = {name: getattr(args, name) or value for name, value in size.items()} | dict(
         epochs=20 if args.epochs is None and args.budget is None else args.epochs,
-        base_channels=args.base_channels or good_width(args.budget, device),
         noise_mean=mean if args.noise_mean is None else args.noise_mean, noise_std=args.noise_std or std)
     return Namespace(**vars(args) | open_flags)
 
@@ -200,19 +192,20 @@ def make_config(settings: Namespace, data: ImageData, saved: dict | None = None)
     """The config of a checkpoint but for its part "training": {"model", "diffusion", "data"}.
 
     data     the training images, with their code
-    saved    the config of the checkpoint that is resumed: its data_std, else measured, and its last_share are kept
+    saved    the config of the checkpoint that is resumed: its data_std, else measured, and its SHARES are kept
     """
     attention = settings.attention and [factor for factor in settings.attention if factor]
     network, flags = "mlp" if is_points(data.images.shape[1:]) else "unet", vars(settings) | dict(attention=attention)
-    last_share = saved["diffusion"].get("last_share", 0.0) if saved else LAST_SHARE
-    data_std = saved["diffusion"]["data_std"] if saved else round(data.first(10_000).x_0().std().item(), 3)
+    shares = {name: saved["diffusion"].get(name, 0.0) for name in SHARES} if saved else SHARES
+    some = data.first(min(10_000, 2**25 // data.images[0].numel()))  # large images would need much memory as floats
+    data_std = saved["diffusion"]["data_std"] if saved else round(some.x_0().std().item(), 3)
     code = {} if data.code.is_linear else dict(level_code=data.code.points.tolist())
     return dict(
         model=dict({name: flags[name] for name in MODEL_FLAGS[network]}, network=network,
                    image_channels=data.images.shape[1],
                    num_classes=len(data.class_names) if settings.conditional else None),
         diffusion=dict({ours: getattr(settings, flag) for flag, ours in DIFFUSION_FLAGS.items()}, data_std=data_std,
-                       last_share=last_share),
+                       **shares),
         data=dict(dataset=data.name, shape=list(data.images.shape[1:]), class_names=list(data.class_names), **code))
 
 

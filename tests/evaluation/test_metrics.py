@@ -5,6 +5,7 @@ import math
 import pytest
 import torch
 
+from data_sources.scenes import MARKS
 from evaluation import metrics
 from evaluation.metrics import (
     GROUPS,
@@ -23,6 +24,7 @@ from evaluation.metrics import (
     neighbour_figures,
     radii,
     random_groups,
+    scene_figures,
 )
 
 kid = pytest.importorskip("torchmetrics.image.kid", reason="torchmetrics is missing: requirements-eval.txt")
@@ -195,6 +197,34 @@ def test_intervals_cover_the_mean_of_fresh_sets_of_the_same_size():
         mean = sum(r[name]["value"] for r in results) / trials
         covered = sum(r[name]["low"] <= mean <= r[name]["high"] for r in results) / trials
         assert 0.88 <= covered <= 1, f"{name}: 95 % intervals cover in {covered:.1%} of {trials} trials"
+
+
+def scenes(*rows):
+    """ImageFeatures of scenes (number of objects, colours that are there, a colour that is unclear), each 25 times."""
+    probabilities, marks = torch.full((len(rows), 4), 0.02), torch.full((len(rows), len(MARKS)), 0.02)
+    for row, (number, colours, unclear) in enumerate(rows):
+        probabilities[row, number - 1], marks[row, list(colours)] = 0.94, 0.98
+        if unclear is not None:
+            marks[row, unclear] = 0.7
+    return ImageFeatures(gaussian(25 * len(rows), 0), probabilities.repeat(25, 1), None, marks.repeat(25, 1))
+
+
+def test_a_scene_is_right_with_the_asked_number_of_objects_in_clear_colours():
+    found = scenes((1, [0], None), (2, [0, 5], None), (2, [3], None),  # the third has two objects of one colour
+                   (2, [1, 2, 3], None), (3, [], None), (4, [1, 2], 4), (3, [1], None))
+    labels, groups = torch.tensor([0, 1, 1, 1, 2, 3, 0]).repeat(25), random_groups(175)
+    assert scene_figures(found, found, labels, groups)["scene_right"][0] == pytest.approx(3 / 7)
+    assert scene_figures(found, found, None, groups)["scene_right"][0] == pytest.approx(4 / 7)
+    unsure = found._replace(probabilities=torch.full((175, 4), 0.25))
+    assert scene_figures(unsure, found, None, groups)["scene_right"][0] == 0
+    assert set(scene_figures(found, found, labels, groups)) < set(metrics.BETTER) & set(metrics.SHARES)
+
+
+def test_mark_distance_is_the_mean_difference_of_the_shares_of_the_marks():
+    half, whole = scenes((1, [0], None), (1, [1], None)), scenes((1, [0], None))
+    found = scene_figures(half, whole, None, random_groups(50))["mark_distance"]
+    assert found.shape == (GROUPS + 1,) and found[0].item() == pytest.approx((0.5 + 0.5) / len(MARKS))
+    assert scene_figures(half, half, None, random_groups(50))["mark_distance"][0] == 0
 
 
 def test_figures_of_the_real_thing_are_near_their_best():

@@ -125,7 +125,7 @@ def test_warnings_are_shown_to_those_who_ask(root, tmp_path):
 
 
 @pytest.mark.parametrize("name", ["train", "sample", "visualize_diffusion", "evaluate", "edit", "distill", "doctor",
-                                  "benchmark"])
+                                  "export", "benchmark"])
 def test_all_scripts_begin_in_this_way(name):
     main = importlib.import_module(name).main
     assert main.__wrapped__ and main.__code__ is script(lambda argv: None).__code__

@@ -7,10 +7,12 @@ import pytest
 import torch
 
 import train
+from data import ImageData
 from training import flags
-from training.flags import RECIPES, good_width, make_settings, resume_command
+from training.flags import RECIPES, make_settings, resume_command
 
 CPU = torch.device("cpu")
+DATA = ImageData("glyphs", "train", torch.zeros(2000, 1, 28, 28, dtype=torch.uint8), torch.zeros(2000).long(), ("0",))
 
 
 def parsed(*argv):
@@ -33,27 +35,23 @@ def test_the_recipes_differ_and_the_fast_one_is_the_default():
     assert (parsed("--recipe", "ddpm").optimizer, parsed("--recipe", "ddpm").precision) == ("adamw", "fp32")
 
 
-@pytest.mark.parametrize("budget, width", [(None, 24), (1, 32), (89.9, 32), (90, 48), (600, 48), (1199, 48),
-                                           (1200, 64), (36_000, 64)])
-def test_the_width_of_a_network_grows_with_the_budget_of_a_cpu(budget, width):
-    assert good_width(budget, CPU) == width and good_width(budget, torch.device("cuda")) == 64
-
-
 @pytest.mark.parametrize("dataset, mean, std", [("mnist", 0.7, 0.9), ("glyphs", 0.7, 0.9),
-                                                ("fashion_mnist", 0.0, 1.2), ("cifar10", -0.5, 1.2)])
+                                                ("fashion_mnist", 0.0, 1.2), ("cifar10", -0.5, 1.2),
+                                                ("scenes", 0.2, 1.2)])
 def test_what_is_left_open_is_filled_in_by_the_data_set(dataset, mean, std):
     args = parsed("--dataset", dataset, "--budget", "2m")
-    before, settings = vars(args).copy(), make_settings(args, CPU)
+    before, settings = vars(args).copy(), make_settings(args, DATA, CPU)
     assert (settings.noise_mean, settings.noise_std, settings.base_channels) == (mean, std, 48)
+    assert (settings.patch_size, settings.channel_mults, settings.middle_depth) == (2, [1, 2], 3)
     assert vars(args) == before  # parsed flags are not written to
     args = parsed("--dataset", dataset, "--noise_mean", "0", "--noise_std", "3", "--base_channels", "8")
-    settings = make_settings(args, CPU)
+    settings = make_settings(args, DATA, CPU)
     assert (settings.noise_mean, settings.noise_std, settings.base_channels) == (0, 3, 8)
 
 
 def test_without_epochs_and_budget_there_are_twenty_epochs():
-    assert [make_settings(parsed(*words), CPU).epochs for words in ([], ["--budget", "9s"], ["--epochs", "3"])] == [
-        20, None, 3]
+    given = ([], ["--budget", "9s"], ["--epochs", "3"])
+    assert [make_settings(parsed(*words), DATA, CPU).epochs for words in given] == [20, None, 3]
 
 
 @pytest.mark.parametrize("own", [dict(), dict(data_dir="my data"), dict(output_dir="a b/run", device="cpu")], ids=str)

@@ -27,7 +27,7 @@ from runtime.errors import RunFailed
 from runtime.memory import out_of_memory
 from training import autotune
 from training.learning_rate import ema_decay_at, learning_rate
-from training.muon import Muon, orthogonalise
+from training.muon import NEWTON_SCHULZ, Muon, orthogonalise
 from training.tensorboard import Board
 from training.trainer import Trainer, fitting_batch, validation_loss
 from utils import tile
@@ -159,6 +159,18 @@ def test_muon_makes_singular_values_about_one_and_keeps_the_directions(shape):
     U, _, Vh = torch.linalg.svd(matrices, full_matrices=False)
     turned = U.mT @ made @ Vh.mT  # diagonal, if the singular vectors are the same
     assert_close(turned, torch.diag_embed(turned.diagonal(dim1=1, dim2=2)), rtol=0, atol=0.05)
+
+
+def test_muon_is_exact_on_a_cpu_without_bfloat16_instructions(monkeypatch):
+    matrices = torch.randn(2, 20, 8, generator=torch.Generator().manual_seed(0))
+    x, (a, b, c) = (matrices.double() / matrices.double().norm(dim=(1, 2), keepdim=True)).mT, NEWTON_SCHULZ
+    for _ in range(5):
+        gram = x @ x.mT
+        x = a * x + (b * gram + c * gram @ gram) @ x
+    for has_instructions, error in ((False, 1e-5), (True, 0.05)):
+        monkeypatch.setattr("training.muon.has_bf16_instructions", lambda answer=has_instructions: answer)
+        off = (orthogonalise(matrices) - x.mT).abs().max()
+        assert off < error and (off > 1e-4) == has_instructions
 
 
 def test_muon_takes_weights_in_any_layout_alike():

@@ -1,0 +1,446 @@
+"""The page in a browser, from disk, with the network off: every view and every control, as people use them."""
+
+import json
+import re
+import shlex
+
+import numpy as np
+import pytest
+import torch
+from small import small_checkpoint, small_model
+from test_engine import draw, drawn
+
+import export
+import sample
+from checkpoint import load_checkpoint, load_model, save_checkpoint
+from diffusion import DiffusionProcess
+from evaluation.classifier import load_feature_network
+from evaluation.features import extract_features
+from runtime import checkpoints
+from web.page import page_model
+
+PHONE = dict(viewport=dict(width=390, height=844), has_touch=True, is_mobile=True, device_scale_factor=2)
+LEVELS = """canvas => {
+    const copy = new OffscreenCanvas(canvas.width, canvas.height).getContext("2d", {willReadFrequently: true});
+    copy.drawImage(canvas, 0, 0);
+    return [...copy.getImageData(0, 0, canvas.width, canvas.height).data].filter((_, i) => i % 4 === 0);
+}"""
+TABS = ("make", "sketch", "compare", "inside")
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory):
+    """A small checkpoint with ten classes."""
+    return small_checkpoint(tmp_path_factory.mktemp("model") / "model.pt", conditional=True)
+
+
+@pytest.fixture(scope="module")
+def exported(checkpoint):
+    """The page that export.py writes of it, in float32."""
+    path = checkpoint.with_name("page.html")
+    assert export.main(["--checkpoint", str(checkpoint), "--output", str(path), "--weights", "float32"]) == 0
+    return path
+
+
+def levels(opened, canvas):
+    """What a canvas shows, as (N,) levels of its red channel."""
+    return np.array(opened.page.eval_on_selector(f"#{canvas}", LEVELS))
+
+
+def click(opened, selector):
+    opened.page.click(selector)
+
+
+def choose(opened, fieldset, name):
+    """Choose one of the round choices by its name."""
+    opened.page.locator(f"#{fieldset} label", has_text=re.compile(f"^{re.escape(name)}$")).click()
+
+
+def slide(opened, selector, value):
+    """Move a slider, as with the mouse."""
+    opened.page.eval_on_selector(selector, "(input, value) => { input.value = value; "
+                                           "input.dispatchEvent(new Event('input', {bubbles: true})); }", value)
+
+
+def address(opened):
+    opened.page.wait_for_timeout(700)  # it is written now and then
+    return opened.page.evaluate("location.hash")
+
+
+# ------------------------------------------------------------------------------------------------------------- make
+
+
+def test_an_image_is_made_at_once_and_is_that_of_sample_py(opened, exported, checkpoint, tmp_path, monkeypatch):
+    """The command that the page shows makes the image that it shows."""
+    page = opened(exported, "#label=3&steps=6&guidance=2&seed=4&sampler=ddim")
+    assert "the 3" in page.made()
+    command = shlex.split(page.page.inner_text("#command"))
+    assert command[:2] == ["python", "sample.py"] and command[2:4] == ["--checkpoint", "model.pt"]
+    monkeypatch.chdir(checkpoint.parent)
+    assert sample.main([*command[2:], "--output", str(tmp_path / "x.npz"), "--device", "cpu"]) == 0
+    drawn = np.load(tmp_path / "x.npz")["arr_0"].reshape(-1).astype(int)
+    assert np.abs(levels(page, "make-x") - drawn).max() <= 1 and drawn.std() > 10
+    choose(page, "labels", "any")
+    assert "image without a label" in page.wait("film.done && !$('told').textContent.includes('3') && "
+                                                "$('told').textContent")
+    command = shlex.split(page.page.inner_text("#command"))
+    assert sample.main([*command[2:], "--output", str(tmp_path / "x.npz"), "--device", "cpu"]) == 0
+    drawn = np.load(tmp_path / "x.npz")["arr_0"].reshape(-1).astype(int)
+    assert np.abs(levels(page, "make-x") - drawn).max() <= 1
+
+
+def test_every_control_of_make_does_something(opened, exported):
+    page = opened(exported, "#steps=4")
+    page.made()
+    images = [levels(page, "make-x")]
+    changes = [lambda: choose(page, "labels", "2"), lambda: slide(page, "#sliders label:nth-child(1) input", 9),
+               lambda: slide(page, "#sliders label:nth-child(2) input", 5),
+               lambda: page.page.select_option("#sampler", "ddpm"), lambda: page.page.fill("#seed", "77"),
+               lambda: click(page, "#another")]
+    for change in changes:
+        page.page.evaluate("$('told').textContent = ''")
+        change()
+        page.made()
+        images.append(levels(page, "make-x"))
+        assert (images[-1] != images[-2]).any(), len(images)
+    assert page.page.input_value("#seed") != "77" and "label=2" in address(page) and "steps=9" in address(page)
+
+
+def test_the_scrub_bar_the_strip_and_the_playback_show_the_steps(opened, exported):
+    page = opened(exported, "#steps=5&label=1")
+    page.made()
+    final = levels(page, "make-x")
+    assert (final == levels(page, "make-x0")).all() and "no noise is left" in page.page.inner_text("#mixture")
+    slide(page, "#step", 0)
+    assert (levels(page, "make-x") != final).any() and "0.00 · image + 1.00 · noise" in page.page.inner_text("#mixture")
+    assert "step=0" in address(page)
+    assert page.page.locator("#strip canvas").count() == 6
+    page.page.locator("#strip canvas").nth(2).click()
+    assert page.page.input_value("#step") == "2" and page.page.locator("#strip canvas.now").count() == 1
+    click(page, "#play")
+    page.wait("film.timer === null && film.at === 5")
+    assert (levels(page, "make-x") == final).all()
+
+
+def test_a_link_shows_the_same_picture(opened, exported):
+    first = opened(exported, "#label=6&seed=123&steps=7&guidance=3&sampler=heun&step=3")
+    first.made()
+    second = opened(exported, address(first))
+    second.made()
+    assert (levels(first, "make-x") == levels(second, "make-x")).all() and second.page.input_value("#step") == "3"
+    second.page.evaluate("location.hash = 'label=5&seed=9&steps=3'")
+    second.wait("app.state.seed === 9 && film.done && film.frames.length === 4")
+    assert second.page.evaluate("app.state.label") == 5
+
+
+def test_a_link_shows_the_same_drawing(opened, exported):
+    first = opened(exported, "#view=sketch&steps=1")
+    first.made()
+    click(first, "#clear")
+    draw_a_stroke(first, [(0.3, 0.2), (0.6, 0.8)])
+    slide(first, "#noise-slider input", 12)
+    choose(first, "sketch-labels", "4")
+    choose(first, "halves", "top")
+    link = address(first)
+    assert len(link) < 700
+    second = opened(exported, link)
+    second.made()
+    assert (levels(second, "pad") == levels(first, "pad")).all() and levels(second, "pad").any()
+    assert second.page.evaluate("[app.state.t, app.state.told, app.state.keep]") == [12, 4, "top"]
+    second.wait("$('guess-told').textContent.startsWith('t = 12:')")
+    assert (levels(second, "sketch-x0") == levels(first, "sketch-x0")).all()
+
+
+@pytest.mark.parametrize("hash", ["#view=sketch&drawing=AAAA&t=40&told=10&keep=all", "#view=sketch&drawing=%F0%9F%98",
+"#label=99&steps=0&sampler=constructor&view=toString&model=7&guidance=-1&block=x",
+                                  "#seed=-1&share=1e9&step=60&label=&steps=1.5", "#<img src=x onerror=alert(1)>"])
+def test_an_address_that_makes_no_sense_is_ignored(opened, exported, hash):
+    page = opened(exported, hash)
+    assert "the 7" in page.made() and page.page.evaluate("app.state.steps") == 10
+
+
+def test_a_dragged_slider_ends_with_its_last_image(opened, exported):
+    page = opened(exported, "#steps=8&guidance=1&seed=3")
+    page.made()
+    page.page.evaluate("""async () => {
+        const input = document.querySelector("#sliders label:nth-child(2) input");
+        for (let value = 1; value <= 6; value += 0.25) {
+            input.value = value;
+            input.dispatchEvent(new Event("input"));
+            await new Promise((resolve) => setTimeout(resolve, 10));
+        }
+    }""")
+    page.wait("film.done && !film.again && film.job.guidance === 6")
+    assert "--guidance_scale 6 " in page.page.inner_text("#command")
+    images = drawn(page, [dict(label=7, sampler="dpmpp_2m", steps=8, guidance=6, seed=3)])
+    assert page.page.evaluate("x => [...app.code.decode(x)]", images[0].tolist()) == levels(page, "make-x").tolist()
+
+
+def test_without_motion_the_steps_are_not_played(opened, exported):
+    page = opened(exported, "#steps=20", reduced_motion="reduce")
+    page.made()
+    click(page, "#another")
+    assert page.page.evaluate("film.timer") is None
+
+
+# ------------------------------------------------------------------------------------------------------------- draw
+
+
+def draw_a_stroke(page, points):
+    """Draw a line through points, each a share of the width and the height, with the mouse."""
+    box = page.page.locator("#pad").bounding_box()
+    places = [(box["x"] + x * box["width"], box["y"] + y * box["height"]) for x, y in points]
+    page.page.mouse.move(*places[0])
+    page.page.mouse.down()
+    for place in places[1:]:
+        page.page.mouse.move(*place, steps=5)
+    page.page.mouse.up()
+
+
+def test_a_drawing_is_noised_guessed_and_completed(opened, exported):
+    page = opened(exported, "#view=sketch")
+    page.made()
+    click(page, "#clear")
+    assert not levels(page, "pad").any()
+    draw_a_stroke(page, [(0.3, 0.2), (0.3, 0.8)])
+    drawing = levels(page, "pad").reshape(28, 28)
+    assert drawing[10:20, 8].min() > 200 and drawing[:, 14:].max() == 0
+    page.wait("$('guess-told').textContent.includes('t = ')")
+    before = levels(page, "sketch-x")
+    slide(page, "#noise-slider input", 0)
+    page.wait("$('guess-told').textContent.startsWith('t = 0:')")
+    assert np.abs(levels(page, "sketch-x") - drawing.reshape(-1)).mean() < np.abs(before - drawing.reshape(-1)).mean()
+    guess = levels(page, "sketch-x0")
+    choose(page, "sketch-labels", "4")
+    page.wait("app.state.told === 4")
+    page.page.wait_for_timeout(500)
+    assert (levels(page, "sketch-x0") != guess).any()
+    choose(page, "halves", "left")
+    click(page, "#complete")
+    page.wait("$('complete-told').textContent.startsWith('Four proposals')")
+    proposals = [levels(page, f"proposal-{i}").reshape(28, 28) for i in range(4)]
+    for proposal in proposals:
+        assert (proposal[:, :14] == drawing[:, :14]).all()
+    assert (proposals[0][:, 14:] != proposals[1][:, 14:]).any()
+
+
+def test_pens_the_eraser_and_the_keyboard(opened, exported):
+    page = opened(exported, "#view=sketch")
+    page.made()
+    sizes = []
+    for pen in ("thin", "medium", "thick"):
+        click(page, "#clear")
+        choose(page, "pens", pen)
+        draw_a_stroke(page, [(0.2, 0.5), (0.8, 0.5)])
+        sizes.append(levels(page, "pad").sum())
+    assert sizes == sorted(set(sizes))
+    choose(page, "pens", "eraser")
+    draw_a_stroke(page, [(0, 0.5), (1, 0.5)])
+    assert levels(page, "pad").sum() < sizes[0]
+    click(page, "#clear")
+    choose(page, "pens", "medium")
+    page.page.focus("#pad")
+    for key in (" ", *5 * ["ArrowDown"], " ", "ArrowLeft"):
+        page.page.keyboard.press(key)
+    page.page.evaluate("$('pad').blur()")
+    drawing = levels(page, "pad").reshape(28, 28)
+    assert drawing[14:20, 14].min() > 200 and drawing[:, :12].max() == 0
+    click(page, "#take")
+    assert (levels(page, "pad") == levels(page, "make-x")).all()
+
+
+# --------------------------------------------------------------------------------------------------- compare, inside
+
+
+def test_compare_shows_classes_a_table_and_what_lies_between(opened, exported):
+    page = opened(exported, "#view=compare&steps=3&seed=2&a=5&b=8&share=0")
+    page.made()
+    page.wait("between.images.filter(Boolean).length === BETWEEN_FRAMES")
+    pictures = page.page.evaluate(f"[...document.querySelectorAll('#classes canvas, #table canvas')].map({LEVELS})")
+    assert len(pictures) == 10 + 25 and len({json.dumps(picture) for picture in pictures}) > 20
+    assert (levels(page, "between") == levels(page, "end-a")).all()
+    slide(page, "#share", 100)
+    page.wait("$('share-text').textContent.startsWith('100 %')")
+    page.page.wait_for_timeout(500)
+    assert (levels(page, "between") == levels(page, "end-b")).all()
+    page.page.locator("#between-strip canvas").nth(6).click()
+    assert "50 %" in page.page.inner_text("#share-text")
+    page.page.fill("#seed-a", "8")
+    page.wait("between.images.filter(Boolean).length === BETWEEN_FRAMES && app.state.a === 8")
+    assert (levels(page, "end-a") == levels(page, "end-b")).all()
+    seed = page.page.evaluate("app.state.seed")
+    click(page, "#new-noise")
+    assert page.page.evaluate("app.state.seed") != seed
+    page.page.locator("#classes canvas").nth(4).click()
+    page.wait("app.state.view === 'make' && app.state.label === 4 && film.done")
+
+
+def test_inside_shows_the_schedule_and_the_channels_of_every_block(opened, exported):
+    page = opened(exported, "#view=inside&steps=4&step=1")
+    page.made()
+    assert page.page.locator("#schedule circle").count() == 5
+    page.wait("$('channels-text').textContent !== ''")
+    names = page.page.eval_on_selector_all("#unet button", "buttons => buttons.map((button) => button.name)")
+    assert names == ["stem", "downs.0", "middle", "ups.0", "head"]
+    seen = set()
+    for name, text in zip(names, ("8 channels of 14 × 14", "8 channels of 14 × 14", "16 channels of 7 × 7",
+                                  "8 channels of 14 × 14", "4 channels of 14 × 14"), strict=True):
+        page.page.evaluate("$('channels-text').textContent = ''")
+        click(page, f"#unet button[name='{name}']")
+        assert text in page.wait("$('channels-text').textContent")
+        seen.add(levels(page, "channels").tobytes())
+    assert len(seen) == 5 and "block=head" in address(page)
+    slide(page, "#inside-step", 3)
+    page.page.wait_for_timeout(500)
+    assert levels(page, "channels").tobytes() not in seen and page.page.input_value("#step") == "3"
+
+
+def test_the_keyboard_alone_is_enough(opened, exported):
+    page = opened(exported, "#steps=2")
+    page.made()
+    page.page.focus("#tab-make")
+    for name in (*TABS[1:], TABS[0]):
+        page.page.keyboard.press("ArrowRight")
+        assert page.page.evaluate("app.state.view") == name and page.page.is_visible(f"#{name}")
+    page.page.keyboard.press("Tab")
+    page.page.keyboard.press("Tab")
+    page.page.keyboard.press("ArrowLeft")
+    assert page.page.input_value("#step") == "1"
+    page.page.focus("#labels input:checked")
+    page.page.keyboard.press("ArrowRight")
+    page.wait("app.state.label === 8 && film.done")
+    page.page.focus("#tab-make")
+    page.page.keyboard.press("End")
+    page.page.focus("#unet button[name=middle]")
+    page.page.keyboard.press("ArrowRight")
+    assert page.page.evaluate("app.state.block") == "ups.0"
+
+
+def test_everything_that_can_be_used_has_a_name(opened, exported):
+    page = opened(exported, "#steps=2")
+    page.made()
+    nameless = page.page.evaluate("""[...document.querySelectorAll("button, input, select, [role=img]")].filter(
+        (each) => !(each.textContent.trim() || each.getAttribute("aria-label") || each.labels?.length))""")
+    assert nameless == []
+    assert page.page.get_attribute("#told", "aria-live") == "polite"
+
+
+@pytest.mark.parametrize("options", [PHONE, dict(viewport=dict(width=1200, height=900)),
+                                     dict(viewport=dict(width=320, height=600))])
+def test_every_view_fits_the_width(opened, exported, options):
+    page = opened(exported, "#steps=2", **options)
+    page.made()
+    for name in TABS:
+        click(page, f"#tab-{name}")
+        assert page.page.evaluate("document.documentElement.scrollWidth <= document.documentElement.clientWidth"), name
+
+
+def test_light_and_dark_follow_the_system(opened, exported):
+    colours = {}
+    for scheme in ("light", "dark"):
+        page = opened(exported, "#steps=1", color_scheme=scheme)
+        page.made()
+        colours[scheme] = page.page.evaluate("[document.body, document.querySelector('.card')].map((each) => "
+                                             "getComputedStyle(each).backgroundColor)")
+    assert colours["light"] != colours["dark"]
+
+
+# ------------------------------------------------------------------------------------------------ other checkpoints
+
+
+def test_words_of_a_checkpoint_become_neither_markup_nor_script(opened, tmp_path):
+    evil = "</script><script>document.title='owned'</script><img src=x onerror=\"document.title='owned'\">${1}"
+    path = small_checkpoint(tmp_path / "<b>model's.pt", conditional=True)
+    fields = {key: value for key, value in load_checkpoint(path).items() if key not in ("format", "version")}
+    fields["config"]["data"] |= dict(dataset=evil, class_names=[evil, *fields["config"]["data"]["class_names"][1:]])
+    save_checkpoint(path, **fields)
+    assert export.main(["--checkpoint", str(path), "--output", str(tmp_path / "page.html")]) == 0
+    page = opened(tmp_path / "page.html", "#label=0&steps=1")
+    assert evil in page.made() and page.page.inner_text("#dataset") == evil
+    for name in TABS:
+        click(page, f"#tab-{name}")
+    page.page.wait_for_timeout(300)
+    assert page.page.title() == "Tiny Diffusion" and page.page.locator("img, b > b").count() == 0
+    assert "'<b>model'\"'\"'s.pt'" in page.page.inner_text("#command")
+
+
+def model_for_page(name="x.pt", shape=(1, 28, 28), names=("0", "1"), training=None, **config):
+    model = small_model(image_channels=shape[0], **config)
+    process = DiffusionProcess(50, prediction="edm")
+    return page_model(name, model, process, dict(
+        model=model.config, diffusion=process.config, training=training or {},
+        data=dict(dataset=name, shape=list(shape), class_names=list(names))))
+
+
+def test_colours_without_labels(opened):
+    page = opened([model_for_page(shape=(3, 32, 32))], "#view=sketch&steps=2")
+    assert "image without a label" in page.made()
+    assert page.page.is_visible("#ink") and not page.page.is_visible("#sketch-labels")
+    click(page, "#clear")
+    page.page.fill("#ink", "#00ff00")
+    draw_a_stroke(page, [(0.5, 0.2), (0.5, 0.8)])
+    colour = page.page.evaluate("[...$('pad').getContext('2d').getImageData(16, 16, 1, 1).data]")
+    assert colour == [0, 255, 0, 255]
+    for name in TABS:
+        click(page, f"#tab-{name}")
+    click(page, "#tab-make")
+    assert "--label" not in page.page.inner_text("#command") and not page.page.is_visible("#labels")
+
+
+def test_a_student_draws_by_its_own_sampler(opened):
+    page = opened([model_for_page(num_classes=2, training=dict(student=True))])
+    page.made()
+    assert page.page.evaluate("[app.state.sampler, app.state.steps, app.state.guidance]") == ["consistency", 2, 1]
+    click(page, "#tab-sketch")
+    assert not page.page.is_visible("#completion")
+
+
+def test_a_switch_changes_the_model(opened):
+    clothes = model_for_page("two.pt", names=("shoe", "coat", "bag"), num_classes=3, base_channels=12)
+    page = opened([model_for_page("one.pt", num_classes=2), clothes])
+    assert "the 1" in page.made() and page.page.is_visible("#models")
+    choose(page, "models", "two.pt")
+    page.wait("film.done && $('told').textContent.includes('bag')")
+    assert "--checkpoint two.pt" in page.page.inner_text("#command") and "model=1" in address(page)
+    choose(page, "models", "one.pt")
+    page.wait("film.done && $('told').textContent.includes('the 1')")
+
+
+def test_what_goes_wrong_is_told(opened, exported):
+    page = opened(exported, "#steps=1")
+    page.made()
+    page.page.evaluate("void app.engine.ask('test', 'make', {model: 5, job: {}})")
+    assert "did not work" in page.wait("$('told').textContent.includes('work') && $('told').textContent")
+    page.complaints.clear()
+
+
+def test_the_newest_request_overtakes_the_others(opened, exported):
+    page = opened(exported, "#view=sketch&steps=2")
+    page.made()
+    answers = page.page.evaluate("""async () => {
+        const x0 = new Float32Array(784), seen = [], t = [...Array(40).keys()];
+        const done = await Promise.all(t.map((t) => app.engine.ask("test", "guess", {model: 0, x0, t, label: null,
+            seed: 0}, () => seen.push(t))));
+        return [done.filter(Boolean).length, done.at(-1), seen.at(-1), seen.length];
+    }""")
+    assert answers[:3] == [1, True, 39] and answers[3] < 40
+
+
+@pytest.mark.parametrize("name", sorted({"mnist", "fashion_mnist"} & set(checkpoints.pretrained_models())))
+def test_pretrained_models_draw_what_they_are_asked_for(opened, name, tmp_path):
+    """By the classifier that comes along; half precision changes the images by less than 5e-3."""
+    pages = []
+    for weights in ("float16", "float32"):
+        pages.append(tmp_path / f"{weights}.html")
+        assert export.main(["--checkpoint", name, "--output", str(pages[-1]), "--weights", weights]) == 0
+    assert pages[0].stat().st_size < 4_000_000
+    page = opened(pages[0])
+    page.made()
+    jobs = [dict(label=k % 10, sampler="dpmpp_2m", steps=10, guidance=1.5, seed=k) for k in range(40)]
+    images = drawn(page, jobs)
+    model, diffusion, checkpoint = load_model(checkpoints.find_checkpoint(name))
+    expected = torch.stack([draw(model, diffusion, checkpoint["config"], job) for job in jobs[:4]]).flatten(1)
+    assert (images[:4] - expected).abs().max() < 5e-3
+    decoded = torch.tensor(page.page.evaluate("images => images.map((x) => [...app.code.decode(x)])", images.tolist()))
+    seen = extract_features(decoded.view(-1, 1, 28, 28).to(torch.uint8), load_feature_network(name)).probabilities
+    assert (seen.argmax(1) == torch.arange(40) % 10).float().mean() > 0.8

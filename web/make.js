@@ -1,0 +1,165 @@
+// The view "Make": one image, with all steps of its way from noise.
+
+const FILM_SECONDS = 0.9, STRIP_FRAMES = 16;
+const PATIENCE = 300;  // milliseconds: an image that takes longer gives way to a newer one
+
+// frames: {t, x, x0} of each step, x0 what the network sees in x; at: the one that is shown; timer: of the playback;
+// job: what was asked for; begun: when; again: whether the state has changed since.
+const film = {frames: [], at: 0, timer: null, done: false, job: null, begun: 0, again: false};
+
+function jobOf({label, sampler, steps, guidance, seed}) {
+  return {label, sampler, steps, guidance: label === null ? 1 : guidance, seed};
+}
+
+const nameOf = (label) => label === null ? "image without a label" : app.entry.class_names[label];
+
+// Make the image of the state. motion: show its steps one after the other; step: show this one at the end.
+async function makeImage({motion = false, step = null} = {}) {
+  const begun = performance.now(), frames = [], job = jobOf(app.state);
+  stopFilm();
+  Object.assign(film, {frames, job, begun, done: false, again: false});
+  if (motion && likesMotion()) playFilm();
+  const done = await app.engine.ask("make", "make", {model: app.state.model, job}, ({t, x, x0}) => {
+    if (x0) frames.at(-1).x0 = x0;
+    frames.push({t, x, x0: t < 0 ? x : null});
+  });
+  if (!done) return;
+  film.done = true;
+  showStrip();
+  showCommand();
+  if (film.timer === null) showFrame(step === null ? frames.length - 1 : Math.min(step, frames.length - 1));
+  const seconds = (performance.now() - begun) / 1000, {label, steps} = job;
+  $("told").textContent = `Made ${label === null ? "an" : "the"} ${nameOf(label)} in ${steps} ` +
+    `${steps === 1 ? "step" : "steps"} and ${round(seconds)} seconds.`;
+  app.views[app.state.view].filmChanged?.();
+  if (film.again) makeImage();
+}
+
+function playFilm() {
+  const pause = Math.max(16, FILM_SECONDS * 1000 / (film.job.steps + 1));
+  let next = 0;
+  (function tick() {
+    film.timer = setTimeout(tick, pause);
+    if (film.frames[next]?.x0) showFrame(next++);
+    if (film.done && next >= film.frames.length) stopFilm();
+  })();
+  $("play").textContent = "❚❚";
+  $("play").setAttribute("aria-label", "Stop");
+}
+
+function stopFilm() {
+  clearTimeout(film.timer);
+  film.timer = null;
+  $("play").textContent = "▶";
+  $("play").setAttribute("aria-label", "Play the steps");
+}
+
+// Show a step in this view, and in "Inside".
+function showFrame(index) {
+  const {t, x, x0} = film.frames[index], last = film.frames.length - 1, {shape} = app.entry;
+  film.at = index;
+  paint($("make-x"), app.code.decode(x), shape, `The image at step ${index}`);
+  paint($("make-x0"), app.code.decode(x0), shape, `What the network sees in it: ${nameOf(film.job.label)}`);
+  for (const id of ["step", "inside-step"]) {
+    $(id).max = film.job.steps;
+    $(id).value = index;
+    $(id).setAttribute("aria-valuetext", t < 0 ? "the image" : `step ${index}, t = ${t.toFixed(0)}`);
+  }
+  [...$("strip").children].forEach((canvas) => canvas.classList.toggle("now", canvas.index === index));
+  showMixture($("mixture"), t);
+  app.setState({step: index === last && film.done ? null : index});
+  app.views.inside.frameChanged();
+}
+
+// "t = 712: x_t = 0.31 · image + 0.95 · noise", in colours.
+function showMixture(paragraph, t) {
+  if (t < 0) return paragraph.replaceChildren("The image: no noise is left.");
+  const part = (className, text) => element("span", {className}, text), {process} = app;
+  paragraph.replaceChildren(
+    `t = ${t.toFixed(0)}: `, element("i", {}, "x", element("sub", {}, "t")), " = ",
+    part("signal", `${round(process.alpha(t))} · image`), " + ", part("noise", `${round(process.sigma(t))} · noise`));
+}
+
+function showStrip() {
+  const last = film.frames.length - 1, count = Math.min(STRIP_FRAMES, last + 1);
+  const indices = Array.from({length: count}, (_, i) => count > 1 ? Math.round(i * last / (count - 1)) : last);
+  $("strip").replaceChildren(...indices.map((index) => {
+    const canvas = element("canvas", {index});
+    canvas.addEventListener("click", () => scrubTo(index));
+    paint(canvas, app.code.decode(film.frames[index].x), app.entry.shape);
+    canvas.classList.toggle("now", index === film.at);
+    return canvas;
+  }));
+}
+
+function scrubTo(index) {
+  stopFilm();
+  if (film.frames[index]?.x0) showFrame(index);
+}
+
+// The command that makes the same image. Without a label: a guidance of 0 leaves nothing of the label 0.
+function showCommand() {
+  const {label, sampler, steps, guidance, seed} = film.job, {name, class_names: names} = app.entry;
+  const asked = !names.length ? [] : label === null ? ["--label 0", "--guidance_scale 0"]
+    : [`--label ${label}`, `--guidance_scale ${guidance}`];
+  const words = ["python sample.py", `--checkpoint ${name}`, "--num_images 1", ...asked, `--sampler ${sampler}`,
+                 `--steps ${steps}`, `--seed ${seed}`, "--precision fp32"];
+  $("command").replaceChildren(...words.flatMap((word) => [" ", element("span", {}, word)]).slice(1));
+}
+
+const makeView = {
+  // Once: the controls that are the same for every model.
+  start() {
+    $("another").addEventListener("click", () => {
+      app.setState({seed: Math.floor(Math.random() * 1e6)});
+      makeImage({motion: true});
+    });
+    $("seed").addEventListener("input", () => changeAndMake({seed: wholeNumber($("seed"))}));
+    $("sampler").addEventListener("change", () => changeAndMake({sampler: $("sampler").value}));
+    $("step").addEventListener("input", () => scrubTo(Number($("step").value)));
+    $("play").addEventListener("click", () => film.timer === null ? film.done && playFilm() : stopFilm());
+    $("copy").addEventListener("click", async () => {
+      try {
+        await navigator.clipboard.writeText($("command").textContent);
+      } catch {  // not allowed here: select it, and let the browser copy what is selected
+        getSelection().selectAllChildren($("command"));
+        document.execCommand("copy");
+      }
+      $("copy").textContent = "Copied";
+      setTimeout(() => { $("copy").textContent = "Copy"; }, 1500);
+    });
+  },
+
+  // For every model: what it can be asked for.
+  build({class_names: names, samplers}) {
+    $("labels").hidden = !names.length;
+    $("labels").replaceChildren($("labels").firstElementChild);
+    this.label = choices($("labels"), [[null, "any"], ...names.map((name, i) => [i, name])],
+                         (label) => changeAndMake({label}));
+    $("sampler").replaceChildren(...Object.keys(samplers).map((value) => element("option", {value}, value)));
+    $("sliders").replaceChildren();
+    this.steps = slider($("sliders"), {name: "Steps", min: 1, max: Math.min(50, app.process.numTimesteps), value: 10},
+                        (steps) => changeAndMake({steps}));
+    this.guidance = slider($("sliders"), {name: "Guidance by the label", min: 0, max: 8, step: 0.25, value: 1},
+                           (guidance) => changeAndMake({guidance}));
+    this.guidance.input.closest("label").hidden = !names.length;
+  },
+
+  // Put the state into the controls.
+  show({label, sampler, steps, guidance, seed}) {
+    this.label.set(label);
+    this.steps.set(steps);
+    this.guidance.set(guidance);
+    this.guidance.input.disabled = label === null;
+    $("sampler").value = sampler;
+    if (document.activeElement !== $("seed")) $("seed").value = seed;
+  },
+
+  open() { if (film.frames.length && film.done) showFrame(film.at); },
+};
+
+// While a slider moves, image after image is finished, each of the newest state then.
+function changeAndMake(changes) {
+  app.setState(changes);
+  if (!film.done && performance.now() - film.begun < PATIENCE) film.again = true; else makeImage();
+}

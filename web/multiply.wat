@@ -1,0 +1,73 @@
+;; out (rows, 8 · panels) = bias + windows of x (rows, runs · run) · w, with SIMD: the matrix product of network.js.
+;;
+;; Row r starts at x + r · stride and has `runs` runs of `run` numbers, `gap` bytes from one to the next. w and bias lie
+;; in panels of 8 outputs: w (panels, runs · run, 8). rows is a multiple of 4. x, w, bias, out, stride, gap: in bytes.
+;; After a change: python -m web.assemble
+(module
+  (memory (export "memory") 1)
+  (func (export "multiply")
+    (param $x i32) (param $w i32) (param $bias i32) (param $out i32) (param $rows i32) (param $stride i32)
+    (param $run i32) (param $runs i32) (param $gap i32) (param $panels i32)
+    (local $panel i32) (local $row i32) (local $segment i32) (local $left i32)
+    (local $weights i32) (local $start i32) (local $target i32) (local $p0 i32) (local $p1 i32) (local $p2 i32)
+    (local $p3 i32) (local $u v128) (local $v v128) (local $s v128)
+    (local $a0 v128) (local $a1 v128) (local $a2 v128) (local $a3 v128)  ;; outputs 0 to 3 of four rows
+    (local $b0 v128) (local $b1 v128) (local $b2 v128) (local $b3 v128)  ;; outputs 4 to 7
+    (loop $panel_loop
+      (local.set $row (i32.const 0))
+      (loop $row_loop
+        (local.set $start (i32.add (local.get $x) (i32.mul (local.get $row) (local.get $stride))))
+        (local.set $weights (local.get $w))
+        (local.set $a0 (v128.load (local.get $bias)))
+        (local.set $b0 (v128.load offset=16 (local.get $bias)))
+        (local.set $a1 (local.get $a0)) (local.set $a2 (local.get $a0)) (local.set $a3 (local.get $a0))
+        (local.set $b1 (local.get $b0)) (local.set $b2 (local.get $b0)) (local.set $b3 (local.get $b0))
+        (local.set $segment (local.get $runs))
+        (loop $segment_loop
+          (local.set $p0 (local.get $start))
+          (local.set $p1 (i32.add (local.get $p0) (local.get $stride)))
+          (local.set $p2 (i32.add (local.get $p1) (local.get $stride)))
+          (local.set $p3 (i32.add (local.get $p2) (local.get $stride)))
+          (local.set $left (local.get $run))
+          (loop $run_loop
+            (local.set $u (v128.load (local.get $weights)))
+            (local.set $v (v128.load offset=16 (local.get $weights)))
+            (local.set $s (v128.load32_splat (local.get $p0)))
+            (local.set $a0 (f32x4.add (local.get $a0) (f32x4.mul (local.get $u) (local.get $s))))
+            (local.set $b0 (f32x4.add (local.get $b0) (f32x4.mul (local.get $v) (local.get $s))))
+            (local.set $s (v128.load32_splat (local.get $p1)))
+            (local.set $a1 (f32x4.add (local.get $a1) (f32x4.mul (local.get $u) (local.get $s))))
+            (local.set $b1 (f32x4.add (local.get $b1) (f32x4.mul (local.get $v) (local.get $s))))
+            (local.set $s (v128.load32_splat (local.get $p2)))
+            (local.set $a2 (f32x4.add (local.get $a2) (f32x4.mul (local.get $u) (local.get $s))))
+            (local.set $b2 (f32x4.add (local.get $b2) (f32x4.mul (local.get $v) (local.get $s))))
+            (local.set $s (v128.load32_splat (local.get $p3)))
+            (local.set $a3 (f32x4.add (local.get $a3) (f32x4.mul (local.get $u) (local.get $s))))
+            (local.set $b3 (f32x4.add (local.get $b3) (f32x4.mul (local.get $v) (local.get $s))))
+            (local.set $weights (i32.add (local.get $weights) (i32.const 32)))
+            (local.set $p0 (i32.add (local.get $p0) (i32.const 4)))
+            (local.set $p1 (i32.add (local.get $p1) (i32.const 4)))
+            (local.set $p2 (i32.add (local.get $p2) (i32.const 4)))
+            (local.set $p3 (i32.add (local.get $p3) (i32.const 4)))
+            (br_if $run_loop (local.tee $left (i32.sub (local.get $left) (i32.const 1)))))
+          (local.set $start (i32.add (local.get $start) (local.get $gap)))
+          (br_if $segment_loop (local.tee $segment (i32.sub (local.get $segment) (i32.const 1)))))
+        (local.set $p0 (i32.shl (local.get $panels) (i32.const 5)))  ;; bytes of a row of out
+        (local.set $target (i32.add (i32.add (local.get $out) (i32.shl (local.get $panel) (i32.const 5)))
+                                    (i32.mul (local.get $row) (local.get $p0))))
+        (v128.store (local.get $target) (local.get $a0))
+        (v128.store offset=16 (local.get $target) (local.get $b0))
+        (local.set $target (i32.add (local.get $target) (local.get $p0)))
+        (v128.store (local.get $target) (local.get $a1))
+        (v128.store offset=16 (local.get $target) (local.get $b1))
+        (local.set $target (i32.add (local.get $target) (local.get $p0)))
+        (v128.store (local.get $target) (local.get $a2))
+        (v128.store offset=16 (local.get $target) (local.get $b2))
+        (local.set $target (i32.add (local.get $target) (local.get $p0)))
+        (v128.store (local.get $target) (local.get $a3))
+        (v128.store offset=16 (local.get $target) (local.get $b3))
+        (br_if $row_loop (i32.lt_u (local.tee $row (i32.add (local.get $row) (i32.const 4))) (local.get $rows))))
+      (local.set $w (local.get $weights))
+      (local.set $bias (i32.add (local.get $bias) (i32.const 32)))
+      (br_if $panel_loop (i32.lt_u (local.tee $panel (i32.add (local.get $panel) (i32.const 1)))
+                                   (local.get $panels))))))

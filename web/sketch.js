@@ -1,0 +1,189 @@
+// The view "Draw": a drawing, the drawing with noise, what the network sees in it; and completions of half a drawing.
+
+const PENS = {thin: 0.8, medium: 1.3, thick: 2.2};  // radius in pixels of an image 28 pixels high
+const PROPOSALS = 4, COMPLETE_STEPS = 20, RESAMPLE = 5, NOISE_SEED = 1;
+
+// levels: the drawing; cursor, down: the pen of the keyboard. What else there is stands in the state of the page.
+const sketch = {levels: null, pen: "medium", cursor: null, down: false};
+
+// The parts that can be kept: whether a pixel belongs to it.
+const HALVES = {
+  left: (x, y, width) => x < width >> 1,
+  right: (x, y, width) => x >= width >> 1,
+  top: (x, y, width, height) => y < height >> 1,
+  bottom: (x, y, width, height) => y >= height >> 1,
+};
+
+// Draw a line with round ends from one point to another, each [x, y] in pixels, with a soft edge.
+function drawLine([x0, y0], [x1, y1]) {
+  const [channels, height, width] = app.entry.shape, {levels, pen} = sketch, erase = pen === "eraser";
+  const radius = (PENS[pen] ?? 2 * PENS.thick) * height / 28, length = (x1 - x0) ** 2 + (y1 - y0) ** 2;
+  const ink = channels === 1 ? [255] : [1, 3, 5].map((i) => parseInt($("ink").value.slice(i, i + 2), 16));
+  for (let y = 0; y < height; y++)
+    for (let x = 0; x < width; x++) {
+      const [px, py] = [x + 0.5 - x0, y + 0.5 - y0];
+      const along = length ? Math.min(1, Math.max(0, (px * (x1 - x0) + py * (y1 - y0)) / length)) : 0;
+      const distance = Math.hypot(px - along * (x1 - x0), py - along * (y1 - y0));
+      const cover = Math.min(1, Math.max(0, radius + 0.5 - distance));
+      for (let c = 0, i = y * width + x; cover && c < channels; c++, i += width * height) {
+        const colour = erase ? 0 : ink[c], mixed = Math.round(levels[i] + cover * (colour - levels[i]));
+        levels[i] = channels > 1 || erase ? mixed : Math.max(Math.round(255 * cover), levels[i]);
+      }
+    }
+  drawingChanged();
+}
+
+// A drawing as a text for the address: levels as they are, but 0 with the length of its run behind it.
+function packDrawing(levels) {
+  const bytes = [];
+  for (let i = 0; i < levels.length;) {
+    let run = 0;
+    while (levels[i + run] === 0 && run < 255) run++;
+    bytes.push(...run ? [0, run] : [levels[i]]);
+    i += run || 1;
+  }
+  return btoa(String.fromCharCode(...bytes)).replaceAll("+", "-").replaceAll("/", "_").replaceAll("=", "");
+}
+
+// The `count` levels of such a text; undefined if it is of another size or no such text.
+function unpackDrawing(text, count) {
+  try {
+    const bytes = bytesOf(text.replaceAll("-", "+").replaceAll("_", "/")), levels = [];
+    for (let i = 0; i < bytes.length && levels.length <= count; i++)
+      levels.push(...bytes[i] ? [bytes[i]] : Array(bytes[++i] ?? 0).fill(0));
+    return levels.length === count ? Uint8Array.from(levels) : undefined;
+  } catch {
+    return undefined;
+  }
+}
+
+function drawingChanged() {
+  app.setState({drawing: packDrawing(sketch.levels)});
+  paint($("pad"), sketch.levels, app.entry.shape);
+  showCursor();
+  guess();
+}
+
+// The pen of the keyboard, as a mark on the drawing.
+function showCursor() {
+  if (!sketch.cursor || document.activeElement !== $("pad")) return;
+  const context = $("pad").getContext("2d"), [x, y] = sketch.cursor;
+  context.fillStyle = sketch.down ? "#f0a05a" : "#8fb0ff";
+  context.fillRect(Math.floor(x), Math.floor(y), 1, 1);
+}
+
+const guess = onFrame(async () => {
+  const start = performance.now(), {model, t, told: label} = app.state, {shape} = app.entry;
+  const x0 = app.code.encode(sketch.levels);
+  await app.engine.ask("guess", "guess", {model, x0, t, label, seed: NOISE_SEED}, ({x, x0}) => {
+    paint($("sketch-x"), app.code.decode(x), shape, `The drawing with noise, t = ${t}`);
+    paint($("sketch-x0"), app.code.decode(x0), shape, "What the network sees in it");
+    showMixture($("guess-told"), t);
+    $("guess-told").append(` (answered in ${Math.round(performance.now() - start)} ms)`);
+  });
+});
+
+async function complete() {
+  const [channels, height, width] = app.entry.shape, {state, entry, code} = app, {told: label, keep} = state;
+  const mask = Uint8Array.from({length: channels * height * width}, (_, i) =>
+    HALVES[keep](i % width, Math.floor(i / width) % height, width, height) ? 0 : 1);
+  const seed = Math.floor(Math.random() * 1e6), start = performance.now();
+  $("proposals").replaceChildren(...Array.from({length: PROPOSALS}, (_, i) =>
+    element("figure", {}, element("canvas", {id: `proposal-${i}`}))));
+  const done = await app.engine.ask("complete", "complete", {
+    model: state.model, known: code.encode(sketch.levels), mask, label, guidance: state.guidance, seed, steps:
+    Math.min(COMPLETE_STEPS, app.process.numTimesteps), resample: RESAMPLE, count: PROPOSALS}, ({index, x, share}) => {
+    paint($(`proposal-${index}`), code.decode(x), entry.shape, `Proposal ${index + 1}`);
+    if (!index) $("complete-told").textContent = share < 1 ? `${Math.round(100 * share)} %` : "";
+  });
+  if (done) $("complete-told").textContent = `Four proposals that keep your ${keep} half, in ` +
+    `${round((performance.now() - start) / 1000, 1)} seconds.`;
+}
+
+const sketchView = {
+  start() {
+    const pad = $("pad");
+    let last = null;
+    const place = (event) => {
+      const box = pad.getBoundingClientRect();
+      return [(event.clientX - box.left) / box.width * pad.width, (event.clientY - box.top) / box.height * pad.height];
+    };
+    pad.addEventListener("pointerdown", (event) => {
+      pad.setPointerCapture(event.pointerId);
+      last = place(event);
+      sketch.cursor = null;
+      drawLine(last, last);
+    });
+    pad.addEventListener("pointermove", (event) => {
+      if (!last) return;
+      for (const each of event.getCoalescedEvents?.() ?? [event]) drawLine(last, last = place(each));
+    });
+    for (const end of ["pointerup", "pointercancel"]) pad.addEventListener(end, () => { last = null; });
+    pad.addEventListener("keydown", (event) => this.key(event));
+    pad.addEventListener("blur", drawingChanged);
+    $("clear").addEventListener("click", () => {
+      sketch.levels.fill(0);
+      drawingChanged();
+    });
+    $("take").addEventListener("click", () => this.take());
+    $("complete").addEventListener("click", complete);
+    choices($("pens"), [...Object.keys(PENS), "eraser"].map((name) => [name, name]), (pen) => { sketch.pen = pen; })
+      .set(sketch.pen);
+    this.keep = choices($("halves"), Object.keys(HALVES).map((name) => [name, name]), (keep) => app.setState({keep}));
+  },
+
+  // Arrow keys move the pen by a pixel; the space bar lowers and lifts it.
+  key(event) {
+    const move = {ArrowLeft: [-1, 0], ArrowRight: [1, 0], ArrowUp: [0, -1], ArrowDown: [0, 1], " ": [0, 0]}[event.key];
+    if (!move) return;
+    event.preventDefault();
+    const [, height, width] = app.entry.shape, from = sketch.cursor ?? [width / 2 + 0.5, height / 2 + 0.5];
+    const limit = (value, size) => Math.min(size - 0.5, Math.max(0.5, value));
+    sketch.cursor = [limit(from[0] + move[0], width), limit(from[1] + move[1], height)];
+    if (event.key === " ") sketch.down = !sketch.down;
+    if (sketch.down) drawLine(from, sketch.cursor); else drawingChanged();
+  },
+
+  take() {
+    const x = film.frames.at(-1)?.x;
+    if (!film.done || !x) return;
+    sketch.levels = app.code.decode(x);
+    drawingChanged();
+  },
+
+  build({shape: [channels, height, width], class_names: names, student}) {
+    sketch.levels = new Uint8Array(channels * height * width);
+    $("ink-field").hidden = channels === 1;
+    $("completion").hidden = student;  // a student only makes images from pure noise
+    $("sketch-labels").hidden = !names.length;
+    $("sketch-labels").replaceChildren($("sketch-labels").firstElementChild);
+    this.told = choices($("sketch-labels"), [[null, "nothing"], ...names.map((name, i) => [i, name])], (told) => {
+      app.setState({told});
+      guess();
+    });
+    $("noise-slider").replaceChildren();
+    const max = app.process.numTimesteps - 1;
+    this.t = slider($("noise-slider"), {name: "Noise: time t", min: 0, max, value: 0}, (t) => {
+      app.setState({t});
+      guess();
+    });
+    $("proposals").replaceChildren();
+    $("complete-told").textContent = "";
+    paint($("pad"), sketch.levels, app.entry.shape);
+  },
+
+  // Put the state into the controls.
+  show({t, told, keep}) {
+    this.t.set(t);
+    this.told.set(told);
+    this.keep.set(keep);
+    $("pad").parentElement.dataset.keep = keep;
+  },
+
+  // The drawing of the address; at first, the image that was made.
+  open() {
+    const given = app.state.drawing && unpackDrawing(app.state.drawing, sketch.levels.length);
+    if (given) sketch.levels = given; else this.take();
+    drawingChanged();
+  },
+};

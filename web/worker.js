@@ -1,0 +1,107 @@
+// The worker: it computes while the page stays free. A request is {id, slot, task, ...}; a newer one with the same slot
+// overtakes an older one, which then stops after its current step.
+
+const loaded = [];  // by the number of a model: {network, process, entry}
+const canCompile = typeof WebAssembly === "object";
+
+function load({model, entry, weights, wasm}) {
+  const tensors = unpackWeights(entry.tensors, bytesOf(weights), entry.precision);
+  loaded[model] = {
+    entry, process: new DiffusionProcess(entry.diffusion, entry.alphas_cumprod),
+    network: createModel(entry.network, tensors, entry.shape, wasm && canCompile ? bytesOf(wasm) : null),
+  };
+}
+
+// The trajectory of a job {label, sampler, steps, guidance, seed, towards, share}: image 0 of the seed, as sample.py
+// makes it; or of the noise that lies at `share` on the way from that of `seed` to that of `towards`.
+function trajectory({network, process, entry}, {label, sampler, steps, guidance, seed, towards, share}) {
+  const count = entry.shape.reduce((a, b) => a * b), randn = imageNoise(seed, 0, count);
+  const start = share ? slerp(randn(), imageNoise(towards, 0, count)(), share) : randn();
+  const times = spacedTimesteps(process, steps, entry.samplers[sampler], entry.noise_range);
+  const path = SAMPLERS[sampler](process.guided(network, label, guidance), start, times, process, randn);
+  return {start, times, path};
+}
+
+// Each task yields what is sent to the page, piece by piece.
+const TASKS = {
+  * load(request) {
+    load(request);
+    yield {};
+  },
+
+  // To overtake another task.
+  * nothing() {},
+
+  // One image with all its steps.
+  * make({model, job}) {
+    const {start, times, path} = trajectory(loaded[model], job);
+    yield {t: times[0], x: start, x0: null};
+    for (const [t, x, x0] of path) yield {t, x, x0};
+  },
+
+  // Many images, without their steps.
+  * many({model, jobs}) {
+    for (const [index, job] of jobs.entries()) {
+      let image;
+      for (const [, x] of trajectory(loaded[model], job).path) {
+        image = x;
+        yield null;
+      }
+      yield {index, x: image};
+    }
+  },
+
+  // A picture with noise, and what the network sees in it.
+  * guess({model, x0, t, label, seed}) {
+    const {network, process} = loaded[model], noise = imageNoise(seed, 0, x0.length)();
+    const x = process.addNoise(x0, t, noise);
+    yield {x, x0: process.denoiser(network, label)(x, t)};
+  },
+
+  // Several ways to fill in a picture where mask is 1; proposal k has the noise of image k of the seed.
+  * complete({model, known, mask, label, guidance, seed, steps, resample, count}) {
+    const {network, process} = loaded[model], denoise = process.guided(network, label, guidance);
+    const times = uniformTimesteps(process.numTimesteps, steps);
+    const paths = Array.from({length: count}, (_, k) => {
+      const randn = imageNoise(seed, k, known.length);
+      return inpaint(denoise, randn(), times, process, randn, known, mask, resample);
+    });
+    for (let step = 1; step <= steps; step++)
+      for (const [index, path] of paths.entries()) {
+        const [, , x0] = path.next().value;
+        yield {index, x: x0, share: step / steps};
+      }
+  },
+
+  // The output of every block while the network looks at x_t: name -> tensor.
+  * look({model, x, t, label}) {
+    const {network, process} = loaded[model], tensors = {};
+    process.denoiser(network, label, true, (name, tensor) => { tensors[name] = tensor; })(x, t);
+    yield {tensors};
+  },
+};
+
+function startWorker() {
+  const newest = new Map(), waiting = [], {port1, port2} = new MessageChannel();
+  port1.onmessage = () => waiting.shift()();
+  const turn = () => new Promise((resolve) => {  // lets messages in
+    waiting.push(resolve);
+    port2.postMessage(null);
+  });
+  self.onmessage = async ({data: request}) => {
+    const {id, slot, task} = request, overtaken = () => newest.get(slot) !== id;
+    newest.set(slot, id);
+    await turn();
+    if (overtaken()) return;
+    try {
+      for (const part of TASKS[task](request)) {
+        if (part) self.postMessage({id, part});
+        await turn();
+        if (overtaken()) return;
+      }
+      self.postMessage({id, done: true});
+    } catch (error) {
+      self.postMessage({id, error: String(error)});
+    }
+  };
+}
