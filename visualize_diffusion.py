@@ -43,7 +43,7 @@ from utils import FIGURE_FORMATS, evenly_spaced, generator_for, get_device, pypl
 COLUMNS = (0, 50, 100, 200, 400, 600, 800, 999)  # times t of --what forward, if T is 1,000
 FRAME_COLUMNS = 10
 WITHOUT_MODEL = ("forward", "schedules")
-WITH_MODEL = ("field", "denoising", "attention", "features", "embedding", "loss")
+WITH_MODEL = ("denoising", "attention", "features", "embedding", "loss", "field")
 
 
 TRAJECTORY_FLAGS = ("num_images", "columns", "seed", "sampler", "spacing", "steps", "label", "guidance_scale")

@@ -1,6 +1,7 @@
 """Points in the plane: the sets, the network, and the scripts from training to the picture of the field."""
 
 import json
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -21,6 +22,7 @@ from data_sources.points import CENTRE_STD, CENTRES, COORDINATES, POINT_SETS, sc
 from diffusion import DiffusionProcess
 from evaluation import point_plots
 from models import create_model
+from runtime.checkpoints import newest_checkpoint
 
 # ----------------------------------------------------------------------------------------------------------- the sets
 
@@ -220,13 +222,13 @@ def test_flags_for_grids_are_refused_with_points(run, tmp_path, capsys, flag):
 
 def test_scripts_for_images_do_not_choose_the_newest_run_of_points(run, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
-    (tmp_path / "outputs").mkdir()
-    (tmp_path / "outputs/model_final.pt").write_bytes((run / "model_final.pt").read_bytes())
-    for script, flags in ((edit, ["inpaint", "--mask", "none.png"]), (distill, ["--output_dir", "none/x"])):
-        call(script, *flags, "--device", "cpu", *(["--budget", "1s"] if script is distill else []))
-        assert "Using the pretrained mnist" in capsys.readouterr().out
+    path = Path("outputs/model_final.pt")
+    path.parent.mkdir()
+    path.write_bytes((run / "model_final.pt").read_bytes())
+    assert newest_checkpoint() is None and newest_checkpoint(students=False) is None
+    assert newest_checkpoint(points=True) == newest_checkpoint(students=False, points=True) == path
     assert call(sample, "--num_images", 4, "--output", tmp_path / "x.png", "--device", "cpu") == 0
-    assert "Using outputs/model_final.pt" in capsys.readouterr().out
+    assert f"Using {path}" in capsys.readouterr().out
 
 
 def test_the_rows_of_points_are_marked():

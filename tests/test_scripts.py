@@ -428,7 +428,7 @@ def test_train_refuses_a_folder_that_cannot_be_written(data_dir, tmp_path, capsy
 @pytest.mark.parametrize("name", ["train", "distill", "evaluate", "visualize_diffusion"])
 def test_an_unwritable_folder_is_told_before_data_are_drawn(conditional, tmp_path, capsys, monkeypatch, name):
     module = importlib.import_module(name)
-    monkeypatch.setattr(module, "load_dataset", lambda *_: pytest.fail("data are drawn before it is told"))
+    monkeypatch.setattr(module, "load_dataset", lambda *_, **__: pytest.fail("data are drawn before it is told"))
     (tmp_path / "file").write_text("")
     folder, checkpoint = tmp_path / "file/outputs", conditional / "model_final.pt"
     argv = {"train": tiny(tmp_path, folder), "visualize_diffusion": ["--save_path", folder / "x.png"],

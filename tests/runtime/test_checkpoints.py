@@ -62,7 +62,7 @@ def chosen(here, monkeypatch, capsys):
     def call(name, *flags):
         (module, argv), paths = CALLS[name], []
 
-        def load(path, *_):
+        def load(path, *_, **__):
             paths.append(path)
             raise UserError("enough")
         with monkeypatch.context() as patch:

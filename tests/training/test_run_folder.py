@@ -326,7 +326,7 @@ def test_a_second_live_process_is_refused_and_the_lock_dies_with_the_first(data_
 
 
 def test_a_second_run_is_refused_before_it_does_anything(data_dir, tmp_path, capfd, monkeypatch):
-    monkeypatch.setattr(train, "load_dataset", lambda *_: pytest.fail("it reads the data"))
+    monkeypatch.setattr(train, "load_dataset", lambda *_, **__: pytest.fail("it reads the data"))
     with run_folder.claim(tmp_path / "run"):
         assert_refused(capfd, train.main(tiny(data_dir, tmp_path / "run")), "another run", "--output_dir")
 
