@@ -101,8 +101,8 @@ def test_a_flat_histogram_and_no_share_give_the_linear_code():
 
 def test_a_checkpoint_keeps_its_code_and_old_ones_are_linear():
     code = histogram_code(pixels({0: 90, 255: 10}))
-    assert torch.equal(code_of({"data": {"level_code": code.points.tolist()}}).points, code.points)
-    assert code_of({"data": {}}) is LINEAR
+    assert torch.equal(code_of({"data": {"shape": [1, 2, 2], "level_code": code.points.tolist()}}).points, code.points)
+    assert code_of({"data": {"shape": [1, 2, 2]}}) is LINEAR
 
 
 def test_a_split_is_encoded_by_its_code(splits):

@@ -377,14 +377,16 @@ def test_the_help_of_a_flag_is_more_than_a_fragment(command, capsys):
 def test_the_help_of_evaluate_says_which_figures_should_be_high(capsys):
     import evaluate
     assert evaluate.main(["--help"]) == 0
-    text = capsys.readouterr().out
+    lines = capsys.readouterr().out.splitlines()
     for direction, names in (("lower is better", ["frechet_distance", "kernel_distance", "class_distance",
                                                   "autoencoder_distance"]),
                              ("higher is better", ["precision", "recall", "coverage", "autoencoder_precision",
                                                    "autoencoder_recall", "asked_class", "cas"]),
                              ("as for real images", ["density", "confident"])):
-        [line] = [line for line in text.splitlines() if line.strip().startswith(direction)]
-        assert all(name in line for name in names), line
+        [start] = [i for i, line in enumerate(lines) if line.strip().startswith(direction)]
+        ends = [i for i, line in enumerate(lines) if i > start and (not line or " better " in line or " as for " in line)]
+        block = " ".join(lines[start:ends[0]])
+        assert all(name in block for name in names), block
 
 
 # -------------------------------------------------------------------------------------------------------------- errors

@@ -239,7 +239,7 @@ def test_the_embedding_is_drawn_by_tsne(few, checkpoints, data_dir, tmp_path):
     ("attention", "plain", ["--steps", 41], ["1..40", "41"]),
     ("embedding", "one step", [], ["T = 1"]),
     ("denoising", "plain", ["--dataset", "mnist"], ["trained on glyphs", "leave out --dataset"]),
-    ("forward", "plain", [], ["--checkpoint", "--what denoising"]),
+    ("forward", "plain", [], ["--checkpoint", "denoising"]),
     ("embedding", "plain", ["--projection", "umap"], ["umap", "tsne", "pca"])])
 def test_what_cannot_be_seen_is_told_in_one_line(checkpoints, data_dir, tmp_path, capsys, what, which, flags, words):
     assert call(checkpoints[which], data_dir, tmp_path / "x.png", "--what", what, *flags) == 2

@@ -45,7 +45,7 @@ def test_a_bug_has_a_traceback_the_command_and_a_request_to_report_it(capsys, mo
 
 def test_a_bug_inside_a_script_of_ours_is_not_taken_for_the_users_mistake(capsys, monkeypatch):
     import visualize_diffusion
-    monkeypatch.setattr(visualize_diffusion, "draw_schedules", lambda args: [].index(1))
+    monkeypatch.setitem(visualize_diffusion.DRAWN_FROM_FLAGS, "schedules", lambda args: [].index(1))
     assert visualize_diffusion.main(["--what", "schedules"]) == 1
     assert "Traceback" in capsys.readouterr().err
 
