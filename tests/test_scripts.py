@@ -384,7 +384,8 @@ def test_the_help_of_evaluate_says_which_figures_should_be_high(capsys):
                                                    "autoencoder_recall", "asked_class", "cas"]),
                              ("as for real images", ["density", "confident"])):
         [start] = [i for i, line in enumerate(lines) if line.strip().startswith(direction)]
-        ends = [i for i, line in enumerate(lines) if i > start and (not line or " better " in line or " as for " in line)]
+        ends = [i for i, line in enumerate(lines)
+                if i > start and (not line or " better " in line or " as for " in line)]
         block = " ".join(lines[start:ends[0]])
         assert all(name in block for name in names), block
 
