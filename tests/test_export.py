@@ -13,7 +13,7 @@ from torch.testing import assert_close
 
 import export
 import sample
-from checkpoint import load_checkpoint
+from checkpoint import load_checkpoint, save_checkpoint
 from runtime import checkpoints
 from web import page as page_of
 
@@ -38,6 +38,16 @@ def test_the_page_lies_beside_the_checkpoint_and_names_no_folder_of_this_machine
     assert entry["defaults"] == dict(sampler="dpmpp_2m", steps=10, guidance_scale=1.5)
     address = r"""(?:src|href)\s*=\s*["']?(?!["']?data:,)|https?://(?!www\.w3\.org/2000/svg)|@import|url\("""
     assert not re.search(address, text)
+
+
+def test_words_of_a_checkpoint_are_not_taken_for_places_of_the_page(tmp_path):
+    path = small_checkpoint(tmp_path / "model.pt", conditional=True)
+    fields = {key: value for key, value in load_checkpoint(path).items() if key not in ("format", "version")}
+    names = ["{{script}}", "{{blocks}}", *fields["config"]["data"]["class_names"][2:]]
+    fields["config"]["data"]["class_names"] = names
+    save_checkpoint(path, **fields)
+    assert exported(path) == 0
+    assert entries(tmp_path / "page.html")[0]["class_names"] == names
 
 
 def test_the_name_is_seen_from_the_working_folder(tmp_path, monkeypatch):
