@@ -10,6 +10,7 @@ from torch import Tensor
 
 from data import SPLITS, ImageData, load_dataset, load_marks, to_model
 from evaluation.classifier import WEIGHTS, Classifier, save_network
+from evaluation.features import extract_features
 from evaluation.metrics import Progress
 from runtime.files import check_writable
 
@@ -145,26 +146,16 @@ def shuffled_batches(count: int, batch_size: int, generator: torch.Generator) ->
         yield from torch.randperm(count, generator=generator, device=generator.device).split(batch_size)
 
 
-@torch.no_grad()
-def accuracy(model: Classifier, images: Tensor, labels: Tensor, batch_size: int = 500) -> float:
+def accuracy(model: Classifier, images: Tensor, labels: Tensor) -> float:
     """Share of correctly classified uint8 images (N, C, H, W), in [0, 1]."""
-    model.eval()
-    device = next(model.parameters()).device
-    correct = 0
-    for batch, truth in zip(images.split(batch_size), labels.split(batch_size), strict=True):
-        guesses = model(to_model(batch.to(device))).argmax(dim=1)
-        correct += (guesses == truth.to(device)).sum().item()
-    return correct / len(images)
+    right = extract_features(images, model).probabilities.argmax(1) == labels
+    return right.double().mean().item()
 
 
-@torch.no_grad()
-def mark_accuracy(model: Classifier, images: Tensor, marks: Tensor, batch_size: int = 500) -> float:
+def mark_accuracy(model: Classifier, images: Tensor, marks: Tensor) -> float:
     """Share of uint8 images (N, C, H, W) of which every mark (N, num_marks) is judged rightly, in [0, 1]."""
-    device, right = next(model.parameters()).device, 0
-    for batch, truth in zip(images.split(batch_size), marks.split(batch_size), strict=True):
-        guesses = model.marks(model.features(to_model(batch.to(device)))) > 0
-        right += (guesses == truth.to(device)).all(1).sum().item()
-    return right / len(images)
+    right = ((extract_features(images, model).marks > 0.5) == marks).all(1)
+    return right.double().mean().item()
 
 
 def new_classifier(data: ImageData, device, seed: int, bf16: bool, progress: Progress = iter,
