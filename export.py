@@ -39,7 +39,8 @@ LARGEST_DIFFERENCE = 1e-3  # of ONNX's prediction from PyTorch's
 LICENCES = {"mnist": "MNIST (LeCun, Cortes, Burges) is commonly given as CC BY-SA 3.0.",
             "fashion_mnist": "Fashion-MNIST (Zalando SE) has the MIT licence.",
             "cifar10": "The authors of CIFAR-10 (Krizhevsky 2009) state no licence.",
-            "glyphs": "The digits were drawn by this program from the typefaces that matplotlib ships."}
+            "glyphs": "The digits were drawn by this program from the typefaces that matplotlib ships.",
+            "scenes": "The pictures were drawn by this program, their digits from typefaces that matplotlib ships."}
 
 
 def parse_args(argv: Sequence[str] | None) -> Namespace:
