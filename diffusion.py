@@ -87,9 +87,10 @@ class DiffusionProcess:
     data_std             standard deviation of the data; "edm" scales the network's input and target by it
     timestep_sampling    distribution of t in training: "uniform"; "stratified" (uniform, one t in each of B equal
                          parts); "lognormal" (stratified, and log(sigma / alpha / data_std) is normally distributed with
-                         mean noise_mean and standard deviation noise_std: Karras et al. 2022, section 5; but a share
-                         last_share of the times is T - 1, where samplers start, and a share low_share has LOW_NOISE,
-                         where the exact levels of pixels are decided; both are else hardly ever drawn)
+                         mean noise_mean and standard deviation noise_std: Karras et al. 2022, section 5). Two parts of
+                         the times are drawn otherwise, because the normal distribution hardly ever reaches them: a
+                         share last_share is T - 1, where samplers start, and a share low_share has the mean and
+                         standard deviation LOW_NOISE, nearly clean images, where the levels of pixels are decided
     loss_weight          "target": the squared error of the target has weight 1 at all t; "min_snr": the squared error
                          of x_0_hat has weight min(SNR, snr_gamma) (Hang et al. 2023)
     zero_terminal_snr    no signal is left at T - 1 (`zero_terminal`); not possible with "eps"
@@ -333,8 +334,10 @@ class DiffusionProcess:
 
 def _lognormal_cdf(log_snr: Tensor, data_std: float, mean: float, std: float, last_share: float,
                    low_share: float) -> Tensor:
-    """P(t <= k) for each time k (T,), where t is T - 1 with probability last_share, and else log(sigma / alpha /
-    data_std) is normally distributed: by LOW_NOISE with probability low_share, by (mean, std) otherwise. log_snr (T,).
+    """P(t <= k) for each time k (T,), of the distribution "lognormal" of `DiffusionProcess`.
+
+    t is T - 1 with probability last_share. Otherwise log(sigma / alpha / data_std) is normally distributed: with the
+    parameters LOW_NOISE with probability low_share, else with (mean, std). log_snr (T,).
     """
     noise_level = -log_snr / 2 - math.log(data_std)
     edges = torch.cat([noise_level[:1], (noise_level[1:] + noise_level[:-1]) / 2, noise_level[-1:]])
