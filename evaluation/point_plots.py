@@ -2,6 +2,7 @@
 
 import math
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -59,12 +60,12 @@ def draw_arrows(axis, denoise: Denoise, exact: Mixture, t: float, diffusion: Dif
     """The density of x_t, and the arrows on a grid."""
     alpha, sigma = diffusion.alpha(t).item(), diffusion.sigma(t).item()
     extent = 1.1 * alpha + 2 * sigma
-    density = exact.log_density(grid(extent, PIXELS), t, diffusion).exp().view(PIXELS, PIXELS)
+    density = exact.log_density(grid(extent, PIXELS), t, diffusion).exp().view(PIXELS, PIXELS).numpy()
     axis.imshow(density, origin="lower", extent=(-extent, extent, -extent, extent), cmap="Blues", aspect="equal",
-                vmax=float(density.quantile(0.995)) * 1.5)
+                vmax=np.quantile(density, 0.995) * 1.5)
     places = grid(extent * (1 - 1 / ARROWS), ARROWS)
-    x, y = places.flatten(1).T
-    u, v = arrows(denoise, places, t, diffusion).T
+    x, y = places.flatten(1).T.numpy()
+    u, v = arrows(denoise, places, t, diffusion).T.numpy()
     axis.quiver(x, y, u, v, angles="xy", width=0.005, color="black", alpha=0.75)
     axis.set_title(f"t = {t:.0f}: alpha {alpha:.2f}, sigma {sigma:.2f}", fontsize=9)
     axis.tick_params(labelsize=7)
@@ -80,12 +81,13 @@ def draw_paths(axis, denoise: Denoise, steps: int, diffusion: DiffusionProcess, 
     way = torch.stack(way).flatten(2).cpu()                                                 # (steps + 1, ENDS, 2)
     draw_points(axis, way[-1], COLOURS[1], f"{steps} step{'s' if steps > 1 else ''}")
     for path in way[:, :PATHS].unbind(1):
-        axis.plot(*path.T, color="black", linewidth=0.6, alpha=0.6, marker="." if steps <= 10 else None, markersize=2.5)
+        axis.plot(*path.T.numpy(), color="black", linewidth=0.6, alpha=0.6, marker="." if steps <= 10 else None,
+                  markersize=2.5)
 
 
 def draw_points(axis, points: Tensor, colour: str, title: str) -> None:
     """Dots at points (N, 2) or (N, 2, 1, 1)."""
-    axis.scatter(*points.flatten(1).T, s=2, color=colour)
+    axis.scatter(*points.flatten(1).T.numpy(), s=2, color=colour)
     axis.set(xlim=(-2, 2), ylim=(-2, 2), aspect="equal")
     axis.set_title(title, fontsize=9)
     axis.tick_params(labelsize=7)
