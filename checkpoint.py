@@ -92,6 +92,12 @@ def load_checkpoint(path: str | Path) -> dict:
     return checkpoint
 
 
+def to_precision(weights: dict, dtype: torch.dtype) -> dict:
+    """The weights in another floating-point precision; what is too large for it becomes its largest number."""
+    largest = torch.finfo(dtype).max
+    return {name: weight.clamp(-largest, largest).to(dtype) for name, weight in weights.items()}
+
+
 def _read_archive(path: Path):
     verified = verified_archive(path)  # torch checks no CRC and trusts the headers
     with warnings.catch_warnings():

@@ -5,10 +5,11 @@
     python export.py --format onnx --checkpoint outputs/model_final.pt
     python export.py --format safetensors --checkpoint outputs/model_final.pt --output outputs/model
 
-    html          one page that draws in any browser, without a server and without a network: open it with a double
-                  click; it can hold several models
-    onnx          the network alone: (x, t, labels) -> its prediction, for batches of any size, as
-                  DiffusionProcess.predict calls it (for edm it scales x); the config is in the metadata
+    html          one page that draws in any browser, offline and without a server: open it with a double click; it
+                  can hold several models
+    onnx          the neural network alone, for batches of any size: (x, t, labels) -> its output, with 2C channels if
+                  it has learned variances; the caller does what DiffusionProcess.predict does, such as scaling x for
+                  edm; the config is in the metadata
     safetensors   a folder with the weights, config.json and a model card; sample.py --checkpoint FOLDER draws with it
 
 The last two need pip install -r requirements-export.txt.
@@ -24,13 +25,15 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from checkpoint import SAFETENSORS, load_model, save_safetensors
+from checkpoint import SAFETENSORS, load_model, save_safetensors, to_precision
+from evaluation.report import evaluation_of
 from runtime.checkpoints import folder_of_results, is_pretrained, pretrained_models, with_checkpoint
 from runtime.errors import RunFailed, UserError
 from runtime.files import atomic_write, check_output, check_writable
 from runtime.parser import SHARED_FLAGS, Parser, add_shared_flags
 from runtime.script import script
 from samplers import DEFAULT_GUIDANCE
+from training.flags import without_own_flags
 from web.page import PRECISIONS, PageModel, page, page_model
 
 OUTPUTS = {"html": "page.html", "onnx": "model.onnx", "safetensors": "safetensors"}  # beside the checkpoint
@@ -140,7 +143,7 @@ def difference(model: nn.Module, content: bytes, shape: Sequence[int]) -> float:
 def write_onnx(path: Path, args: Namespace, output: Path) -> None:
     model, _, checkpoint = load_model(path, use_ema=args.use_ema)
     shape = checkpoint["config"]["data"]["shape"]
-    content = to_onnx(model, shape, checkpoint["config"]).SerializeToString()
+    content = to_onnx(model, shape, without_own_flags(checkpoint["config"])).SerializeToString()
     largest = difference(model, content, shape)
     if not largest < LARGEST_DIFFERENCE:
         raise RunFailed(f"onnxruntime's predictions differ from PyTorch's by {largest:.1e}, so nothing is written: try "
@@ -154,16 +157,12 @@ def write_onnx(path: Path, args: Namespace, output: Path) -> None:
 # ------------------------------------------------------------------------------------------------------- safetensors
 
 
-def figures_of(path: Path) -> dict[str, dict]:
+def figures_of(path: Path, use_ema: bool) -> dict[str, dict]:
     """The figures of a checkpoint by evaluate.py, {name: {"value", "low", "high", "floor"}}; empty if not measured."""
     if is_pretrained(path):
         return pretrained_models()[path.stem].get("figures", {})
-    file = path.parent / "evaluation.json"
-    try:
-        report = json.loads(file.read_text()) if file.is_file() else {}
-        return report.get("figures", {}) if Path(report.get("checkpoint", "")).name == path.name else {}
-    except (ValueError, AttributeError) as error:
-        raise UserError(f"{file} is damaged: measure again with python evaluate.py, or delete it") from error
+    report = evaluation_of(path)
+    return report["figures"] if report and report["use_ema"] == use_ema else {}
 
 
 def model_card(checkpoint: dict, figures: dict[str, dict], folder: Path, parameters: int) -> str:
@@ -202,13 +201,13 @@ def write_safetensors(path: Path, args: Namespace, output: Path) -> None:
     if others and not (output / SAFETENSORS).exists():
         raise UserError(f"{output / others[0]} is not of an export and would be overwritten: name another folder")
     model, _, checkpoint = load_model(path, use_ema=args.use_ema)
-    dtype = PRECISIONS[args.weights or "float32"]
-    weights = {name: weight.to(dtype) for name, weight in model.state_dict().items()}
+    checkpoint["config"] = without_own_flags(checkpoint["config"])
+    weights = to_precision(model.state_dict(), PRECISIONS[args.weights or "float32"])
     parameters = sum(weight.numel() for weight in weights.values())
-    card = model_card(checkpoint, figures_of(path), output.resolve(), parameters)
+    card = model_card(checkpoint, figures_of(path, args.use_ema), output.resolve(), parameters)
     save_safetensors(output, weights, checkpoint)
-    with atomic_write(output / "README.md", "w") as file:
-        file.write(card)
+    with atomic_write(output / "README.md") as file:
+        file.write(card.encode())
     print(f"Saved {output}: {SAFETENSORS}, config.json and README.md; python sample.py --checkpoint {output}")
 
 

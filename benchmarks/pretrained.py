@@ -11,7 +11,6 @@ NAME.pt is a checkpoint like any other, but only for making images: the moving a
 precision, which `model` and `ema` share, no state of the optimiser, and few records of the losses.
 """
 
-import json
 import re
 import sys
 from collections.abc import Sequence
@@ -20,12 +19,12 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from checkpoint import load_checkpoint, load_model, save_checkpoint
+from checkpoint import FIELDS, load_checkpoint, load_model, save_checkpoint, to_precision
 from data import code_of
-from evaluation.report import file_digest
+from evaluation.report import evaluation_of
 from runtime import checkpoints
 from runtime.errors import UserError
-from runtime.files import write_json
+from runtime.files import file_digest, write_json
 from runtime.parser import Parser
 from runtime.sampling import sampling_options
 from runtime.script import script
@@ -51,21 +50,11 @@ def parse_args(argv: Sequence[str] | None):
 
 def packed(checkpoint: dict) -> dict:
     """The fields of the packed file of a loaded checkpoint."""
-    weights = {name: weight.half() for name, weight in checkpoint["ema"].items()}
+    weights = to_precision(checkpoint["ema"], torch.float16)
     records = checkpoint["history"].get("records", [])
     history = dict(records=[records[i] for i in evenly_spaced(len(records), RECORDS)] if records else [], losses=[])
-    fields = {name: value for name, value in checkpoint.items() if name not in ("format", "version")}
+    fields = {name: checkpoint[name] for name in FIELDS}
     return fields | dict(model=weights, ema=weights, optimizer={}, history=history)
-
-
-def read_json(path: Path, missing: str) -> dict:
-    """The content of a JSON file. UserError that says what to do where it is `missing`."""
-    if not path.is_file():
-        raise UserError(f"{path} is missing: {missing}")
-    try:
-        return json.loads(path.read_text())
-    except ValueError as error:
-        raise UserError(f"{path} is no JSON: {missing}") from error
 
 
 def rounded(value):
@@ -81,10 +70,10 @@ def describe(path: Path, checkpoint: dict) -> dict:
     if not sittings:
         raise UserError(f"{path.parent / run_record.NAME} is missing or damaged: give a checkpoint in the folder of "
                         f"its run")
-    measure = f"measure the checkpoint with python evaluate.py --checkpoint {path}"
-    evaluation = read_json(path.parent / "evaluation.json", measure)
-    if evaluation.get("checkpoint_sha256") != file_digest(path):
-        raise UserError(f"{path.parent / 'evaluation.json'} is of another checkpoint: {measure}")
+    evaluation = evaluation_of(path)
+    if not evaluation:
+        raise UserError(f"{path.parent / 'evaluation.json'} is missing or of another checkpoint: measure this one with "
+                        f"python evaluate.py --checkpoint {path}")
     machine = sittings[-1]["machine"]
     return dict(command=" && ".join(sitting["command"] for sitting in sittings),
                 machine={name: machine[name] for name in ("processor", "cores", "threads", "device")},

@@ -1,6 +1,5 @@
 """The feature network of a data set: a small convolutional classifier, its file, and the checksum of that file."""
 
-import hashlib
 from pathlib import Path
 
 import torch
@@ -8,7 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from runtime.errors import UserError
-from runtime.files import atomic_write
+from runtime.files import atomic_write, file_digest
 
 WEIGHTS = Path(__file__).parent / "weights"
 
@@ -87,7 +86,7 @@ def load_feature_network(dataset: str, device: str | torch.device = "cpu") -> Cl
 def load_network(kind: type[nn.Module], dataset: str, suffix: str, device: str | torch.device) -> nn.Module:
     """A network of class `kind` from its file in WEIGHTS, for `load_feature_network` and others like it."""
     digest, path = weights_digest(dataset, suffix), WEIGHTS / f"{dataset}{suffix}.pt"
-    if not path.is_file() or hashlib.sha256(path.read_bytes()).hexdigest() != digest:
+    if not path.is_file() or file_digest(path) != digest:
         raise UserError(f"{path} is missing or damaged (its sha256 is not the one in SHA256SUMS): restore it with "
                         f"git checkout, or train it with python evaluate.py --train_features {dataset}")
     saved = torch.load(path, map_location=device, weights_only=True)
@@ -106,7 +105,7 @@ def save_network(dataset: str, suffix: str, model: nn.Module, config: dict, **no
     path = WEIGHTS / f"{dataset}{suffix}.pt"
     with atomic_write(path) as file:
         torch.save({"config": config, "state_dict": state, **notes}, file)
-    digest = hashlib.sha256(path.read_bytes()).hexdigest()
+    digest = file_digest(path)
     lines = [line for line in _listed_digests() if not line.endswith(f" {path.name}")]
     with atomic_write(WEIGHTS / "SHA256SUMS", "w") as file:
         file.write("\n".join(sorted([*lines, f"{digest}  {path.name}"], key=lambda line: line.split()[1])) + "\n")

@@ -1,6 +1,6 @@
 """What evaluate.py prints, and the conditions of a measurement that it records."""
 
-import hashlib
+import json
 import platform
 from collections.abc import Sequence
 from pathlib import Path
@@ -11,15 +11,34 @@ import torch
 from evaluation.autoencoder import SUFFIX
 from evaluation.classifier import weights_digest
 from runtime import distributed
+from runtime.errors import UserError
+from runtime.files import file_digest
 from runtime.version import __version__
 from utils import pick_precision
 
 SAMPLING = ("seed", "sampler", "steps", "spacing", "eta", "guidance_scale", "guidance_interval", "batch_size")
 
 
-def file_digest(path: str | Path) -> str:
-    """The sha256 of a file."""
-    return hashlib.sha256(Path(path).read_bytes()).hexdigest()
+def evaluation_of(checkpoint: Path) -> dict | None:
+    """What evaluate.py has written of this very file into evaluation.json beside it; None if nothing.
+
+    UserError if that file is damaged.
+    """
+    path = checkpoint.parent / "evaluation.json"
+    measure = f"measure the checkpoint with python evaluate.py --checkpoint {checkpoint}"
+    try:
+        report = json.loads(path.read_text()) if path.is_file() else {}
+        if report.get("checkpoint_sha256") != file_digest(checkpoint):
+            return None
+        for figure in report["figures"].values():
+            if not all(isinstance(figure[name], float | int) for name in ("value", "low", "high")):
+                raise TypeError("a figure is no number")
+            float(0 if figure["floor"] is None else figure["floor"])
+    except json.JSONDecodeError as error:
+        raise UserError(f"{path} is no JSON: {measure}") from error
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise UserError(f"{path} is damaged: {measure}") from error
+    return report
 
 
 def conditions(args, command: Sequence[str], device: torch.device, reference, count: int,

@@ -5,7 +5,6 @@ the command that trained it, and its figures. Scripts only read there.
 """
 
 import contextlib
-import hashlib
 import json
 import os
 from argparse import Namespace
@@ -15,6 +14,7 @@ from checkpoint import SAFETENSORS, peek
 from data_sources.points import is_points
 from runtime import distributed
 from runtime.errors import UserError
+from runtime.files import file_digest
 from runtime.sampling import is_student
 
 PRETRAINED = Path(__file__).resolve().parent.parent / "models/pretrained"
@@ -43,7 +43,8 @@ def with_checkpoint(args: Namespace, students: bool = True, points: bool = False
             print(f"Using the pretrained {DEFAULT} ({OUTPUTS}/ holds no model_final.pt{whose}; give another with "
                   f"--checkpoint)")
     if (is_pretrained(path) or path.suffix == ".safetensors") and not getattr(args, "use_ema", True):
-        raise UserError(f"{path} only holds the moving average of the weights: leave out --no-use_ema")
+        weights = "the moving average of the weights" if is_pretrained(path) else "one set of weights"
+        raise UserError(f"{path} only holds {weights}: leave out --no-use_ema")
     return Namespace(**vars(args) | dict(checkpoint=str(path)))
 
 
@@ -112,7 +113,7 @@ def pretrained_path(name: str) -> Path:
     if entry is None:
         raise UserError(f"there is no pretrained {name} in {_shown(PRETRAINED / 'index.json')}: train one with python "
                         f"train.py, which writes {OUTPUTS}/model_final.pt, or give another with --checkpoint")
-    if not path.is_file() or hashlib.sha256(path.read_bytes()).hexdigest() != entry["sha256"]:
+    if not path.is_file() or file_digest(path) != entry["sha256"]:
         raise UserError(f"{_shown(path)} is missing or damaged (its sha256 is not the one in index.json): restore it "
                         f"with git checkout models/pretrained")
     return _shown(path)

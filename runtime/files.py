@@ -1,6 +1,7 @@
 """Write files as a whole or not at all, and check archives before they are read."""
 
 import contextlib
+import hashlib
 import io
 import json
 import os
@@ -16,6 +17,11 @@ from runtime.errors import UserError
 def one_line(message: object, length: int | None = 120) -> str:
     """A message on one line, cut to `length` characters (None: not cut)."""
     return " ".join(str(message).split())[:length]
+
+
+def file_digest(path: str | Path) -> str:
+    """The sha256 of a file."""
+    return hashlib.sha256(Path(path).read_bytes()).hexdigest()
 
 
 @contextlib.contextmanager

@@ -13,8 +13,11 @@ from torch.testing import assert_close
 
 import export
 import sample
-from checkpoint import load_checkpoint, save_checkpoint
+from checkpoint import FIELDS, load_checkpoint, save_checkpoint, to_precision
+from data import DATASETS
+from data_sources.points import POINT_SETS
 from runtime import checkpoints
+from runtime.files import file_digest
 from web import page as page_of
 
 
@@ -42,7 +45,7 @@ def test_the_page_lies_beside_the_checkpoint_and_names_no_folder_of_this_machine
 
 def test_words_of_a_checkpoint_are_not_taken_for_places_of_the_page(tmp_path):
     path = small_checkpoint(tmp_path / "model.pt", conditional=True)
-    fields = {key: value for key, value in load_checkpoint(path).items() if key not in ("format", "version")}
+    fields = {name: load_checkpoint(path)[name] for name in FIELDS}
     names = ["{{script}}", "{{blocks}}", *fields["config"]["data"]["class_names"][2:]]
     fields["config"]["data"]["class_names"] = names
     save_checkpoint(path, **fields)
@@ -85,8 +88,8 @@ def test_a_page_of_48_channels_is_small(tmp_path):
 
 
 def test_half_precision_is_as_close_as_it_can_be():
-    numbers = torch.tensor([0.1, 1e6, -1e6, 3e-8])
-    assert torch.frombuffer(bytearray(page_of._bytes(numbers, torch.float16)), dtype=torch.float16).tolist() == [
+    numbers = to_precision({"a": torch.tensor([0.1, 1e6, -1e6, 3e-8])}, torch.float16)["a"]
+    assert torch.frombuffer(bytearray(page_of._bytes(numbers)), dtype=torch.float16).tolist() == [
         torch.tensor(0.1).half().item(), 65504, -65504, torch.tensor(3e-8).half().item()]
 
 
@@ -136,7 +139,8 @@ def folder(tmp_path):
     path = small_checkpoint(tmp_path / "model.pt", "fashion_mnist", conditional=True)
     figures = dict(frechet_distance=dict(value=0.1234, low=0.1, high=0.2, floor=0.05),
                    bits_per_dim=dict(value=1.5, low=1.4, high=1.6, floor=None))
-    (tmp_path / "evaluation.json").write_text(json.dumps(dict(checkpoint="outputs/model.pt", figures=figures)))
+    report = dict(checkpoint="outputs/model.pt", checkpoint_sha256=file_digest(path), use_ema=True, figures=figures)
+    (tmp_path / "evaluation.json").write_text(json.dumps(report))
     assert exported(path, "--format", "safetensors") == 0
     return tmp_path / "safetensors"
 
@@ -161,6 +165,35 @@ def test_the_model_card_says_what_it_is_and_its_example_runs(folder, tmp_path, m
     exec(code, names)
     assert names["images"].shape == (16, 1, 28, 28) and names["images"].dtype == torch.uint8
     assert names["images"].float().std() > 10
+
+
+def test_a_card_has_no_figures_of_other_weights(folder, tmp_path, capfd):
+    path = tmp_path / "model.pt"
+    assert exported(path, "--format", "safetensors", "--output", folder, "--no-use_ema") == 0
+    assert "frechet_distance" not in (folder / "README.md").read_text()
+    report = json.loads((tmp_path / "evaluation.json").read_text())
+    (tmp_path / "evaluation.json").write_text(json.dumps(report | dict(checkpoint_sha256="0" * 64)))
+    assert exported(path, "--format", "safetensors", "--output", folder) == 0
+    assert "frechet_distance" not in (folder / "README.md").read_text()
+    (tmp_path / "evaluation.json").write_text(json.dumps(report | dict(figures={"a": {}})))
+    assert_refused(capfd, exported(path, "--format", "safetensors", "--output", folder), "evaluation.json", "damaged")
+
+
+def test_no_folder_of_the_machine_that_trained_is_written(tmp_path):
+    pytest.importorskip("safetensors", reason="safetensors is missing: pip install -r requirements-export.txt")
+    pytest.importorskip("onnxruntime", reason="onnxruntime is missing: pip install -r requirements-export.txt")
+    path = small_checkpoint(tmp_path / "model.pt")
+    fields = {name: load_checkpoint(path)[name] for name in FIELDS}
+    fields["config"]["training"] = dict(output_dir="/home/alice/secret", data_dir="/home/alice/data", lr=0.5)
+    save_checkpoint(path, **fields)
+    for kind, name in (("safetensors", "x/config.json"), ("onnx", "x.onnx"), ("html", "x.html")):
+        assert exported(path, "--format", kind, "--output", tmp_path / name.removesuffix("/config.json")) == 0
+        content = (tmp_path / name).read_bytes()
+        assert b"alice" not in content and (b"0.5" in content or kind == "html")
+
+
+def test_every_data_set_of_images_has_its_licence_in_the_card():
+    assert set(export.LICENCES) == set(DATASETS) - set(POINT_SETS)
 
 
 def test_a_card_without_figures_says_how_to_measure(tmp_path):

@@ -20,8 +20,8 @@ from data import DATASETS, load_dataset
 from evaluation import reference
 from evaluation.classifier import load_feature_network
 from evaluation.features import extract_features
-from evaluation.report import file_digest
 from runtime import checkpoints
+from runtime.files import file_digest
 from runtime.parser import SHARED_FLAGS
 
 NAMES = ("fashion_mnist", "glyphs", "mnist")  # that come along

@@ -215,6 +215,12 @@ BEFORE_FLAGS = dict(level_code="linear")  # what versions that did not have thes
 OWN_FLAGS = ("output_dir", "data_dir", "device", "resume")  # a resumed run does not take these from its checkpoint
 
 
+def without_own_flags(config: dict) -> dict:
+    """The config of a checkpoint without OWN_FLAGS, which name folders and devices of the machine that trained it."""
+    training = {name: value for name, value in config["training"].items() if name not in OWN_FLAGS}
+    return config | dict(training=training)
+
+
 def resume_command(args: Namespace) -> str:
     """The command that resumes the run in args.output_dir, with the OWN_FLAGS that differ from the defaults."""
     start = "python" if distributed.world_size() == 1 else f"torchrun --nproc_per_node={distributed.world_size()}"

@@ -15,6 +15,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from checkpoint import to_precision
 from data import code_of
 from diffusion import DiffusionProcess
 from models.unet import SimpleUNet
@@ -46,8 +47,8 @@ def page_model(name: str, model: nn.Module, diffusion: DiffusionProcess, config:
     """
     if type(model) is not SimpleUNet:
         raise UserError(f"the page runs the networks of models/unet.py, not {type(model).__name__}: leave out {name}")
-    tensors = {key: weight.detach().cpu() for key, weight in model.state_dict().items()}
-    weights = b"".join(_bytes(weight, PRECISIONS[precision]) for weight in tensors.values())
+    tensors = to_precision(model.state_dict(), PRECISIONS[precision])
+    weights = b"".join(_bytes(weight) for weight in tensors.values())
     if len(weights) > LARGEST:
         raise UserError(f"the weights of {name} take {len(weights):,} bytes, too many for a page (at most "
                         f"{LARGEST:,}): train a smaller network, or choose another --format")
@@ -56,7 +57,7 @@ def page_model(name: str, model: nn.Module, diffusion: DiffusionProcess, config:
         name=name, dataset=data["dataset"], shape=data["shape"], levels=code_of(config).points.tolist(),
         class_names=data["class_names"] if model.num_classes else [], network=model.config,
         parameters=sum(weight.numel() for weight in tensors.values()),
-        diffusion={key: diffusion.config[key] for key in ("prediction", "data_std", "schedule")},
+        diffusion={key: diffusion.config[key] for key in ("prediction", "data_std")},
         alphas_cumprod=diffusion.alphas_cumprod.tolist(), student=is_student(config), precision=precision,
         tensors=[[key, list(weight.shape)] for key, weight in tensors.items()],
         defaults={key: options[key] for key in ("sampler", "steps", "guidance_scale")},
@@ -65,23 +66,26 @@ def page_model(name: str, model: nn.Module, diffusion: DiffusionProcess, config:
     return PageModel(entry, weights)
 
 
-def _bytes(weight: Tensor, dtype: torch.dtype) -> bytes:
-    """The numbers of a tensor, in half precision as close as that allows (65504 at most)."""
-    largest = torch.finfo(dtype).max
-    return weight.clamp(-largest, largest).to(dtype).numpy().astype(f"<f{dtype.itemsize}").tobytes()
+def _bytes(weight: Tensor) -> bytes:
+    """The numbers of a tensor, the lowest byte of each first."""
+    return weight.cpu().numpy().astype(f"<f{weight.dtype.itemsize}").tobytes()
 
 
 def page(models: list[PageModel]) -> str:
     """The HTML file with these models; the first is shown at first."""
-    script = "\n".join((FOLDER / f"{part}.js").read_text() for part in SCRIPT)
+    script = "\n".join(_read(FOLDER / f"{part}.js") for part in SCRIPT)
     script = f'"use strict";\n{script}'
     digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
     entries = json.dumps([model.entry for model in models]).replace("<", "\\u003c")
     blocks = {f"weights-{i}": _base64(model.weights) for i, model in enumerate(models)}
     blocks |= {"multiply": _base64(PRODUCT.read_bytes())}
-    parts = dict(digest=digest, style=STYLE.read_text(), entries=entries, script=script, blocks="\n".join(
+    parts = dict(digest=digest, style=_read(STYLE), entries=entries, script=script, blocks="\n".join(
         f'<script type="text/plain" id="{key}">{text}</script>' for key, text in blocks.items()))
-    return re.sub(r"\{\{(\w+)\}\}", lambda place: parts[place[1]], MARKUP.read_text())  # in one pass: words of a model
+    return re.sub(r"\{\{(\w+)\}\}", lambda place: parts[place[1]], _read(MARKUP))  # in one pass: words of a model
+
+
+def _read(path: Path) -> str:
+    return path.read_text(encoding="utf-8")
 
 
 def _base64(content: bytes) -> str:
