@@ -14,7 +14,7 @@ from runtime.errors import UserError
 from runtime.files import check_archive, one_line
 
 MAX_PIXELS = 2**26  # of one picture: more than the cameras of telephones make
-FORMATS = ("PNG", "JPEG", "MPO", "WEBP", "GIF", "BMP", "TIFF")  # of PIL; others can start programs
+FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF")  # of PIL; others can start programs
 MIN_BYTES, MAX_RATIO = 2**30, 100  # an archive may unpack to MIN_BYTES, or to MAX_RATIO times its own size
 
 
