@@ -22,6 +22,7 @@ from pathlib import Path
 import torch
 
 from data import ImageData, load_dataset
+from evaluation.copies import copies, copies_line
 from learned_variance import create_process
 from models import create_model
 from runtime import distributed, threads
@@ -59,6 +60,7 @@ from training.run import (
     progress_bar,
     warn_of_failed_writes,
 )
+from training.sizing import FEW_IMAGES
 from training.tensorboard import Board, summary_writer
 from training.trainer import VALIDATION_LOSS_IMAGES, Trainer, fitting_batch, rehearse_step, repeats_of, validation_loss
 from utils import autocast, evenly_spaced, get_device, grid_layout, plot_losses, save_images, set_seed, tile
@@ -175,12 +177,27 @@ def save_preview(run: Run, path: Path) -> None:
             run.board.add_samples(tile(pictures, grid_layout(images)[0]), trainer.step)
 
 
+def say_copies(run: Run) -> None:
+    """For few pictures of one's own: print whether samples of the finished network are copies of them."""
+    data = run.trainer.data
+    if data.folder and len(data.images) < FEW_IMAGES and distributed.rank() == 0:
+        options = sampling_options(run.config, Namespace(seed=run.trainer.seed), PREVIEW_IMAGES)
+        images = torch.cat([final_image(trajectory) for _, trajectory in generate(
+            run.trainer.ema, run.trainer.diffusion, run.config["data"]["shape"], range(PREVIEW_IMAGES), **options)])
+        print(copies_line(copies(data.code.decode(images).cpu(), data)[0]))
+
+
 # ----------------------------------------------------------------------------------------------------------- set-up
 
 
 def open_data(args: Namespace, device: torch.device) -> ImageData:
     """The training images; of your own pictures it also says what was read."""
-    return load_dataset(chosen_dataset(args, small=device.type == "cpu"), "train", args.data_dir, points=True)
+    data = load_dataset(chosen_dataset(args, small=device.type == "cpu"), "train", args.data_dir, points=True)
+    if data.folder and len(data.images) < FEW_IMAGES and not args.init:
+        print(f"Fewer than {FEW_IMAGES:,} pictures: what may help are --init with a checkpoint of more pictures, "
+              f"--hflip where left and right do not matter, and a shorter --budget; the end of the run says whether they were "
+              f"learned by heart", flush=True)
+    return data
 
 
 def look(args: Namespace) -> None:
@@ -311,6 +328,7 @@ def main(argv=None):
                           f"{resume_command(args)}")
                     return 128 + run.stopped
                 path = run.save("model_final.pt")
+                say_copies(run)
                 if distributed.rank() == 0:
                     plot_losses(run.records, folder / "training_loss.png")
                 print(f"Saved {path}: python sample.py --checkpoint {shlex.quote(str(path))}")
