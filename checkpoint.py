@@ -20,6 +20,7 @@ import torch
 from torch import nn
 
 from data import ImageData, code_of, refuse_points
+from data_sources.pictures import FITS
 from diffusion import DiffusionProcess
 from learned_variance import create_process
 from models import create_model
@@ -237,11 +238,21 @@ def _wrong_data(config: dict) -> str | None:
         return "its config does not name a dataset"
     if type(names) is not list or any(type(name) is not str for name in names):
         return "the class_names in its config are no list of names"
+    if "pictures" in config["data"] and not _is_pictures(config["data"]["pictures"]):
+        return "the pictures in its config are not described by their flags and digest"
     if "level_code" in config["data"] and not _is_level_code(config["data"]["level_code"]):
         return "the level_code in its config is no rising list of 256 numbers from -1 to 1"
     if classes and classes != len(names):
         return f"its config has {classes} classes and {len(names)} class_names"
     return None
+
+
+def _is_pictures(about) -> bool:
+    """Whether this describes pictures of one's own, as `training.flags.make_config` does; the path may be missing."""
+    texts = ("path", "fit", "channels", "background", "key", "digest")
+    return (type(about) is dict and {*texts[1:], "count"} <= about.keys() <= {*texts, "count"}
+            and all(type(about[name]) is str for name in about if name != "count") and type(about["count"]) is int
+            and about["fit"] in FITS and about["channels"] in ("auto", "1", "3"))
 
 
 def _is_level_code(points) -> bool:

@@ -9,6 +9,7 @@ Only this module knows the value range of the networks: `LevelCode`.
 
 import contextlib
 import hashlib
+import math
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -21,6 +22,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from data_sources.cache import open_split
 from data_sources.points import COORDINATES, POINT_SETS, READERS, Coordinates, is_points
 from runtime.errors import UserError
 from runtime.files import atomic_write, one_line
@@ -84,6 +86,7 @@ LINEAR_POINTS = torch.arange(256, dtype=torch.float64) / 127.5 - 1
 LINEAR = LevelCode(LINEAR_POINTS)
 LEVEL_CODES = ("histogram", "linear")
 CODE_SHARE, CODE_POWER = 0.95, 0.6  # of `histogram_code`; measured: benchmarks/RECORDS.md
+CODE_VALUES = 2**29  # it looks at the first images with so many numbers: reading all of a large file takes long
 
 
 def histogram_code(images: Tensor, share: float = CODE_SHARE, power: float = CODE_POWER) -> LevelCode:
@@ -94,6 +97,7 @@ def histogram_code(images: Tensor, share: float = CODE_SHARE, power: float = COD
     all of it on their only side. The sum of all w_k is 1. share = 0 gives the linear code. Where all levels are about
     as common, as in photographs, the code is nearly linear.
     """
+    images = images[:max(1, CODE_VALUES // images[0].numel())]
     weight = images.flatten().bincount(minlength=256).double().pow(power)
     weight = weight / weight.sum()
     beside = (weight[1:] + weight[:-1]) / 2                                                 # (255,)
@@ -126,6 +130,12 @@ class ImageData:
     labels: Tensor
     class_names: tuple[str, ...]
     code: LevelCode | Coordinates = LINEAR
+    folder: Path | None = None  # of the cache of your own pictures
+
+    @property
+    def source(self) -> str | Path:
+        """What `load_dataset` takes for the other splits of this data set."""
+        return self.folder or self.name
 
     def to(self, device) -> "ImageData":
         """The same split with images and labels on `device`."""
@@ -144,12 +154,20 @@ class ImageData:
         return self.code.encode(self.images[chosen])
 
 
-def load_dataset(name: str, split: str = "train", data_dir: str | Path = "data", points: bool = False) -> ImageData:
+def load_dataset(name: str | Path, split: str = "train", data_dir: str | Path = "data",
+                 points: bool = False) -> ImageData:
     """Load a split of the data set `name` from `data_dir`; if it is missing, download it (or draw it: glyphs, scenes).
+
+    name: one of DATASETS or, for your own pictures, the folder of their cache (`data_sources.cache`), whose images are
+    mapped into memory; without classes their class_names are empty and their labels 0, and a split may be empty.
 
     points: whether the caller can use points in the plane, too. UserError for points where it cannot, an unknown name
     or split, a damaged file, and a download that fails.
     """
+    if isinstance(name, Path):
+        images, labels, about = open_split(name, split)
+        return ImageData(about["name"], split, torch.from_numpy(images), torch.from_numpy(labels),
+                         tuple(about["class_names"]), folder=name)
     if name not in DATASETS:
         raise UserError(f"unknown dataset {name!r}: choose one of {', '.join(DATASETS)}")
     if split not in SPLITS:
@@ -161,12 +179,12 @@ def load_dataset(name: str, split: str = "train", data_dir: str | Path = "data",
     return ImageData(name, split, images[part], labels[part], DATASETS[name].class_names, DATASETS[name].code)
 
 
-def load_marks(name: str, split: str, data_dir: str | Path = "data") -> Tensor | None:
+def load_marks(name: str | Path, split: str, data_dir: str | Path = "data") -> Tensor | None:
     """What is known to be in each image of a split besides its class: (N, marks) bool; None where nothing is.
 
     For scenes: which colours and kinds of objects (`data_sources.scenes.MARKS`).
     """
-    read = DATASETS[name].read_marks
+    read = DATASETS[name].read_marks if name in DATASETS else None
     return read(Path(data_dir).absolute(), split != "test")[_part(split)] if read else None
 
 
@@ -176,7 +194,14 @@ def _part(split: str) -> slice:
             "test": slice(None)}[split]
 
 
-def refuse_points(name: str | None, what: str = "") -> None:
+def noise_level(data: ImageData) -> tuple[float, float]:
+    """Mean and standard deviation of log(sigma / alpha / data_std) in training; of your own pictures by their size."""
+    if data.folder is None:
+        return DATASETS[data.name].noise_level
+    return round(math.log(max(data.images.shape[2:]) / 32) - 0.5, 2), 1.2  # as for cifar10 and scenes below
+
+
+def refuse_points(name: str | Path | None, what: str = "") -> None:
     """UserError if the data set of this name, which `what` was trained on if that is given, holds points."""
     if name in POINT_SETS:
         raise UserError(f"{f'{what} was trained on {name}, which' if what else name} holds points in the plane, and "

@@ -32,14 +32,14 @@ from runtime import threads
 from runtime.checkpoints import with_checkpoint
 from runtime.errors import UserError
 from runtime.parser import SHARED_FLAGS, Parser, add_shared_flags, duration, number
-from runtime.sampling import is_student, sampling_options
+from runtime.sampling import dataset_of, is_student, sampling_options
 from runtime.script import script
 from runtime.startup import seconds_since_start
 from samplers import DEFAULT_GUIDANCE, ddim_step, final_image, generate, guide, spaced_timesteps
 from training import autotune, run_folder, run_record
 from training.budget import Budget
 from training.run import CLOSING_SECONDS, LOG_STEPS, Run, print_summary, progress_bar
-from training.trainer import Trainer, fitting_batch
+from training.trainer import Trainer, fitting_batch, repeats_of
 from utils import autocast, get_device, save_images
 
 HUBER = 0.03  # the Huber constant c: errors above it count by their size, those below it by their square
@@ -187,12 +187,13 @@ def make_run(args: Namespace, start: float) -> Run:
     check_teacher(args, process, checkpoint)
     guidance_scale = sampling_options(checkpoint["config"], Namespace(guidance_scale=args.guidance_scale),
                                       1)["guidance_scale"]
-    data = load_dataset(checkpoint["config"]["data"]["dataset"], "train", args.data_dir)
+    data = load_dataset(dataset_of(checkpoint, args.data_dir), "train", args.data_dir)
     data = data.coded(code_of(checkpoint["config"]))
     if problem := data_mismatch(checkpoint["config"], data):
         raise UserError(f"{problem}: give the --data_dir that it was trained on")
     settings = Namespace(**vars(args) | dict(guidance_scale=guidance_scale))
-    trainer, settings = make_trainer(settings, teacher, process, data.to(device))
+    trainer, settings = make_trainer(settings, teacher, process, data.to(device),
+                                     checkpoint["config"]["training"].get("hflip", False))
     config = dict(model=teacher.config, diffusion=process.config, data=checkpoint["config"]["data"],
                   training=dict(vars(settings), student=True, teacher_images_seen=checkpoint["images_seen"]))
     budget = Budget(math.inf, args.budget, start, reserve=CLOSING_SECONDS)
@@ -212,19 +213,19 @@ def check_teacher(args: Namespace, process: DiffusionProcess, checkpoint: dict) 
                         f"another --output_dir")
 
 
-def make_trainer(settings: Namespace, teacher, process: DiffusionProcess,
-                 data: ImageData) -> tuple[Trainer, Namespace]:
+def make_trainer(settings: Namespace, teacher, process: DiffusionProcess, data: ImageData,
+                 hflip: bool) -> tuple[Trainer, Namespace]:
     """The trainer of a student that is still a copy of the teacher, and the settings with the measured precision."""
     student = copy.deepcopy(teacher).requires_grad_(True)
     consistency = Consistency(process, teacher, settings.teacher_steps, settings.guidance_scale,
                               settings.teacher_order)
-    conditional, count = bool(teacher.num_classes), min(settings.batch_size, len(data.images))
+    conditional, count = bool(teacher.num_classes), min(settings.batch_size, repeats_of(data) * len(data.images))
     precision, layout = autotune.fastest_arithmetic(settings.precision, None, student, consistency, data, conditional,
                                                     count, autotune.seconds_for_race(math.inf, settings.budget))
     for network in (teacher, student):
         network.to(memory_format=autotune.LAYOUTS[layout])
     trainer = Trainer(data, student, consistency, batch_size=count, lr=settings.lr, muon_lr=settings.muon_lr,
-                      conditional=conditional, label_dropout=0.0, precision=precision, seed=settings.seed,
+                      conditional=conditional, label_dropout=0.0, precision=precision, seed=settings.seed, hflip=hflip,
                       cuda_graph=data.images.device.type == "cuda")
     return trainer, Namespace(**vars(settings) | dict(precision=precision))
 

@@ -22,6 +22,7 @@ from torch import Tensor
 
 from checkpoint import MAX_COUNT, data_mismatch, load_model
 from data import ImageData, code_of, load_dataset, refuse_points, to_model
+from data_sources.cache import MIN_HELD_OUT
 from diffusion import DiffusionProcess
 from evaluation.classifier import load_feature_network
 from evaluation.features import extract_features
@@ -47,8 +48,8 @@ from evaluation.metrics import closeness, nearest
 from models import create_model
 from runtime.checkpoints import is_pretrained, pretrained_models, with_checkpoint
 from runtime.errors import UserError
-from runtime.parser import SHARED_FLAGS, Parser, add_shared_flags
-from runtime.sampling import dataset_of, is_student, sampling_options
+from runtime.parser import PICTURE_FLAGS, SHARED_FLAGS, Parser, add_shared_flags
+from runtime.sampling import chosen_dataset, dataset_of, is_student, sampling_options
 from runtime.script import script
 from samplers import final_image, generate
 from training.flags import more_epochs, resume_command
@@ -66,9 +67,10 @@ def parse_args(argv: Sequence[str] | None):
     group.add_argument("--checkpoint", help="a file of train.py or distill.py, or a pretrained model by its name "
                                             "(mnist, fashion_mnist or glyphs): also examine its schedule, data and "
                                             "images (default: none)")
-    group.add_argument("--dataset", choices=SHARED_FLAGS["dataset"]["choices"],
-                       help="the data set to examine (default: that of --checkpoint, else none)")
-    add_shared_flags(group, "data_dir")
+    group.add_argument("--dataset", **SHARED_FLAGS["dataset"] | dict(
+                       default=None, help="the data set to examine, or the path of your own pictures (default: that "
+                                          "of --checkpoint, else none)"))
+    add_shared_flags(group, *PICTURE_FLAGS, "data_dir")
     group.add_argument("--output_dir", **SHARED_FLAGS["output_dir"] | dict(
         help="the folder that is examined for whether results can be written to it"))
     add_shared_flags(group, "device")
@@ -177,10 +179,10 @@ def examine_samples(model, diffusion: DiffusionProcess, train: ImageData, unseen
     device = diffusion.device
     distances = nearest(torch.cat([generated, real]).to(device), train.images)[0]
     yield check_copies(closeness(distances[:SAMPLES], distances[SAMPLES:]))
-    yield from examine_by_classifier(generated, real, options["labels"], train.name, device)
+    yield from examine_by_classifier(generated, real, options["labels"], train.source, device)
 
 
-def examine_by_classifier(images: Tensor, real: Tensor, labels: Tensor | None, dataset: str,
+def examine_by_classifier(images: Tensor, real: Tensor, labels: Tensor | None, dataset: str | Path,
                           device) -> Iterator[Finding]:
     """How the data set's classifier classifies generated images, real ones, and the mirror images of both; uint8."""
     try:
@@ -197,7 +199,7 @@ def examine_by_classifier(images: Tensor, real: Tensor, labels: Tensor | None, d
 # -------------------------------------------------------------------------------------------------------- everything
 
 
-def open_data(args, name: str) -> tuple[ImageData, ImageData] | Finding:
+def open_data(args, name: str | Path) -> tuple[ImageData, ImageData] | Finding:
     """The training and validation images of a data set, or a finding if they cannot be loaded."""
     try:
         return tuple(load_dataset(name, split, args.data_dir) for split in ("train", "validation"))
@@ -216,14 +218,17 @@ def examine(args) -> Iterator[Finding]:
             fix = f"{command_to_resume(args)}: resumes from the newest valid checkpoint"
             yield Finding("checkpoint", "FAIL", str(error), fix)
             return
-        name = dataset_of(checkpoint, args.dataset)
+        name = dataset_of(checkpoint, args.data_dir, args.dataset)
         yield from check_schedule(diffusion)
         yield from examine_checkpoint(checkpoint)
+    elif name:
+        name = chosen_dataset(args, quiet=True)
     if name:
         yield from examine_data(args, name, model, diffusion, checkpoint)
 
 
-def examine_data(args, name: str, model, diffusion: DiffusionProcess, checkpoint: dict | None) -> Iterator[Finding]:
+def examine_data(args, name: str | Path, model, diffusion: DiffusionProcess,
+                 checkpoint: dict | None) -> Iterator[Finding]:
     """The data set and, if there is a checkpoint, its errors and samples."""
     refuse_points(name, args.checkpoint or "")
     opened = open_data(args, name)
@@ -233,6 +238,10 @@ def examine_data(args, name: str, model, diffusion: DiffusionProcess, checkpoint
     train, unseen = opened if not checkpoint else (split.coded(code_of(checkpoint["config"])) for split in opened)
     findings = check_data(train.images, train.labels, train.class_names)
     yield from findings
+    if model and not len(unseen.images):
+        yield Finding("errors and images", "WARN", f"of {train.name} no pictures are held out to compare with",
+                      f"{MIN_HELD_OUT} pictures or more are enough for that")
+        return
     if not model or any(finding.status == "FAIL" for finding in findings):
         return
     if problem := data_mismatch(checkpoint["config"], train):

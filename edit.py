@@ -12,7 +12,7 @@ Without --image, the picture is number --index of the data set's test split. A p
 
 import math
 import sys
-from argparse import ArgumentTypeError, Namespace
+from argparse import Namespace
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
@@ -21,7 +21,7 @@ from torch import Tensor
 
 from checkpoint import load_model
 from data import code_of, load_dataset, to_uint8
-from data_sources.pictures import FITS, read_mask, read_picture
+from data_sources.pictures import read_mask, read_picture
 from diffusion import Denoise
 from editing import ddim_inversion, inpaint, slerp
 from runtime.checkpoints import with_checkpoint
@@ -29,7 +29,7 @@ from runtime.errors import UserError
 from runtime.files import check_inputs_stay, check_output
 from runtime.parser import SHARED_FLAGS, Parser, add_shared_flags, number
 from runtime.progress import Bar
-from runtime.sampling import is_student, sampling_options
+from runtime.sampling import dataset_of, is_student, sampling_options
 from runtime.script import script
 from samplers import (
     DEFAULT_GUIDANCE,
@@ -89,17 +89,6 @@ def parse_args(argv: Sequence[str] | None) -> Namespace:
     return args
 
 
-def colour(text: str) -> str:
-    """A type for add_argument: a colour that PIL knows."""
-    from PIL import ImageColor
-
-    try:
-        ImageColor.getrgb(text)
-    except ValueError as error:
-        raise ArgumentTypeError(f"must be a colour such as white, black or #ff8000, not {text!r}") from error
-    return text
-
-
 def add_command(commands, name: str, text: str, pictures: int = 1) -> Parser:
     """The parser of a command, with the flags that all commands share."""
     sub = commands.add_parser(name, description=text, help=text)
@@ -131,11 +120,7 @@ def add_command(commands, name: str, text: str, pictures: int = 1) -> Parser:
         which.add_argument("--index", type=number(int, 0), help="take the image of the test split with this number "
                                                                 "(default: 0)")
         add_shared_flags(sub, "data_dir")
-    sub.add_argument("--fit", choices=FITS, default="crop",
-                     help="how a picture or a mask of another shape than the model's is scaled: cut off what is too "
-                          "much, add --background at two sides, or stretch it")
-    sub.add_argument("--background", type=colour, default="white", metavar="COLOUR",
-                     help="what shows through the transparent parts of --image")
+    add_shared_flags(sub, "fit", "background")
     sub.add_argument("--invert_colors", action="store_true",
                      help="turn dark into light in --image: for a dark drawing on light paper and a model of light "
                           "digits on a dark ground")
@@ -149,14 +134,16 @@ def read_image(args, path: str, shape: Sequence[int]) -> Tensor:
     return 255 - picture if args.invert_colors else picture
 
 
-def chosen_images(args, config: dict) -> Tensor:
+def chosen_images(args, checkpoint: dict) -> Tensor:
     """The pictures to change (1 or 2, C, H, W) uint8."""
     if args.image:
         paths = [args.image] if isinstance(args.image, str) else args.image
-        return torch.cat([read_image(args, path, config["shape"]) for path in paths])
-    images, index = load_dataset(config["dataset"], "test", args.data_dir).images, args.index or 0
+        return torch.cat([read_image(args, path, checkpoint["config"]["data"]["shape"]) for path in paths])
+    source, index = dataset_of(checkpoint, args.data_dir), args.index or 0
+    split = next(split for split in ("test", "train") if len(load_dataset(source, split, args.data_dir).images))
+    images = load_dataset(source, split, args.data_dir).images
     if index >= len(images):
-        raise UserError(f"--index must be less than {len(images)}, the size of the test split, not {index}")
+        raise UserError(f"--index must be less than {len(images)}, the size of the {split} split, not {index}")
     return images[index][None]
 
 
@@ -191,7 +178,7 @@ class Editor:
                             f"teacher")
         self.shape, self.frames, self.titles = config["data"]["shape"], [], []  # a title for each frame
         self.code = code_of(config)
-        self.picture = chosen_images(args, config["data"]) if args.image or hasattr(args, "index") else None  # uint8
+        self.picture = chosen_images(args, checkpoint) if args.image or hasattr(args, "index") else None  # uint8
         self.mask = chosen_mask(args, self.shape) if hasattr(args, "mask") else None
         command = "invert" if args.command == "interpolate" and args.image else args.command
         steps = args.steps or min(DEFAULT_STEPS[command], num_timesteps)

@@ -35,7 +35,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from checkpoint import load_model
+from checkpoint import load_checkpoint, load_model
 from data import DATASETS, SPLITS, LevelCode, code_of, load_dataset
 from data_sources.pictures import read_images
 from diffusion import DiffusionProcess
@@ -43,6 +43,7 @@ from evaluation.autoencoder_training import train_second_network
 from evaluation.classifier_training import train_feature_network
 from evaluation.compare import RESULT as COMPARE_RESULT
 from evaluation.compare import check_comparable, comparison, is_ready, print_comparison
+from evaluation.copies import FEW, report_copies, too_few
 from evaluation.features import extract_features
 from evaluation.metrics import class_shares, figure_values, torchmetrics_image
 from evaluation.reference import (
@@ -69,9 +70,9 @@ from runtime.checkpoints import folder_of_results, with_checkpoint
 from runtime.errors import UserError
 from runtime.files import check_inputs_stay, check_writable, write_json
 from runtime.memory import run_or_suggest_batch_size
-from runtime.parser import SHARED_FLAGS, Parser, add_shared_flags, number
+from runtime.parser import PICTURE_FLAGS, SHARED_FLAGS, Parser, add_shared_flags, number
 from runtime.progress import Bar, progress
-from runtime.sampling import dataset_of, is_student, sampling_options
+from runtime.sampling import chosen_dataset, dataset_of, is_student, sampling_options
 from runtime.script import script
 from samplers import SAMPLERS, STUDENT_SAMPLER, final_image, generate
 from utils import autocast, get_device, pick_precision
@@ -102,8 +103,10 @@ def parse_args(argv: Sequence[str] | None):
                        help=f"compare all samplers, or only --sampler, at these step counts (default: "
                             f"{' '.join(map(str, SWEEP_STEPS))}), with each --guidance_scale")
     group = parser.add_argument_group("how images are measured")
-    group.add_argument("--dataset", choices=tuple(DATASETS),
-                       help="the data set of --images (of --checkpoint: its own)")
+    group.add_argument("--dataset", **SHARED_FLAGS["dataset"] | dict(
+                       default=None, help="the data set of --images, or the path of your own pictures (of "
+                                          "--checkpoint: its own)"))
+    add_shared_flags(group, *PICTURE_FLAGS)
     parser.set_defaults(num_images=5000, guidance_scale=[None], batch_size=250)
     group.add_argument("--reference", choices=SPLITS,
                        help="the real images to compare with: test for results, validation for choices (default: "
@@ -166,7 +169,7 @@ class LoadedCheckpoint(NamedTuple):
 
     model: nn.Module
     diffusion: DiffusionProcess
-    dataset: str
+    dataset: str | Path
     code: LevelCode
     shape: Sequence[int]
     labels: Tensor | None
@@ -176,7 +179,7 @@ class LoadedCheckpoint(NamedTuple):
 def open_checkpoint(args: Namespace, device: torch.device, output: Path) -> LoadedCheckpoint:
     """Load --checkpoint. UserError if it cannot do what the flags ask for, or if `output` cannot be written."""
     model, diffusion, checkpoint = load_model(args.checkpoint, device, args.use_ema)
-    config, dataset, labels = checkpoint["config"], dataset_of(checkpoint, args.dataset), None
+    config, dataset, labels = checkpoint["config"], dataset_of(checkpoint, args.data_dir, args.dataset), None
     if distributed.rank() == 0:
         check_writable(output)  # before the data set is downloaded or drawn
     if model.num_classes:  # image k gets the label of training image k: the shares of the classes are the data's
@@ -319,6 +322,15 @@ def output_folder(args: Namespace) -> Path:
     return Path(args.output_dir or (folder_of_results(args.checkpoint) if args.checkpoint else "outputs"))
 
 
+def fitting_count(args: Namespace) -> Namespace:
+    """The flags with as many images as the held-out pictures allow, for a checkpoint of one's own pictures."""
+    source = dataset_of(load_checkpoint(args.checkpoint), args.data_dir, args.dataset)
+    if not isinstance(source, Path):
+        return args
+    held_out = min(len(load_dataset(source, split).images) for split in ("validation", "test"))
+    return Namespace(**vars(args) | dict(num_images=min(args.num_images, held_out if held_out >= FEW else FEW)))
+
+
 def load_inputs(args: Namespace, device: torch.device, output: Path):
     """(checkpoint or None, ready images or None, the reference's images, those of the floor, the feature networks)."""
     loaded = open_checkpoint(args, device, output) if args.checkpoint else None
@@ -327,7 +339,7 @@ def load_inputs(args: Namespace, device: torch.device, output: Path):
     if not loaded:
         check_writable(output)
     split = args.reference or ("test" if args.sweep is None else "validation")
-    data = load_dataset(loaded.dataset if loaded else args.dataset, split, args.data_dir)
+    data = load_dataset(loaded.dataset if loaded else chosen_dataset(args, quiet=True), split, args.data_dir)
     generated = None
     if not loaded:
         images, labels = read_images(Path(args.images), data.images.shape[1:], len(data.class_names))
@@ -335,7 +347,9 @@ def load_inputs(args: Namespace, device: torch.device, output: Path):
     if args.cas and (loaded or generated).labels is None:
         raise UserError("--cas needs labels: a checkpoint trained with --conditional, or `labels` in the .npz")
     count = args.num_images if loaded else len(generated.images)
-    networks = open_networks(data.name, args.features, count, device)
+    if too_few(data):
+        return loaded, generated, data, data, None
+    networks = open_networks(data, args.features, count, device, args.data_dir)
     return loaded, generated, data, choose_floor_data(data, count, args.data_dir), networks
 
 
@@ -357,7 +371,7 @@ def main(argv=None):
                                    progress("training the autoencoder", "steps")))
         return
     torchmetrics_image()  # an error now, not after the images are made
-    args = with_checkpoint(args) if measures_checkpoint(args) else args
+    args = fitting_count(with_checkpoint(args)) if measures_checkpoint(args) else args
     output, command = output_folder(args), ["evaluate.py", *(sys.argv[1:] if argv is None else argv)]
     if args.compare:
         run_comparison(args, command, device, output)
@@ -365,6 +379,9 @@ def main(argv=None):
     with distributed.local_rank_0_first():  # a download happens once; an error is raised by all
         loaded, generated, data, floor_data, networks = load_inputs(args, device, output)
     count = args.num_images if loaded else len(generated.images)
+    if networks is None:
+        images, *_ = generated or make_images(args, loaded, loaded.options[0], count)
+        return distributed.rank() or report_copies(images, data, command, output)
     reference = None if distributed.rank() else make_reference(data, floor_data, *networks, args.data_dir)
     if args.sweep is not None:
         run_sweep(args, command, reference, loaded, output)

@@ -22,13 +22,15 @@ from pathlib import Path
 import torch
 
 from data import ImageData, load_dataset
+from evaluation.copies import copies, copies_line
 from learned_variance import create_process
 from models import create_model
 from runtime import distributed, threads
 from runtime.errors import UserError, checking_user_input
+from runtime.files import check_output
 from runtime.memory import trim_heap
 from runtime.progress import say
-from runtime.sampling import is_student, sampling_options
+from runtime.sampling import chosen_dataset, is_student, sampling_options
 from runtime.script import script
 from runtime.startup import seconds_since_start
 from samplers import DEFAULT_STEPS, final_image, generate
@@ -37,7 +39,7 @@ from training.budget import Budget
 from training.flags import (
     RECIPES,
     TRAINER_FLAGS,
-    check_point_flags,
+    check_flags_of_data,
     check_resumable,
     defaults,
     make_code,
@@ -47,6 +49,7 @@ from training.flags import (
     more_epochs,
     resume_command,
     saved_flags,
+    start_from,
 )
 from training.run import (
     LOG_STEPS,
@@ -57,9 +60,10 @@ from training.run import (
     progress_bar,
     warn_of_failed_writes,
 )
+from training.sizing import FEW_IMAGES
 from training.tensorboard import Board, summary_writer
-from training.trainer import VALIDATION_LOSS_IMAGES, Trainer, fitting_batch, rehearse_step, validation_loss
-from utils import autocast, get_device, grid_layout, plot_losses, save_images, set_seed, tile
+from training.trainer import VALIDATION_LOSS_IMAGES, Trainer, fitting_batch, rehearse_step, repeats_of, validation_loss
+from utils import autocast, evenly_spaced, get_device, grid_layout, plot_losses, save_images, set_seed, tile
 
 PREVIEW_IMAGES = 64
 
@@ -70,7 +74,9 @@ def parse_args(argv: Sequence[str] | None) -> tuple[Namespace, dict | None]:
     args = parser.parse_args(argv)
     parser.set_defaults(**defaults(args))
     args = parser.parse_args(argv)
-    check_point_flags(parser, args)
+    check_flags_of_data(parser, args)
+    if args.resume and "init" in parser.typed:
+        parser.error("--init starts a new run: leave out --resume")
     found = find_checkpoint(args) if args.resume or distributed.is_launched() else None
     if not found:
         return args, None
@@ -149,7 +155,8 @@ def epoch_summary(records: Sequence[dict], epoch: int, first_step: int, val_loss
     own = [record for record in records if record["step"] > first_step]
     before = records[-len(own) - 1]["seconds"] if len(own) < len(records) else 0.0
     losses = [record["loss"] for record in own if record["loss"] is not None] or [math.nan]
-    return (f"epoch {epoch}: loss {sum(losses) / len(losses):.5f}, val_loss {val_loss:.5f}, "
+    validation = "" if math.isnan(val_loss) else f"val_loss {val_loss:.5f}, "  # no image is held out of few
+    return (f"epoch {epoch}: loss {sum(losses) / len(losses):.5f}, {validation}"
             f"{records[-1]['seconds'] - before:.1f} s")
 
 
@@ -170,7 +177,35 @@ def save_preview(run: Run, path: Path) -> None:
             run.board.add_samples(tile(pictures, grid_layout(images)[0]), trainer.step)
 
 
+def say_copies(run: Run) -> None:
+    """For few pictures of one's own: print whether samples of the finished network are copies of them."""
+    data = run.trainer.data
+    if data.folder and len(data.images) < FEW_IMAGES and distributed.rank() == 0:
+        options = sampling_options(run.config, Namespace(seed=run.trainer.seed), PREVIEW_IMAGES)
+        images = torch.cat([final_image(trajectory) for _, trajectory in generate(
+            run.trainer.ema, run.trainer.diffusion, run.config["data"]["shape"], range(PREVIEW_IMAGES), **options)])
+        print(copies_line(copies(data.code.decode(images).cpu(), data)[0]))
+
+
 # ----------------------------------------------------------------------------------------------------------- set-up
+
+
+def open_data(args: Namespace, device: torch.device) -> ImageData:
+    """The training images; of your own pictures it also says what was read."""
+    data = load_dataset(chosen_dataset(args, small=device.type == "cpu"), "train", args.data_dir, points=True)
+    if data.folder and len(data.images) < FEW_IMAGES and not args.init:
+        print(f"Fewer than {FEW_IMAGES:,} pictures: what may help are --init with a checkpoint of more pictures, "
+              f"--hflip where left and right do not matter, and a shorter --budget; the end of the run says whether they were "
+              f"learned by heart", flush=True)
+    return data
+
+
+def look(args: Namespace) -> None:
+    """Write look.png, evenly chosen pictures as the network will see them, for --look."""
+    data = open_data(args, get_device(args.device))
+    path = check_output(Path(args.output_dir) / "look.png")
+    save_images(data.images[evenly_spaced(len(data.images), min(PREVIEW_IMAGES, max(2, len(data.images))))], path)
+    print(f"Saved {path}")
 
 
 def make_run(args: Namespace, checkpoint: dict | None, start: float) -> tuple[Run, ImageData, Namespace]:
@@ -183,10 +218,10 @@ def make_run(args: Namespace, checkpoint: dict | None, start: float) -> tuple[Ru
     device = get_device(distributed.local_device(args.device))
     autotune.set_up_cuda(device)
     with distributed.local_rank_0_first():
-        data = load_dataset(args.dataset, "train", args.data_dir, points=True).first(args.train_images or sys.maxsize)
+        data = open_data(args, device).first(args.train_images or sys.maxsize)
     settings = make_settings(args, data, device)
     threads.set_up(args.threads, device, adapt=settings.epochs is None)
-    validation = load_dataset(args.dataset, "validation", args.data_dir, points=True)
+    validation = load_dataset(data.source, "validation", args.data_dir, points=True)
     saved = checkpoint and checkpoint["config"]
     data = data.coded(make_code(settings, data, saved))
     config = make_config(settings, data, saved)
@@ -195,6 +230,8 @@ def make_run(args: Namespace, checkpoint: dict | None, start: float) -> tuple[Ru
         model = create_model(**config["model"])
         diffusion = create_process(model.learn_variance, data.code.edges, **config["diffusion"])
         model(torch.zeros(1, *config["data"]["shape"]), torch.zeros(1))  # an unsuitable image size is an error here
+    if args.init and not checkpoint:
+        print(start_from(model, args))
     trainer, settings = make_trainer(settings, data.to(device), model.to(device), diffusion.to(device))
     config |= dict(model=model.config, diffusion=diffusion.config, training=vars(settings))
     steps = settings.epochs * trainer.steps_per_epoch if settings.epochs else math.inf
@@ -211,8 +248,8 @@ def make_run(args: Namespace, checkpoint: dict | None, start: float) -> tuple[Ru
 
 def make_trainer(settings: Namespace, data: ImageData, model, diffusion) -> tuple[Trainer, Namespace]:
     """The trainer, and the settings with the precision, the layout and the batch size that were measured."""
-    measure, device = settings.batch_size == "auto", data.images.device
-    largest = min(RECIPES[settings.recipe]["batch_size"], len(data.images))
+    measure, device, images = settings.batch_size == "auto", data.images.device, repeats_of(data) * len(data.images)
+    largest = min(RECIPES[settings.recipe]["batch_size"], images)
 
     def fitting(precision: str) -> int:
         rehearse = partial(rehearse_step, model, diffusion, data, settings.conditional, precision)
@@ -220,8 +257,8 @@ def make_trainer(settings: Namespace, data: ImageData, model, diffusion) -> tupl
 
     # Measured first, because the race below takes half the memory of a step. fp32 takes the most.
     batch_size = fitting("bf16" if settings.precision == "bf16" else "fp32") if measure else settings.batch_size
-    size = min(batch_size, len(data.images))
-    steps = settings.epochs * len(data.images) // size if settings.epochs else math.inf
+    size = min(batch_size, images)
+    steps = settings.epochs * images // size if settings.epochs else math.inf
     precision, layout = autotune.fastest_arithmetic(
         settings.precision, settings.layout, model, diffusion, data, settings.conditional,
         -(-size // distributed.world_size()), autotune.seconds_for_race(steps, settings.budget))
@@ -269,6 +306,8 @@ def complete_message(run: Run, checkpoint: dict | None, args: Namespace) -> str 
 @script
 def main(argv=None):
     args, checkpoint = parse_args(argv)
+    if args.look:
+        return look(args)
     distributed.init_process_group(get_device(distributed.local_device(args.device)))
     start = time.perf_counter() - (seconds_since_start() if argv is None else 0.0)  # with the time of the imports
     with run_folder.claim(args.output_dir) as folder:
@@ -289,6 +328,7 @@ def main(argv=None):
                           f"{resume_command(args)}")
                     return 128 + run.stopped
                 path = run.save("model_final.pt")
+                say_copies(run)
                 if distributed.rank() == 0:
                     plot_losses(run.records, folder / "training_loss.png")
                 print(f"Saved {path}: python sample.py --checkpoint {shlex.quote(str(path))}")

@@ -26,7 +26,8 @@ import torch
 from torch import Tensor
 
 from checkpoint import load_model
-from data import DATASETS, code_of, load_dataset, to_model, to_uint8
+from data import code_of, load_dataset, to_model, to_uint8
+from data_sources.cache import MIN_HELD_OUT
 from data_sources.points import POINT_SETS
 from diffusion import SCHEDULES, DiffusionProcess
 from evaluation.network_plots import Frame, draw_attention, draw_embedding, draw_features, draw_loss
@@ -34,8 +35,8 @@ from evaluation.point_plots import draw_field
 from runtime.checkpoints import with_checkpoint
 from runtime.errors import UserError
 from runtime.files import check_output
-from runtime.parser import Parser, add_shared_flags, number
-from runtime.sampling import dataset_of, named_classes, sampling_options
+from runtime.parser import PICTURE_FLAGS, SHARED_FLAGS, Parser, add_shared_flags, number
+from runtime.sampling import chosen_dataset, dataset_of, named_classes, sampling_options
 from runtime.script import script
 from samplers import DEFAULT_GUIDANCE, DEFAULT_SAMPLER, HIGHEST_NOISE, LOWEST_NOISE, generate, image_noise
 from utils import FIGURE_FORMATS, evenly_spaced, generator_for, get_device, pyplot, save_figure, tile
@@ -48,7 +49,8 @@ WITH_MODEL = ("denoising", "attention", "features", "embedding", "loss", "field"
 
 TRAJECTORY_FLAGS = ("num_images", "columns", "seed", "sampler", "spacing", "steps", "label", "guidance_scale")
 READ_FLAGS = {  # the flags that each picture reads, besides those of files and devices
-    "forward": ("num_images", "columns", "seed", "schedule", "timesteps", "dataset"), "schedules": ("timesteps",),
+    "forward": ("num_images", "columns", "seed", "schedule", "timesteps", "dataset", *PICTURE_FLAGS),
+    "schedules": ("timesteps",),
     "denoising": TRAJECTORY_FLAGS, "attention": TRAJECTORY_FLAGS, "features": TRAJECTORY_FLAGS,
     "embedding": ("seed", "projection"), "loss": ("seed",),
     "field": ("dataset", "seed", "sampler", "spacing", "label", "guidance_scale"),
@@ -67,10 +69,11 @@ def parse_args(argv: Sequence[str] | None):
                         help="the noise schedule that --what forward uses")
     parser.add_argument("--timesteps", type=number(int, 1, 100_000), default=1000,
                         help="T, the number of noising steps, for --what forward and schedules")
-    parser.add_argument("--dataset", choices=tuple(DATASETS),
-                        help="the images that --what forward shows, or the points of --what field (default: mnist; "
-                             "of a model: its own)")
-    add_shared_flags(parser, "data_dir", "seed", "device")
+    parser.add_argument("--dataset", **SHARED_FLAGS["dataset"] | dict(
+                        default=None, help="the images that --what forward shows, or the points of --what field; a "
+                                           "name, or the path of your own pictures (default: mnist; of a model: its "
+                                           "own)"))
+    add_shared_flags(parser, *PICTURE_FLAGS, "data_dir", "seed", "device")
     parser.add_argument("--columns", type=number(int, 2, 100),
                         help=f"the number of times t to show (default: {FRAME_COLUMNS}; for --what forward "
                              f"{len(COLUMNS)})")
@@ -120,14 +123,16 @@ def show_images(rows: Sequence[Tensor], titles: Sequence[str], labels: Sequence[
 def draw_forward(args: Namespace):
     """x_t at increasing t: one row for each image."""
     diffusion = DiffusionProcess(args.timesteps, args.schedule)
-    data = load_dataset(args.dataset or "mnist", "test", args.data_dir)
+    data = load_dataset(chosen_dataset(Namespace(**vars(args) | dict(dataset=args.dataset or "mnist")), quiet=True),
+                        "test", args.data_dir)
+    data = data if len(data.images) else load_dataset(data.source, "train", args.data_dir)
     generator = generator_for(args.seed)
     chosen = torch.randperm(len(data.images), generator=generator)[:args.num_images]
     x_0 = to_model(data.images[chosen])
     noise = torch.randn(x_0.shape, generator=generator)
     times = shown_times(diffusion.num_timesteps, args.columns)
     frames = torch.stack([diffusion.q_sample(x_0, t, noise) for t in times], dim=1)         # (B, times, C, H, W)
-    names = [data.class_names[label] for label in data.labels[chosen]]
+    names = [data.class_names[label] if data.class_names else "" for label in data.labels[chosen]]
     return show_images(frames, [f"t = {t}" for t in times], names,
                        f"x_t = √ᾱ_t · x_0 + √(1 - ᾱ_t) · noise, {args.schedule} schedule, T = {args.timesteps}")
 
@@ -217,7 +222,7 @@ def draw_points(args: Namespace):
     model, name = None, args.dataset
     if args.checkpoint:
         model, process, checkpoint = load_model(args.checkpoint, points=True)
-        name = dataset_of(checkpoint, args.dataset)
+        name = dataset_of(checkpoint, args.data_dir, args.dataset)
     if name not in POINT_SETS:
         raise UserError(f"--what field shows points in the plane, and {name} holds images: choose --dataset "
                         f"{', '.join(POINT_SETS)}, or train on one of them and give its --checkpoint")
@@ -248,8 +253,12 @@ def draw_with_model(args: Namespace, model, diffusion: DiffusionProcess, config:
             return draw_attention(model, diffusion, shown_frames(frames, diffusion, args.columns), options["labels"],
                                   args.num_images, code_of(config))
         return draw_features(model, diffusion, shown_frames(frames, diffusion, args.columns), options["labels"])
-    train, validation = (load_dataset(config["data"]["dataset"], split, args.data_dir).coded(code_of(config))
+    source = dataset_of(dict(config=config), args.data_dir)
+    train, validation = (load_dataset(source, split, args.data_dir).coded(code_of(config))
                          for split in ("train", "validation"))
+    if not len(validation.images):
+        raise UserError(f"--what {args.what} shows validation images, and of {train.name} none is held out: it needs "
+                        f"{MIN_HELD_OUT} pictures")
     if args.what == "embedding":
         return draw_embedding(model, diffusion, validation, args.projection, args.seed)
     return draw_loss(model, diffusion, validation, train, args.seed)
@@ -267,7 +276,7 @@ def main(argv=None):
     else:
         args = with_checkpoint(args)
         model, diffusion, checkpoint = load_model(args.checkpoint, get_device(args.device))
-        dataset_of(checkpoint, args.dataset)  # an error if --dataset names another
+        dataset_of(checkpoint, args.data_dir, args.dataset)  # an error if --dataset names another
         draw = partial(draw_with_model, args, model, diffusion, checkpoint["config"])
     check_output(path, args.checkpoint)
     save_figure(draw(), path, args.dpi)

@@ -1,5 +1,6 @@
 """Read images from .npz files, folders of PNGs and picture files, with checks of their content."""
 
+import contextlib
 import warnings
 import zipfile
 from collections.abc import Sequence
@@ -12,7 +13,8 @@ from torch import Tensor
 from runtime.errors import UserError
 from runtime.files import check_archive, one_line
 
-MAX_PIXELS = 2**24  # of one picture
+MAX_PIXELS = 2**26  # of one picture: more than the cameras of telephones make
+FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF")  # of PIL; others can start programs
 MIN_BYTES, MAX_RATIO = 2**30, 100  # an archive may unpack to MIN_BYTES, or to MAX_RATIO times its own size
 
 
@@ -61,27 +63,49 @@ FITS = ("crop", "pad", "stretch")
 
 
 def read_picture(path: Path, shape: Sequence[int], fit: str = "crop", background: str = "white") -> Tensor:
-    """A picture (C, H, W) uint8 of this shape, converted to grey for C = 1. UserError if it cannot be read.
+    """A picture (C, H, W) uint8 of this shape, as `decode` reads it. UserError if it cannot be read."""
+    if not path.is_file():
+        raise UserError(f"there is no picture {path}")
+    try:
+        pixels, _ = decode(path, shape, fit, background)
+    except NarrowPicture as error:
+        raise UserError(f"{path} {error}") from error
+    except Exception as error:  # PIL raises different errors for damaged and for huge files
+        raise UserError(f"{path} is damaged or not a picture: {one_line(error)}") from error
+    return torch.from_numpy(pixels).permute(2, 0, 1)
 
+
+class NarrowPicture(ValueError):
+    """A picture that is too narrow for --fit pad."""
+
+
+def decode(file, shape: Sequence[int], fit: str = "crop",
+           background: str = "white") -> tuple[np.ndarray, bool]:
+    """(picture (H, W, C) uint8 for shape (C, H, W), whether it was transparent): grey for C = 1, its right side up.
+
+    file          a path or an open file; of an animation or a book the first picture counts
     fit           how a picture of another size is scaled: "crop" cuts off what is too much on two sides, "pad" adds
                   `background` on two sides, "stretch" changes the ratio of width and height
     background    a colour, by a name or number of PIL's; it shows through transparent parts
+
+    NarrowPicture, or whatever PIL raises for a file that is damaged, too large or no picture.
     """
     from PIL import ImageColor, ImageOps
     from PIL.Image import Resampling
 
-    image, (_, height, width) = _flat_image(path, background), shape
-    image = image.convert("L" if shape[0] == 1 else "RGB")
+    channels, height, width = shape
+    image, transparent = _flat_image(file, background, 2 * max(height, width))
+    image = image.convert("L" if channels == 1 else "RGB")
     if image.size != (width, height):
         if fit == "pad" and max(image.size) > max(width, height) * min(image.size):
-            raise UserError(f"{path} has {image.width}×{image.height} pixels, too narrow for --fit pad: choose --fit "
-                            f"crop or --fit stretch")
+            raise NarrowPicture(f"has {image.width}×{image.height} pixels, too narrow for --fit pad: choose --fit crop "
+                                f"or --fit stretch")
         smooth = Resampling.LANCZOS  # averages over the pixels that become one
         colour = ImageColor.getcolor(background, image.mode)
         image = {"crop": lambda: ImageOps.fit(image, (width, height), smooth),
                  "pad": lambda: ImageOps.pad(image, (width, height), smooth, colour),
                  "stretch": lambda: image.resize((width, height), smooth)}[fit]()
-    return torch.from_numpy(np.array(image).reshape(height, width, shape[0])).permute(2, 0, 1)
+    return np.array(image).reshape(height, width, channels), transparent
 
 
 def read_mask(path: Path, height: int, width: int, fit: str = "crop") -> Tensor:
@@ -95,37 +119,47 @@ def read_mask(path: Path, height: int, width: int, fit: str = "crop") -> Tensor:
     return mask[None].float()
 
 
-def _open_image(path: Path):
+def open_image(file):
     """A picture file opened by PIL, not yet decoded. UserError for more than MAX_PIXELS."""
     from PIL import Image
 
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # its limit is far above MAX_PIXELS
-        image = Image.open(path)
+        warnings.simplefilter("ignore")  # of its own limit, which is far above MAX_PIXELS, and of odd metadata
+        image = Image.open(file, formats=FORMATS)
     if image.width * image.height > MAX_PIXELS:
         image.close()
         raise UserError(f"it has {image.width}×{image.height} pixels")
     return image
 
 
-def _flat_image(path: Path, background: str):
-    """A picture file as an image of PIL without transparency, turned as its camera says."""
+def _flat_image(file, background: str, side: int):
+    """(a picture file as an image of PIL with 8 bits, turned as its camera says; whether parts were transparent).
+
+    side: a JPEG may be decoded at a half, a quarter ... of its size, so that both sides are no less than this.
+    """
     from PIL import Image, ImageOps
 
-    if not path.is_file():
-        raise UserError(f"there is no picture {path}")
-    try:
-        with _open_image(path) as file:
-            file.load()
-            image = ImageOps.exif_transpose(file)
-    except Exception as error:  # PIL raises different errors for damaged and for huge files
-        raise UserError(f"{path} is damaged or not a picture: {str(error)[:120]}") from error
-    if image.mode[0] in "IF":
-        raise UserError(f"{path} has more than 8 bits per channel: save it with 8")
-    if not image.has_transparency_data:
-        return image
-    image = image.convert("RGBA")
-    return Image.alpha_composite(Image.new("RGBA", image.size, background), image).convert("RGB")
+    with open_image(file) as image:
+        image.draft(None, (side, side))
+        image.load()
+        with contextlib.suppress(Exception):  # damaged notes of a camera do not make a picture unreadable
+            image = ImageOps.exif_transpose(image)
+        if image.mode[0] in "IF":
+            return _to_8_bits(image), False
+        if not image.has_transparency_data:
+            return image.copy(), False
+        image = image.convert("RGBA")
+    return Image.alpha_composite(Image.new("RGBA", image.size, background), image), True
+
+
+def _to_8_bits(image):
+    """A grey image of PIL with 16 bits as one with 8: the nearest level. UserError for other numbers."""
+    from PIL import Image
+
+    levels = np.asarray(image)
+    if levels.dtype.kind == "f" or levels.min() < 0 or levels.max() > 65535:
+        raise UserError("its numbers are no levels of 16 bits: save it with 8 or 16 bits per channel")
+    return Image.fromarray(((levels.astype(np.uint32) * 255 + 32767) // 65535).astype(np.uint8))
 
 
 def read_folder(folder: Path, channels: int) -> tuple[np.ndarray, None]:
@@ -133,7 +167,7 @@ def read_folder(folder: Path, channels: int) -> tuple[np.ndarray, None]:
     images = []
     for path in sorted(folder.glob("*.png")):
         try:
-            with _open_image(path) as image:
+            with open_image(path) as image:
                 pixels = np.array(image)
         except Exception as error:
             raise UserError(f"{path} is damaged or not a PNG: {str(error)[:120]}") from error

@@ -1,5 +1,7 @@
 """The second feature network of a data set: a denoising autoencoder, whose features no label has shaped."""
 
+from pathlib import Path
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -53,6 +55,18 @@ class Autoencoder(nn.Module):
         return F.interpolate(clean, scale_factor=self.shrink) if self.shrink > 1 else clean
 
 
-def load_autoencoder(dataset: str, device: str | torch.device = "cpu") -> Autoencoder:
+class Unlabelled(nn.Module):
+    """In place of a classifier, for pictures without classes: the features of the autoencoder, and a single class."""
+
+    def __init__(self, autoencoder: Autoencoder) -> None:
+        super().__init__()
+        self.autoencoder, self.marks = autoencoder, None
+        self.head = nn.Linear(autoencoder.encoder[-2].out_features, 1).to(next(autoencoder.parameters()).device)
+
+    def features(self, images: Tensor) -> Tensor:
+        return self.autoencoder.features(images)
+
+
+def load_autoencoder(dataset: str | Path, device: str | torch.device = "cpu") -> Autoencoder:
     """The data set's autoencoder, float32, in evaluation mode. UserError if its file is missing or damaged."""
     return load_network(Autoencoder, dataset, SUFFIX, device)

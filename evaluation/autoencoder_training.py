@@ -1,6 +1,7 @@
 """How the autoencoders, whose features are compared besides the classifier's, are trained."""
 
 from dataclasses import asdict, dataclass
+from pathlib import Path
 
 import torch
 import torch.nn.functional as F
@@ -8,7 +9,7 @@ from torch import Tensor
 
 from data import ImageData, load_dataset, to_model
 from evaluation.autoencoder import SUFFIX, Autoencoder
-from evaluation.classifier import WEIGHTS, save_network
+from evaluation.classifier import place, save_network
 from evaluation.metrics import Progress
 from runtime.files import check_writable
 
@@ -79,9 +80,9 @@ def denoising_error(model: Autoencoder, data: ImageData, largest: float, seed: i
     return total / data.images.numel()
 
 
-def train_second_network(dataset: str, data_dir, device, seed: int, progress: Progress = iter) -> str:
+def train_second_network(dataset: str | Path, data_dir, device, seed: int, progress: Progress = iter) -> str:
     """Train a data set's autoencoder on the training split and write it to WEIGHTS; returns a line about it."""
-    check_writable(WEIGHTS)
+    check_writable(place(dataset)[0])
     train, recipe = load_dataset(dataset, "train", data_dir), AUTOENCODER_RECIPES.get(dataset, AutoencoderRecipe())
     model, config = train_autoencoder(train, recipe, device, seed, progress)
     model.half().float()  # the precision of the file

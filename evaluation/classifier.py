@@ -60,32 +60,39 @@ class Classifier(nn.Module):
         return self.head(self.features(images))
 
 
-def weights_digest(dataset: str, suffix: str = "") -> str:
+def place(dataset: str | Path) -> tuple[Path, str]:
+    """(folder, name) of the files of a data set's networks; those of your own pictures lie beside their cache."""
+    return (dataset, "features") if isinstance(dataset, Path) else (WEIGHTS, dataset)
+
+
+def weights_digest(dataset: str | Path, suffix: str = "") -> str:
     """The sha256 of a data set's feature network, as listed in SHA256SUMS. UserError if it is not listed.
 
     suffix: "" for the classifier; other networks have one in the name of their file.
     """
-    digests = {name: digest for digest, name in map(str.split, _listed_digests())}
-    if f"{dataset}{suffix}.pt" not in digests:
-        raise UserError(f"there is no {dataset}{suffix}.pt in {WEIGHTS}, which the figures need: train it with "
+    folder, stem = place(dataset)
+    digests = {name: digest for digest, name in map(str.split, _listed_digests(folder))}
+    if f"{stem}{suffix}.pt" not in digests:
+        raise UserError(f"there is no {stem}{suffix}.pt in {folder}, which the figures need: train it with "
                         f"python evaluate.py --train_features {dataset}")
-    return digests[f"{dataset}{suffix}.pt"]
+    return digests[f"{stem}{suffix}.pt"]
 
 
-def _listed_digests() -> list[str]:
+def _listed_digests(folder: Path) -> list[str]:
     """The lines of SHA256SUMS: a digest and a file name."""
-    path = WEIGHTS / "SHA256SUMS"
+    path = folder / "SHA256SUMS"
     return path.read_text().splitlines() if path.exists() else []
 
 
-def load_feature_network(dataset: str, device: str | torch.device = "cpu") -> Classifier:
+def load_feature_network(dataset: str | Path, device: str | torch.device = "cpu") -> Classifier:
     """The data set's classifier, float32, in evaluation mode. UserError if its file is missing or damaged."""
     return load_network(Classifier, dataset, "", device)
 
 
-def load_network(kind: type[nn.Module], dataset: str, suffix: str, device: str | torch.device) -> nn.Module:
+def load_network(kind: type[nn.Module], dataset: str | Path, suffix: str, device: str | torch.device) -> nn.Module:
     """A network of class `kind` from its file in WEIGHTS, for `load_feature_network` and others like it."""
-    digest, path = weights_digest(dataset, suffix), WEIGHTS / f"{dataset}{suffix}.pt"
+    digest, (folder, stem) = weights_digest(dataset, suffix), place(dataset)
+    path = folder / f"{stem}{suffix}.pt"
     if not path.is_file() or file_digest(path) != digest:
         raise UserError(f"{path} is missing or damaged (its sha256 is not the one in SHA256SUMS): restore it with "
                         f"git checkout, or train it with python evaluate.py --train_features {dataset}")
@@ -95,18 +102,19 @@ def load_network(kind: type[nn.Module], dataset: str, suffix: str, device: str |
     return model.to(device).eval().to(memory_format=torch.channels_last).requires_grad_(False)
 
 
-def save_network(dataset: str, suffix: str, model: nn.Module, config: dict, **notes: dict) -> tuple[Path, str]:
+def save_network(dataset: str | Path, suffix: str, model: nn.Module, config: dict, **notes: dict) -> tuple[Path, str]:
     """Write the weights, rounded to float16, and list their sha256 in SHA256SUMS; returns (path, sha256).
 
     config: the arguments of the class of `model`; notes: of JSON types, such as the recipe, kept in the file.
     """
     state = {name: value.half() if value.is_floating_point() else value for name, value in model.state_dict().items()}
     state = {name: value.contiguous().cpu() for name, value in state.items()}
-    path = WEIGHTS / f"{dataset}{suffix}.pt"
+    folder, stem = place(dataset)
+    path = folder / f"{stem}{suffix}.pt"
     with atomic_write(path) as file:
         torch.save({"config": config, "state_dict": state, **notes}, file)
     digest = file_digest(path)
-    lines = [line for line in _listed_digests() if not line.endswith(f" {path.name}")]
-    with atomic_write(WEIGHTS / "SHA256SUMS", "w") as file:
+    lines = [line for line in _listed_digests(folder) if not line.endswith(f" {path.name}")]
+    with atomic_write(folder / "SHA256SUMS", "w") as file:
         file.write("\n".join(sorted([*lines, f"{digest}  {path.name}"], key=lambda line: line.split()[1])) + "\n")
     return path, digest

@@ -3,13 +3,14 @@
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
+from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from data import SPLITS, ImageData, load_dataset, load_marks, to_model
-from evaluation.classifier import WEIGHTS, Classifier, save_network
+from evaluation.classifier import Classifier, place, save_network
 from evaluation.features import extract_features
 from evaluation.metrics import Progress
 from runtime.files import check_writable
@@ -97,12 +98,12 @@ CLASSIFIER_RECIPES = {
 }
 
 
-def classifier_recipe(dataset: str) -> ClassifierRecipe:
+def classifier_recipe(dataset: str | Path) -> ClassifierRecipe:
     """The data set's row of CLASSIFIER_RECIPES, or the defaults."""
     return CLASSIFIER_RECIPES.get(dataset, ClassifierRecipe())
 
 
-def recipe_notes(dataset: str) -> dict:
+def recipe_notes(dataset: str | Path) -> dict:
     """The data set's recipe as JSON types: the name of its augmentation instead of the function."""
     recipe = classifier_recipe(dataset)
     return asdict(recipe) | dict(augment=getattr(recipe.augment, "__name__", None))
@@ -161,7 +162,7 @@ def mark_accuracy(model: Classifier, images: Tensor, marks: Tensor) -> float:
 def new_classifier(data: ImageData, device, seed: int, bf16: bool, progress: Progress = iter,
                    marks: Tensor | None = None) -> Classifier:
     """A classifier trained by the data set's recipe on these images, labels and marks alone."""
-    recipe = classifier_recipe(data.name)
+    recipe = classifier_recipe(data.source)
     torch.manual_seed(seed)
     model = Classifier(**_network_config(data, recipe, marks)).to(device)
     train_classifier(model, data.images, data.labels, recipe, seed=seed, bf16=bf16, progress=progress, marks=marks)
@@ -174,9 +175,10 @@ def _network_config(data: ImageData, recipe: ClassifierRecipe, marks: Tensor | N
     return config if marks is None else config | dict(num_marks=marks.shape[1])
 
 
-def train_feature_network(dataset: str, data_dir, device, seed: int, bf16: bool, progress: Progress = iter) -> str:
+def train_feature_network(dataset: str | Path, data_dir, device, seed: int, bf16: bool,
+                          progress: Progress = iter) -> str:
     """Train a data set's feature network on the training split and write it to WEIGHTS; returns a line about it."""
-    check_writable(WEIGHTS)
+    check_writable(place(dataset)[0])
     splits = {split: load_dataset(dataset, split, data_dir) for split in SPLITS}
     train, marks = splits.pop("train"), load_marks(dataset, "train", data_dir)
     model = new_classifier(train, device, seed, bf16, progress, marks)

@@ -59,7 +59,7 @@ def floor_cache(data: ImageData, floor_data: ImageData, features: str, device: t
     def images(part: ImageData) -> dict:
         arrays = (part.images.contiguous().numpy(), part.labels.contiguous().numpy())
         return dict(split=part.split, shape=list(part.images.shape), sha256=[digest(array.data) for array in arrays])
-    networks = (classifier.WEIGHTS / "SHA256SUMS").read_text()
+    networks = (classifier.place(data.source)[0] / "SHA256SUMS").read_text()
     basis = dict(dataset=data.name, reference=images(data), floor_images=images(floor_data), features=features,
                  feature_networks=digest(networks.encode()), code=digest([digest(path.read_bytes()) for path in CODE]),
                  version=__version__, torch=str(torch.__version__), torchmetrics=torchmetrics.__version__,

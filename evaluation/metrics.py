@@ -323,7 +323,10 @@ def figure_values(generated: ImageFeatures, reference: ImageFeatures, labels: Te
                   **neighbour_figures(generated.features, reference.features, groups),
                   confident=jackknife_means(generated.probabilities.amax(1) > CONFIDENT, groups),
                   class_distance=class_distance(generated.probabilities, reference.probabilities, groups))
-    if generated.features.shape[1] <= MAX_CLASS_FEATURES:
+    if generated.probabilities.shape[1] == 1:  # pictures without classes
+        del values["confident"], values["class_distance"]
+        labels = None
+    elif generated.features.shape[1] <= MAX_CLASS_FEATURES:
         values["class_frechet"] = class_frechet(generated, reference, groups)
     if images is not None:
         values["levels"] = levels(*images, groups)

@@ -1,6 +1,7 @@
 """Images measured against real images: the figures and their floors, the accuracy score, the search for copies."""
 
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
 
@@ -10,9 +11,10 @@ from torch import Tensor, nn
 
 from data import ImageData, LevelCode, load_dataset
 from diffusion import DiffusionProcess
-from evaluation.autoencoder import Autoencoder, load_autoencoder
+from evaluation.autoencoder import Autoencoder, Unlabelled, load_autoencoder
+from evaluation.autoencoder_training import train_second_network
 from evaluation.classifier import Classifier, load_feature_network
-from evaluation.classifier_training import new_classifier, recipe_notes
+from evaluation.classifier_training import new_classifier, recipe_notes, train_feature_network
 from evaluation.features import INCEPTION_FEATURES, extract_features, load_inception
 from evaluation.floors import FloorCache, floor_cache
 from evaluation.metrics import (
@@ -62,15 +64,25 @@ def adapting_bar(title: str) -> Callable:
 def random_subset(data: ImageData, count: int) -> ImageData:
     """`count` random images of a split, or all of it: always the same ones. The split may be sorted."""
     chosen = torch.randperm(len(data.images), generator=torch.Generator().manual_seed(0))[:count]
-    return ImageData(data.name, data.split, data.images[chosen], data.labels[chosen], data.class_names)
+    return replace(data, images=data.images[chosen], labels=data.labels[chosen])
 
 
-def open_networks(dataset: str, features: str, count: int,
-                  device) -> tuple[Classifier, nn.Module | None, Autoencoder]:
+def open_networks(data: ImageData, features: str, count: int, device,
+                  data_dir) -> tuple[Classifier, nn.Module | None, Autoencoder | None]:
     """The data set's classifier, Inception for `features` "inception" or None, and the data set's autoencoder.
 
-    UserError if `count` images are too few.
+    Those of your own pictures are trained the first time; without classes the autoencoder takes the place of the
+    classifier. UserError if `count` images are too few.
     """
+    dataset = data.source
+    if data.folder and not (data.folder / "SHA256SUMS").exists():
+        print(train_second_network(dataset, data_dir, device, 0, progress("training the autoencoder", "steps")))
+        if data.class_names:
+            print(train_feature_network(dataset, data_dir, device, 0, False, progress("training", "steps")))
+    if not data.class_names:
+        classifier = Unlabelled(load_autoencoder(dataset, device))
+        check_image_count(count, classifier.head.in_features)
+        return classifier, None, None
     classifier = load_feature_network(dataset, device)
     inception = load_inception().to(device) if features == "inception" else None
     check_image_count(count, INCEPTION_FEATURES if inception else classifier.head.in_features)
@@ -83,7 +95,7 @@ def choose_floor_data(data: ImageData, count: int, data_dir) -> ImageData:
     UserError if it has fewer: figures are biased by their n (a Fréchet distance by about 1/n), so that a floor of fewer
     images would be too high, and a bad generator could seem to be as good as real images.
     """
-    other = load_dataset(data.name, "test" if data.split == "validation" else "validation", data_dir)
+    other = load_dataset(data.source, "test" if data.split == "validation" else "validation", data_dir)
     if count > len(other.images):
         enough = other.split == "validation" and count <= len(data.images)
         raise UserError(f"{count:,} images cannot be measured: their floor takes as many real images that no network "
@@ -153,10 +165,10 @@ def classification_accuracy_score(reference: Reference, images: Tensor, labels: 
         means = jackknife_means(right, random_groups(len(right)))
         return dict(cas=dict(estimate(means, 0.0, 1.0), n=len(train.images)))
 
-    generated = ImageData(data.name, "generated", images, labels, data.class_names)
+    generated = replace(data, split="generated", images=images, labels=labels)
     result = score(generated, "training on generated images")
     floor = reference.floors.get("cas", lambda: score(reference.floor_data, "training on real images"),
-                                 recipe=recipe_notes(data.name), seed=seed, bf16=bf16)
+                                 recipe=recipe_notes(data.source), seed=seed, bf16=bf16)
     return with_floor(result, floor)["cas"]
 
 
@@ -166,8 +178,8 @@ def memorisation(reference: Reference, images: Tensor, features: ImageFeatures, 
     `path` shows image | nearest in pixels | nearest in features: first of the closest images, then of others.
     """
     reference = reference._replace(autoencoder=None)  # its features are not compared here
-    train = load_dataset(reference.data.name, "train", data_dir).images
-    real = random_subset(load_dataset(reference.data.name, "test", data_dir), len(images)).images
+    train = load_dataset(reference.data.source, "train", data_dir).images
+    real = random_subset(load_dataset(reference.data.source, "test", data_dir), len(images)).images
     queries = torch.cat([images, real]).to(device)
     pixels, same_pixels = nearest(queries, train, adapting_bar("nearest in pixels"))
     query_features = torch.cat([features.features, reference.extract(real, "test").features])

@@ -61,8 +61,9 @@ def conditions(args, command: Sequence[str], device: torch.device, reference, co
     return dict(command=list(command), version=__version__, **made,
                 dataset=data.name, num_images=count, reference=dict(split=data.split, n=len(data.images)),
                 floor=dict(split=floor_data.split, n=len(floor_data.images)),
-                features=args.features, feature_network_sha256=weights_digest(data.name),
-                autoencoder_sha256=weights_digest(data.name, SUFFIX),
+                features=args.features,
+                feature_network_sha256=weights_digest(data.source, "" if data.class_names else SUFFIX),
+                autoencoder_sha256=weights_digest(data.source, SUFFIX),
                 device=device.type, precision=pick_precision(args.precision, device),
                 versions=dict(python=platform.python_version(), torch=str(torch.__version__), numpy=np.__version__,
                               torchvision=torchvision.__version__, torchmetrics=torchmetrics.__version__))
@@ -86,7 +87,8 @@ def print_figures(figures: dict[str, dict]) -> None:
 
 def print_classes(shares: dict[str, float]) -> None:
     """Print the share of each class among the generated images."""
-    print("Classes: " + ", ".join(f"{name} {share:.1%}" for name, share in shares.items()))
+    if shares:
+        print("Classes: " + ", ".join(f"{name} {share:.1%}" for name, share in shares.items()))
 
 
 def print_memorisation(report: dict) -> None:

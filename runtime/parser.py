@@ -3,10 +3,12 @@
 import argparse
 import difflib
 import math
+import os
 import sys
 from collections.abc import Callable
 
 from data import DATASETS
+from data_sources.pictures import FITS
 from runtime.errors import UserError
 from samplers import (
     DEFAULT_GUIDANCE,
@@ -101,6 +103,29 @@ def duration(text: str) -> float:
     return seconds
 
 
+def dataset(text: str) -> str:
+    """A type for add_argument: the name of a data set or, as an absolute path, what holds pictures."""
+    if text in DATASETS:
+        return text
+    if not os.path.exists(text):
+        near = difflib.get_close_matches(text, DATASETS, 1)
+        raise argparse.ArgumentTypeError(f"unknown data set {text!r}: choose one of {', '.join(DATASETS)}, or give the "
+                                         f"path of a folder, a .zip or a .npz of your own pictures"
+                                         f"{f'; did you mean {near[0]}?' if near else ''}")
+    return os.path.abspath(text)
+
+
+def colour(text: str) -> str:
+    """A type for add_argument: a colour that PIL knows."""
+    from PIL import ImageColor
+
+    try:
+        ImageColor.getrgb(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(f"must be a colour such as white, black or #ff8000, not {text!r}") from error
+    return text
+
+
 class LowAndHigh(argparse.Action):
     """An action for a flag that takes two numbers, the lower one first."""
 
@@ -112,7 +137,20 @@ class LowAndHigh(argparse.Action):
 
 
 SHARED_FLAGS = {
-    "dataset": dict(choices=tuple(DATASETS), default="mnist", help="the images to learn from or to look at"),
+    "dataset": dict(type=dataset, default="mnist", metavar="NAME|PATH",
+                    help=f"the images to learn from or to look at: {', '.join(DATASETS)}, or your own pictures: a "
+                         f"folder, a .zip of one, or a .npz; its sub-folders are the classes"),
+    # for your own pictures
+    "image_size": dict(type=int, metavar="N",
+                       help="for your own pictures: height and width in pixels, a multiple of 4 (default: 28, 32 or "
+                            "64, by their sizes; on a CPU at most 32)"),
+    "fit": dict(choices=FITS, default="crop",
+                help="how a picture of another shape is scaled: cut off what is too much, add --background at two "
+                     "sides, or stretch it"),
+    "channels": dict(choices=("auto", "1", "3"), default="auto",
+                     help="for your own pictures: 1 for grey, 3 for colour; auto: grey if every picture is"),
+    "background": dict(type=colour, default="white", metavar="COLOUR",
+                       help="what shows through the transparent parts of a picture"),
     "data_dir": dict(default="data", help="the folder with the data sets; what is missing is downloaded to it"),
     "output_dir": dict(default="outputs", help="the folder for the results"),
     "device": dict(default="auto", help="the device that computes: auto (CUDA, else MPS, else the CPU), cuda, cuda:N, "
@@ -157,6 +195,9 @@ SHARED_FLAGS = {
     "scale": dict(type=number(int, 1, 64), help="each pixel of a picture is drawn N×N large (default: by their number)",
                   metavar="N"),
 }
+
+
+PICTURE_FLAGS = ("image_size", "fit", "channels", "background")
 
 
 def add_shared_flags(parser, *names: str) -> None:

@@ -1,11 +1,15 @@
 """How flags and a checkpoint become the arguments of samplers.generate."""
 
+import os
 from argparse import Namespace
 from collections.abc import Sequence
+from pathlib import Path
 
 import torch
 from torch import Tensor
 
+from data import DATASETS
+from data_sources.cache import Pictures, about, cached, find_cached, pictures_of
 from runtime.errors import UserError, checking_user_input
 from samplers import (
     DEFAULT_GUIDANCE,
@@ -98,9 +102,41 @@ def is_student(config: dict) -> bool:
     return config["training"].get("student") is True
 
 
-def dataset_of(checkpoint: dict, asked: str | None = None) -> str:
-    """The data set that a checkpoint was trained on. UserError if --dataset asks for another."""
-    name = checkpoint["config"]["data"]["dataset"]
-    if asked not in (None, name):
-        raise UserError(f"the checkpoint was trained on {name}, not {asked}: leave out --dataset")
-    return name
+def dataset_of(checkpoint: dict, data_dir: str | Path, asked: str | None = None) -> str | Path:
+    """The data set of a checkpoint, as `load_dataset` takes it. UserError if --dataset asks for another.
+
+    Your own pictures come from their cache in data_dir; without it, or if they are asked for, they are read, and must
+    be those of the training.
+    """
+    data = checkpoint["config"]["data"]
+    name, trained = data["dataset"], data.get("pictures")
+    if not trained:
+        if asked not in (None, name):
+            raise UserError(f"the checkpoint was trained on {name}, not {asked}: leave out --dataset")
+        return name
+    if asked is None and (folder := find_cached(trained["key"], data_dir)):
+        return folder
+    path = asked or trained.get("path")
+    if path is None or not os.path.exists(path):
+        raise UserError(f"the checkpoint was trained on {name}, which is neither {path or 'known here'} nor in "
+                        f"{Path(data_dir) / 'pictures'}: give the pictures with --dataset PATH, or their --data_dir")
+    folder = cached(Pictures(str(path), data["shape"][1], trained["fit"], trained["channels"], trained["background"]),
+                    data_dir, quiet=True)
+    if (now := about(folder))["digest"] != trained["digest"]:
+        raise UserError(f"the checkpoint was trained on {trained['count']:,} pictures of {name}, and {path} now holds "
+                        f"others ({now['count']:,}): give those of the training, or train again")
+    return folder
+
+
+def chosen_dataset(args: Namespace, small: bool = True, quiet: bool = False) -> str | Path:
+    """The data set of --dataset, as `load_dataset` takes it: its name or, of your own pictures, their cache.
+
+    small: as for `data_sources.cache.cached`. UserError for flags of pictures with a data set that has a name.
+    """
+    if args.dataset not in DATASETS:
+        return cached(pictures_of(args), args.data_dir, small, quiet)
+    for name in Pictures._fields[1:]:
+        if getattr(args, name, default := Pictures._field_defaults[name]) != default:
+            raise UserError(f"--{name} is for your own pictures, --dataset PATH, and {args.dataset} is read as it is: "
+                            f"leave it out")
+    return args.dataset

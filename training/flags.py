@@ -6,13 +6,18 @@ from pathlib import Path
 
 import torch
 
-from data import DATASETS, LEVEL_CODES, ImageData, LevelCode, code_of, histogram_code
+from checkpoint import load_checkpoint
+from data import DATASETS, LEVEL_CODES, ImageData, LevelCode, code_of, histogram_code, noise_level
+from data_sources.cache import about
+from data_sources.folder import find_pictures
 from data_sources.points import POINT_SETS, is_points
 from diffusion import LOSS_WEIGHTS, PREDICTIONS, SCHEDULES, TIMESTEP_SAMPLING
 from models.layers import ACTIVATIONS
 from runtime import distributed
+from runtime.checkpoints import find_checkpoint
 from runtime.errors import UserError
-from runtime.parser import SHARED_FLAGS, Parser, add_shared_flags, duration, number
+from runtime.files import one_line
+from runtime.parser import PICTURE_FLAGS, SHARED_FLAGS, Parser, add_shared_flags, duration, number
 from training.autotune import LAYOUTS
 from training.learning_rate import LR_SCHEDULES
 from training.sizing import network_size
@@ -31,10 +36,37 @@ RECIPES = {
 POINT_DEFAULTS = dict(base_channels=128, depth=3, time_emb_dim=64, label_dropout=0.5, batch_size=256,
                       optimizer="adamw", precision="fp32", level_code="linear", sample_interval=5)
 
+PICTURES_BUDGET = 600.0  # seconds, of your own pictures without --epochs and --budget
+
 
 def defaults(args: Namespace) -> dict:
     """The defaults that the recipe and the data set of these flags give to others."""
-    return RECIPES[args.recipe] | (POINT_DEFAULTS if args.dataset in POINT_SETS else {})
+    own_pictures = args.dataset not in DATASETS and not (args.epochs or args.budget or args.resume)
+    return (RECIPES[args.recipe] | (POINT_DEFAULTS if args.dataset in POINT_SETS else {})
+            | (dict(budget=PICTURES_BUDGET) if own_pictures else {}) | init_defaults(args))
+
+
+def init_defaults(args: Namespace) -> dict:
+    """The network and the process of --init, whose weights fit nothing else: defaults for their flags."""
+    if not args.init:
+        return {}
+    config = load_checkpoint(find_checkpoint(args.init))["config"]
+    if args.dataset in POINT_SETS or is_points(config["data"]["shape"]):
+        raise UserError("--init is for images, not for points in the plane: leave it out")
+    return ({flag: config["model"][flag] for flag in MODEL_FLAGS["unet"] if flag in config["model"]}
+            | {flag: config["diffusion"][flag] for flag in INIT_PROCESS if flag in config["diffusion"]})
+
+
+def start_from(model, args: Namespace) -> str:
+    """Give a new network the weights of --init, as far as their shapes fit; returns a line that says how far."""
+    weights, own = load_checkpoint(path := find_checkpoint(args.init))["ema"], model.state_dict()
+    fits = {name: weight for name, weight in weights.items() if name in own and own[name].shape == weight.shape}
+    left = sorted(own.keys() - fits.keys())
+    if not fits:
+        raise UserError(f"no weight of {path} fits this network: leave out the flags that set another network")
+    model.load_state_dict(own | fits)
+    return (f"Starting from {len(fits)} of the {len(own)} tensors of {path}"
+            f"{f'; new, because they have another shape: {one_line(chr(44).join(left), 300)}' if left else ''}")
 
 
 def batch_size(text: str) -> int | str:
@@ -57,10 +89,11 @@ def make_parser(description: str) -> Parser:
                             "anyway, unless --no-compile (default: on CUDA, for a --budget of ten minutes or more)")
     group.add_argument("--epochs", type=number(int, 1),
                        help="the number of passes over the training images (default: 20, or as many as --budget "
-                            "allows)")
+                            "allows; of few pictures of your own an epoch is several passes)")
     group.add_argument("--budget", type=duration, metavar="TIME",
                        help="the wall-clock time for everything, including start-up, saving and (with --resume) the "
-                            "time used before: 90s, 10m, 1.5h")
+                            "time used before: 90s, 10m, 1.5h (default: 10m for your own pictures without "
+                            "--epochs, else none)")
     group.add_argument("--train_images", type=number(int, 1), help="learn from the first N training images only")
     group.add_argument("--sample_interval", type=number(int, 0), default=1,
                        help="write a grid of samples every N epochs; 0: never")
@@ -80,6 +113,17 @@ def make_parser(description: str) -> Parser:
                             "and --budget count from the beginning of the run. On a CPU the run then ends with the "
                             "bits of one that was not interrupted, given the same number of threads; on CUDA it "
                             "differs by rounding, because cuDNN chooses its algorithms by timing them")
+    group.add_argument("--init", metavar="FILE",
+                       help="start from the weights of this checkpoint, or of a pretrained model by its name, with its "
+                            "network and process: the best that few pictures can get; what does not fit is named")
+    group = parser.add_argument_group("your own pictures (--dataset PATH)")
+    add_shared_flags(group, *PICTURE_FLAGS)
+    group.add_argument("--hflip", action=BooleanOptionalAction, default=False,
+                       help="show half of the pictures mirrored, for photographs and the like: not for what has a left "
+                            "and a right, as letters do")
+    group.add_argument("--look", action="store_true",
+                       help="write look.png, 64 of the pictures as the network will see them, with the number of each "
+                            "class, and stop")
     group = parser.add_argument_group("diffusion process")
     group.add_argument("--level_code", choices=LEVEL_CODES,
                        help="the numbers that the network sees for the 256 levels of a pixel; histogram: common levels "
@@ -154,29 +198,35 @@ def make_parser(description: str) -> Parser:
 IMAGE_FLAGS = ("channel_mults", "middle_depth", "attention", "patch_size", "checkpointing", "learn_variance")
 MLP_FLAGS = ("base_channels", "time_emb_dim", "depth", "activation")
 MODEL_FLAGS = {"unet": MLP_FLAGS + IMAGE_FLAGS, "mlp": MLP_FLAGS}
+INIT_PROCESS = ("schedule", "prediction", "timestep_sampling", "zero_terminal_snr")
 DIFFUSION_FLAGS = {"timesteps": "num_timesteps"} | {name: name for name in (
     "schedule", "prediction", "timestep_sampling", "noise_mean", "noise_std", "loss_weight", "snr_gamma",
     "zero_terminal_snr")}
 TRAINER_FLAGS = ("batch_size", "optimizer", "lr", "muon_lr", "lr_schedule", "warmup", "weight_decay", "max_grad_norm",
-                 "ema_decay", "conditional", "label_dropout", "precision", "seed")
+                 "ema_decay", "conditional", "label_dropout", "precision", "seed", "hflip")
 # Shares of the training times, with --timestep_sampling lognormal: T - 1, and nearly clean images.
 SHARES = dict(last_share=0.01, low_share=0.05)
 FIXED_FLAGS = ("train_images", "batch_size", "optimizer")  # besides network and data: what --resume cannot change
 
 
-def check_point_flags(parser: Parser, args: Namespace) -> None:
-    """UserError for flags of the command line that change nothing for points in the plane."""
-    unread = sorted({*IMAGE_FLAGS, "level_code"} & parser.typed) if args.dataset in POINT_SETS else []
+def check_flags_of_data(parser: Parser, args: Namespace) -> None:
+    """UserError for flags that change nothing for points in the plane, and for classes of pictures that have none."""
+    own = args.dataset not in DATASETS
+    if own and "conditional" in parser.typed and args.conditional and not find_pictures(Path(args.dataset)).class_names:
+        parser.error(f"--conditional needs two classes or more, and {args.dataset} has none: put the pictures of each "
+                     f"class into a sub-folder of its name, or leave it out")
+    unread = sorted({*IMAGE_FLAGS, "level_code", "hflip", "look"} & parser.typed) if args.dataset in POINT_SETS else []
     if unread:
         parser.error(f"--{unread[0]} is for images, and {args.dataset} holds points in the plane: leave it out")
 
 
 def make_settings(args: Namespace, data: ImageData, device: torch.device) -> Namespace:
     """A copy of the flags in which those that depend on the data, the budget or the device have their values."""
-    mean, std = DATASETS[args.dataset].noise_level
+    mean, std = noise_level(data)
     size = network_size(data.images.shape[1:], len(data.images), args.budget, device, args.patch_size)
     open_flags = {name: getattr(args, name) or value for name, value in size.items()} | dict(
         epochs=20 if args.epochs is None and args.budget is None else args.epochs,
+        conditional=args.conditional and bool(data.class_names),
         noise_mean=mean if args.noise_mean is None else args.noise_mean, noise_std=args.noise_std or std)
     return Namespace(**vars(args) | open_flags)
 
@@ -206,19 +256,32 @@ def make_config(settings: Namespace, data: ImageData, saved: dict | None = None)
                    num_classes=len(data.class_names) if settings.conditional else None),
         diffusion=dict({ours: getattr(settings, flag) for flag, ours in DIFFUSION_FLAGS.items()}, data_std=data_std,
                        **shares),
-        data=dict(dataset=data.name, shape=list(data.images.shape[1:]), class_names=list(data.class_names), **code))
+        data=dict(dataset=data.name, shape=list(data.images.shape[1:]), class_names=list(data.class_names), **code,
+                  **_pictures(data)))
+
+
+PICTURES = ("path", "fit", "channels", "background", "key", "digest", "count")  # of about.json, in a config
+
+
+def _pictures(data: ImageData) -> dict:
+    """What a checkpoint says of your own pictures, so that its scripts find them again and know them; else nothing."""
+    return dict(pictures={name: about(data.folder)[name] for name in PICTURES}) if data.folder else {}
 
 
 # ----------------------------------------------------------------------------------------------------------- resuming
 
 BEFORE_FLAGS = dict(level_code="linear")  # what versions that did not have these flags did
-OWN_FLAGS = ("output_dir", "data_dir", "device", "resume")  # a resumed run does not take these from its checkpoint
+OWN_FLAGS = ("output_dir", "data_dir", "device", "resume", "look", "init")  # not those of the run that is resumed
 
 
 def without_own_flags(config: dict) -> dict:
     """The config of a checkpoint without OWN_FLAGS, which name folders and devices of the machine that trained it."""
     training = {name: value for name, value in config["training"].items() if name not in OWN_FLAGS}
-    return config | dict(training=training)
+    if not (pictures := config["data"].get("pictures")):
+        return config | dict(training=training)
+    training, pictures = training | dict(dataset=config["data"]["dataset"]), dict(pictures)
+    pictures.pop("path", None)
+    return config | dict(training=training, data=config["data"] | dict(pictures=pictures))
 
 
 def resume_command(args: Namespace) -> str:
@@ -269,7 +332,9 @@ def check_resumable(checkpoint: dict, config: dict, command: str) -> None:
 
     config: that of the run, its part "training" included; command: what resumes the run as it was.
     """
-    asked = config | dict(training={name: config["training"][name] for name in FIXED_FLAGS})
+    _check_pictures(checkpoint["config"]["data"].get("pictures"), config["data"].get("pictures"))
+    asked = config | dict(training={name: config["training"][name] for name in FIXED_FLAGS},
+                          data={name: value for name, value in config["data"].items() if name != "pictures"})
     for part, values in asked.items():
         for name, value in sorted(values.items(), key=lambda item: item[0] in ("channel_mults", "attention")):
             before = checkpoint["config"][part].get(name, False)  # a feature that the file does not know was off
@@ -278,3 +343,9 @@ def check_resumable(checkpoint: dict, config: dict, command: str) -> None:
                                 f"it as it was with {command}, or start a new run without --resume")
 
 
+def _check_pictures(before: dict | None, now: dict | None) -> None:
+    """UserError if a run was trained on other pictures of one's own than those that are read now."""
+    if before and now and before["digest"] != now["digest"]:
+        raise UserError(f"the checkpoint was trained on {before['count']:,} pictures, and {now['path']} now holds "
+                        f"others ({now['count']:,}): bring the old ones back to resume, or start a new run without "
+                        f"--resume, with --init and the checkpoint if it is to go on from there")

@@ -5,6 +5,7 @@ the same batches.
 """
 
 import copy
+import math
 from collections.abc import Callable
 
 import torch
@@ -23,8 +24,9 @@ from training.learning_rate import ema_decay_at, learning_rate
 from training.optimizers import make_optimizers, restore_optimizer, set_learning_rates, step_unless
 from utils import autocast, generator_for
 
-ORDER, LABELS, NOISE = range(3)  # the purpose of a random generator, a part of its key
+ORDER, LABELS, NOISE, FLIPS = range(4)  # the purpose of a random generator, a part of its key
 VALIDATION_LOSS_IMAGES = 2048
+EPOCH_IMAGES = 8000  # an epoch of your own pictures shows at least so many images
 
 
 class Trainer:
@@ -32,6 +34,7 @@ class Trainer:
 
     data         the training images, on the device where the model is trained
     batch_size   images in a step, of all processes together
+    hflip        mirror each image with probability 1/2
     cuda_graph   run each step as one CUDA graph
 
     UserError for a batch size that the number of processes does not divide.
@@ -41,16 +44,18 @@ class Trainer:
                  optimizer: str = "muon", lr: float = 2e-3, muon_lr: float = 0.02, warmup: float = 0.02,
                  lr_schedule: str = "cosine", weight_decay: float = 0.0, max_grad_norm: float = 1.0,
                  ema_decay: float = 0.999, conditional: bool = False, label_dropout: float = 0.1,
-                 precision: str = "fp32", seed: int = 0, cuda_graph: bool = False):
+                 precision: str = "fp32", seed: int = 0, hflip: bool = False,
+                 cuda_graph: bool = False):
         self.data, self.model, self.diffusion, self.device = data, model, diffusion, data.images.device
-        self.batch_size = min(batch_size, len(data.images))
+        self.repeats = repeats_of(data)
+        self.batch_size = min(batch_size, self.repeats * len(data.images))
         if self.batch_size % distributed.world_size():
             raise UserError(f"a batch of {self.batch_size} does not divide among {distributed.world_size()} processes: "
                             f"choose a --batch_size that does")
         self.warmup, self.lr_schedule = warmup, lr_schedule
         self.max_grad_norm, self.ema_decay = max_grad_norm, ema_decay
         self.conditional, self.label_dropout = conditional, label_dropout
-        self.precision, self.seed, self.step = precision, seed, 0
+        self.precision, self.seed, self.hflip, self.step = precision, seed, hflip, 0
         self.network = DistributedDataParallel(model) if distributed.world_size() > 1 else model
         self.ema = copy.deepcopy(model).requires_grad_(False)
         self.optimizers = make_optimizers(model, optimizer, lr, muon_lr, weight_decay, cuda_graph)
@@ -60,7 +65,7 @@ class Trainer:
 
     @property
     def steps_per_epoch(self) -> int:
-        return len(self.data.images) // self.batch_size
+        return self.repeats * len(self.data.images) // self.batch_size
 
     @property
     def local_batch(self) -> int:
@@ -88,11 +93,16 @@ class Trainer:
     def batch(self) -> tuple[Tensor, Tensor | None]:
         """Images (B, C, H, W) in [-1, 1] of the next step, and labels (B,), some of them replaced by "no label"."""
         if self._order[0] != self.epoch:
-            order = torch.randperm(len(self.data.images), generator=generator_for(self.seed, ORDER, self.epoch))
-            self._order = self.epoch, order.to(self.device)
+            generator = generator_for(self.seed, ORDER, self.epoch)
+            order = [torch.randperm(len(self.data.images), generator=generator) for _ in range(self.repeats)]
+            self._order = self.epoch, torch.cat(order).to(self.device)
         first = self.step % self.steps_per_epoch * self.batch_size
         chosen = self._order[1][first:first + self.batch_size]
         images = self.data.x_0(chosen)
+        if self.hflip:
+            generator = generator_for(self.seed, FLIPS, self.step, device=self.device)
+            mirrored = torch.rand(len(chosen), 1, 1, 1, generator=generator, device=self.device) < 0.5
+            images = torch.where(mirrored, images.flip(3), images)
         if not self.conditional:
             return images, None
         generator = generator_for(self.seed, LABELS, self.step, device=self.device)
@@ -175,6 +185,11 @@ class Trainer:
         self.skipped = torch.tensor(skipped, dtype=torch.float32, device=self.device)
 
 
+def repeats_of(data: ImageData) -> int:
+    """How often an epoch shows each image: of few pictures of one's own often, else samples would take all the time."""
+    return 1 if data.folder is None else -(-EPOCH_IMAGES // len(data.images))
+
+
 def rehearse_step(model: nn.Module, diffusion: DiffusionProcess, data: ImageData, conditional: bool, precision: str,
                   count: int) -> None:
     """Use as much memory as a training step with `count` images in this process, and change nothing."""
@@ -202,11 +217,13 @@ def fitting_batch(rehearse: Callable[[int], None], count: int, device: torch.dev
 
 @torch.no_grad()
 def validation_loss(trainer: Trainer, validation: ImageData) -> float:
-    """The loss of the averaged weights on validation images, always with the same times and noise.
+    """The loss of the averaged weights on validation images, always with the same times and noise; NaN without any.
 
     It leaves out the loss of learned variances, so that networks with and without them can be compared.
     """
     count, device = min(VALIDATION_LOSS_IMAGES, len(validation.images)), trainer.device
+    if not count:
+        return math.nan
     generator = generator_for(0)
     u = (torch.arange(count) + torch.rand(count, generator=generator)) / count
     t = (u * trainer.diffusion.num_timesteps).long()

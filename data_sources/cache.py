@@ -1,0 +1,322 @@
+"""Your own pictures, read once into one file that later runs map into memory.
+
+data_dir/pictures/NAME-KEY holds for one folder of pictures and one way to read them, which KEY stands for:
+
+    images.npy    (N, C, H, W) uint8: the test split, then validation, then train, each in the order of hashes
+    labels.npy    (N,) int64
+    about.json    what was read: see `_about`
+
+A picture's split and place follow from a hash of its pixels, so that copies of one picture are always in the same
+split, and the files are the same on every machine, whatever the folder is called and in whichever order it is listed.
+"""
+
+import contextlib
+import hashlib
+import json
+import multiprocessing
+import os
+import re
+import shutil
+import statistics
+import warnings
+from argparse import Namespace
+from collections.abc import Iterator, Sequence
+from concurrent.futures import Executor, ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+from filelock import FileLock
+
+from data_sources.folder import Found, Source, describe, find_pictures
+from data_sources.pictures import decode, open_image
+from runtime.errors import RunFailed, UserError
+from runtime.files import check_writable, one_line, write_json
+from runtime.progress import Bar
+
+VERSION = 1  # of what is read from a picture; part of the key
+MIN_HELD_OUT, HELD_OUT = 200, 0.1  # of fewer different pictures none is held out; else these shares for two splits
+SIZES, LARGEST = (28, 32, 64), 512  # the sides that are chosen by themselves; the largest that can be asked for
+SIZED = 100  # pictures whose sizes are looked at
+CHUNK, MIN_PARALLEL = 32, 256  # pictures that a process reads at a time; fewer are read without other processes
+BLOCK = 4096  # pictures that are sorted into the final file at a time
+
+
+class Pictures(NamedTuple):
+    """Pictures and how to read them: the flags of these names; image_size None: chosen."""
+
+    path: str
+    image_size: int | None = None
+    fit: str = "crop"
+    channels: str = "auto"
+    background: str = "white"
+
+
+def pictures_of(args: Namespace) -> Pictures:
+    """The pictures that the flags ask for."""
+    return Pictures(args.dataset, **{name: getattr(args, name) for name in Pictures._fields[1:] if hasattr(args, name)})
+
+
+# ------------------------------------------------------------------------------------------------- finding the cache
+
+
+def cached(pictures: Pictures, data_dir: str | Path, small: bool = True, quiet: bool = False) -> Path:
+    """The folder of the cache of these pictures, which are read if that has not been done or if any file has changed.
+
+    small: where no size is asked for, choose at most 32 pixels, for a slow device. Prints what was found. UserError if
+    the pictures cannot be used.
+    """
+    path = Path(pictures.path).absolute()
+    found = find_pictures(path)
+    pictures = pictures._replace(path=str(path), image_size=_checked_size(pictures.image_size) or _size(
+        Source(path), found.names, small))
+    name, place = short_name(path), Path(data_dir).absolute() / "pictures"
+    key = hashlib.sha256(repr((VERSION, found.listing, found.class_names, pictures[1:])).encode()).hexdigest()[:16]
+    folder = place / f"{name}-{key}"
+    if not (folder / "about.json").exists():
+        check_writable(place)
+        with FileLock(place / f".{folder.name}.lock"):  # ends with the process
+            if not (folder / "about.json").exists():
+                _read_all(pictures, found, name, folder)
+    if not quiet:
+        print("\n".join(summary(about(folder))), flush=True)
+    return folder
+
+
+def find_cached(key: str, data_dir: str | Path) -> Path | None:
+    """The folder of the cache with this key, if it is there: the pictures themselves are not needed then."""
+    if not re.fullmatch("[0-9a-f]{16}", key):
+        return None
+    found = sorted((Path(data_dir).absolute() / "pictures").glob(f"*-{key}/about.json"))
+    return found[0].parent if found else None
+
+
+def short_name(path: Path) -> str:
+    """A name for a data set that is also good for a file: letters, digits and _.- of the name of `path`."""
+    return f"my_{re.sub(r'[^A-Za-z0-9_.-]+', '_', path.stem).strip('._') or 'pictures'}"[:43]
+
+
+def about(folder: Path) -> dict:
+    """about.json of a cache. UserError if it is missing or damaged."""
+    try:
+        content = json.loads((folder / "about.json").read_text())
+        return content if content["splits"].keys() == {"test", "validation", "train"} else content["missing"]
+    except (OSError, ValueError, KeyError, AttributeError, TypeError) as error:
+        raise UserError(f"{folder} is damaged: delete it, then the pictures are read again") from error
+
+
+def open_split(folder: Path, split: str) -> tuple[np.ndarray, np.ndarray, dict]:
+    """(images (N, C, H, W) uint8 mapped from the file, labels (N,) int64, about.json) of a split; N may be 0."""
+    content = about(folder)
+    try:  # "c": changes of the array are not written to the file
+        images, labels = (np.load(folder / f"{name}.npy", mmap_mode="c") for name in ("images", "labels"))
+        if images.dtype != np.uint8 or images.ndim != 4 or not len(images) == len(labels) == content["count"]:
+            raise ValueError("other arrays than about.json says")
+    except (OSError, ValueError, KeyError) as error:
+        raise UserError(f"{folder} is damaged ({one_line(error)}): delete it, then the pictures are read "
+                        f"again") from error
+    first = 0
+    for name, count in content["splits"].items():
+        if name == split:
+            return images[first:first + count], np.array(labels[first:first + count]), content
+        first += count
+    raise KeyError(split)
+
+
+def summary(content: dict) -> Iterator[str]:
+    """Lines that say what was read: about.json in words."""
+    skipped, shape, splits = content["skipped"], content["shape"], content["splits"]
+    said = [f"{content['name']}: {content['count']:,} pictures used"]
+    said += [describe(skipped)] if skipped else []
+    said += [f"{content['others']:,} other files"] if content["others"] else []
+    yield "; ".join(said)
+    classes = ", ".join(f"{name} {count:,}" for name, count in zip(content["class_names"], content["counts"],
+                                                                   strict=True))
+    kind, number = "grey" if shape[0] == 1 else "colour", len(content["class_names"])
+    yield (f"As {shape[1]}×{shape[2]}, {kind}, --fit {content['fit']}; "
+           f"{f'{number} classes: {one_line(classes, 300)}' if classes else 'no classes'}")
+    if content["mixed"]:
+        yield "Some lie beside the sub-folders: for classes, move every picture into a sub-folder"
+    if content["transparent"]:
+        yield f"{content['transparent']:,} have transparent parts, which show --background {content['background']}"
+    if 0 < content["coloured"] < 0.1 * content["count"]:
+        yield f"Only {content['coloured']:,} have colours: --channels 1 turns them to grey"
+    if splits["test"]:
+        yield (f"{splits['train']:,} to learn from, {splits['validation']:,} for validation and {splits['test']:,} for "
+               f"test, chosen by their content")
+    else:
+        yield (f"With fewer than {MIN_HELD_OUT} different pictures none is held out: there is no validation loss, and "
+               f"evaluate.py cannot compare with unseen pictures")
+
+
+# ---------------------------------------------------------------------------------------------- choosing and reading
+
+
+def _checked_size(side: int | None) -> int | None:
+    """--image_size. UserError, with the nearest valid one, for a side that the networks cannot divide."""
+    if side is not None and (side % 4 or not 8 <= side <= LARGEST):
+        nearest = min(LARGEST, max(8, 4 * round(side / 4)))
+        raise UserError(f"--image_size must be a multiple of 4 from 8 to {LARGEST}: the nearest to {side} is {nearest}")
+    return side
+
+
+def _size(source: Source, names: Sequence[str], small: bool) -> int:
+    """The largest of SIZES that is no more than the median shorter side of the pictures; if `small` at most 32."""
+    sides = []
+    for name in names[::max(1, len(names) // SIZED)]:
+        with contextlib.suppress(Exception), open_image(source.open(name)) as image:  # it is named when it is read
+            sides.append(min(image.size))
+    most = min(statistics.median(sides or [SIZES[0]]), 32 if small else SIZES[-1])
+    return max([side for side in SIZES if side <= most], default=SIZES[0])
+
+
+class _Task(NamedTuple):
+    """What the reading processes share: where the pictures are, their shape, and the file that gets them."""
+
+    pictures: Pictures
+    shape: tuple[int, int, int]
+    names: Sequence[str]
+    scratch: Path
+
+
+def _read_rows(rows: range) -> list[tuple[bytes, bool, bool, str]]:
+    """Read pictures into their rows of the scratch file; (hash, has colours, transparent, why not) of each."""
+    task, source, written = _shared
+    if source is None:
+        source = Source(Path(task.pictures.path))
+        written = np.load(task.scratch, mmap_mode="r+")
+        _shared[1:] = source, written
+    result = []
+    for row in rows:
+        try:
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")
+                pixels, transparent = decode(source.open(task.names[row]), task.shape, task.pictures.fit,
+                                             task.pictures.background)
+        except MemoryError:
+            result.append((b"", False, False, "there is too little memory for it"))
+        except Exception as error:  # PIL raises different errors for damaged files
+            result.append((b"", False, False, one_line(error).replace(f"{task.pictures.path}/", "") or "damaged"))
+        else:
+            written[row] = pixels
+            coloured = bool((pixels != pixels[..., :1]).any())
+            in_colour = np.ascontiguousarray(np.broadcast_to(pixels, (*pixels.shape[:2], 3)))
+            result.append((hashlib.sha256(in_colour.data).digest(), coloured, transparent, ""))
+    return result
+
+
+_shared: list = [None, None, None]  # of a reading process: its _Task, Source, and the scratch file mapped into memory
+
+
+def _share(task: _Task) -> None:
+    _shared[:] = task, None, None
+
+
+@contextlib.contextmanager
+def _readers(task: _Task) -> Iterator[Executor | None]:
+    """Processes that call `_read_rows`; None, for this process alone, where there is little to read."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    if len(task.names) < MIN_PARALLEL or cores == 1:
+        _share(task)
+        try:
+            yield None
+        finally:
+            _share(None)
+    else:  # fork starts at once, where it is safe
+        method = "fork" if "fork" in multiprocessing.get_all_start_methods() and os.name == "posix" else "spawn"
+        with warnings.catch_warnings(), ProcessPoolExecutor(
+                cores, multiprocessing.get_context(method), _share, (task,)) as executor:
+            warnings.simplefilter("ignore", DeprecationWarning)  # of fork beside threads: the readers use none
+            yield executor
+
+
+def _read_all(pictures: Pictures, found: Found, name: str, folder: Path) -> None:
+    """Read the pictures and write the folder of their cache, whole or not at all."""
+    temporary, side = folder.with_name(f".{folder.name}.tmp"), pictures.image_size
+    shutil.rmtree(temporary, ignore_errors=True)  # of a process that was killed
+    task = _Task(pictures, (1 if pictures.channels == "1" else 3, side, side), found.names, temporary / "scratch.npy")
+    _check_space(folder.parent, 2 * len(found.names) * task.shape[0] * side * side)
+    try:
+        temporary.mkdir()
+        scratch = np.lib.format.open_memmap(task.scratch, "w+", np.uint8, (len(found.names), side, side, task.shape[0]))
+        facts = _read_in_parallel(task)
+        content = _sort(scratch, facts, found, pictures, temporary)
+        del scratch  # some systems do not delete a file that is mapped
+        task.scratch.unlink()
+        write_json(dict(name=name, **content, key=folder.name[-16:]), temporary / "about.json")
+        shutil.rmtree(folder, ignore_errors=True)  # without an about.json
+        os.replace(temporary, folder)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def _check_space(folder: Path, size: int) -> None:
+    """UserError if the disk has less than `size` bytes left."""
+    if (free := shutil.disk_usage(folder).free) < size:
+        raise UserError(f"reading the pictures takes up to {size:,} bytes in {folder}, and {free:,} are free: choose "
+                        f"another --data_dir, or a smaller --image_size")
+
+
+def _read_in_parallel(task: _Task) -> list[tuple[bytes, bool, bool, str]]:
+    """What `_read_rows` returns for all pictures, with a bar."""
+    chunks = [range(first, min(first + CHUNK, len(task.names))) for first in range(0, len(task.names), CHUNK)]
+    with _readers(task) as executor:
+        results = executor.map(_read_rows, chunks) if executor else map(_read_rows, chunks)
+        facts: list = []
+        try:
+            with Bar("reading pictures", len(task.names), "pictures") as bar:
+                for part in results:
+                    facts += part
+                    bar.update(len(part))
+        except BrokenProcessPool as error:
+            raise RunFailed("a process that reads pictures was killed, perhaps because memory ran out: close other "
+                            "programs and run again") from error
+        except BaseException:
+            if executor:
+                executor.shutdown(wait=False, cancel_futures=True)
+            raise
+    return facts
+
+
+def _sort(scratch: np.ndarray, facts: Sequence, found: Found, pictures: Pictures, folder: Path) -> dict:
+    """Write images.npy and labels.npy in `folder` from what was read; returns what about.json says of them.
+
+    UserError if no picture could be read.
+    """
+    skipped = found.skipped | {name: why for name, (*_, why) in zip(found.names, facts, strict=True) if why}
+    used = [row for row, (*_, why) in enumerate(facts) if not why]
+    if not used:
+        raise UserError(f"{pictures.path} holds no picture that can be read; {describe(skipped)}")
+    hashes = [facts[row][0] for row in used]
+    used = [used[i] for i in sorted(range(len(used)), key=lambda i: (hashes[i], found.labels[used[i]]))]
+    hashes.sort()
+    coloured, transparent = (sum(facts[row][part] for row in used) for part in (1, 2))
+    channels = 1 if pictures.channels == "1" or (pictures.channels == "auto" and not coloured) else 3
+    images = np.lib.format.open_memmap(folder / "images.npy", "w+", np.uint8,
+                                       (len(used), channels, *scratch.shape[1:3]))
+    for first in range(0, len(used), BLOCK):
+        rows = scratch[used[first:first + BLOCK]]
+        images[first:first + len(rows)] = rows[..., :channels].transpose(0, 3, 1, 2)
+    images.flush()
+    labels = np.array([found.labels[row] for row in used], np.int64)
+    np.save(folder / "labels.npy", labels)
+    class_names = list(found.class_names)
+    digest = hashlib.sha256(b"".join(hashes) + labels.tobytes() + json.dumps([class_names, images.shape]).encode())
+    return dict(count=len(used), shape=list(images.shape[1:]), class_names=class_names,
+                counts=np.bincount(labels, minlength=len(class_names)).tolist()[:len(class_names)],
+                splits=_splits(hashes), digest=digest.hexdigest(), others=found.others, mixed=found.mixed,
+                coloured=coloured, transparent=transparent, skipped=skipped,
+                **pictures._asdict())
+
+
+def _splits(hashes: Sequence[bytes]) -> dict[str, int]:
+    """How many of the sorted hashes each split gets, in the order of the file: by the number that a hash begins with.
+
+    So a picture stays in its split when others are added.
+    """
+    if len(set(hashes)) < MIN_HELD_OUT:
+        return dict(test=0, validation=0, train=len(hashes))
+    shares = np.array([int.from_bytes(each[:8], "big") / 2**64 for each in hashes])
+    test, held_out = np.searchsorted(shares, [HELD_OUT, 2 * HELD_OUT]).tolist()
+    return dict(test=test, validation=held_out - test, train=len(hashes) - held_out)

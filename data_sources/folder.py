@@ -1,0 +1,196 @@
+"""Find the pictures of a folder, a .zip of one or a .npz, and their classes, without opening any of them."""
+
+import hashlib
+import io
+import os
+import stat
+import unicodedata
+import zipfile
+from collections.abc import Iterator, Sequence
+from itertools import takewhile
+from pathlib import Path, PurePosixPath
+from typing import NamedTuple
+
+import numpy as np
+
+from data_sources.pictures import MAX_RATIO, MIN_BYTES
+from runtime.errors import UserError
+from runtime.files import check_archive, one_line
+
+SUFFIXES = (".png", ".jpg", ".jpeg", ".jfif", ".webp", ".gif", ".bmp", ".tif", ".tiff")
+MAX_BYTES = 2**28  # of one file
+
+
+class Found(NamedTuple):
+    """The pictures of a folder or archive: their names in it, sorted, with a label each.
+
+    class_names   of the sub-folders, sorted; empty where there are no classes
+    skipped       why a picture is not among them, by its name
+    others        how many files are no pictures, by their names
+    listing       a sha256 of the names, sizes and dates (in an archive: checksums): it changes when a file does
+    mixed         whether pictures lie beside sub-folders with pictures, so that there are no classes
+    """
+
+    names: list[str]
+    labels: list[int]
+    class_names: tuple[str, ...]
+    skipped: dict[str, str]
+    others: int
+    listing: str
+    mixed: bool
+
+
+def find_pictures(path: Path) -> Found:
+    """The pictures in a folder with its sub-folders, a .zip or a .npz. UserError if `path` is none, or holds none.
+
+    The sub-folders of the first level are the classes. A folder that holds nothing but one sub-folder counts as that
+    sub-folder. Hidden files, and files whose names do not end in one of SUFFIXES, are not looked at.
+    """
+    skipped: dict[str, str] = {}
+    if path.suffix == ".npz" and path.is_file():
+        return _find_in_npz(path)
+    if path.is_dir():
+        files = list(_files_of_folder(str(path), skipped))
+    elif path.is_file() and zipfile.is_zipfile(path):
+        files = list(_files_of_archive(path, skipped))
+    else:
+        raise UserError(f"{path} is no folder, no .zip and no .npz: give the folder that holds your pictures")
+    files = sorted(entry for entry in files if not any(part.startswith((".", "__MACOSX"))
+                                                       for part in entry[0].split("/")))
+    pictures = [entry for entry in files if entry[0].lower().endswith(SUFFIXES)]
+    if not pictures:
+        why = f"; {describe(skipped)}" if skipped else ""
+        raise UserError(f"{path} holds no pictures ({len(files):,} other files{why}): give a folder with "
+                        f"{', '.join(SUFFIXES[:6])} ... files")
+    listing = hashlib.sha256()
+    for entry in pictures:
+        listing.update(repr(entry).encode(errors="surrogateescape"))
+    names = [name for name, *_ in pictures]
+    labels, class_names, mixed = _classes(names)
+    return Found(names, labels, class_names, skipped, len(files) - len(pictures), listing.hexdigest(), mixed)
+
+
+def _files_of_folder(top: str, skipped: dict[str, str]) -> Iterator[tuple[str, int, int]]:
+    """(name, size, date) of every file below `top`; a folder that links lead to again and again counts once."""
+    waiting, seen = [""], set()
+    while waiting:
+        inner = waiting.pop()
+        try:
+            about = os.stat(os.path.join(top, inner))
+            if (about.st_dev, about.st_ino) in seen:
+                continue
+            seen.add((about.st_dev, about.st_ino))
+            entries = sorted(os.scandir(os.path.join(top, inner)), key=lambda entry: entry.name)
+        except OSError as error:
+            skipped[inner] = error.strerror or "it cannot be read"
+            continue
+        for entry in entries:
+            name = f"{inner}/{entry.name}" if inner else entry.name
+            try:
+                if entry.name.startswith("."):
+                    continue
+                if entry.is_dir():
+                    waiting.append(name)
+                elif stat.S_ISREG((about := entry.stat()).st_mode):
+                    yield name, about.st_size, about.st_mtime_ns
+            except OSError as error:  # such as a link to nothing, or to itself
+                skipped[name] = error.strerror or "it cannot be read"
+
+
+def _files_of_archive(path: Path, skipped: dict[str, str]) -> Iterator[tuple[str, int, int]]:
+    """(name, size, checksum) of every file of a .zip. UserError if it is damaged or would unpack to too much."""
+    try:
+        check_archive(path, largest=max(MIN_BYTES, MAX_RATIO * path.stat().st_size))
+        with zipfile.ZipFile(path) as archive:
+            parts = archive.infolist()
+    except (UserError, zipfile.BadZipFile, OSError, NotImplementedError, ValueError) as error:
+        raise UserError(f"{path} is damaged or no .zip of pictures: {one_line(error)}") from error
+    for part in parts:
+        if ".." in PurePosixPath(part.filename).parts or part.filename.startswith("/"):
+            skipped[part.filename] = "its path leads out of the archive"
+        elif not part.is_dir():
+            yield part.filename, part.file_size, part.CRC
+
+
+def _classes(names: Sequence[str]) -> tuple[list[int], tuple[str, ...], bool]:
+    """(labels, class names, mixed) of pictures by their first sub-folders, below the folders that all of them share."""
+    parts = [name.split("/")[:-1] for name in names]
+    shared = sum(1 for _ in takewhile(lambda folders: len(set(folders)) == 1, zip(*parts, strict=False)))
+    tops = [_plain(folders[shared]) if len(folders) > shared else "" for folders in parts]
+    class_names = sorted(set(tops))
+    if len(class_names) < 2 or "" in class_names:
+        return [0] * len(names), (), len(class_names) > 1
+    numbers = {name: number for number, name in enumerate(class_names)}
+    return [numbers[top] for top in tops], tuple(class_names), False
+
+
+def _plain(name: str) -> str:
+    """The name of a file or folder on one line, in the same form whatever the file system keeps."""
+    return unicodedata.normalize("NFC", one_line(os.fsencode(name).decode("utf-8", "replace"), 100)) or "?"
+
+
+def describe(skipped: dict[str, str], shown: int = 3) -> str:
+    """"3 skipped: a.png (truncated), ..." with the first of them."""
+    some = ", ".join(f"{_plain(name)} ({one_line(why, 90)})" for name, why in list(skipped.items())[:shown])
+    return f"{len(skipped):,} skipped: {some}{', ...' if len(skipped) > shown else ''}"
+
+
+def _find_in_npz(path: Path) -> Found:
+    """The pictures of a .npz by their numbers: arr_0 or images (N, H, W) or (N, H, W, C) uint8, labels (N,) or none.
+
+    UserError if it holds other arrays. Only the labels are read.
+    """
+    try:
+        check_archive(path, largest=max(MIN_BYTES, MAX_RATIO * path.stat().st_size))
+        with zipfile.ZipFile(path) as archive, np.load(path, allow_pickle=False) as file:
+            with archive.open(f"{_array_name(file)}.npy") as images:
+                read = {1: np.lib.format.read_array_header_1_0, 2: np.lib.format.read_array_header_2_0}
+                shape, _, dtype = read[np.lib.format.read_magic(images)[0]](images)
+            labels = file.get("labels")
+    except Exception as error:  # zipfile, zlib and numpy raise different errors for damaged files
+        raise UserError(f"{path} is damaged or no .npz of pictures: {one_line(error)}") from error
+    if dtype != np.uint8 or len(shape) not in (3, 4) or (len(shape) == 4 and shape[3] not in (1, 3)) or not shape[0]:
+        raise UserError(f"the pictures in {path} are {dtype} {shape}: save uint8 of the shape (N, H, W, 1) or "
+                        f"(N, H, W, 3), such as round((x + 1) * 127.5) of images x in [-1, 1]")
+    values = np.zeros(shape[0], int) if labels is None else labels
+    if values.shape != shape[:1] or values.dtype.kind not in "iuU":
+        raise UserError(f"the labels in {path} must be {shape[0]:,} whole numbers or names, not {values.dtype} "
+                        f"{values.shape}")
+    known, numbers = np.unique(values, return_inverse=True)
+    about = path.stat()
+    listing = hashlib.sha256(repr((about.st_size, about.st_mtime_ns)).encode()).hexdigest()
+    return Found([str(k) for k in range(shape[0])], numbers.tolist(),
+                 tuple(_plain(str(name)) for name in known) if len(known) > 1 else (), {}, 0, listing, False)
+
+
+def _array_name(file) -> str:
+    """Which array of a .npz holds the pictures. KeyError if none does."""
+    return next((name for name in ("arr_0", "images") if name in file), None) or file["arr_0"]
+
+
+class Source:
+    """Opens the pictures of a folder, an archive or a .npz by their names."""
+
+    def __init__(self, path: Path):
+        self.path, self.archive, self.array = path, None, None
+        if path.suffix == ".npz" and path.is_file():
+            with np.load(path, allow_pickle=False) as file:
+                self.array = file[_array_name(file)]
+        elif not path.is_dir():
+            self.archive = zipfile.ZipFile(path)
+
+    def open(self, name: str):
+        """A path or a file for PIL. ValueError for a file of more than MAX_BYTES."""
+        if self.array is not None:
+            from PIL import Image
+
+            pixels, file = self.array[int(name)], io.BytesIO()
+            Image.fromarray(pixels[..., 0] if pixels.shape[2:] == (1,) else pixels).save(file, "PNG", compress_level=0)
+            return file
+        if not self.archive:
+            if os.path.getsize(path := os.path.join(self.path, name)) > MAX_BYTES:
+                raise ValueError(f"it has more than {MAX_BYTES:,} bytes")
+            return path
+        if self.archive.getinfo(name).file_size > MAX_BYTES:
+            raise ValueError(f"it has more than {MAX_BYTES:,} bytes")
+        return self.archive.open(name)

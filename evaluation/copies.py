@@ -1,0 +1,69 @@
+"""Whether few pictures were learned by heart: how close generated images are to training pictures, pixel by pixel.
+
+For pictures too few for the figures of `evaluation.metrics`. What is compared with are held-out pictures or, where none
+are held out, each training picture and the nearest other one.
+"""
+
+import hashlib
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from data import ImageData, load_dataset
+from evaluation.metrics import closeness, nearest
+from runtime.files import write_json
+from utils import save_images
+
+FEW = 256  # so many held-out pictures are needed for the other figures: twice the features of a `Classifier`
+PAIRS = 32  # in nearest.png
+
+
+def too_few(data: ImageData) -> bool:
+    """Whether one's own pictures have too few held-out ones for figures with a floor."""
+    return data.folder is not None and min(
+        len(load_dataset(data.folder, split).images) for split in ("validation", "test")) < FEW
+
+
+def among_each_other(pictures: Tensor) -> Tensor:
+    """The distance of each picture (N, C, H, W) uint8 to the nearest other one (N,); infinite for a single one."""
+    flat = pictures.flatten(1).double() / 255
+    rows = []
+    for first in range(0, len(flat), 256):
+        distances = torch.cdist(flat[first:first + 256], flat)
+        rows.append(distances.fill_diagonal_(torch.inf) if first == 0 else distances.masked_fill(
+            torch.arange(first, first + len(distances))[:, None] == torch.arange(len(flat)), torch.inf))
+    return torch.cat([distances.amin(1) for distances in rows])
+
+
+def copies(images: Tensor, data: ImageData) -> tuple[dict, Tensor]:
+    """(the report of `closeness` with numbers, the nearest training pictures) of uint8 images of one's own pictures."""
+    train = load_dataset(data.folder).images
+    held_out = torch.cat([load_dataset(data.folder, split).images for split in ("validation", "test")])
+    distances, index = nearest(images.cpu(), train)
+    real = nearest(held_out, train)[0] if len(held_out) else among_each_other(train)
+    report = closeness(distances, real) | dict(training_images=len(train), real_images=len(held_out) or len(train),
+                                               held_out=len(held_out), images=len(images))
+    return report, train[index]
+
+
+def copies_line(report: dict) -> str:
+    """The report in a sentence."""
+    real = "held-out pictures" if report["held_out"] else "training pictures from each other"
+    return (f"Learned by heart? Of {report['images']:,} new images {report['copies']:.1%} are copies of training "
+            f"pictures, and {report['closer_than_99_percent']:.1%} are closer to one than 99 % of {real} (1 % is "
+            f"expected); median distance {report['median']:.2f}, of {real} {report['real_median']:.2f}")
+
+
+def report_copies(images: Tensor, data: ImageData, command: Sequence[str], output: Path) -> None:
+    """Print what can be said of images of few pictures; writes evaluation.json and nearest.png."""
+    report, pictures = copies(images, data)
+    shown = slice(None, PAIRS)
+    save_images(torch.stack([images[shown], pictures[shown]], 1).flatten(0, 1), output / "nearest.png", columns=8)
+    print(f"{data.name}: too few pictures for the other figures, which need {FEW} held-out ones for each of validation "
+          f"and test: about {10 * FEW:,} pictures")
+    print(copies_line(report))
+    write_json(dict(command=list(command), dataset=data.name, figures={}, memorisation=report,
+                    images_sha256=hashlib.sha256(images.numpy().tobytes()).hexdigest()), output / "evaluation.json")
+    print(f"Saved {output / 'evaluation.json'} and {output / 'nearest.png'}: each image beside the nearest picture")

@@ -1,0 +1,355 @@
+"""Your own pictures: every kind of file is read right or named in one line, and the cache is whole or not there."""
+
+import io
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+import zipfile
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from data import load_dataset
+from data_sources import cache
+from data_sources.cache import Pictures, about, cached
+from data_sources.folder import find_pictures
+from runtime.errors import UserError
+
+RED = (200, 0, 0)
+
+
+def save(path, colour=RED, size=(40, 40), mode="RGB", **options):
+    """Write a picture of one colour; its format follows from the name."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.new("RGB", size, colour).convert(mode).save(path, **options)
+    return path
+
+
+def noise(path, seed, side=40):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.fromarray(np.random.default_rng(seed).integers(0, 256, (side, side, 3), np.uint8)).save(path)
+
+
+def read(path, data_dir, quiet=True, **settings):
+    """(training images as numpy, ImageData) of the pictures at `path`, 16 pixels large."""
+    folder = cached(Pictures(str(path), **dict(image_size=16) | settings), data_dir, quiet=quiet)
+    data = load_dataset(folder)
+    return data.images.numpy(), data
+
+
+def snapshot(folder):
+    """Every file below a folder with its content."""
+    return {path.relative_to(folder): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+# -------------------------------------------------------------------------------------------------- kinds of files
+
+
+@pytest.mark.parametrize("name", ["a.png", "a.jpg", "a.JPEG", "a.webp", "a.gif", "a.bmp", "a.tif", "a b é\n.png"])
+def test_every_format_of_a_red_picture_comes_out_red(tmp_path, name):
+    options = {"a.webp": dict(lossless=True)}.get(name, {})
+    save(tmp_path / "in" / name, **options)
+    images, data = read(tmp_path / "in", tmp_path / "data")
+    assert images.shape == (1, 3, 16, 16) and data.class_names == ()
+    assert abs(images.astype(int) - np.array(RED)[None, :, None, None]).max() <= 3
+
+
+@pytest.mark.parametrize("mode", ["1", "L", "P", "RGB", "CMYK"])
+def test_every_mode_keeps_its_white(tmp_path, mode):
+    save(tmp_path / "in/a.tif", (255, 255, 255), mode=mode)
+    images, _ = read(tmp_path / "in", tmp_path / "data")
+    assert images.shape[1] == 1 and images.min() >= 254
+
+
+def test_16_bits_become_the_nearest_of_8(tmp_path):
+    levels = np.linspace(0, 65535, 256).astype(np.uint16).reshape(16, 16)
+    (tmp_path / "in").mkdir()
+    Image.fromarray(levels).save(tmp_path / "in/a.png")
+    images, _ = read(tmp_path / "in", tmp_path / "data")
+    assert (images.ravel() == np.arange(256)).all()
+
+
+@pytest.mark.parametrize("name, background, level", [("a.png", "white", 255), ("a.webp", "black", 0)])
+def test_transparent_parts_show_the_background_and_a_line_says_so(tmp_path, capsys, name, background, level):
+    (tmp_path / "in").mkdir()
+    Image.new("RGBA", (16, 16), (10, 20, 30, 0)).save(tmp_path / "in" / name)
+    images, _ = read(tmp_path / "in", tmp_path / "data", quiet=False, background=background)
+    assert (images == level).all()
+    assert f"--background {background}" in capsys.readouterr().out
+
+
+def test_a_turned_photograph_stands_upright(tmp_path):
+    pixels = np.zeros((16, 16, 3), np.uint8)
+    pixels[:8] = 255
+    notes = Image.Exif()
+    notes[0x0112] = 3  # the camera was upside down
+    (tmp_path / "in").mkdir()
+    Image.fromarray(pixels).save(tmp_path / "in/a.png", exif=notes)
+    images, _ = read(tmp_path / "in", tmp_path / "data")
+    assert images[0, 0, 0, 0] == 0 and images[0, 0, -1, 0] == 255
+
+
+def test_the_first_picture_of_an_animation_counts(tmp_path):
+    (tmp_path / "in").mkdir()
+    frames = [Image.new("RGB", (16, 16), colour) for colour in (RED, (0, 0, 200))]
+    frames[0].save(tmp_path / "in/a.gif", save_all=True, append_images=frames[1:])
+    images, _ = read(tmp_path / "in", tmp_path / "data")
+    assert abs(images[0, :, 0, 0].astype(int) - RED).max() <= 3
+
+
+@pytest.mark.parametrize("size", [(1, 1), (20_000, 10), (10, 20_000)])
+def test_odd_shapes_are_cropped(tmp_path, size):
+    save(tmp_path / "in/a.png", size=size)
+    images, _ = read(tmp_path / "in", tmp_path / "data")
+    assert (images[0] == np.array(RED)[:, None, None]).all()
+
+
+def test_what_is_broken_is_named_in_one_line_and_the_rest_is_read(tmp_path, capsys):
+    folder = tmp_path / "in"
+    for seed in range(3):
+        noise(folder / f"{seed}.png", seed)
+    noise(folder / "half.jpg", 9)
+    (folder / "half.jpg").write_bytes((folder / "half.jpg").read_bytes()[:300])
+    (folder / "text.png").write_text("no picture")
+    (folder / "notes.txt").write_text("left alone")
+    (folder / ".hidden.png").write_text("not looked at")
+    header = io.BytesIO()
+    Image.new("L", (1, 1)).save(header, "PNG")
+    bomb = bytearray(header.getvalue())
+    bomb[16:24] = (2**30).to_bytes(4, "big") * 2
+    (folder / "bomb.png").write_bytes(bomb)
+    images, _ = read(folder, tmp_path / "data", quiet=False)
+    first = capsys.readouterr().out.splitlines()[0]
+    assert len(images) == 3
+    assert all(word in first for word in ("3 pictures used", "3 skipped", "half.jpg", "text.png", "bomb", "1 other"))
+
+
+def test_loops_of_links_end_and_links_to_nothing_are_named(tmp_path, capsys):
+    noise(tmp_path / "in/cat/a.png", 0)
+    noise(tmp_path / "in/dog/b.png", 1)
+    os.symlink(tmp_path / "in", tmp_path / "in/dog/again")
+    os.symlink(tmp_path / "nothing.png", tmp_path / "in/dog/lost.png")
+    os.symlink("self.png", tmp_path / "in/dog/self.png")
+    images, data = read(tmp_path / "in", tmp_path / "data", quiet=False)
+    assert len(images) == 2 and data.class_names == ("cat", "dog")
+    assert "self.png" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("make, words", [
+    (lambda path: path.mkdir(), "holds no pictures"), (lambda path: path.write_text("x"), "no folder, no .zip"),
+    (lambda path: (path.mkdir(), (path / "a.png").write_text("x")), "no picture that can be read")])
+def test_nothing_usable_is_one_line(tmp_path, make, words):
+    make(tmp_path / "in")
+    with pytest.raises(UserError, match=words) as caught:
+        read(tmp_path / "in", tmp_path / "data")
+    assert "\n" not in str(caught.value)
+    assert not list((tmp_path / "data").glob("pictures/my*")) + list((tmp_path / "data").glob("pictures/.*.tmp"))
+
+
+@pytest.mark.parametrize("side, nearest", [(30, 32), (7, 8), (513, 512)])
+def test_a_size_that_networks_cannot_divide_names_the_nearest(tmp_path, side, nearest):
+    save(tmp_path / "in/a.png")
+    with pytest.raises(UserError, match=f"is {nearest}$"):
+        read(tmp_path / "in", tmp_path / "data", image_size=side)
+
+
+# ------------------------------------------------------------------------------------------------ archives and .npz
+
+
+def test_an_archive_reads_as_its_folder_and_paths_that_lead_out_are_named(tmp_path, capsys):
+    for seed, name in enumerate(("top/cat/a.png", "top/dog/b.png")):
+        noise(tmp_path / "in" / name, seed)
+    with zipfile.ZipFile(tmp_path / "in.zip", "w") as archive:
+        for name in ("top/cat/a.png", "top/dog/b.png"):
+            archive.write(tmp_path / "in" / name, name)
+        archive.writestr("../evil.png", (tmp_path / "in/top/cat/a.png").read_bytes())
+        archive.writestr("__MACOSX/top/cat/._a.png", "x")
+    before = snapshot(tmp_path)
+    from_folder, _ = read(tmp_path / "in", tmp_path / "data")
+    from_archive, data = read(tmp_path / "in.zip", tmp_path / "data", quiet=False)
+    assert (from_folder == from_archive).all() and data.class_names == ("cat", "dog")
+    assert "1 skipped: ../evil.png" in capsys.readouterr().out
+    shutil.rmtree(tmp_path / "data")
+    assert snapshot(tmp_path) == before  # nothing was written anywhere else
+
+
+def test_an_archive_that_would_unpack_to_too_much_is_refused(tmp_path):
+    with zipfile.ZipFile(tmp_path / "bomb.zip", "w", zipfile.ZIP_DEFLATED) as archive:
+        for number in range(6):
+            archive.writestr(f"{number}.png", bytes(2**28))
+    with pytest.raises(UserError, match="would unpack to"):
+        read(tmp_path / "bomb.zip", tmp_path / "data")
+
+
+@pytest.mark.parametrize("name, channels", [("arr_0", 3), ("images", 1)])
+def test_an_npz_keeps_its_pixels_and_labels(tmp_path, name, channels):
+    pixels = np.random.default_rng(0).integers(0, 256, (6, 16, 16, channels), np.uint8)
+    np.savez(tmp_path / "in.npz", **{name: pixels, "labels": np.array([4, 7, 7, 4, 7, 4])})
+    images, data = read(tmp_path / "in.npz", tmp_path / "data")
+    assert data.class_names == ("4", "7")
+    for image, label in zip(images, data.labels.tolist(), strict=True):
+        [k] = [k for k in range(6) if (pixels[k].transpose(2, 0, 1) == image).all()]
+        assert label == (k in (1, 2, 4))
+
+
+@pytest.mark.parametrize("arrays, words", [
+    (dict(arr_0=np.zeros((4, 16, 16, 3))), "save uint8"), (dict(x=np.zeros(3)), "damaged or no .npz"),
+    (dict(arr_0=np.zeros((4, 16, 16), np.uint8), labels=np.zeros(3, int)), "labels")])
+def test_an_npz_of_other_arrays_is_refused(tmp_path, arrays, words):
+    np.savez(tmp_path / "in.npz", **arrays)
+    with pytest.raises(UserError, match=words):
+        read(tmp_path / "in.npz", tmp_path / "data")
+
+
+# ------------------------------------------------------------------------------------------------ labels and splits
+
+
+def test_labels_are_the_sub_folders_in_sorted_order(tmp_path):
+    for seed, name in enumerate(("zebra", "ant", "Émile", "bee")):
+        noise(tmp_path / "in" / name / "deep/a.png", seed)
+    found = find_pictures(tmp_path / "in")
+    assert found.class_names == ("ant", "bee", "zebra", "Émile")
+    assert [found.class_names[label] for label in found.labels] == [name.split("/")[0] for name in found.names]
+
+
+def test_pictures_beside_sub_folders_have_no_classes_and_a_line_says_so(tmp_path, capsys):
+    noise(tmp_path / "in/a.png", 0)
+    noise(tmp_path / "in/cat/b.png", 1)
+    _, data = read(tmp_path / "in", tmp_path / "data", quiet=False)
+    assert data.class_names == () and "beside the sub-folders" in capsys.readouterr().out
+
+
+def many(folder, count=260):
+    for seed in range(count):
+        noise(folder / f"{'cat' if seed % 3 else 'dog'}/{seed}.png", seed, side=16)
+    return folder
+
+
+def test_splits_are_tenths_without_copies_on_two_sides_and_stay_when_pictures_are_added(tmp_path):
+    folder = many(tmp_path / "in")
+    for seed in range(0, 60):
+        shutil.copy(folder / f"{'cat' if seed % 3 else 'dog'}/{seed}.png", folder / f"dog/copy{seed}.png")
+
+    def splits():
+        place = cached(Pictures(str(folder), 16), tmp_path / "data", quiet=True)
+        return {split: {image.tobytes() for image in load_dataset(place, split).images.numpy()}
+                for split in ("train", "validation", "test")}
+
+    before = splits()
+    assert sum(map(len, before.values())) == 260
+    assert all(10 <= len(before[split]) <= 45 for split in ("validation", "test"))
+    noise(folder / "cat/new.png", 10_000, side=16)
+    after = splits()
+    assert all(before[split] <= after[split] for split in before)
+
+
+def test_few_pictures_are_all_learned_from_and_a_line_says_what_is_missing(tmp_path, capsys):
+    folder = many(tmp_path / "in", 150)
+    for seed in range(100):  # copies do not make them more
+        shutil.copy(folder / "cat/1.png", folder / f"cat/copy{seed}.png")
+    _, data = read(folder, tmp_path / "data", quiet=False)
+    assert len(data.images) == 250 and len(load_dataset(data.folder, "test").images) == 0
+    assert "no validation loss" in capsys.readouterr().out
+
+
+# -------------------------------------------------------------------------------------------------------- the cache
+
+
+def test_the_same_folder_gives_the_same_bytes_in_one_process_and_in_several(tmp_path, monkeypatch):
+    folder = many(tmp_path / "in", 270)
+    parallel = cached(Pictures(str(folder), 16), tmp_path / "a", quiet=True)
+    monkeypatch.setattr(cache, "MIN_PARALLEL", 10**6)
+    shutil.copytree(folder, tmp_path / "other name")
+    alone = cached(Pictures(str(tmp_path / "other name"), 16), tmp_path / "b", quiet=True)
+    for name in ("images.npy", "labels.npy"):
+        assert (parallel / name).read_bytes() == (alone / name).read_bytes()
+    assert about(parallel)["digest"] == about(alone)["digest"]
+
+
+def test_two_processes_at_once_read_once(tmp_path):
+    many(tmp_path / "in", 60)
+    code = (f"import sys\nfrom data_sources import cache\nread = cache._read_all\n"
+            f"cache._read_all = lambda *given: (print('reads'), read(*given))\n"
+            f"cache.cached(cache.Pictures({str(tmp_path / 'in')!r}, 16), {str(tmp_path / 'data')!r}, quiet=True)")
+    running = [subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE,
+                                env=os.environ | dict(PYTHONPATH=os.getcwd())) for _ in range(2)]
+    assert b"".join(process.communicate()[0] for process in running) == b"reads\n"
+    assert len(list((tmp_path / "data/pictures").glob("my_*"))) == 1
+
+
+def test_the_second_time_no_picture_is_opened_and_a_change_is_noticed(tmp_path, monkeypatch):
+    folder = tmp_path / "in"
+    for seed in range(3):
+        noise(folder / f"{seed}.png", seed)
+    first, data = read(folder, tmp_path / "data")
+    opened = []
+    monkeypatch.setattr(cache, "decode", lambda *_: opened.append(1))
+    again, _ = read(folder, tmp_path / "data")
+    assert (first == again).all() and not opened
+    monkeypatch.undo()
+    noise(folder / "3.png", 3)
+    more, changed = read(folder, tmp_path / "data")
+    assert len(more) == 4 and changed.folder != data.folder
+
+
+def test_changes_of_the_tensor_do_not_reach_the_file(tmp_path):
+    noise(tmp_path / "in/a.png", 0)
+    _, data = read(tmp_path / "in", tmp_path / "data")
+    before = (data.folder / "images.npy").read_bytes()
+    data.images.zero_()
+    assert (data.folder / "images.npy").read_bytes() == before
+
+
+def test_killed_while_reading_the_next_run_starts_clean(tmp_path):
+    folder = many(tmp_path / "in", 20)
+    slow = (f"import os, time\nfrom data_sources import cache\n"
+            f"cache.decode = lambda *_: (print('reading', flush=True), time.sleep(60))\n"
+            f"cache.cached(cache.Pictures({str(folder)!r}, 16), {str(tmp_path / 'data')!r})")
+    process = subprocess.Popen([sys.executable, "-c", slow], stdout=subprocess.PIPE,
+                               env=os.environ | dict(PYTHONPATH=os.getcwd()))
+    assert process.stdout.readline() == b"reading\n"
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    process.stdout.close()
+    left = list((tmp_path / "data/pictures").glob(".*.tmp"))
+    assert left and not list((tmp_path / "data/pictures").glob("my_*"))
+    start = time.monotonic()
+    images, _ = read(folder, tmp_path / "data")
+    assert len(images) == 20 and time.monotonic() - start < 30
+    assert not list((tmp_path / "data/pictures").glob(".*.tmp"))
+
+
+@pytest.mark.parametrize("damage", [
+    lambda folder: (folder / "images.npy").write_bytes(b"x"), lambda folder: (folder / "about.json").write_text("{"),
+    lambda folder: (folder / "about.json").write_text(json.dumps(dict(splits=3))),
+    lambda folder: np.save(folder / "labels.npy", np.zeros(1))])
+def test_a_damaged_cache_is_one_line(tmp_path, damage):
+    for seed in range(3):
+        noise(tmp_path / f"in/{seed}.png", seed)
+    _, data = read(tmp_path / "in", tmp_path / "data")
+    damage(data.folder)
+    with pytest.raises(UserError, match="delete it"):
+        load_dataset(data.folder)
+
+
+def test_channels_follow_from_the_pictures_unless_they_are_given(tmp_path):
+    save(tmp_path / "in/a.png", (90, 90, 90))
+    save(tmp_path / "in/b.jpg", (50, 50, 50))
+    grey, _ = read(tmp_path / "in", tmp_path / "data")
+    assert grey.shape[1] == 1
+    assert read(tmp_path / "in", tmp_path / "data", channels="3")[0].shape[1] == 3
+    save(tmp_path / "in/c.png", RED)
+    assert read(tmp_path / "in", tmp_path / "data")[0].shape[1] == 3
+    assert read(tmp_path / "in", tmp_path / "data", channels="1")[0].shape[1] == 1
+
+
+@pytest.mark.parametrize("side, small, expected", [(20, True, 28), (40, True, 32), (300, True, 32), (300, False, 64)])
+def test_the_size_follows_from_the_pictures_and_the_device(tmp_path, side, small, expected):
+    save(tmp_path / "in/a.png", size=(side, side + 50))
+    folder = cached(Pictures(str(tmp_path / "in")), tmp_path / "data", small=small, quiet=True)
+    assert about(folder)["shape"] == [3, expected, expected]
