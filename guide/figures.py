@@ -5,6 +5,7 @@
 
 import sys
 from collections.abc import Callable, Sequence
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -12,7 +13,7 @@ import torch
 from torch import Tensor
 
 from data import load_dataset, to_model, to_uint8
-from data_sources.points import CENTRE_STD, CENTRES, COLOURS, POINT_SHAPE
+from data_sources.points import COLOURS, POINT_SHAPE
 from diffusion import LOW_NOISE, DiffusionProcess
 from evaluation.mixture import Mixture
 from evaluation.point_plots import draw_paths, exact_mixture
@@ -21,7 +22,7 @@ from guide.measure import SPOILS
 from models import create_model
 from runtime.parser import Parser
 from runtime.script import script
-from samplers import image_noise
+from samplers import SAMPLERS, image_noise
 from utils import plain_log_ticks, pyplot, save_figure, tile
 
 TIMES = (0, 100, 250, 400, 500, 650, 800, 999)
@@ -94,7 +95,7 @@ def draw_schedules():
     left.plot(500, processes["linear"].alpha(500), "ko", markersize=4)
     left.annotate(f"{processes['linear'].alpha(500).item():.2f} at t = 500", (500, processes["linear"].alpha(500)),
                   (560, 0.45), fontsize=9, arrowprops=dict(arrowstyle="-"))
-    for axis, title in ((left, "alpha: how much of the image is left"), (right, "lambda: the log signal-to-noise ratio")):
+    for axis, title in ((left, "alpha: how much of the image is left"), (right, "lambda: log signal-to-noise ratio")):
         axis.set_title(title, fontsize=10)
         axis.set_xlabel("t")
         axis.grid(alpha=0.3)
@@ -150,7 +151,8 @@ def draw_network():
     """The U: each part with the shape of its output."""
     shapes = stage_shapes()
     boxes = {"x_t": (0, 2, "x_t\n1 × 28 × 28"), "stem": (1, 2, "stem: 2×2 pixels\nbecome channels"),
-             "down 1": (2, 2, "down 1: one\nresidual block"), "middle": (3, 0.6, "middle: three residual\nblocks, attention"),
+             "down 1": (2, 2, "down 1: one\nresidual block"),
+             "middle": (3, 0.6, "middle: three residual\nblocks, attention"),
              "up 1": (4, 2, "up 1: one\nresidual block"), "head": (5, 2, "head: channels\nbecome pixels")}
     figure, axis = pyplot().subplots(figsize=(10.5, 3.2), layout="constrained")
     for name, (x, y, text) in boxes.items():
@@ -159,7 +161,7 @@ def draw_network():
                   bbox=dict(boxstyle="round", facecolor="#dbe9f6", edgecolor="#1f77b4"))
     arrow = dict(arrowstyle="->", color="black", shrinkA=42, shrinkB=42)
     path = ["x_t", "stem", "down 1", "middle", "up 1", "head"]
-    for a, b in zip(path, path[1:], strict=False):
+    for a, b in pairwise(path):
         axis.annotate("", (1.75 * boxes[b][0], boxes[b][1]), (1.75 * boxes[a][0], boxes[a][1]), arrowprops=arrow)
     axis.annotate("", (7, 2), (3.5, 2), arrowprops=dict(arrow, linestyle="--"))
     axis.text(5.25, 2.12, "skip: joined as more channels", ha="center", fontsize=8)
@@ -191,18 +193,16 @@ def draw_samplers():
 
 
 def draw_guidance():
-    """Precision, recall and the asked class against the guidance scale."""
-    figure, axes = pyplot().subplots(1, 3, figsize=(10.5, 3), layout="constrained")
+    """Points that were asked to lie on the upper moon."""
     rows = results.read("guidance", FOLDER)["rows"]
-    scales = [row["guidance_scale"] for row in rows]
-    for axis, names in zip(axes, (("precision", "confident"), ("recall", "coverage"), ("frechet_distance",)),
-                           strict=True):
-        for i, name in enumerate(names):
-            axis.plot(scales, [row[name] for row in rows], "o-", color=f"C{i}", label=name.replace("_", " "))
-            axis.axhline(rows[0][f"{name}_floor"], color=f"C{i}", linestyle="--", linewidth=0.8)
-        axis.set(xlabel="guidance scale", ylim=(0, None) if names == ("frechet_distance",) else None)
-        axis.legend(fontsize=8)
-        axis.grid(alpha=0.3)
+    moons = load_dataset("moons", "test", points=True)
+    figure, axes = pyplot().subplots(1, len(rows), figsize=(10.5, 2.5), layout="constrained")
+    for axis, row in zip(axes, rows, strict=True):
+        for label, colour in ((0, "#9ecae1"), (1, "#dddddd")):
+            axis.scatter(*moons.images[moons.labels == label][:600].flatten(1).T.numpy(), s=2, color=colour)
+        axis.scatter(*np.array(row["points"]).T, s=3, color=COLOURS[1])
+        axis.set(xlim=(-1.1, 1.1), ylim=(-0.8, 0.8), aspect="equal")
+        bare(axis, f"scale {row['scale']:g}")
     return figure
 
 
@@ -239,7 +239,7 @@ SYMPTOMS = {"grey": "grey: a learning rate of 0", "noise": "noise: trained for a
 
 def draw_costs():
     """Work and memory of a training step against the width, one line for each size of image."""
-    figure, axes = pyplot().subplots(1, 2, figsize=(9, 3.2), layout="constrained")
+    figure, axes = pyplot().subplots(1, 2, figsize=(10.5, 3.2), layout="constrained")
     rows = results.read("costs", FOLDER)["rows"]
     kinds = dict.fromkeys((row["size"], row["patch_size"]) for row in rows)
     for axis, key, unit, label in ((axes[0], "multiplications", 1e9, "billion multiplications"),
@@ -250,31 +250,32 @@ def draw_costs():
                       label=f"{size}×{size}, patches of {patch}")
         axis.set(xlabel="base_channels", ylabel=label, yscale="log")
         axis.grid(alpha=0.3, which="both")
-    axes[1].legend(fontsize=8)
+    figure.legend(*axes[1].get_legend_handles_labels(), loc="outside right center", fontsize=8)
     return figure
 
 
 def draw_relatives():
-    """The paths of one ODE in three coordinates: x_t, x_t / alpha, and x_t / (alpha + sigma) of flow matching."""
-    from samplers import SAMPLERS, spaced_timesteps
-
-    mixture = Mixture(torch.from_numpy(CENTRES)[:, :, None, None], CENTRE_STD)
-    diffusion = DiffusionProcess(schedule="cosine", data_std=0.5)
-    x_T = image_noise(range(60), 2, POINT_SHAPE)().double()
-    times = spaced_timesteps(diffusion, 200, "log_snr")
-    steps = [(times[0], x_T), *((t, x) for t, x, _ in SAMPLERS["heun"].function(mixture.denoiser(diffusion), x_T, times,
-                                                                              diffusion))]
-    figure, axes = pyplot().subplots(1, 3, figsize=(10.5, 3.6), layout="constrained")
-    panels = {"x_t: as this project counts": lambda a, s: 1, "x_t / alpha: as Karras et al. count": lambda a, s: a,
-              "x_t / (alpha + sigma): as flow matching counts": lambda a, s: a + s}
-    for axis, (title, divisor) in zip(axes, panels.items(), strict=True):
-        shown = [(t, x) for t, x in steps if t < 0 or diffusion.alpha(t) > 0.2 or "Karras" not in title]
-        way = torch.stack([x.flatten(1) / divisor(diffusion.alpha(t), diffusion.sigma(t)) for t, x in shown])
-        for path in way.unbind(1):
-            axis.plot(*path.T.numpy(), color="black", linewidth=0.6, alpha=0.6)
-        axis.scatter(*way[-1].T.numpy(), s=8, color=COLOURS[1], zorder=3)
-        axis.set(aspect="equal")
-        bare(axis, title)
+    """Paths of one number from noise to data: random, of the ODE, and of the ODE as flow matching draws it."""
+    mixture = Mixture(torch.tensor([-0.6, 0.6]).view(2, 1, 1, 1), 0.05)
+    diffusion = DiffusionProcess(schedule="cosine", data_std=0.6)
+    denoise, times = mixture.denoiser(diffusion), [*range(999, 0, -4)]
+    randn = image_noise(range(24), 2, (1, 1, 1))
+    x_T = randn().double()
+    figure, axes = pyplot().subplots(1, 3, figsize=(10.5, 3), layout="constrained")
+    for axis, name in zip(axes, ("ddpm", "heun", "flow"), strict=True):
+        function = SAMPLERS["heun" if name == "flow" else name].function
+        way = [(times[0], x_T), *((t, x) for t, x, _ in function(denoise, x_T, times, diffusion, randn=randn))]
+        at = torch.tensor([t for t, _ in way])
+        rates = [(diffusion.alpha(t).item(), diffusion.sigma(t).item()) for t, _ in way]
+        scale = torch.tensor([a + s if name == "flow" else 1.0 for a, s in rates])
+        across = torch.tensor([s / (a + s) for a, s in rates]) if name == "flow" else at
+        axis.plot(across, torch.stack([x.flatten() for _, x in way]) / scale[:, None], color="black", linewidth=0.6,
+                  alpha=0.7)
+        axis.set(xlabel="s = sigma / (alpha + sigma)" if name == "flow" else "t")
+    for axis, title in zip(axes, ("ddpm: random paths", "ddim, heun: paths of the ODE",
+                                  "the same paths: x_t / (alpha + sigma)"), strict=True):
+        axis.set_title(title, fontsize=10)
+        axis.grid(alpha=0.3)
     return figure
 
 
@@ -306,12 +307,10 @@ def targets_table() -> str:
 
 def guidance_table() -> str:
     found = results.read("guidance", FOLDER)
-    names = ("frechet_distance", "precision", "recall", "confident")
-    rows = [(f"{row['guidance_scale']:g}", row["nfe"], *(f"{row[name]:.3f}" for name in names))
+    rows = [(f"{row['scale']:g}", f"{row['distance']:.1f}", f"{row['near']:.0%}", f"{row['covered']:.0%}")
             for row in found["rows"]]
-    rows.append(("real images", "", *(f"{found['rows'][0][f'{name}_floor']:.3f}" for name in names)))
-    return results.table(("scale", "evaluations", "Fréchet distance", "precision", "recall", "confident"),
-                         rows) + results.source(found)
+    return results.table(("scale", "distance", "generated points near real ones of this moon",
+                          "real points of this moon near generated ones"), rows) + results.source(found)
 
 
 def spoiled_table() -> str:

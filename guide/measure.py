@@ -6,6 +6,7 @@
     forward    the digits that the pictures of the first chapters show          a second
     targets    points learned with each prediction and each choice of times     four minutes
     errors     the error of x_0_hat of the pretrained network at each time      half a minute
+    guidance   points of one moon at several guidance scales                    a minute
     order      the error of each sampler against the exact path                 half a minute
     spoiled    what each figure says of real images that were spoiled           two minutes
     costs      the work and the memory of a training step                       half a minute
@@ -32,14 +33,15 @@ from evaluation.features import extract_features
 from evaluation.metrics import figures
 from evaluation.mixture import Mixture
 from guide import results
-from guide.quality import POINTS, point_quality
+from guide.quality import POINTS, energy_distance, point_quality
 from models import create_model
 from runtime.parser import Parser, add_shared_flags, number
 from runtime.script import script
-from samplers import SAMPLERS, final_image, image_noise, spaced_timesteps
+from samplers import SAMPLERS, final_image, generate, image_noise, spaced_timesteps
 from utils import save_images
 
 SEEDS = (0, 1, 2)
+GUIDANCE_SCALES, NEAR, SHOWN_POINTS = (0, 1, 2, 4), 0.03, 300
 WIDTHS = (24, 32, 48, 64)
 NOISE_LEVELS = (0.02, 0.05, 0.1, 0.2, 0.5, 1, 2, 5, 10, 20, 50)  # sigma/alpha
 DIGITS = (0, 1, 2, 4)  # of MNIST's test split: 7, 2, 1, 4
@@ -73,8 +75,8 @@ def targets(args) -> list[dict]:
     rows = []
     for prediction in PREDICTIONS:
         for times in ("lognormal", "uniform") if prediction == "edm" else ("lognormal",):
-            runs = [learn_points(Path("outputs/guide/targets"), "--prediction", prediction, "--timestep_sampling", times,
-                                 seed=seed, epochs=args.epochs) for seed in SEEDS]
+            flags, folder = ("--prediction", prediction, "--timestep_sampling", times), Path("outputs/guide/targets")
+            runs = [learn_points(folder, *flags, seed=seed, epochs=args.epochs) for seed in SEEDS]
             losses, distances = zip(*runs, strict=True)
             rows.append(dict(prediction=prediction, times=times, val_loss=statistics.mean(losses),
                              distance=statistics.mean(distances), spread=statistics.stdev(distances)))
@@ -100,6 +102,30 @@ def errors(args) -> list[dict]:
 
 
 # ---------------------------------------------------------------------------------------------------------- sampling
+
+
+def guidance(args) -> list[dict]:
+    """Points of the upper moon at several guidance scales, beside the real ones.
+
+    distance: 1,000 times the energy distance; near: the share that lies within NEAR of a real point of this moon;
+    covered: the share of real points of this moon that have a generated one so near.
+    """
+    folder = Path("outputs/guide/guidance")
+    learn_points(folder, seed=0, epochs=4 * args.epochs, dataset="moons")
+    data = load_dataset("moons", "test", args.data_dir, points=True)
+    real, rows = data.images[data.labels == 0].flatten(1)[:args.images], []
+    model, diffusion, _ = load_model(folder / "model_final.pt", points=True)
+    labels = torch.zeros(len(real), dtype=torch.long)
+    for scale in GUIDANCE_SCALES:
+        [(_, trajectory)] = generate(model, diffusion, POINT_SHAPE, range(len(real)), steps=30, labels=labels,
+                                     guidance_scale=scale, batch_size=len(real))
+        made = final_image(trajectory).flatten(1)
+        gaps = torch.cdist(made, real)
+        rows.append(dict(scale=scale, distance=1000 * energy_distance(made, real),
+                         near=(gaps.amin(1) < NEAR).float().mean().item(),
+                         covered=(gaps.amin(0) < NEAR).float().mean().item(),
+                         points=[[round(x, 3) for x in point] for point in made[:SHOWN_POINTS].tolist()]))
+    return rows
 
 
 def order(args) -> list[dict]:
@@ -176,8 +202,8 @@ def costs(args) -> list[dict]:
     return rows
 
 
-MEASUREMENTS: dict[str, Callable] = dict(forward=forward, targets=targets, errors=errors, order=order, spoiled=spoiled,
-                                         costs=costs)
+MEASUREMENTS: dict[str, Callable] = dict(forward=forward, targets=targets, errors=errors, guidance=guidance,
+                                         order=order, spoiled=spoiled, costs=costs)
 
 
 def parse_args(argv: Sequence[str] | None):

@@ -22,9 +22,13 @@ def energy_distance(a: Tensor, b: Tensor) -> float:
     return (2 * torch.cdist(a, b).mean() - mean_within(a) - mean_within(b)).item()
 
 
-def point_quality(path: Path, dataset: str, data_dir: str = "data") -> float:
-    """1,000 times the energy distance between the points of a .npz of sample.py and the test points of a set."""
+def point_quality(path: Path, dataset: str, data_dir: str = "data", label: int | None = None) -> float:
+    """1,000 times the energy distance between the points of a .npz of sample.py and the test points of a set.
+
+    label: only the test points with this label.
+    """
     with np.load(path) as file:
         made = torch.from_numpy(file["arr_0"]).flatten(1)
-    real = load_dataset(dataset, "test", data_dir, points=True).images.flatten(1)
+    data = load_dataset(dataset, "test", data_dir, points=True)
+    real = (data.images if label is None else data.images[data.labels == label]).flatten(1)
     return 1000 * energy_distance(made, real[:POINTS])
