@@ -229,12 +229,12 @@ def draw_strips(names: dict[str, str], width: float, height: float):
     return figure
 
 
-EDITS = {"inpaint": "inpainting: the picture, the mask, and eight ways to fill in its left half",
-         "vary": "variations: more and more may change from left to right",
+EDITS = {"inpaint": "inpainting: the picture, the mask, what is kept, and six ways to fill in the left half",
+         "vary": "variations: six ways to go on from the same picture with some noise",
          "interpolate": "interpolation: from one seed to another"}
-SYMPTOMS = {"grey": "grey: a learning rate of 0", "noise": "noise: trained for a few seconds",
-            "blobs": "blobs: a single step of the sampler", "haze": "haze: evenly spaced grey levels",
-            "copies": "copies: 40 training images", "guided": "hard, all alike: guidance 20"}
+SYMPTOMS = {"untrained": "noise: a learning rate of 0", "grey": "grey: the same, where the network predicts x0",
+            "noise": "blotches: 10 steps of training", "blobs": "blurred: one step of the sampler",
+            "guided": "hard edges, all alike: guidance 20", "haze": "haze and specks: evenly spaced grey levels"}
 
 
 def draw_costs():

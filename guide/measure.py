@@ -12,6 +12,7 @@
     costs      the work and the memory of a training step                       half a minute
 """
 
+import shlex
 import statistics
 import sys
 from collections.abc import Callable, Sequence
@@ -64,7 +65,7 @@ def learn_points(folder: Path, *flags: str, seed: int, epochs: int, dataset: str
                 "--seed", str(seed), *flags, *common])
     model, checkpoint = folder / "model_final.pt", load_model(folder / "model_final.pt", points=True)[2]
     points = folder / "points.npz"
-    sample.main(["--checkpoint", str(model), "--num_images", str(POINTS), "--steps", "50", "--guidance_scale", "1",
+    sample.main(["--checkpoint", str(model), "--num_images", str(POINTS), "--steps", "20", "--guidance_scale", "1",
                  "--batch_size", str(POINTS), "--output", str(points), "--threads", "1"])
     losses = [each["val_loss"] for each in checkpoint["history"]["records"] if each.get("val_loss") is not None]
     return losses[-1], point_quality(points, dataset)
@@ -219,8 +220,10 @@ def parse_args(argv: Sequence[str] | None):
 @script
 def main(argv=None):
     args = parse_args(argv)
+    typed = [word for word in (sys.argv[1:] if argv is None else argv) if word not in args.names]
     for name in args.names:
-        path = results.write(name, f"python -m guide.measure {name}", MEASUREMENTS[name](args), Path(args.folder))
+        command = shlex.join(["python", "-m", "guide.measure", name, *typed])
+        path = results.write(name, command, MEASUREMENTS[name](args), Path(args.folder))
         print(f"Saved {path}")
 
 
