@@ -29,8 +29,8 @@ class SimpleUNet(ConditionedNetwork):
     learn_variance   2C output channels: C for the prediction, then C for v of `LearnedVariance`
 
     The embedding of time and label scales and shifts the channels in every residual block; the skips carry what is lost
-    at the lower resolutions. The defaults have the resolutions 28, 14 and 7 for 28×28. H and W must be divisible by `self.divisor`. ValueError
-    for other sizes and for arguments outside these.
+    at the lower resolutions. The defaults have the resolutions 28, 14 and 7 for 28×28. H and W must be divisible by
+    `self.divisor`. ValueError for other sizes and for arguments outside these.
     """
 
     def __init__(self, image_channels: int = 1, base_channels: int = 64, time_emb_dim: int = 256,
