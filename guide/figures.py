@@ -233,8 +233,8 @@ EDITS = {"inpaint": "inpainting: the picture, the mask, what is kept, and six wa
          "vary": "variations: six ways to go on from the same picture with some noise",
          "interpolate": "interpolation: from one seed to another"}
 SYMPTOMS = {"untrained": "noise: a learning rate of 0", "grey": "grey: the same, where the network predicts x0",
-            "noise": "blotches: 10 steps of training", "blobs": "blurred: one step of the sampler",
-            "guided": "hard edges, all alike: guidance 20", "haze": "haze and specks: evenly spaced grey levels"}
+            "diverged": "white: a learning rate of 1,000", "noise": "blotches: 10 steps of training",
+            "blobs": "blurred: one step of the sampler", "guided": "hard edges, all alike: guidance 20"}
 
 
 def draw_costs():
