@@ -8,6 +8,7 @@ Without names all are run, which takes a night. What is finished is not run agai
 it was. The runs lie in --output_dir, the tables in guide/experiments.md.
 """
 
+import argparse
 import statistics
 import sys
 from collections.abc import Sequence
@@ -55,6 +56,7 @@ class Experiment(NamedTuple):
 
 
 def flags(name: str, *values) -> tuple[str, ...]:
+    """One row for each value of a flag."""
     return tuple(f"--{name} {value}" for value in values)
 
 
@@ -193,7 +195,7 @@ TABLES = {name: (lambda name=name: table_of(name)) for name in EXPERIMENTS}
 
 def perform(name: str, args) -> None:
     """Run an experiment, say what came out and, if it was not a quick one, write its table and its picture."""
-    experiment, top = EXPERIMENTS[name], Path(args.output_dir) / name
+    experiment, top = EXPERIMENTS[name], Path(args.output_dir) / ("quick" if args.quick else "") / name
     for row in experiment.rows:
         for seed in experiment.seeds[:1] if args.quick else experiment.seeds:
             try:
@@ -210,17 +212,22 @@ def perform(name: str, args) -> None:
         results.fill_file(results.ROOT / "guide/experiments.md", TABLES)
 
 
+def experiment_name(text: str) -> str:
+    """A type for add_argument: a name in EXPERIMENTS."""
+    if text not in EXPERIMENTS:
+        raise argparse.ArgumentTypeError(f"there is no experiment {text!r}: choose of {', '.join(EXPERIMENTS)}")
+    return text
+
+
 def parse_args(argv: Sequence[str] | None):
     parser = Parser(__doc__)
-    parser.add_argument("names", nargs="*", choices=(*EXPERIMENTS, []), default=[], metavar="NAME",
+    parser.add_argument("names", nargs="*", type=experiment_name, metavar="NAME",
                         help=f"what to run: {', '.join(EXPERIMENTS)} (default: all)")
     parser.add_argument("--output_dir", default="outputs/experiments", help="the folder of the runs")
     parser.add_argument("--quick", action="store_true", help="try the runner: tiny trainings and one seed, in a folder "
                                                              "quick of --output_dir; no table is written")
     add_shared_flags(parser, "data_dir")
-    args = parser.parse_args(argv)
-    return parser.parse_args([*(sys.argv[1:] if argv is None else argv), "--output_dir",
-                              f"{args.output_dir}/quick"]) if args.quick else args
+    return parser.parse_args(argv)
 
 
 @script
