@@ -25,7 +25,7 @@ PLACE = re.compile(r"(<!-- table (\w+) -->\n).*?(<!-- end -->)", re.DOTALL)
 def machine() -> str:
     """The processor, as people say it, and the version of torch."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    return f"{cores} cores ({platform.machine()}), torch {torch.__version__.partition('+')[0]}"
+    return f"{cores} core{'s' * (cores > 1)} ({platform.machine()}), torch {torch.__version__.partition('+')[0]}"
 
 
 def write(name: str, command: str, rows: Sequence[Mapping] | Mapping, folder: Path = MEASURED) -> Path:
