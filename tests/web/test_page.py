@@ -506,7 +506,7 @@ def test_a_switch_changes_the_model(opened):
 
 def test_a_switch_amid_everything_leaves_nothing_of_the_old_model(opened):
     """Several switches before the first is done, while the steps are played, and from each view."""
-    two = model_for_page("two.pt", names=("a", "b", "c"), num_classes=3, base_channels=12, channel_mults=[1, 2, 3])
+    two = model_for_page("two.pt", names=("a", "b", "c"), num_classes=3, patch_size=1, channel_mults=[1, 2, 3])
     page = opened([model_for_page("one.pt", num_classes=2), two])
     page.made()
     for view in TABS:
