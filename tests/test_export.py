@@ -2,6 +2,8 @@
 
 import json
 import re
+import shutil
+import subprocess
 import sys
 
 import numpy as np
@@ -37,6 +39,7 @@ def test_the_page_lies_beside_the_checkpoint_and_names_no_folder_of_this_machine
     assert str(tmp_path) not in text and "{{" not in text
     [entry] = entries(tmp_path / "page.html")
     assert (entry["name"], entry["dataset"], entry["precision"]) == ("model.pt", "glyphs", "float16")
+    assert entry["use_ema"] is True
     assert entry["class_names"] == [str(i) for i in range(10)]
     assert entry["defaults"] == dict(sampler="dpmpp_2m", steps=10, guidance_scale=1.5)
     address = r"""(?:src|href)\s*=\s*["']?(?!["']?data:,)|https?://(?!www\.w3\.org/2000/svg)|@import|url\("""
@@ -78,6 +81,37 @@ def test_several_checkpoints_in_one_page(tmp_path):
     text = (tmp_path / "x.html").read_text()
     assert [entry["dataset"] for entry in entries(tmp_path / "x.html")] == ["mnist", "fashion_mnist"]
     assert 'id="weights-1"' in text and 'id="weights-2"' not in text
+
+
+def test_the_weights_without_their_average_are_named_so(tmp_path):
+    path = small_checkpoint(tmp_path / "model.pt")
+    assert exported(path, "--no-use_ema") == 0
+    assert entries(tmp_path / "page.html")[0]["use_ema"] is False
+
+
+def without_models(text):
+    """A page with neither its models' configs nor their weights."""
+    text = re.sub(r'(id="entries">).*?(?=</script>)', r"\1", text, flags=re.DOTALL)
+    return re.sub(r'<script type="text/plain" id="weights-\d+">.*?</script>\n', "", text, flags=re.DOTALL)
+
+
+def test_the_page_below_docs_is_made_of_the_scripts_that_are_here(root, tmp_path):
+    """If not, make it again: the command is in benchmarks/RESULTS.md."""
+    path = root / "docs/index.html"
+    assert path.stat().st_size < 8_000_000
+    assert [entry["name"] for entry in entries(path)] == ["mnist", "fashion_mnist"]
+    assert without_models(path.read_text(encoding="utf-8")) == without_models(page_of.page([]))
+    assert exported(small_checkpoint(tmp_path / "model.pt", conditional=True)) == 0
+    [here] = entries(tmp_path / "page.html")
+    assert all(entry.keys() == here.keys() for entry in entries(path))
+
+
+def test_make_demo_writes_the_page_and_names_it(root):
+    if shutil.which("make") is None:
+        pytest.skip("make is missing")
+    says = subprocess.run(["make", "-n", "demo"], cwd=root, capture_output=True, text=True, check=True).stdout
+    told = f"outputs/demo/{export.OUTPUTS['html']} in a browser"
+    assert says.index("export.py --checkpoint outputs/demo/model_final.pt") < says.index(told)
 
 
 def test_a_page_of_48_channels_is_small(tmp_path):

@@ -13,6 +13,7 @@ import distill
 import doctor
 import edit
 import evaluate
+import export
 import sample
 import train
 import visualize_diffusion
@@ -191,6 +192,14 @@ def test_what_is_for_images_says_so(run, tmp_path, monkeypatch, capsys, script, 
     assert call(script, *flags, "--checkpoint", run / "model_final.pt", "--device", "cpu") == 2
     error = capsys.readouterr().err
     assert REFUSED in error and "gaussians" in error and len(error.splitlines()) == 1
+
+
+@pytest.mark.parametrize("kind", export.OUTPUTS)
+def test_points_are_not_exported(run, tmp_path, capsys, kind):
+    assert call(export, "--checkpoint", run / "model_final.pt", "--format", kind) == 2
+    error = capsys.readouterr().err
+    assert REFUSED in error and len(error.splitlines()) == 1
+    assert not (run / export.OUTPUTS[kind]).is_file() and not any((run / "safetensors").glob("*"))
 
 
 @pytest.mark.parametrize("script, flags, words", [

@@ -59,9 +59,9 @@ function showNetwork(entry) {
   const blocks = blocksOf(entry), [, height, width] = entry.shape, levels = entry.network.channel_mults.length;
   $("unet").style.gridTemplateColumns = `repeat(${blocks.length}, minmax(0, 1fr))`;
   $("unet").replaceChildren(...blocks.map(({name, level, channels, text}, column) => {
-    const pixels = (size) => size / entry.network.patch_size / 2 ** level;
+    const [high, wide] = [height, width].map((size) => size / entry.network.patch_size / 2 ** level);
     const button = element("button", {name, role: "radio", "aria-checked": "false"}, element("canvas"), text,
-                           element("small", {}, `${channels} × ${pixels(height)} × ${pixels(width)}`));
+                           element("small", {}, `${channels} × ${high === wide ? `${high}²` : `${high} × ${wide}`}`));
     button.style.gridArea = `${level + 1} / ${column + 1}`;
     button.style.setProperty("--share", 0.5 ** level);
     button.addEventListener("click", () => {

@@ -81,8 +81,7 @@ def test_an_image_is_made_at_once_and_is_that_of_sample_py(opened, exported, che
     drawn = np.load(tmp_path / "x.npz")["arr_0"].reshape(-1).astype(int)
     assert np.abs(levels(page, "make-x") - drawn).max() <= 1 and drawn.std() > 10
     choose(page, "labels", "any")
-    assert "image without a label" in page.wait("film.done && !$('told').textContent.includes('3') && "
-                                                "$('told').textContent")
+    page.wait("film.done && $('told').textContent.includes('image without a label')")
     command = shlex.split(page.page.inner_text("#command"))
     assert sample.main([*command[2:], "--output", str(tmp_path / "x.npz"), "--device", "cpu"]) == 0
     drawn = np.load(tmp_path / "x.npz")["arr_0"].reshape(-1).astype(int)
@@ -159,6 +158,31 @@ def test_an_address_that_makes_no_sense_is_ignored(opened, exported, hash):
     assert "the 7" in page.made() and page.page.evaluate("app.state.steps") == 10
 
 
+def test_an_image_that_takes_too_long_gives_way_to_the_last_change(opened, exported):
+    page = opened(exported, "#steps=1")
+    page.made()
+    page.page.evaluate("""() => {
+        const ask = app.engine.ask;
+        app.engine.ask = () => new Promise(() => {});
+        makeImage();
+        app.engine.ask = ask;
+        changeAndMake({seed: 5});
+    }""")
+    page.wait("film.done && film.job.seed === 5")
+
+
+def test_the_command_is_copied(opened, exported):
+    page = opened(exported, "#steps=1")
+    page.made()
+    page.page.evaluate("void (navigator.clipboard.writeText = async (text) => { window.copied = text; })")
+    click(page, "#copy")
+    command = page.page.inner_text("#command").replace("\n", " ")
+    assert page.wait("window.copied").split() == command.split() and page.page.inner_text("#copy") == "Copied"
+    page.page.evaluate("void (navigator.clipboard.writeText = async () => { throw new Error('forbidden'); })")
+    click(page, "#copy")
+    assert page.wait("getSelection().toString()").split() == command.split()
+
+
 def test_a_dragged_slider_ends_with_its_last_image(opened, exported):
     page = opened(exported, "#steps=8&guidance=1&seed=3")
     page.made()
@@ -222,6 +246,29 @@ def test_a_drawing_is_noised_guessed_and_completed(opened, exported):
     for proposal in proposals:
         assert (proposal[:, :14] == drawing[:, :14]).all()
     assert (proposals[0][:, 14:] != proposals[1][:, 14:]).any()
+    choose(page, "halves", "bottom")
+    click(page, "#complete")
+    page.wait("$('complete-told').textContent.includes('bottom half')")
+    proposal = levels(page, "proposal-3").reshape(28, 28)
+    assert (proposal[14:] == drawing[14:]).all() and (proposal[:14] != drawing[:14]).any()
+
+
+def test_the_halves_are_what_they_are_called(opened, exported):
+    page = opened(exported, "#steps=1")
+    page.made()
+    kept = page.page.evaluate("Object.fromEntries(Object.entries(HALVES).map(([name, half]) => "
+                              "[name, [[0, 0], [3, 0], [0, 5], [3, 5]].map(([x, y]) => half(x, y, 4, 6))]))")
+    assert kept == dict(left=[True, False, True, False], right=[False, True, False, True],
+                        top=[True, True, False, False], bottom=[False, False, True, True])
+
+
+def test_a_large_drawing_goes_into_an_address_and_back(opened, exported):
+    page = opened(exported, "#steps=1")
+    page.made()
+    assert page.page.evaluate("""(() => {
+        const levels = Uint8Array.from({length: 3 * 512 * 512}, (_, i) => i % 7 ? i % 256 : 0);
+        return unpackDrawing(packDrawing(levels), levels.length).every((level, i) => level === levels[i]);
+    })()""")
 
 
 def test_pens_the_eraser_and_the_keyboard(opened, exported):
@@ -268,11 +315,62 @@ def test_compare_shows_classes_a_table_and_what_lies_between(opened, exported):
     page.page.fill("#seed-a", "8")
     page.wait("between.images.filter(Boolean).length === BETWEEN_FRAMES && app.state.a === 8")
     assert (levels(page, "end-a") == levels(page, "end-b")).all()
+    page.page.fill("#seed-b", "11")
+    page.wait("between.images.filter(Boolean).length === BETWEEN_FRAMES && app.state.b === 11")
+    assert (levels(page, "end-a") != levels(page, "end-b")).any() and "b=11" in address(page)
     seed = page.page.evaluate("app.state.seed")
     click(page, "#new-noise")
     assert page.page.evaluate("app.state.seed") != seed
     page.page.locator("#classes canvas").nth(4).click()
     page.wait("app.state.view === 'make' && app.state.label === 4 && film.done")
+
+
+def test_a_cell_of_the_table_is_shown_in_make(opened, exported):
+    page = opened(exported, "#view=compare&label=any&steps=3&seed=2")
+    page.made()
+    page.wait("finished.table")
+    assert page.page.inner_text("#table caption").startswith("The 0.")
+    picture = page.page.locator("#table canvas").nth(2 * 5 + 3)
+    shown = np.array(picture.evaluate(LEVELS))
+    picture.click()
+    page.wait("app.state.view === 'make' && film.done && film.timer === null")
+    assert page.page.evaluate("film.job") == dict(label=0, sampler="dpmpp_2m", steps=8, guidance=1.5, seed=2)
+    assert (levels(page, "make-x") == shown).all()
+
+
+def test_compare_makes_again_only_what_has_changed(opened, exported):
+    """Without a label the guidance changes the images of the classes, and nothing else."""
+    page = opened(exported, "#view=compare&label=any&steps=2&guidance=1")
+    page.made()
+    page.wait("finished.between")
+    page.page.evaluate("""() => {
+        const ask = app.engine.ask;
+        window.asked = [];
+        app.engine.ask = function (...all) { window.asked.push(all[0]); return ask.apply(this, all); };
+        location.hash = "view=compare&label=any&steps=2&guidance=5&share=90";
+    }""")
+    page.wait("film.job.guidance === 1 && finished.classes?.includes('\"guidance\":5') && asked.includes('share')")
+    assert set(page.page.evaluate("asked")) == {"make", "classes", "share"}
+    assert page.page.input_value("#share") == "90"
+
+
+def test_the_curves_are_those_of_the_schedule_and_the_line_is_at_the_shown_step(opened, exported, checkpoint):
+    page = opened(exported, "#view=inside&steps=4&step=2")
+    page.made()
+    process = load_model(checkpoint)[1]
+    for name, share in (("signal", process.alpha), ("noise", process.sigma)):
+        curve = page.page.get_attribute(f"#schedule path.{name}", "d")
+        points = np.array(re.findall(r"([\d.]+),([\d.]+)", curve), float)
+        assert len(points) == 101
+        for x, y in points[::20]:
+            assert (178 - y) / 166 == pytest.approx(float(share((588 - x) / 552 * 39)), abs=2e-3)
+    for step in (2, 0, 4):
+        slide(page, "#inside-step", step)
+        t = page.page.evaluate("film.frames[film.at].t")
+        assert float(page.page.get_attribute("#schedule line.now", "x1")) == pytest.approx(588 - max(t, 0) / 39 * 552)
+        dots = page.page.locator("#schedule circle")
+        assert [i for i in range(dots.count()) if dots.nth(i).get_attribute("class") == "now"] == [step]
+        assert page.page.inner_text("#inside-t") == ("the image" if step == 4 else f"t = {round(t)}")
 
 
 def test_inside_shows_the_schedule_and_the_channels_of_every_block(opened, exported):
@@ -364,12 +462,12 @@ def test_words_of_a_checkpoint_become_neither_markup_nor_script(opened, tmp_path
     assert "'<b>model'\"'\"'s.pt'" in page.page.inner_text("#command")
 
 
-def model_for_page(name="x.pt", shape=(1, 28, 28), names=("0", "1"), training=None, **config):
+def model_for_page(name="x.pt", shape=(1, 28, 28), names=("0", "1"), training=None, dataset=None, **config):
     model = small_model(image_channels=shape[0], **config)
     process = DiffusionProcess(50, prediction="edm")
     return page_model(name, model, process, dict(
         model=model.config, diffusion=process.config, training=training or {},
-        data=dict(dataset=name, shape=list(shape), class_names=list(names))))
+        data=dict(dataset=dataset or name, shape=list(shape), class_names=list(names))))
 
 
 def test_colours_without_labels(opened):
@@ -406,12 +504,60 @@ def test_a_switch_changes_the_model(opened):
     page.wait("film.done && $('told').textContent.includes('the 1')")
 
 
-def test_what_goes_wrong_is_told(opened, exported):
-    page = opened(exported, "#steps=1")
+def test_a_switch_amid_everything_leaves_nothing_of_the_old_model(opened):
+    """Several switches before the first is done, while the steps are played, and from each view."""
+    two = model_for_page("two.pt", names=("a", "b", "c"), num_classes=3, patch_size=1, channel_mults=[1, 2, 3])
+    page = opened([model_for_page("one.pt", num_classes=2), two])
     page.made()
+    for view in TABS:
+        page.page.evaluate("""(view) => {
+            app.open("make");
+            $("another").click();
+            app.open(view);
+            for (const model of [1, 0, 1, 0, 1]) location.hash = `model=${model}&view=${view}&steps=2&seed=3`;
+        }""", view)
+        page.wait("app.entry.name === 'two.pt' && film.done && film.frames.length === 3")
+        [image] = drawn(page, [dict(label=2, sampler="dpmpp_2m", steps=2, guidance=1.5, seed=3)], model=1)
+        assert page.page.evaluate("x => [...app.code.decode(x)]", image.tolist()) == levels(page, "make-x").tolist()
+        assert page.page.is_visible(f"#{view}") and page.page.locator("main > section:visible").count() == 1
+        assert page.page.locator("#unet button").count() == 7
+        page.page.evaluate("location.hash = `model=0&view=${app.shown}`")
+        page.wait("app.entry.name === 'one.pt' && film.done")
+
+
+def test_models_of_one_data_set_are_told_apart_by_their_files(opened):
+    page = opened([model_for_page(name, dataset="glyphs") for name in ("one.pt", "two.pt")] + [model_for_page("x")])
+    page.made()
+    assert page.page.locator("#models label").all_inner_texts() == ["one.pt", "two.pt", "x"]
+
+
+def test_an_address_closes_the_old_view(opened, exported):
+    page = opened(exported, "#steps=1&view=compare")
+    page.made()
+    page.page.evaluate("() => { compareView.close = () => { window.left = true; }; "
+                       "location.hash = 'view=inside&steps=1'; }")
+    page.wait("window.left && app.shown === 'inside' && film.done")
+    assert page.page.is_visible("#inside") and not page.page.is_visible("#compare")
+
+
+@pytest.mark.parametrize("view", TABS)
+def test_what_goes_wrong_is_told_in_every_view(view, opened, exported):
+    page = opened(exported, f"#steps=1&view={view}")
+    page.made()
+    assert not page.page.is_visible("#problem")
     page.page.evaluate("void app.engine.ask('test', 'make', {model: 5, job: {}})")
-    assert "did not work" in page.wait("$('told').textContent.includes('work') && $('told').textContent")
+    assert "did not work" in page.wait("$('problem').textContent")
+    assert page.page.is_visible("[role=alert]")
     page.complaints.clear()
+    click(page, "#tab-make")
+    assert not page.page.is_visible("#problem")
+
+
+def test_the_weights_without_their_average_are_named_in_the_command(opened, checkpoint, tmp_path):
+    assert export.main(["--checkpoint", str(checkpoint), "--output", str(tmp_path / "x.html"), "--no-use_ema"]) == 0
+    page = opened(tmp_path / "x.html", "#steps=1")
+    page.made()
+    assert "--checkpoint model.pt --no-use_ema " in page.page.inner_text("#command").replace("\n", " ")
 
 
 def test_the_newest_request_overtakes_the_others(opened, exported):
