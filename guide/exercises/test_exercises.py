@@ -9,6 +9,7 @@ from torch.testing import assert_close
 import diffusion
 from diffusion import DiffusionProcess
 from evaluation.mixture import Mixture
+from samplers import batch_time, guide, step_pairs, uniform_timesteps
 
 
 def images(count: int = 4, channels: int = 1, size: int = 2, seed: int = 0) -> torch.Tensor:
@@ -69,3 +70,49 @@ def test_ex06_a_step_of_ddim(exercise):
         rates = [rate(time).item() for time in (t, s) for rate in (process.alpha, process.sigma)]
         x_s = exercise.ddim_step(process.q_sample(x_0, t, noise), x_0, *rates)
         assert_close(x_s, process.alpha(s) * x_0 + process.sigma(s) * noise)  # the same noise, less of it
+
+
+class TwoClasses(torch.nn.Module):
+    """A network that is called as those of models/: model(x_t, t, labels), where the label 2 means "no label"."""
+
+    num_classes = 2
+
+    def forward(self, x_t, t, labels):
+        return x_t * (1 + labels.view(-1, 1, 1, 1)) / 10
+
+
+def test_ex07_guidance_at_some_of_the_times(exercise):
+    process, labels, x_t = DiffusionProcess(schedule="cosine"), torch.tensor([0, 1, 1, 0]), images()
+    conditional = process.denoiser(TwoClasses(), labels, clip=False)
+    unconditional, calls = process.denoiser(TwoClasses(), torch.full((4,), 2), clip=False), []
+
+    def without(x_t, t):
+        calls.append(float(t[0]))
+        return unconditional(x_t, t)
+    for scale in (0.0, 1.0, 3.0):
+        found = exercise.guided(conditional, without, scale, (200, 700))
+        expected = guide(process, TwoClasses(), labels, scale, (200, 700), clip=False)
+        for t in (900, 700, 450, 200, 100):
+            assert_close(found(x_t, batch_time(t, x_t)), expected(x_t, batch_time(t, x_t)))
+    assert 450 in calls and set(calls) <= {700, 450, 200}, "outside the interval, `without` need not be called"
+
+
+def test_ex08_inpainting_by_replacing_the_known_pixels(exercise):
+    process, known, x_s, noise = DiffusionProcess(schedule="cosine"), images(), images(seed=1), images(seed=2)
+    mask = torch.tensor([1.0, 0.0], dtype=torch.float64).expand_as(known)  # the left half is to be filled in
+    for s in (600, -1):
+        found = exercise.replace_known(x_s, s, known, mask, process, lambda _: noise)
+        assert_close(found, torch.where(mask == 1, x_s, process.q_sample(known, s, noise)))
+
+    # The data are two images; only the second has the known half, so its other half has to appear.
+    pair = torch.tensor([[-1.0, -1.0, -1.0, -1.0], [1.0, 1.0, 1.0, 1.0]], dtype=torch.float64).view(2, 1, 2, 2)
+    denoise, times, draw = Mixture(pair).denoiser(process), uniform_timesteps(1000, 100), torch.Generator()
+    draw.manual_seed(0)
+
+    def randn(x):
+        return torch.randn(x.shape, generator=draw, dtype=x.dtype)
+    mask, x = mask[:1], images(100)
+    for t, s in step_pairs(times):
+        mean, variance = process.posterior(x, denoise(x, t), t, s)
+        x = exercise.replace_known(mean + variance.sqrt() * randn(x), s, pair[1:], mask, process, randn)
+    assert (x - pair[1]).abs().amax((1, 2, 3)).lt(0.01).double().mean() > 0.9
