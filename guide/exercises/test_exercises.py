@@ -9,7 +9,7 @@ from torch.testing import assert_close
 import diffusion
 from diffusion import DiffusionProcess
 from evaluation.mixture import Mixture
-from samplers import batch_time, guide, step_pairs, uniform_timesteps
+from samplers import batch_time, ddim, guide, step_pairs, uniform_timesteps
 
 
 def images(count: int = 4, channels: int = 1, size: int = 2, seed: int = 0) -> torch.Tensor:
@@ -116,3 +116,46 @@ def test_ex08_inpainting_by_replacing_the_known_pixels(exercise):
         mean, variance = process.posterior(x, denoise(x, t), t, s)
         x = exercise.replace_known(mean + variance.sqrt() * randn(x), s, pair[1:], mask, process, randn)
     assert (x - pair[1]).abs().amax((1, 2, 3)).lt(0.01).double().mean() > 0.9
+
+
+def test_ex09_the_frechet_distance_and_its_floor(exercise):
+    mean = torch.tensor([[0.0, 1.0], [2.0, 0.5]], dtype=torch.float64)
+    a = torch.tensor([[2.0, 0.8], [0.8, 1.0]], dtype=torch.float64)
+    b = torch.tensor([[1.0, -0.5], [-0.5, 3.0]], dtype=torch.float64)
+    assert abs(exercise.frechet(mean[0], a, mean[0], a)) < 1e-9
+    assert_close(exercise.frechet(mean[0], a, mean[1], a), 4.25)
+    # Of two rows and columns: tr(M^(1/2)) = sqrt(tr(M) + 2 sqrt(det(M))).
+    root = ((a @ b).trace() + 2 * (a @ b).det().sqrt()).sqrt()
+    assert_close(exercise.frechet(mean[0], a, mean[1], b), (4.25 + a.trace() + b.trace() - 2 * root).item())
+
+    generator = torch.Generator().manual_seed(0)
+    few, many = (sum(exercise.floor(count, 10, generator) for _ in range(10)) / 10 for count in (100, 400))
+    assert few > 2 * 10 / 100  # the means alone differ by this much on average
+    assert 3 < few / many < 5.5  # four times as many points, about a quarter of the distance
+
+
+STD = 0.5  # of the data of exercise 10, whose pixels are independent and N(0, STD²)
+
+
+def path_error(sampler, steps: int) -> float:
+    """How far a sampler ends from the exact path, on times that are equally spaced in log-SNR, down to log-SNR 3."""
+    process = DiffusionProcess(schedule="linear")
+    first, last = process.log_snr(999).item(), 3.0
+    times = [999.0, *(process.time_of(first + (last - first) * k / steps) for k in range(1, steps + 1))]
+    x_T = images()
+
+    def spread(t):  # the standard deviation of x_t
+        return ((process.alpha(t) * STD) ** 2 + process.sigma(t) ** 2).sqrt()
+    denoise = Mixture(torch.zeros(1, 1, 2, 2), STD).denoiser(process)
+    reached = {s: x for s, x, _ in sampler(denoise, x_T, times, process)}
+    assert min(reached) == -1
+    return (reached[times[-1]] - x_T * spread(times[-1]) / spread(999)).abs().max().item()
+
+
+def test_ex10_heun_and_its_order(exercise):
+    assert_close(exercise.order(lambda steps: 7 * steps**-3, 10), 3.0)
+    calls = []
+    list(exercise.heun(lambda x, t: calls.append(t) or x, images(), [900, 500, 100], DiffusionProcess()))
+    assert len(calls) == 5, "two evaluations in each step but the last"
+    assert 0.8 < exercise.order(lambda steps: path_error(ddim, steps), 40) < 1.2
+    assert 1.8 < exercise.order(lambda steps: path_error(exercise.heun, steps), 40) < 2.2
