@@ -202,6 +202,7 @@ def write_safetensors(path: Path, args: Namespace, output: Path) -> None:
     if others and not (output / SAFETENSORS).exists():
         raise UserError(f"{output / others[0]} is not of an export and would be overwritten: name another folder")
     model, _, checkpoint = load_model(path, use_ema=args.use_ema)
+    check_writable(output)  # makes the folder: not before what cannot be exported has been refused
     checkpoint["config"] = without_own_flags(checkpoint["config"])
     weights = to_precision(model.state_dict(), PRECISIONS[args.weights or "float32"])
     parameters = sum(weight.numel() for weight in weights.values())
@@ -225,7 +226,7 @@ def main(argv=None):
             write_onnx(paths[0], args, check_output(output, *paths))
         else:
             check_output(output / SAFETENSORS, *paths)
-            write_safetensors(paths[0], args, check_writable(output))
+            write_safetensors(paths[0], args, output)
     except ModuleNotFoundError as error:
         library = (error.name or "").split(".")[0]
         if library not in LIBRARIES:
