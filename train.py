@@ -195,8 +195,8 @@ def open_data(args: Namespace, device: torch.device) -> ImageData:
     data = load_dataset(chosen_dataset(args, small=device.type == "cpu"), "train", args.data_dir, points=True)
     if data.folder and len(data.images) < FEW_IMAGES and not args.init:
         print(f"Fewer than {FEW_IMAGES:,} pictures: what may help are --init with a checkpoint of more pictures, "
-              f"--hflip where left and right do not matter, and a shorter --budget; the end of the run says whether they were "
-              f"learned by heart", flush=True)
+              f"--hflip where left and right do not matter, and a shorter --budget; the end of the run says whether "
+              f"they were learned by heart", flush=True)
     return data
 
 
