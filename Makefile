@@ -5,7 +5,7 @@ BIN = $(VENV)/bin
 # Errors only: neither warnings nor the advice to update pip.
 INSTALL = $(BIN)/python -m pip install -qq --disable-pip-version-check
 
-.PHONY: demo test torture lint clean
+.PHONY: demo test torture lint guide experiments clean
 
 demo: $(VENV)/demo
 	$(BIN)/python train.py --dataset glyphs --budget 2m --sample_interval 0 --output_dir outputs/demo
@@ -24,6 +24,12 @@ torture: $(VENV)/dev
 
 lint: $(VENV)/dev
 	$(BIN)/ruff check .
+
+guide: $(VENV)/dev
+	$(BIN)/python -m guide.figures
+
+experiments: $(VENV)/dev
+	$(BIN)/python -m guide.experiments
 
 $(BIN)/python:
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10) and "Python 3.10 or newer is needed: make PYTHON=...")'

@@ -5,7 +5,8 @@ A diffusion model learns to remove noise. The forward process mixes a clean imag
     x_t = alpha_t · x_0 + sigma_t · noise,      alpha_t² + sigma_t² = 1                     (Ho et al. 2020, eq. 4)
 
 At t = 0 there is little noise, at t = T - 1 almost nothing else. A network gets x_t and t and predicts a mixture of x_0
-and noise, from which x_0_hat, the expected clean image, follows. A sampler starts at pure noise and goes back to
+and noise, from which x_0_hat, the expected clean image, follows: the mean of all clean images that x_t may come from,
+weighted by their probability, and so blurred where there is much noise. A sampler starts at pure noise and goes back to
 t = -1, the clean image; at each step it asks for x_0_hat. The process uses one curve of the schedule, the log
 signal-to-noise ratio lambda_t = log(alpha_t² / sigma_t²), which falls with t (Kingma et al. 2021).
 

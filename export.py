@@ -48,8 +48,8 @@ LICENCES = {"mnist": "MNIST (LeCun, Cortes, Burges) is commonly given as CC BY-S
 
 def parse_args(argv: Sequence[str] | None) -> Namespace:
     parser = Parser(__doc__)
-    several = SHARED_FLAGS["checkpoint"]["help"].replace(" (default", "; several for a page with all of them (default")
-    parser.add_argument("--checkpoint", nargs="+", default=[None], metavar="CHECKPOINT", help=several)
+    parser.add_argument("--checkpoint", nargs="+", default=[None], metavar="CHECKPOINT",
+                        help=f"{SHARED_FLAGS['checkpoint']['help']}; several are put into one page")
     add_shared_flags(parser, "use_ema")
     parser.add_argument("--format", choices=tuple(OUTPUTS), default="html", help="what to write")
     parser.add_argument("--weights", choices=tuple(PRECISIONS), help="the precision of the weights that are written "
@@ -82,7 +82,8 @@ def read_models(paths: Sequence[Path], args: Namespace) -> list[PageModel]:
     models = []
     for path in paths:
         model, diffusion, checkpoint = load_model(path, use_ema=args.use_ema)
-        models.append(page_model(shown_name(path), model, diffusion, checkpoint["config"], args.weights or "float16"))
+        models.append(page_model(shown_name(path), model, diffusion, checkpoint["config"], args.weights or "float16",
+                                 args.use_ema))
     return models
 
 

@@ -1,9 +1,10 @@
 """Samplers: algorithms that turn noise into images, and the loop that runs them with a network.
 
 A sampler is a generator, `sampler(denoise, x_T, timesteps, diffusion, *, eta=0., randn=torch.randn_like)`. It starts at
-x_T, goes down the decreasing list `timesteps` and then to -1, the clean image. After each step it yields
-`(t, x_t, x_0_hat)`, where t is the time just reached; the last item is (-1, image, x_0_hat). It knows the network only
-as `denoise(x_t, t) -> x_0_hat`, which it calls once for each step (heun: twice). Guidance, labels and clipping are
+x_T, goes down the decreasing list `timesteps` and then to -1, the clean image; the list may be much shorter than the
+process's T, which only says how finely the schedule is tabulated. After each step it yields `(t, x_t, x_0_hat)`, where
+t is the time just reached; the last item is (-1, image, x_0_hat). It knows the network only as
+`denoise(x_t, t) -> x_0_hat`, which it calls once for each step (heun: twice). Guidance, labels and clipping are
 wrappers of `denoise`. To add a sampler, write its function and add a row to SAMPLERS.
 """
 

@@ -28,8 +28,9 @@ class SimpleUNet(ConditionedNetwork):
     checkpointing    less memory in training, for about 25 % more time: for large networks
     learn_variance   2C output channels: C for the prediction, then C for v of `LearnedVariance`
 
-    The defaults have the resolutions 28, 14 and 7 for 28×28. H and W must be divisible by `self.divisor`. ValueError
-    for other sizes and for arguments outside these.
+    The embedding of time and label scales and shifts the channels in every residual block; the skips carry what is lost
+    at the lower resolutions. The defaults have the resolutions 28, 14 and 7 for 28×28. H and W must be divisible by
+    `self.divisor`. ValueError for other sizes and for arguments outside these.
     """
 
     def __init__(self, image_channels: int = 1, base_channels: int = 64, time_emb_dim: int = 256,

@@ -193,7 +193,7 @@ def test_a_real_want_of_memory_is_one_line_and_what_it_says_fits(data_dir, tmp_p
     fits = int(last.split("a batch of ")[1].split()[0])
     assert 1 <= fits < 32_768
     fitting = [*argv, "--train_images", str(2 * fits), "--batch_size", str(fits), "--sample_interval", "0"]
-    assert run(fitting, log, limit, timeout=300) == 0
+    assert run(fitting, log, limit, timeout=300) == 0, log.read_text()[-2000:]
     TRIED["a batch that the memory is too small for; the size that was told fits"] += 1
 
 

@@ -2,13 +2,24 @@
 
 const STEPS_COLUMNS = [1, 2, 4, 8, 16], GUIDANCE_ROWS = [0, 1, 1.5, 3, 6], BETWEEN_FRAMES = 13;
 
-// Fill canvases with the images of jobs, as they get ready.
-function makeMany(slot, jobs, canvases) {
-  return app.engine.ask(slot, "many", {model: app.state.model, jobs}, ({index, x}) => {
-    const {label, seed} = jobs[index];
-    paint(canvases[index], app.code.decode(x), app.entry.shape, `${nameOf(label)}, seed ${seed}`);
-  });
+// What is shown complete in each place: the model and the jobs, as a text.
+const finished = {};
+
+// Show the images of jobs in a place, if it does not hold them: arrange() makes room, and receive(index, x) gets each
+// image. A promise of true when they are complete.
+async function makeMany(place, jobs, arrange, receive) {
+  const key = JSON.stringify([app.state.model, jobs]);
+  if (finished[place] === key) return true;
+  finished[place] = null;
+  arrange();
+  const done = await app.engine.ask(place, "many", {model: app.state.model, jobs}, ({index, x}) => receive(index, x));
+  if (done) finished[place] = key;
+  return done;
 }
+
+// receive for canvases in the order of the jobs.
+const painter = (jobs, canvases) => (index, x) =>
+  paint(canvases[index], app.code.decode(x), app.entry.shape, `${nameOf(jobs[index].label)}, seed ${jobs[index].seed}`);
 
 // A canvas that opens its image in the view "Make", by the mouse; for the keyboard there are the controls there.
 function opening(job) {
@@ -26,9 +37,9 @@ function showClasses() {
   const jobs = names.length ? names.map((_, label) => ({...job, label, guidance: app.state.guidance}))
     : Array.from({length: 10}, (_, i) => ({...job, seed: job.seed + i}));
   const canvases = jobs.map(opening);
-  $("classes").replaceChildren(...canvases.map((canvas, i) =>
-    element("figure", {}, canvas, element("figcaption", {}, names.length ? names[i] : `seed ${jobs[i].seed}`))));
-  return makeMany("classes", jobs, canvases);
+  return makeMany("classes", jobs, () => $("classes").replaceChildren(...canvases.map((canvas, i) =>
+    element("figure", {}, canvas, element("figcaption", {}, names.length ? names[i] : `seed ${jobs[i].seed}`)))),
+                  painter(jobs, canvases));
 }
 
 function showTable() {
@@ -39,39 +50,39 @@ function showTable() {
     : Object.keys(app.entry.samplers).map((sampler) => [sampler, {sampler}]);
   const jobs = rows.flatMap(([, changes]) => columns.map((steps) => ({...job, ...changes, steps})));
   const canvases = jobs.map(opening);
-  const caption = element("caption", {}, `${names.length ? "Guidance" : "Sampler"} ↓   Steps →`);
-  const head = element("tr", {}, element("td"), ...columns.map((steps) => element("th", {scope: "col"}, String(steps))));
-  $("table").replaceChildren(caption, element("thead", {}, head), element("tbody", {}, ...rows.map(([name], row) =>
+  const caption = element("caption", {}, `${names.length ? `The ${nameOf(jobs[0].label)}. Guidance` : "Sampler"} ↓  ` +
+    "Steps →");
+  const head = columns.map((steps) => element("th", {scope: "col"}, String(steps)));
+  const body = rows.map(([name], row) =>
     element("tr", {}, element("th", {scope: "row"}, name), ...columns.map((_, column) =>
-      element("td", {}, canvases[row * columns.length + column]))))));
-  return makeMany("table", jobs, canvases);
+      element("td", {}, canvases[row * columns.length + column]))));
+  return makeMany("table", jobs, () => $("table").replaceChildren(
+    caption, element("thead", {}, element("tr", {}, element("td"), ...head)), element("tbody", {}, ...body)),
+                  painter(jobs, canvases));
 }
 
-// The images at even shares of the way, first the ends; the slider shows the nearest at once, then its own.
-const between = {images: []};
+// The images at even shares of the way, first the ends; the slider shows the nearest at once, then its own, of `share`.
+const between = {images: [], share: null};
 
-function showBetween() {
-  const {a, b} = app.state, job = {...jobOf(app.state), seed: a, towards: b};
-  between.images = [];
-  const last = BETWEEN_FRAMES - 1, order = [0, last, ...Array.from({length: last - 1}, (_, i) => i + 1)];
-  const canvases = Array.from({length: BETWEEN_FRAMES}, (_, i) => {
-    const canvas = element("canvas");
-    canvas.addEventListener("click", () => {
+async function showBetween() {
+  const {a, b} = app.state, job = {...jobOf(app.state), seed: a, towards: b}, last = BETWEEN_FRAMES - 1;
+  const order = [0, last, ...Array.from({length: last - 1}, (_, i) => i + 1)];
+  const jobs = order.map((i) => ({...job, share: i / last}));
+  const done = await makeMany("between", jobs, () => {
+    Object.assign(between, {images: [], share: null});
+    fillStrip($("between-strip"), [...order].sort((x, y) => x - y), (i) => {
       app.setState({share: Math.round(100 * i / last)});
       showShare();
     });
-    return canvas;
-  });
-  $("between-strip").replaceChildren(...canvases);
-  const jobs = order.map((i) => ({...job, share: i / last}));
-  return app.engine.ask("between", "many", {model: app.state.model, jobs}, ({index, x}) => {
+  }, (index, x) => {
     const i = order[index], levels = app.code.decode(x);
     between.images[i] = x;
-    paint(canvases[i], levels, app.entry.shape);
+    paint($("between-strip").children[i], levels, app.entry.shape);
     if (i === 0) paint($("end-a"), levels, app.entry.shape, `The image of seed ${a}`);
     if (i === last) paint($("end-b"), levels, app.entry.shape, `The image of seed ${b}`);
     if (i === nearest()) showShare();
   });
+  if (done && between.share !== app.state.share) showShare();
 }
 
 const nearest = () => Math.round(app.state.share / 100 * (BETWEEN_FRAMES - 1));
@@ -81,7 +92,8 @@ function showShare() {
   $("share").value = share;
   $("share").setAttribute("aria-valuetext", text);
   $("share-text").textContent = text;
-  [...$("between-strip").children].forEach((each, i) => each.classList.toggle("now", i === nearest()));
+  between.share = share;
+  markNow($("between-strip"), nearest());
   if (between.images[nearest()]) paint(canvas, app.code.decode(between.images[nearest()]), shape, text);
   const job = {...jobOf(app.state), seed: a, towards: b, share: share / 100};
   app.engine.ask("share", "many", {model: app.state.model, jobs: [job]}, ({x}) =>
@@ -91,7 +103,7 @@ function showShare() {
 const compareView = {
   start() {
     $("new-noise").addEventListener("click", () => {
-      app.setState({seed: Math.floor(Math.random() * 1e6)});
+      app.setState({seed: randomSeed()});
       makeImage();
       this.open();  // the rest of what was being made is overtaken
     });
@@ -112,7 +124,7 @@ const compareView = {
       "have in common, such as slant or thickness, comes from the noise."
       : "This network was trained without labels: the noise alone decides.";
     $("table-title").textContent = names.length ? "Guidance and steps" : "Samplers and steps";
-    $("table-text").textContent = names.length ? "Guidance pushes the image towards its label, from 0 (the label is " +
+    $("table-text").textContent = names.length ? "Guidance pushes the image towards the label, from 0 (the label is " +
       "ignored) over 1 (what was learnt) to what is too much; more steps follow the path more closely."
       : "With many steps most samplers come to the same image; with few they differ.";
   },
@@ -123,12 +135,7 @@ const compareView = {
   },
 
   // Make what is not shown yet, from top to bottom.
-  async open() {
-    const {model, a, b} = app.state, key = JSON.stringify([model, a, b, jobOf(app.state)]);
-    if (key === this.shown) return;
-    this.shown = null;
-    if (await showClasses() && await showTable() && await showBetween()) this.shown = key;
-  },
+  async open() { if (await showClasses() && await showTable()) showBetween(); },
 
   close() { for (const slot of ["classes", "table", "between"]) app.engine.ask(slot, "nothing", {}); },
 };

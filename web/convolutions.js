@@ -52,7 +52,8 @@ class Convolutions {
     }
   }
 
-  // The layer `name` of x (C, H, W) -> (outputs, H / stride, W / stride), padded with zeros so that no pixel is lost.
+  // The layer `name` of a tensor x -> a tensor with `outputs` channels and 1 / stride of the height and width. x is
+  // padded with zeros so that no pixel is lost.
   //
   // With pixels and channels in one row, the 3 × 3 window of an output is three runs of 3 · C numbers that lie side by
   // side: nothing is copied but the padding. The zero at the right of a row is also that at the left of the next.

@@ -10,20 +10,20 @@ function svg(tag, attributes = {}, ...children) {
   return made;
 }
 
-// alpha and sigma over t, the times of the sampler, and the time that is shown.
+// alpha and sigma over t, which falls to the right as in the other views; the steps of the sampler; the shown one.
 function showSchedule() {
   const {process} = app, last = Math.max(1, process.numTimesteps - 1), {left, right, top, bottom} = CHART;
-  const place = (t, value) => [left + Math.max(t, 0) / last * (right - left), bottom - value * (bottom - top)];
+  const place = (t, value) => [right - Math.max(t, 0) / last * (right - left), bottom - value * (bottom - top)];
   const curve = (value) => Array.from({length: 101}, (_, i) => place(i / 100 * last, value(i / 100 * last))
     .map((number) => number.toFixed(1)).join(",")).join(" L");
   const alpha = (t) => t < 0 ? 1 : process.alpha(t), sigma = (t) => t < 0 ? 0 : process.sigma(t);
   const now = film.frames[film.at]?.t ?? -1, [x] = place(now, 0);
   const text = (x, y, content, attributes = {}) => svg("text", {x, y, ...attributes}, content);
   const chart = svg("svg", {viewBox: "0 0 600 214", role: "img", "aria-label":
-    `From t = 0 to ${last} the share of the image, alpha, falls from 1 to ${round(alpha(last))}, and that of the ` +
-    `noise, sigma, rises to ${round(sigma(last))}`});
+    `From t = ${last} to 0 the share of the noise, sigma, falls from ${round(sigma(last))} to ${round(sigma(0))}, ` +
+    `and that of the image, alpha, rises from ${round(alpha(last))} to ${round(alpha(0))}`});
   for (const value of [0, 0.5, 1]) {
-    const [, y] = place(0, value);
+    const y = place(0, value)[1];
     chart.append(svg("line", {x1: left, x2: right, y1: y, y2: y}),
                  text(left - 8, y + 4, value, {"text-anchor": "end"}));
   }
@@ -31,8 +31,8 @@ function showSchedule() {
     chart.append(text(place(t, 0)[0], bottom + 18, t === last / 2 ? "time t" : t, {"text-anchor": "middle"}));
   chart.append(svg("path", {class: "signal", d: `M${curve(alpha)}`}),
                svg("path", {class: "noise", d: `M${curve(sigma)}`}),
-               text(...place(0.03 * last, 0.86), "α image", {class: "signal"}),
-               text(...place(0.97 * last, 0.86), "σ noise", {class: "noise", "text-anchor": "end"}),
+               text(...place(0.03 * last, 0.84), "α image", {class: "signal", "text-anchor": "end"}),
+               text(...place(0.97 * last, 0.84), "σ noise", {class: "noise"}),
                svg("line", {class: "now", x1: x, x2: x, y1: top, y2: bottom}));
   for (const [i, {t}] of film.frames.entries())
     chart.append(svg("circle", {r: 4, cx: place(t, 0)[0], cy: place(t, alpha(t))[1],
@@ -56,12 +56,12 @@ function blocksOf({network, tensors}) {
 }
 
 function showNetwork(entry) {
-  const blocks = blocksOf(entry), [, height] = entry.shape, levels = entry.network.channel_mults.length;
+  const blocks = blocksOf(entry), [, height, width] = entry.shape, levels = entry.network.channel_mults.length;
   $("unet").style.gridTemplateColumns = `repeat(${blocks.length}, minmax(0, 1fr))`;
   $("unet").replaceChildren(...blocks.map(({name, level, channels, text}, column) => {
-    const size = height / entry.network.patch_size / 2 ** level;
+    const pixels = (size) => size / entry.network.patch_size / 2 ** level;
     const button = element("button", {name, role: "radio", "aria-checked": "false"}, element("canvas"), text,
-                           element("small", {}, `${channels} × ${size}²`));
+                           element("small", {}, `${channels} × ${pixels(height)} × ${pixels(width)}`));
     button.style.gridArea = `${level + 1} / ${column + 1}`;
     button.style.setProperty("--share", 0.5 ** level);
     button.addEventListener("click", () => {
@@ -111,8 +111,9 @@ function liveliest({data, channels}) {
 
 // Draw the chosen channels of a tensor in a grid, each with its own scale.
 function showChannels(canvas, {data, channels, height, width}, chosen) {
-  const columns = Math.ceil(Math.sqrt(chosen.length * 2.3)), rows = Math.ceil(chosen.length / columns);
-  const across = Math.min(columns, chosen.length);
+  let columns = Math.ceil(Math.sqrt(1.6 * chosen.length));
+  while (chosen.length % columns && columns ** 2 < 4 * chosen.length) columns++;  // for full rows, if that can be
+  const rows = Math.ceil(chosen.length / columns), across = Math.min(columns, chosen.length);
   [canvas.width, canvas.height] = [across * (width + 1) - 1, rows * (height + 1) - 1];
   const context = canvas.getContext("2d");
   for (const [place, c] of chosen.entries()) {
@@ -131,22 +132,12 @@ function showChannels(canvas, {data, channels, height, width}, chosen) {
 const insideView = {
   start() {
     $("inside-step").addEventListener("input", () => scrubTo(Number($("inside-step").value)));
-    $("unet").addEventListener("keydown", (event) => {
-      const step = {ArrowRight: 1, ArrowDown: 1, ArrowLeft: -1, ArrowUp: -1}[event.key];
-      const buttons = [...$("unet").querySelectorAll("button")], at = buttons.indexOf(document.activeElement);
-      if (!step || at < 0) return;
-      event.preventDefault();
-      const next = buttons[(at + step + buttons.length) % buttons.length];
-      next.focus();
-      next.click();
-    });
+    arrowKeys($("unet"));
   },
 
   build(entry) { showNetwork(entry); },
 
   open() { this.frameChanged(); },
-
-  filmChanged() { this.frameChanged(); },
 
   // Another step is shown.
   frameChanged() {

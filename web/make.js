@@ -4,8 +4,9 @@ const FILM_SECONDS = 0.9, STRIP_FRAMES = 16;
 const PATIENCE = 300;  // milliseconds: an image that takes longer gives way to a newer one
 
 // frames: {t, x, x0} of each step, x0 what the network sees in x; at: the one that is shown; timer: of the playback;
-// job: what was asked for; begun: when; again: whether the state has changed since.
-const film = {frames: [], at: 0, timer: null, done: false, job: null, begun: 0, again: false};
+// job: what was asked for; begun: when; again: whether the state has changed since; patience: the timer that
+// then ends the wait for it.
+const film = {frames: [], at: 0, timer: null, done: false, job: null, begun: 0, again: false, patience: null};
 
 function jobOf({label, sampler, steps, guidance, seed}) {
   return {label, sampler, steps, guidance: label === null ? 1 : guidance, seed};
@@ -17,6 +18,7 @@ const nameOf = (label) => label === null ? "image without a label" : app.entry.c
 async function makeImage({motion = false, step = null} = {}) {
   const begun = performance.now(), frames = [], job = jobOf(app.state);
   stopFilm();
+  clearTimeout(film.patience);
   Object.assign(film, {frames, job, begun, done: false, again: false});
   if (motion && likesMotion()) playFilm();
   const done = await app.engine.ask("make", "make", {model: app.state.model, job}, ({t, x, x0}) => {
@@ -65,7 +67,7 @@ function showFrame(index) {
     $(id).value = index;
     $(id).setAttribute("aria-valuetext", t < 0 ? "the image" : `step ${index}, t = ${t.toFixed(0)}`);
   }
-  [...$("strip").children].forEach((canvas) => canvas.classList.toggle("now", canvas.index === index));
+  markNow($("strip"), index);
   showMixture($("mixture"), t);
   app.setState({step: index === last && film.done ? null : index});
   app.views.inside.frameChanged();
@@ -83,13 +85,10 @@ function showMixture(paragraph, t) {
 function showStrip() {
   const last = film.frames.length - 1, count = Math.min(STRIP_FRAMES, last + 1);
   const indices = Array.from({length: count}, (_, i) => count > 1 ? Math.round(i * last / (count - 1)) : last);
-  $("strip").replaceChildren(...indices.map((index) => {
-    const canvas = element("canvas", {index});
-    canvas.addEventListener("click", () => scrubTo(index));
-    paint(canvas, app.code.decode(film.frames[index].x), app.entry.shape);
-    canvas.classList.toggle("now", index === film.at);
-    return canvas;
-  }));
+  const canvases = fillStrip($("strip"), indices, scrubTo);
+  for (const [i, index] of indices.entries())
+    paint(canvases[i], app.code.decode(film.frames[index].x), app.entry.shape);
+  markNow($("strip"), film.at);
 }
 
 function scrubTo(index) {
@@ -99,11 +98,11 @@ function scrubTo(index) {
 
 // The command that makes the same image. Without a label: a guidance of 0 leaves nothing of the label 0.
 function showCommand() {
-  const {label, sampler, steps, guidance, seed} = film.job, {name, class_names: names} = app.entry;
+  const {label, sampler, steps, guidance, seed} = film.job, {name, class_names: names, use_ema: average} = app.entry;
   const asked = !names.length ? [] : label === null ? ["--label 0", "--guidance_scale 0"]
     : [`--label ${label}`, `--guidance_scale ${guidance}`];
-  const words = ["python sample.py", `--checkpoint ${name}`, "--num_images 1", ...asked, `--sampler ${sampler}`,
-                 `--steps ${steps}`, `--seed ${seed}`, "--precision fp32"];
+  const words = ["python sample.py", `--checkpoint ${name}`, ...average ? [] : ["--no-use_ema"], "--num_images 1",
+                 ...asked, `--sampler ${sampler}`, `--steps ${steps}`, `--seed ${seed}`, "--precision fp32"];
   $("command").replaceChildren(...words.flatMap((word) => [" ", element("span", {}, word)]).slice(1));
 }
 
@@ -111,7 +110,7 @@ const makeView = {
   // Once: the controls that are the same for every model.
   start() {
     $("another").addEventListener("click", () => {
-      app.setState({seed: Math.floor(Math.random() * 1e6)});
+      app.setState({seed: randomSeed()});
       makeImage({motion: true});
     });
     $("seed").addEventListener("input", () => changeAndMake({seed: wholeNumber($("seed"))}));
@@ -132,10 +131,7 @@ const makeView = {
 
   // For every model: what it can be asked for.
   build({class_names: names, samplers}) {
-    $("labels").hidden = !names.length;
-    $("labels").replaceChildren($("labels").firstElementChild);
-    this.label = choices($("labels"), [[null, "any"], ...names.map((name, i) => [i, name])],
-                         (label) => changeAndMake({label}));
+    this.label = labelChoices($("labels"), names, "any", (label) => changeAndMake({label}));
     $("sampler").replaceChildren(...Object.keys(samplers).map((value) => element("option", {value}, value)));
     $("sliders").replaceChildren();
     this.steps = slider($("sliders"), {name: "Steps", min: 1, max: Math.min(50, app.process.numTimesteps), value: 10},
@@ -158,8 +154,12 @@ const makeView = {
   open() { if (film.frames.length && film.done) showFrame(film.at); },
 };
 
-// While a slider moves, image after image is finished, each of the newest state then.
+// While a slider moves, image after image is finished, each of the newest state then, if it takes no longer than
+// PATIENCE.
 function changeAndMake(changes) {
   app.setState(changes);
-  if (!film.done && performance.now() - film.begun < PATIENCE) film.again = true; else makeImage();
+  if (film.done) return makeImage();
+  film.again = true;
+  clearTimeout(film.patience);
+  film.patience = setTimeout(makeImage, Math.max(0, film.begun + PATIENCE - performance.now()));
 }

@@ -1,4 +1,4 @@
-;; out (rows, 8 · panels) = bias + windows of x (rows, runs · run) · w, with SIMD: the matrix product of network.js.
+;; out (rows, 8 · panels) = bias + windows of x (rows, runs · run) · w, with SIMD: the matrix product of convolutions.js.
 ;;
 ;; Row r starts at x + r · stride and has `runs` runs of `run` numbers, `gap` bytes from one to the next. w and bias lie
 ;; in panels of 8 outputs: w (panels, runs · run, 8). rows is a multiple of 4. x, w, bias, out, stride, gap: in bytes.

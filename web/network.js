@@ -11,7 +11,7 @@ const gcd = (a, b) => b ? gcd(b, a % b) : a;
 
 // -------------------------------------------------------------------------------------------------- the layers
 
-// In place: each is called on a tensor that nobody else has.
+// number -> number
 const ACTIVATIONS = {
   silu: (x) => x / (1 + Math.exp(-x)),
   gelu: (x) => x * (1 + erf(x * Math.SQRT1_2)) / 2,

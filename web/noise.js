@@ -1,4 +1,5 @@
-// The noise of samplers.image_noise, bit for bit: NumPy's generator Philox and its normal numbers.
+// The noise of samplers.image_noise: NumPy's generator Philox, bit for bit, and its normal numbers, of which one in
+// thousands, far out in the tail, differs in its last digit.
 
 // Philox4x64-10 (Salmon et al. 2011): uint32() -> the next 32 random bits of the stream with this key.
 function philox(...key) {

@@ -1,6 +1,6 @@
 // The page: its state, which stands in the address, the tabs, and the choice of the model.
 
-const app = {entries: [], entry: null, code: null, process: null, engine: null, state: {}, views: {
+const app = {entries: [], entry: null, code: null, process: null, engine: null, state: {}, shown: null, views: {
   make: makeView, sketch: sketchView, compare: compareView, inside: insideView}};
 
 // The keys of the address and how each is read: a function of the text and the entry of the model -> value, or
@@ -25,7 +25,7 @@ const KEYS = {
   t: (text, {alphas_cumprod: {length}}) => within(0, length - 1)(text),
   told: (text, {class_names: names}) => within(0, names.length - 1)(text),
   keep: (text) => Object.hasOwn(HALVES, text) ? text : undefined,
-  drawing: (text, {shape}) => unpackDrawing(text, shape.reduce((a, b) => a * b)) && text,
+  drawing: (text, {shape}) => unpackDrawing(text, shape.reduce((a, b) => a * b)),
 };
 
 const defaultsOf = ({class_names: names, defaults, alphas_cumprod: {length}}) => ({
@@ -56,13 +56,17 @@ function writeAddress() {
   waitingToWrite ??= setTimeout(() => {
     waitingToWrite = null;
     const words = Object.entries(app.state).filter(([key, value]) => value !== null || key === "label");
-    history.replaceState(null, "", "#" + new URLSearchParams(words.map(([key, value]) => [key, value ?? "any"])));
+    history.replaceState(null, "", "#" + new URLSearchParams(words.map(([key, value]) =>
+      [key, key === "drawing" ? packDrawing(value) : value ?? "any"])));
   }, 400);
 }
 
+// Show a view; `shown` is its name from then on.
 app.open = (name) => {
-  if (name !== app.state.view) app.views[app.state.view].close?.();
+  if (name !== app.shown) app.views[app.shown]?.close?.();
+  app.shown = name;
   app.setState({view: name});
+  $("problem").hidden = true;
   for (const each of Object.keys(app.views)) {
     $(each).hidden = each !== name;
     $(`tab-${each}`).setAttribute("aria-selected", each === name);
@@ -71,31 +75,39 @@ app.open = (name) => {
   app.views[name].open();
 };
 
-// Take the state of the address: load its model if that is another one, and make its image.
-async function takeAddress() {
+// Take the state of the address: load its model if that is another one, show its view, and make its image.
+function takeAddress() {
   const state = readAddress(), entry = app.entries[state.model];
-  if (app.entry !== entry) {
-    Object.assign(app, {entry, code: new LevelCode(entry.levels),
-                        process: new DiffusionProcess(entry.diffusion, entry.alphas_cumprod)});
-    Object.assign(film, {frames: [], at: 0, done: false});
-    app.state = state;
-    for (const view of Object.values(app.views)) view.build?.(entry);
-    document.documentElement.style.setProperty("--aspect", entry.shape[2] / entry.shape[1]);
-    $("parameters").textContent = entry.parameters.toLocaleString("en");
-    $("dataset").textContent = entry.dataset;
-    await app.engine.ask("load", "load", {model: state.model, entry, weights: $(`weights-${state.model}`).textContent,
-                                          wasm: $("multiply").textContent});
-  }
-  app.setState(state);
-  if (app.models) app.models.set(state.model);
-  await makeImage({step: state.step});
+  app.state = state;
+  if (app.entry !== entry) loadModel(entry, state.model);
+  app.models.set(state.model);
   app.open(state.view);
+  makeImage({step: state.step});
 }
 
-// Say what went wrong: of this page, or of its worker.
-function complain(problem) {
-  $("told").textContent = `This did not work: ${problem}. A newer browser may help.`;
+// What the old model was asked for is dropped. The worker takes requests in turn: none has to wait here for the load.
+function loadModel(entry, model) {
+  stopFilm();
+  app.engine.overtakeAll();
+  Object.assign(app, {entry, code: new LevelCode(entry.levels),
+                      process: new DiffusionProcess(entry.diffusion, entry.alphas_cumprod)});
+  Object.assign(film, {frames: [], at: 0, done: false});
+  for (const view of Object.values(app.views)) view.build?.(entry);
+  document.documentElement.style.setProperty("--aspect", entry.shape[2] / entry.shape[1]);
+  $("parameters").textContent = entry.parameters.toLocaleString("en");
+  $("dataset").textContent = entry.dataset;
+  app.engine.ask("load", "load", {model, entry, weights: $(`weights-${model}`).textContent,
+                                  wasm: $("multiply").textContent});
 }
+
+// Say what went wrong in this page or in its worker, above whichever view is shown.
+function complain(problem) {
+  $("problem").textContent = `This did not work: ${problem}. A newer browser may help.`;
+  $("problem").hidden = false;
+}
+
+// What a model is called: its data, or its file where several have the same data.
+const chipOf = ({dataset, name}) => app.entries.filter((each) => each.dataset === dataset).length > 1 ? name : dataset;
 
 function startPage() {
   addEventListener("error", (event) => complain(event.message));
@@ -104,20 +116,11 @@ function startPage() {
   app.engine = new Engine($("program").textContent);
   for (const view of Object.values(app.views)) view.start();
   $("models").hidden = app.entries.length < 2;
-  app.models = choices($("models"), app.entries.map(({dataset}, i) => [i, dataset]), (model) => {
+  app.models = choices($("models"), app.entries.map((entry, i) => [i, chipOf(entry)]), (model) => {
     location.hash = new URLSearchParams({view: app.state.view, model});
   });
-  const tabs = Object.keys(app.views);
-  for (const [i, name] of tabs.entries()) {
-    $(`tab-${name}`).addEventListener("click", () => app.open(name));
-    $(`tab-${name}`).addEventListener("keydown", (event) => {
-      const next = {ArrowLeft: i - 1, ArrowRight: i + 1, Home: 0, End: tabs.length - 1}[event.key];
-      if (next === undefined) return;
-      const tab = $(`tab-${tabs.at(next % tabs.length)}`);
-      tab.focus();
-      tab.click();
-    });
-  }
+  for (const name of Object.keys(app.views)) $(`tab-${name}`).addEventListener("click", () => app.open(name));
+  arrowKeys(document.querySelector("[role=tablist]"));
   addEventListener("hashchange", takeAddress);
   takeAddress();
 }

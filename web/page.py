@@ -2,7 +2,8 @@
 
 The file has a script, the parts of SCRIPT one after the other, which also runs as the worker; the models' configs as
 JSON; and their weights in base64. Nothing in a checkpoint can become markup or script: its words stand in the JSON,
-whose "<" are escaped, and the page's content security policy allows the one script by its hash, and no request.
+whose "<" are escaped; and the page's content security policy allows the one script by its hash, the worker that the
+script starts from a blob: of its own text, and no request.
 """
 
 import base64
@@ -39,9 +40,10 @@ class PageModel:
     weights: bytes
 
 
-def page_model(name: str, model: nn.Module, diffusion: DiffusionProcess, config: dict,
-               precision: str = "float16") -> PageModel:
-    """The model with this checkpoint's config for a page; `name` is what --checkpoint is given to draw the same.
+def page_model(name: str, model: nn.Module, diffusion: DiffusionProcess, config: dict, precision: str = "float16",
+               use_ema: bool = True) -> PageModel:
+    """The model with this checkpoint's config for a page. sample.py draws the same with --checkpoint `name`, and with
+    --no-use_ema unless use_ema.
 
     UserError for a network that the page cannot run.
     """
@@ -54,8 +56,9 @@ def page_model(name: str, model: nn.Module, diffusion: DiffusionProcess, config:
                         f"{LARGEST:,}): train a smaller network, or choose another --format")
     data, options = config["data"], sampling_options(config, count=1)
     entry = dict(
-        name=name, dataset=data["dataset"], shape=data["shape"], levels=code_of(config).points.tolist(),
-        class_names=data["class_names"] if model.num_classes else [], network=model.config,
+        name=name, use_ema=use_ema, dataset=data["dataset"], shape=data["shape"],
+        levels=code_of(config).points.tolist(), class_names=data["class_names"] if model.num_classes else [],
+        network=model.config,
         parameters=sum(weight.numel() for weight in tensors.values()),
         diffusion={key: diffusion.config[key] for key in ("prediction", "data_std")},
         alphas_cumprod=diffusion.alphas_cumprod.tolist(), student=is_student(config), precision=precision,

@@ -5,8 +5,8 @@ const pairs = (times) => times.map((t, i) => [t, times[i + 1] ?? -1]);
 
 function* ddpm(denoise, x, times, process, randn) {
   for (const [t, s] of pairs(times)) {
-    const x0 = denoise(x, t), [mean, variance] = process.posterior(x, x0, t, s);
-    x = s < 0 ? mean : mix(1, mean, Math.sqrt(variance), randn());
+    const x0 = denoise(x, t);
+    x = ddpmStep(x, x0, t, s, process, randn);
     yield [s, x, x0];
   }
 }
@@ -70,6 +70,17 @@ function* ipndm(denoise, x, times, process) {
   }
 }
 
+function ddpmStep(x, x0, t, s, process, randn) {
+  const [mean, variance] = process.posterior(x, x0, t, s);
+  return s < 0 ? mean : mix(1, mean, Math.sqrt(variance), randn());
+}
+
+// From x_s back to the noisier x_t.
+function forwardStep(x, s, t, process, randn) {
+  const ratio = process.alpha(t) / process.alpha(s);
+  return mix(ratio, x, Math.sqrt(Math.max(0, process.sigma(t) ** 2 - (ratio * process.sigma(s)) ** 2)), randn());
+}
+
 function ddimStep(x, x0, t, s, process) {
   const keep = process.sigma(s) / process.sigma(t);
   return mix(keep, x, process.alpha(s) - keep * process.alpha(t), x0);
@@ -82,12 +93,9 @@ function* inpaint(denoise, x, times, process, randn, known, mask, resample) {
   const denoiseRest = (x, t) => denoise(x, t).map((value, i) => mask[i] ? value : known[i]);
   for (const [t, s] of pairs(times)) {
     for (let again = s < 0 ? 0 : resample - 1; again >= 0; again--) {
-      const x0 = denoiseRest(x, t), [mean, variance] = process.posterior(x, x0, t, s);
-      const next = s < 0 ? mean : mix(1, mean, Math.sqrt(variance), randn());
-      const ratio = process.alpha(t) / process.alpha(s);
-      const fresh = Math.sqrt(Math.max(0, process.sigma(t) ** 2 - (ratio * process.sigma(s)) ** 2));
-      x = again ? mix(ratio, next, fresh, randn()) : next;
-      if (!again) yield [s, x, x0];
+      const x0 = denoiseRest(x, t);
+      x = ddpmStep(x, x0, t, s, process, randn);
+      if (again) x = forwardStep(x, s, t, process, randn); else yield [s, x, x0];
     }
   }
 }

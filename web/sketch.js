@@ -30,7 +30,6 @@ function drawLine([x0, y0], [x1, y1]) {
         levels[i] = channels > 1 || erase ? mixed : Math.max(Math.round(255 * cover), levels[i]);
       }
     }
-  drawingChanged();
 }
 
 // A drawing as a text for the address: levels as they are, but 0 with the length of its run behind it.
@@ -42,7 +41,8 @@ function packDrawing(levels) {
     bytes.push(...run ? [0, run] : [levels[i]]);
     i += run || 1;
   }
-  return btoa(String.fromCharCode(...bytes)).replaceAll("+", "-").replaceAll("/", "_").replaceAll("=", "");
+  const text = btoa(bytes.map((byte) => String.fromCharCode(byte)).join(""));
+  return text.replaceAll("+", "-").replaceAll("/", "_").replaceAll("=", "");
 }
 
 // The `count` levels of such a text; undefined if it is of another size or no such text.
@@ -58,7 +58,7 @@ function unpackDrawing(text, count) {
 }
 
 function drawingChanged() {
-  app.setState({drawing: packDrawing(sketch.levels)});
+  app.setState({drawing: sketch.levels});
   paint($("pad"), sketch.levels, app.entry.shape);
   showCursor();
   guess();
@@ -87,7 +87,7 @@ async function complete() {
   const [channels, height, width] = app.entry.shape, {state, entry, code} = app, {told: label, keep} = state;
   const mask = Uint8Array.from({length: channels * height * width}, (_, i) =>
     HALVES[keep](i % width, Math.floor(i / width) % height, width, height) ? 0 : 1);
-  const seed = Math.floor(Math.random() * 1e6), start = performance.now();
+  const seed = randomSeed(), start = performance.now();
   $("proposals").replaceChildren(...Array.from({length: PROPOSALS}, (_, i) =>
     element("figure", {}, element("canvas", {id: `proposal-${i}`}))));
   const done = await app.engine.ask("complete", "complete", {
@@ -113,10 +113,12 @@ const sketchView = {
       last = place(event);
       sketch.cursor = null;
       drawLine(last, last);
+      drawingChanged();
     });
     pad.addEventListener("pointermove", (event) => {
       if (!last) return;
       for (const each of event.getCoalescedEvents?.() ?? [event]) drawLine(last, last = place(each));
+      drawingChanged();
     });
     for (const end of ["pointerup", "pointercancel"]) pad.addEventListener(end, () => { last = null; });
     pad.addEventListener("keydown", (event) => this.key(event));
@@ -141,7 +143,8 @@ const sketchView = {
     const limit = (value, size) => Math.min(size - 0.5, Math.max(0.5, value));
     sketch.cursor = [limit(from[0] + move[0], width), limit(from[1] + move[1], height)];
     if (event.key === " ") sketch.down = !sketch.down;
-    if (sketch.down) drawLine(from, sketch.cursor); else drawingChanged();
+    if (sketch.down) drawLine(from, sketch.cursor);
+    drawingChanged();
   },
 
   take() {
@@ -155,9 +158,7 @@ const sketchView = {
     sketch.levels = new Uint8Array(channels * height * width);
     $("ink-field").hidden = channels === 1;
     $("completion").hidden = student;  // a student only makes images from pure noise
-    $("sketch-labels").hidden = !names.length;
-    $("sketch-labels").replaceChildren($("sketch-labels").firstElementChild);
-    this.told = choices($("sketch-labels"), [[null, "nothing"], ...names.map((name, i) => [i, name])], (told) => {
+    this.told = labelChoices($("sketch-labels"), names, "nothing", (told) => {
       app.setState({told});
       guess();
     });
@@ -180,10 +181,12 @@ const sketchView = {
     $("pad").parentElement.dataset.keep = keep;
   },
 
-  // The drawing of the address; at first, the image that was made.
+  // The drawing of the address; without one, the image that was made, or that will be.
   open() {
-    const given = app.state.drawing && unpackDrawing(app.state.drawing, sketch.levels.length);
-    if (given) sketch.levels = given; else this.take();
+    if (!app.state.drawing) return this.take();
+    sketch.levels = app.state.drawing;
     drawingChanged();
   },
+
+  filmChanged() { if (!app.state.drawing) this.take(); },
 };

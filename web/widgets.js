@@ -43,8 +43,9 @@ function slider(parent, {name, min, max, step = 1, value, shown = String}, chang
   return {input, set};
 }
 
-// Fill a fieldset with one choice for each [value, text]; set(value) chooses one.
+// Put one choice for each [value, text] into a fieldset, below its legend; set(value) chooses one.
 function choices(fieldset, options, changed) {
+  fieldset.replaceChildren(fieldset.firstElementChild);
   const inputs = options.map(([value, text]) => {
     const input = element("input", {type: "radio", name: fieldset.id});
     input.addEventListener("change", () => changed(value));
@@ -53,6 +54,43 @@ function choices(fieldset, options, changed) {
   });
   return {set: (chosen) => inputs.forEach(([value, input]) => { input.checked = value === chosen; })};
 }
+
+// The choice of a class, or of none; hidden where there are no classes.
+function labelChoices(fieldset, names, none, changed) {
+  fieldset.hidden = !names.length;
+  return choices(fieldset, [[null, none], ...names.map((name, i) => [i, name])], changed);
+}
+
+// Arrow keys, Home and End go to another of the buttons in an element, and press it.
+function arrowKeys(parent) {
+  parent.addEventListener("keydown", (event) => {
+    const buttons = [...parent.querySelectorAll("button")], at = buttons.indexOf(document.activeElement);
+    const [back, forth] = [at - 1, (at + 1) % buttons.length];
+    const next = {ArrowLeft: back, ArrowUp: back, ArrowRight: forth, ArrowDown: forth, Home: 0, End: -1}[event.key];
+    if (next === undefined || at < 0) return;
+    event.preventDefault();
+    const button = buttons.at(next);
+    button.focus();
+    button.click();
+  });
+}
+
+// Fill a strip with small canvases that have these numbers; clicked(number). Returns them.
+function fillStrip(strip, numbers, clicked) {
+  strip.replaceChildren(...numbers.map((number) => {
+    const canvas = element("canvas", {number});
+    canvas.addEventListener("click", () => clicked(number));
+    return canvas;
+  }));
+  return [...strip.children];
+}
+
+// Mark the one with this number.
+function markNow(strip, number) {
+  for (const canvas of strip.children) canvas.classList.toggle("now", canvas.number === number);
+}
+
+const randomSeed = () => Math.floor(Math.random() * 1e6);
 
 // A whole number from a field, within its bounds.
 const wholeNumber = (input) => Math.min(Number(input.max), Math.max(0, Math.floor(Number(input.value)) || 0));
@@ -99,4 +137,7 @@ class Engine {
     this.worker.postMessage({...request, id, slot, task});
     return new Promise((resolve, reject) => this.pending.set(id, {receive, resolve, reject}));
   }
+
+  // Overtake all requests.
+  overtakeAll() { for (const slot of this.slots.keys()) this.ask(slot, "nothing", {}); }
 }

@@ -2,21 +2,26 @@
 // overtakes an older one, which then stops after its current step.
 
 const loaded = [];  // by the number of a model: {network, process, entry}
-const canCompile = typeof WebAssembly === "object";
 
-function load({model, entry, weights, wasm}) {
-  const tensors = unpackWeights(entry.tensors, bytesOf(weights), entry.precision);
-  loaded[model] = {
-    entry, process: new DiffusionProcess(entry.diffusion, entry.alphas_cumprod),
-    network: createModel(entry.network, tensors, entry.shape, wasm && canCompile ? bytesOf(wasm) : null),
-  };
+// The bytes of multiply.wasm where this browser can run them: some have no WebAssembly, or none with SIMD.
+function runnable(bytes) { return typeof WebAssembly === "object" && WebAssembly.validate(bytes) ? bytes : null; }
+
+// imageNoise of image 0 of a seed; the streams that were used last are kept, and so not computed again.
+const STREAMS = 8, streams = new Map();
+function noiseOf(seed, count) {
+  const key = `${seed} ${count}`, {randn, drawn} = streams.get(key) ?? {randn: imageNoise(seed, 0, count), drawn: []};
+  streams.delete(key);
+  streams.set(key, {randn, drawn});
+  if (streams.size > STREAMS) streams.delete(streams.keys().next().value);
+  let next = 0;
+  return () => drawn[next++] ??= randn();
 }
 
 // The trajectory of a job {label, sampler, steps, guidance, seed, towards, share}: image 0 of the seed, as sample.py
 // makes it; or of the noise that lies at `share` on the way from that of `seed` to that of `towards`.
 function trajectory({network, process, entry}, {label, sampler, steps, guidance, seed, towards, share}) {
-  const count = entry.shape.reduce((a, b) => a * b), randn = imageNoise(seed, 0, count);
-  const start = share ? slerp(randn(), imageNoise(towards, 0, count)(), share) : randn();
+  const count = entry.shape.reduce((a, b) => a * b), randn = noiseOf(seed, count);
+  const start = share ? slerp(randn(), noiseOf(towards, count)(), share) : randn();
   const times = spacedTimesteps(process, steps, entry.samplers[sampler], entry.noise_range);
   const path = SAMPLERS[sampler](process.guided(network, label, guidance), start, times, process, randn);
   return {start, times, path};
@@ -24,9 +29,12 @@ function trajectory({network, process, entry}, {label, sampler, steps, guidance,
 
 // Each task yields what is sent to the page, piece by piece.
 const TASKS = {
-  * load(request) {
-    load(request);
-    yield {};
+  * load({model, entry, weights, wasm}) {
+    const tensors = unpackWeights(entry.tensors, bytesOf(weights), entry.precision);
+    loaded[model] = {
+      entry, process: new DiffusionProcess(entry.diffusion, entry.alphas_cumprod),
+      network: createModel(entry.network, tensors, entry.shape, wasm && runnable(bytesOf(wasm))),
+    };
   },
 
   // To overtake another task.
@@ -53,7 +61,7 @@ const TASKS = {
 
   // A picture with noise, and what the network sees in it.
   * guess({model, x0, t, label, seed}) {
-    const {network, process} = loaded[model], noise = imageNoise(seed, 0, x0.length)();
+    const {network, process} = loaded[model], noise = noiseOf(seed, x0.length)();
     const x = process.addNoise(x0, t, noise);
     yield {x, x0: process.denoiser(network, label)(x, t)};
   },
