@@ -20,7 +20,11 @@ def pytest_addoption(parser):
 def exercise(request):
     """The module of an exercise: test_ex03_... gets ex03_*.py from the folder --answers."""
     number = request.node.name.split("_")[1]
-    [path] = request.config.getoption("--answers").resolve().glob(f"{number}_*.py")
+    folder = request.config.getoption("--answers").resolve()
+    paths = sorted(folder.glob(f"{number}_*.py"))
+    if len(paths) != 1:
+        pytest.fail(f"{folder} should hold one file {number}_*.py, not {len(paths)}: choose the folder by --answers")
+    path = paths[0]
     spec = importlib.util.spec_from_file_location(path.stem, path)
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
