@@ -1,0 +1,59 @@
+"""tour.ipynb: it runs from top to bottom, and is kept small and clean."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+from documents import links
+
+MAX_BYTES, MAX_CELLS = 500_000, 3
+
+
+@pytest.fixture(scope="module")
+def path(pytestconfig):
+    return pytestconfig.rootpath / "tour.ipynb"
+
+
+@pytest.fixture(scope="module")
+def cells(path):
+    return json.loads(path.read_text())["cells"]
+
+
+def test_tour_runs(path, monkeypatch):
+    nbclient = pytest.importorskip("nbclient", reason="nbclient is missing: pip install -r requirements-dev.txt")
+    pytest.importorskip("ipykernel", reason="ipykernel is missing: pip install -r requirements-dev.txt")
+    import nbformat
+
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    monkeypatch.delenv("MPLBACKEND", raising=False)  # else figures would not become outputs
+    notebook = nbformat.read(path, 4)
+    nbclient.NotebookClient(notebook, timeout=600, kernel_name="python3",
+                            resources={"metadata": {"path": str(path.parent)}}).execute()  # raises at an error
+    outputs = {cell.source: cell.outputs for cell in notebook.cells if cell.cell_type == "code"}
+    for source, made in outputs.items():
+        assert not [output for output in made if output.get("name") == "stderr"], source
+        if "\nshow(" in source or "\nplt.show(" in source:
+            assert [output for output in made if "image/png" in output.get("data", {})], source
+
+
+def test_outputs_are_stripped(path, cells):
+    kept = [cell["outputs"] for cell in cells if cell.get("outputs")]
+    assert 1 <= len(kept) <= MAX_CELLS
+    for output in (output for outputs in kept for output in outputs):
+        assert output["output_type"] == "display_data" and set(output["data"]) == {"image/png"}
+    assert all(cell["execution_count"] is None for cell in cells if cell["cell_type"] == "code")
+    assert path.stat().st_size < MAX_BYTES
+
+
+def test_code_is_clean(path):
+    pytest.importorskip("ruff", reason="ruff is missing: pip install -r requirements-dev.txt")
+    command = [sys.executable, "-m", "ruff", "check", "--no-cache", path]
+    checked = subprocess.run(command, capture_output=True, text=True)
+    assert checked.returncode == 0, checked.stdout + checked.stderr
+
+
+def test_links_lead_to_files(path, cells):
+    text = "\n".join("".join(cell["source"]) for cell in cells if cell["cell_type"] == "markdown")
+    targets = [target for target in links(text) if "://" not in target]
+    assert targets and not [target for target in targets if not (path.parent / target).exists()]
