@@ -36,7 +36,7 @@ from benchmarks.machine import describe_machine
 from benchmarks.peers import PEERS, is_installed
 from benchmarks.plots import PLOTS
 from benchmarks.tables import print_ratios
-from data import VALIDATION_IMAGES, load_dataset
+from data import DATASETS, VALIDATION_IMAGES, load_dataset
 from runtime.errors import UserError
 from runtime.files import check_writable, write_json
 from runtime.parser import Parser, add_shared_flags, duration, number
@@ -103,6 +103,9 @@ def chosen_parts(what: Sequence[str], device: str) -> list[str]:
 def check(args, parts: Sequence[str]) -> None:
     """UserError if something cannot be measured."""
     check_writable(args.output_dir)
+    if args.dataset not in DATASETS:
+        raise UserError(f"benchmark.py measures with the data sets {', '.join(DATASETS)}, not with your own pictures: "
+                        f"choose one with --dataset")
     load_dataset(args.dataset, "train", args.data_dir)
     missing = [name for name in args.contestants if name in PEERS and not is_installed(name)]
     if set(missing) == set(args.contestants):

@@ -48,7 +48,7 @@ from evaluation.metrics import closeness, nearest
 from models import create_model
 from runtime.checkpoints import is_pretrained, pretrained_models, with_checkpoint
 from runtime.errors import UserError
-from runtime.parser import PICTURE_FLAGS, SHARED_FLAGS, Parser, add_shared_flags
+from runtime.parser import PICTURE_FLAGS, SHARED_FLAGS, Parser, add_shared_flags, refuse_picture_flags
 from runtime.sampling import chosen_dataset, dataset_of, is_student, sampling_options
 from runtime.script import script
 from samplers import final_image, generate
@@ -75,7 +75,10 @@ def parse_args(argv: Sequence[str] | None):
         help="the folder that is examined for whether results can be written to it"))
     add_shared_flags(group, "device")
     group.add_argument("--json", action="store_true", help="print a JSON list of {check, status, message, fix} instead")
-    return parser.parse_args(argv)
+    args = parser.parse_args(argv)
+    if args.checkpoint is not None:
+        refuse_picture_flags(parser)
+    return args
 
 
 # -------------------------------------------------------------------------------------------------- the checkpoint

@@ -70,7 +70,7 @@ from runtime.checkpoints import folder_of_results, with_checkpoint
 from runtime.errors import UserError
 from runtime.files import check_inputs_stay, check_writable, write_json
 from runtime.memory import run_or_suggest_batch_size
-from runtime.parser import PICTURE_FLAGS, SHARED_FLAGS, Parser, add_shared_flags, number
+from runtime.parser import PICTURE_FLAGS, SHARED_FLAGS, Parser, add_shared_flags, number, refuse_picture_flags
 from runtime.progress import Bar, progress
 from runtime.sampling import chosen_dataset, dataset_of, is_student, sampling_options
 from runtime.script import script
@@ -150,6 +150,8 @@ def check_flags(args, parser: Parser) -> None:
     for name in ("cas", "likelihood", "sweep"):
         if args.compare and name in parser.typed:
             parser.error(f"--{name} and --compare cannot be combined: run --{name} with each checkpoint")
+    if measures_checkpoint(args) or (args.compare and not any(ready)):
+        refuse_picture_flags(parser)
     if args.likelihood and not measures_checkpoint(args):
         parser.error("--likelihood needs --checkpoint: it is the likelihood of the checkpoint's diffusion process")
     for name in ("cas", "likelihood"):

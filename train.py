@@ -194,9 +194,11 @@ def open_data(args: Namespace, device: torch.device) -> ImageData:
     """The training images; of your own pictures it also says what was read."""
     data = load_dataset(chosen_dataset(args, small=device.type == "cpu"), "train", args.data_dir, points=True)
     if data.folder and len(data.images) < FEW_IMAGES and not args.init:
-        print(f"Fewer than {FEW_IMAGES:,} pictures: what may help are --init with a checkpoint of more pictures, "
-              f"--hflip where left and right do not matter, and a shorter --budget; the end of the run says whether "
-              f"they were learned by heart", flush=True)
+        print(f"Fewer than {FEW_IMAGES:,} pictures: what may help are --init with a checkpoint of more pictures and a "
+              f"shorter --budget; the end of the run says whether they were learned by heart", flush=True)
+    letters = any(len(name) == 1 for name in data.class_names)
+    if data.folder and data.images.shape[1] == 3 and not letters and not args.hflip:
+        print("If these are photographs or the like, in which left and right do not matter, add --hflip", flush=True)
     return data
 
 

@@ -200,6 +200,13 @@ SHARED_FLAGS = {
 PICTURE_FLAGS = ("image_size", "fit", "channels", "background")
 
 
+def refuse_picture_flags(parser: Parser) -> None:
+    """UserError for PICTURE_FLAGS that the user gave with a checkpoint, which says itself how pictures are read."""
+    if given := [name for name in PICTURE_FLAGS if name in parser.typed]:
+        parser.error(f"--{given[0]} is not read with a checkpoint, whose pictures are read as for its training: leave "
+                     f"it out")
+
+
 def add_shared_flags(parser, *names: str) -> None:
     """Add flags that mean the same in every script."""
     for name in names:

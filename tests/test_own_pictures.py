@@ -1,0 +1,231 @@
+"""Every script from end to end on twelve pictures of one's own in two classes, and what must not happen to pictures."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import benchmark
+import distill
+import doctor
+import edit
+import evaluate
+import export
+import sample
+import train
+import visualize_diffusion
+from checkpoint import load_checkpoint
+from data import ImageData
+from training import trainer
+from training.budget import Budget
+from training.trainer import Trainer
+
+RED, BLUE = (200, 0, 0), (0, 0, 180)
+CPU = ["--device", "cpu"]
+
+
+def draw(folder, colours, count=6, mode="RGB"):
+    """Pictures of 20×20 pixels: in each sub-folder one colour, with a darker bar of another height in each; returns
+    the folder."""
+    for name, colour in colours.items():
+        (folder / name).mkdir(parents=True)
+        for k in range(count):
+            pixels = np.full((20, 20, 3), colour, np.uint8)
+            pixels[2:4 + 2 * k, 2:8] //= 2
+            Image.fromarray(pixels).convert(mode).save(folder / name / f"{k}.png")
+    return folder
+
+
+@pytest.fixture(scope="module", autouse=True)
+def short_epochs():
+    """Epochs of 24 images instead of 8,000."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(trainer, "EPOCH_IMAGES", 24)
+        yield
+
+
+def flags(pictures, output, *more):
+    """The flags of a run of an epoch of three steps of a tiny network."""
+    network = [] if "--init" in more else ["--base_channels", "8", "--time_emb_dim", "16"]
+    return ["--dataset", str(pictures), "--data_dir", str(pictures.parent / "data"), "--output_dir", str(output),
+            "--image_size", "16", "--epochs", "1", "--batch_size", "8", "--sample_interval", "0", "--threads", "1",
+            "--precision", "fp32", *CPU, *network, *more]
+
+
+def train_on(pictures, output, *more):
+    """The path of the checkpoint of such a run."""
+    assert train.main(flags(pictures, output, *more)) == 0
+    return output / "model_final.pt"
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory):
+    return tmp_path_factory.mktemp("own")
+
+
+@pytest.fixture(scope="module")
+def two(place):
+    return draw(place / "two", dict(red=RED, blue=BLUE))
+
+
+@pytest.fixture(scope="module")
+def checkpoint(two, place):
+    return train_on(two, place / "run")
+
+
+# ------------------------------------------------------------------------------------------------------ every script
+
+
+def test_the_classes_of_the_folder_are_asked_for_by_name(checkpoint, tmp_path):
+    assert sample.main(["--checkpoint", str(checkpoint), "--label", "red", "--num_images", "2", "--steps", "2",
+                        "--output", str(tmp_path / "a.npz"), *CPU]) == 0
+    with np.load(tmp_path / "a.npz") as file:
+        assert file["arr_0"].shape == (2, 16, 16, 3) and file["labels"].tolist() == [1, 1]
+
+
+@pytest.mark.parametrize("command", [["vary"], ["inpaint", "--mask", "left", "--resample", "1"]])
+def test_a_picture_is_edited(checkpoint, two, tmp_path, command):
+    assert edit.main([*command, "--checkpoint", str(checkpoint), "--image", str(two / "red/0.png"), "--steps", "2",
+                      "--num_images", "2", "--output", str(tmp_path / "a.png"), *CPU]) == 0
+    assert (tmp_path / "a.png").exists()
+
+
+def test_few_pictures_are_compared_with_their_copies(checkpoint, place, tmp_path, capsys):
+    assert evaluate.main(["--checkpoint", str(checkpoint), "--num_images", "8", "--steps", "2", "--output_dir",
+                          str(tmp_path), "--data_dir", str(place / "data"), *CPU]) == 0
+    assert json.loads((tmp_path / "evaluation.json").read_text())["memorisation"]["training_images"] == 12
+    assert "Learned by heart?" in capsys.readouterr().out
+
+
+def test_the_network_is_looked_into(checkpoint, place, tmp_path):
+    for what in ("denoising", "attention", "loss", "forward"):
+        model = ["--dataset", str(place / "two"), "--image_size", "16"] if what == "forward" else [
+            "--checkpoint", str(checkpoint)]
+        assert visualize_diffusion.main(["--what", what, *model, "--data_dir", str(place / "data"), "--save_path",
+                                         str(tmp_path / f"{what}.png"), *CPU]) == 0
+
+
+def test_the_doctor_finds_no_fault_with_twelve_sound_pictures(checkpoint, place, capsys):
+    doctor.main(["--checkpoint", str(checkpoint), "--data_dir", str(place / "data"), "--json", *CPU])
+    found = {finding["check"]: finding for finding in json.loads(capsys.readouterr().out)}
+    data = ("value range", "channels", "classes", "duplicates", "blank images")
+    assert {name: found[name]["status"] for name in data} == dict.fromkeys(data, "OK")
+    assert found["errors and images"]["status"] == "WARN"
+    assert all(finding["status"] in ("OK", "WARN", "FAIL") for finding in found.values())
+
+
+def test_a_student_is_distilled_and_exported(checkpoint, place, tmp_path, monkeypatch):
+    pytest.importorskip("onnx")
+    monkeypatch.setattr(Budget, "progress", lambda budget, step, _: step / 2)  # however long two steps take
+    assert distill.main(["--checkpoint", str(checkpoint), "--data_dir", str(place / "data"), "--output_dir",
+                         str(tmp_path / "student"), "--teacher_steps", "4", "--batch_size", "8", *CPU]) == 0
+    assert export.main(["--checkpoint", str(checkpoint), "--output", str(tmp_path / "a.onnx")]) == 0
+
+
+def test_look_shows_the_pictures_and_stops(two, tmp_path):
+    assert train.main(flags(two, tmp_path, "--look")) == 0
+    assert [path.name for path in tmp_path.iterdir()] == ["look.png"]
+
+
+# ------------------------------------------------------------------------------------------ what becomes of pictures
+
+
+def test_no_picture_is_mirrored_unless_it_is_asked_for():
+    images = torch.zeros(16, 1, 8, 8, dtype=torch.uint8)
+    images[..., :4] = 255  # light on the left
+
+    def first_columns(**options):
+        data = ImageData("a", "train", images, torch.zeros(16, dtype=torch.int64), ())
+        made = Trainer(data, torch.nn.Linear(2, 2), None, batch_size=16, optimizer="adamw", **options)
+        return made.batch()[0][:, 0, 0, 0].tolist()
+
+    assert set(first_columns()) == {1.0} and set(first_columns(hflip=True)) == {1.0, -1.0}
+
+
+def test_hflip_reaches_the_trainer_and_is_off_by_default(checkpoint, two, tmp_path, capsys):
+    assert load_checkpoint(checkpoint)["config"]["training"]["hflip"] is False
+    flipped = train_on(two, tmp_path, "--hflip")
+    assert load_checkpoint(flipped)["config"]["training"]["hflip"] is True
+    assert "--hflip" not in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("mode, names, suggested", [("RGB", ("cat", "dog"), 1), ("RGB", ("b", "d"), 0),
+                                                    ("L", ("cat", "dog"), 0)])
+def test_hflip_is_suggested_once_and_only_for_colours_without_letters(tmp_path, capsys, mode, names, suggested):
+    draw(tmp_path / "in", dict.fromkeys(names, RED), 2, mode)
+    train.main(flags(tmp_path / "in", tmp_path / "out", "--look"))
+    assert capsys.readouterr().out.count("--hflip") == suggested
+
+
+def test_a_red_picture_comes_back_red_through_training_sampling_and_saving(tmp_path):
+    checkpoint = train_on(draw(tmp_path / "in", {"": RED}, 4), tmp_path / "run", "--epochs", "40", "--ema_decay", "0.8")
+    assert sample.main(["--checkpoint", str(checkpoint), "--num_images", "4", "--steps", "5", "--scale", "1",
+                        "--output", str(tmp_path / "a.png"), *CPU]) == 0
+    with Image.open(tmp_path / "a.png") as image:
+        red, green, blue = np.array(image.convert("RGB")).reshape(-1, 3).mean(0)
+    assert red > 100 > 50 > max(green, blue)
+
+
+def test_grey_stays_grey(tmp_path):
+    checkpoint = train_on(draw(tmp_path / "in", {"": (120, 120, 120)}, 4), tmp_path / "run")
+    assert load_checkpoint(checkpoint)["config"]["data"]["shape"] == [1, 16, 16]
+    assert sample.main(["--checkpoint", str(checkpoint), "--num_images", "1", "--steps", "2", "--output",
+                        str(tmp_path / "a.png"), *CPU]) == 0
+    with Image.open(tmp_path / "a.png") as image:
+        pixels = np.array(image.convert("RGB"))
+    assert (pixels == pixels[..., :1]).all()
+
+
+def test_resuming_after_the_folder_changed_is_refused_with_both_counts(tmp_path, capsys):
+    pictures = draw(tmp_path / "in", dict(a=RED, b=BLUE), 2)
+    train_on(pictures, tmp_path / "run")
+    draw(pictures, dict(c=RED), 1)
+    assert train.main(["--resume", "--output_dir", str(tmp_path / "run"), "--data_dir", str(tmp_path / "data"),
+                       "--epochs", "2", *CPU]) == 2
+    said = capsys.readouterr().err
+    assert "4 pictures" in said and "(5)" in said
+
+
+# -------------------------------------------------------------------------------------------------------------- --init
+
+
+@pytest.mark.parametrize("colours, mode, more, new", [
+    (dict(red=RED, blue=BLUE), "RGB", [], ""),
+    (dict(a=RED, b=BLUE, c=(0, 200, 0)), "RGB", [], "label_embedding"),
+    ({"": RED}, "RGB", [], ""),
+    (dict(red=RED, blue=BLUE), "RGB", ["--image_size", "24"], ""),
+    (dict(red=RED, blue=BLUE), "L", [], "input"),
+])
+def test_init_takes_what_fits_and_names_the_rest(checkpoint, tmp_path, capsys, colours, mode, more, new):
+    pictures = draw(tmp_path / "in", colours, 3, mode)
+    path = train_on(pictures, tmp_path / "run", "--init", str(checkpoint), *more)
+    line = next(line for line in capsys.readouterr().out.splitlines() if line.startswith("Starting from"))
+    assert str(checkpoint) in line and (new in line if new else "new," not in line)
+    config, before = (load_checkpoint(each)["config"] for each in (path, checkpoint))
+    assert config["model"]["base_channels"] == before["model"]["base_channels"]
+    assert config["diffusion"]["prediction"] == before["diffusion"]["prediction"]
+
+
+def test_init_of_points_and_with_resume_is_refused_in_one_line(checkpoint, tmp_path, capsys):
+    for given, words in ((["--dataset", "moons"], "not for points"), (["--resume"], "leave out --resume")):
+        assert train.main([*given, "--init", str(checkpoint), "--output_dir", str(tmp_path), *CPU]) == 2
+        said = capsys.readouterr().err
+        assert words in said and said.count("\n") == 1
+
+
+# ------------------------------------------------------------------------------------------------------ unread flags
+
+
+@pytest.mark.parametrize("script, more", [(doctor, []), (evaluate, [])])
+def test_flags_of_pictures_with_a_checkpoint_are_refused_in_one_line(checkpoint, script, more, capsys):
+    assert script.main(["--checkpoint", str(checkpoint), "--fit", "pad", *more]) == 2
+    said = capsys.readouterr().err
+    assert "--fit" in said and said.count("\n") == 1
+
+
+def test_the_benchmark_refuses_a_folder_in_one_line(two, tmp_path, capsys):
+    assert benchmark.main(["train", "--quick", "--dataset", str(two), "--output_dir", str(tmp_path), *CPU]) == 2
+    said = capsys.readouterr().err
+    assert "not with your own pictures" in said and said.count("\n") == 1
