@@ -194,10 +194,10 @@ def _part(split: str) -> slice:
             "test": slice(None)}[split]
 
 
-def noise_level(data: ImageData) -> tuple[float, float]:
+def noise_level(name: str, data: ImageData) -> tuple[float, float]:
     """Mean and standard deviation of log(sigma / alpha / data_std) in training; of your own pictures by their size."""
     if data.folder is None:
-        return DATASETS[data.name].noise_level
+        return DATASETS[name].noise_level
     return round(math.log(max(data.images.shape[2:]) / 32) - 0.5, 2), 1.2  # as for cifar10 and scenes below
 
 

@@ -29,7 +29,7 @@ from checkpoint import SAFETENSORS, load_model, save_safetensors, to_precision
 from evaluation.report import evaluation_of
 from runtime.checkpoints import folder_of_results, is_pretrained, pretrained_models, with_checkpoint
 from runtime.errors import RunFailed, UserError
-from runtime.files import atomic_write, check_output, check_writable
+from runtime.files import atomic_write, check_output
 from runtime.parser import SHARED_FLAGS, Parser, add_shared_flags
 from runtime.script import script
 from samplers import DEFAULT_GUIDANCE
@@ -202,7 +202,7 @@ def write_safetensors(path: Path, args: Namespace, output: Path) -> None:
     if others and not (output / SAFETENSORS).exists():
         raise UserError(f"{output / others[0]} is not of an export and would be overwritten: name another folder")
     model, _, checkpoint = load_model(path, use_ema=args.use_ema)
-    check_writable(output)  # makes the folder: not before what cannot be exported has been refused
+    check_output(output / SAFETENSORS, path)  # makes the folder: not before what cannot be exported has been refused
     checkpoint["config"] = without_own_flags(checkpoint["config"])
     weights = to_precision(model.state_dict(), PRECISIONS[args.weights or "float32"])
     parameters = sum(weight.numel() for weight in weights.values())
@@ -225,7 +225,6 @@ def main(argv=None):
         elif args.format == "onnx":
             write_onnx(paths[0], args, check_output(output, *paths))
         else:
-            check_output(output / SAFETENSORS, *paths)
             write_safetensors(paths[0], args, output)
     except ModuleNotFoundError as error:
         library = (error.name or "").split(".")[0]

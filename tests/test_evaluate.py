@@ -379,8 +379,7 @@ def test_a_data_set_without_a_row_has_a_recipe(data_dir):
 
 
 def test_train_features_writes_two_checked_networks(small, tmp_path, monkeypatch, capsys):
-    for module in (classifier, classifier_training, autoencoder_training):
-        monkeypatch.setattr(module, "WEIGHTS", tmp_path)
+    monkeypatch.setattr(classifier, "WEIGHTS", tmp_path)
     recipe = ClassifierRecipe(width=32, epochs=1, batch_size=50, augment=None)
     monkeypatch.setitem(classifier_training.CLASSIFIER_RECIPES, "glyphs", recipe)
     recipe = autoencoder_training.AutoencoderRecipe(width=8, feature_dims=12, epochs=1)

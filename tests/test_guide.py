@@ -38,7 +38,8 @@ NOT_HERE = {  # commands that need what is not here, and the test of what they d
     "--resume": "tests/test_scripts.py", "--nproc_per_node": "tests/runtime/test_distributed.py",
     "--nnodes": "tests/runtime/test_distributed.py", "--format": "tests/test_export.py", "embedding":
     "tests/test_visualize.py", "FILE": "tests/test_editing.py", "outputs/student": "tests/test_distill.py",
-    "cifar10": "tests/test_data.py", "--help": "tests/test_scripts.py", "--lr 1000": "tests/training/test_trainer.py",
+    "cifar10": "tests/test_data.py", "PATH": "tests/test_own_pictures.py", "--help": "tests/test_scripts.py",
+    "--lr 1000": "tests/training/test_trainer.py",
 }
 
 

@@ -109,10 +109,10 @@ def make_parser(description: str) -> Parser:
                             "tensorboard --logdir; needs pip install tensorboard")
     group.add_argument("--resume", action="store_true",
                        help="continue from the newest valid checkpoint in --output_dir with the flags of its run, "
-                            "except --output_dir, --data_dir and --device; flags given now override them; --epochs "
-                            "and --budget count from the beginning of the run. On a CPU the run then ends with the "
-                            "bits of one that was not interrupted, given the same number of threads; on CUDA it "
-                            "differs by rounding, because cuDNN chooses its algorithms by timing them")
+                            "except --output_dir, --data_dir, --device, --init and --look; flags given now override "
+                            "them; --epochs and --budget count from the beginning of the run. On a CPU the run then "
+                            "ends with the bits of one that was not interrupted, given the same number of threads; on "
+                            "CUDA it differs by rounding, because cuDNN chooses its algorithms by timing them")
     group.add_argument("--init", metavar="FILE",
                        help="start from the weights of this checkpoint, or of a pretrained model by its name, with its "
                             "network and process: the best that few pictures can get; what does not fit is named")
@@ -222,7 +222,7 @@ def check_flags_of_data(parser: Parser, args: Namespace) -> None:
 
 def make_settings(args: Namespace, data: ImageData, device: torch.device) -> Namespace:
     """A copy of the flags in which those that depend on the data, the budget or the device have their values."""
-    mean, std = noise_level(data)
+    mean, std = noise_level(args.dataset, data)
     size = network_size(data.images.shape[1:], len(data.images), args.budget, device, args.patch_size)
     open_flags = {name: getattr(args, name) or value for name, value in size.items()} | dict(
         epochs=20 if args.epochs is None and args.budget is None else args.epochs,
