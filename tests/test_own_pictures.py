@@ -99,12 +99,15 @@ def test_few_pictures_are_compared_with_their_copies(checkpoint, place, tmp_path
     assert "Learned by heart?" in capsys.readouterr().out
 
 
-def test_the_network_is_looked_into(checkpoint, place, tmp_path):
-    for what in ("denoising", "attention", "loss", "forward"):
+def test_the_network_is_looked_into(checkpoint, place, tmp_path, capsys):
+    for what in ("denoising", "attention", "forward"):
         model = ["--dataset", str(place / "two"), "--image_size", "16"] if what == "forward" else [
             "--checkpoint", str(checkpoint)]
         assert visualize_diffusion.main(["--what", what, *model, "--data_dir", str(place / "data"), "--save_path",
                                          str(tmp_path / f"{what}.png"), *CPU]) == 0
+    assert visualize_diffusion.main(["--what", "loss", "--checkpoint", str(checkpoint), "--data_dir",
+                                     str(place / "data"), "--save_path", str(tmp_path / "loss.png"), *CPU]) == 2
+    assert "none is held out" in capsys.readouterr().err and not (tmp_path / "loss.png").exists()
 
 
 def test_the_doctor_finds_no_fault_with_twelve_sound_pictures(checkpoint, place, capsys):
@@ -117,11 +120,10 @@ def test_the_doctor_finds_no_fault_with_twelve_sound_pictures(checkpoint, place,
 
 
 def test_a_student_is_distilled_and_exported(checkpoint, place, tmp_path, monkeypatch):
-    pytest.importorskip("onnx")
     monkeypatch.setattr(Budget, "progress", lambda budget, step, _: step / 2)  # however long two steps take
     assert distill.main(["--checkpoint", str(checkpoint), "--data_dir", str(place / "data"), "--output_dir",
                          str(tmp_path / "student"), "--teacher_steps", "4", "--batch_size", "8", *CPU]) == 0
-    assert export.main(["--checkpoint", str(checkpoint), "--output", str(tmp_path / "a.onnx")]) == 0
+    assert export.main(["--checkpoint", str(checkpoint), "--output", str(tmp_path / "a.html")]) == 0
 
 
 def test_look_shows_the_pictures_and_stops(two, tmp_path):
@@ -196,7 +198,7 @@ def test_resuming_after_the_folder_changed_is_refused_with_both_counts(tmp_path,
     (dict(a=RED, b=BLUE, c=(0, 200, 0)), "RGB", [], "label_embedding"),
     ({"": RED}, "RGB", [], ""),
     (dict(red=RED, blue=BLUE), "RGB", ["--image_size", "24"], ""),
-    (dict(red=RED, blue=BLUE), "L", [], "input"),
+    (dict(red=RED, blue=BLUE), "L", [], "stem.1.weight"),
 ])
 def test_init_takes_what_fits_and_names_the_rest(checkpoint, tmp_path, capsys, colours, mode, more, new):
     pictures = draw(tmp_path / "in", colours, 3, mode)
