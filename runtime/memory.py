@@ -32,7 +32,7 @@ def fits_in_memory(rehearse: Callable[[int], object], count: int, device: torch.
     """Whether the free memory suffices for rehearse(count), a trial that must change nothing.
 
     Tries a quarter more than `count`: no two steps need exactly the same memory, and what the first real step loads
-    besides (optimisers, plots) is not rehearsed. With an eighth, one told size in four did not fit into 800 MB.
+    besides (optimisers, plots) is not rehearsed. Close to the limit the heap can still be too fragmented.
     """
     work = partial(rehearse, count + count // 4)
     gc.collect()
