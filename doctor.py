@@ -182,21 +182,28 @@ def examine_samples(model, diffusion: DiffusionProcess, train: ImageData, unseen
     device = diffusion.device
     distances = nearest(torch.cat([generated, real]).to(device), train.images)[0]
     yield check_copies(closeness(distances[:SAMPLES], distances[SAMPLES:]))
-    yield from examine_by_classifier(generated, real, options["labels"], train.source, device)
+    if train.class_names:
+        yield from examine_by_classifier(generated, real, options["labels"], train.source, device,
+                                         mirrored=bool(training_flag(checkpoint, "hflip", False)))
 
 
-def examine_by_classifier(images: Tensor, real: Tensor, labels: Tensor | None, dataset: str | Path,
-                          device) -> Iterator[Finding]:
-    """How the data set's classifier classifies generated images, real ones, and the mirror images of both; uint8."""
+def examine_by_classifier(images: Tensor, real: Tensor, labels: Tensor | None, dataset: str | Path, device,
+                          mirrored: bool) -> Iterator[Finding]:
+    """How the data set's classifier classifies generated images, real ones, and the mirror images of both; uint8.
+
+    mirrored: whether the training was asked to mirror images, so that mirrored ones are no defect.
+    """
     try:
         classifier = load_feature_network(dataset, device)
     except UserError as error:
-        yield Finding("classifier", "WARN", str(error), "git checkout evaluation/weights")
+        fix = "" if isinstance(dataset, Path) else "git checkout evaluation/weights"  # the message says what to do
+        yield Finding("classifier", "WARN", str(error), fix)
         return
     probabilities = [extract_features(x, classifier).probabilities
                      for x in (images, images.flip(-1), real, real.flip(-1))]
     yield from check_recognised(probabilities[0], probabilities[2], labels)
-    yield from check_mirrored(*(p.amax(1) for p in probabilities))
+    if not mirrored:
+        yield from check_mirrored(*(p.amax(1) for p in probabilities))
 
 
 # -------------------------------------------------------------------------------------------------------- everything

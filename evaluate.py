@@ -43,9 +43,9 @@ from evaluation.autoencoder_training import train_second_network
 from evaluation.classifier_training import train_feature_network
 from evaluation.compare import RESULT as COMPARE_RESULT
 from evaluation.compare import check_comparable, comparison, is_ready, print_comparison
-from evaluation.copies import FEW, report_copies, too_few
+from evaluation.copies import FEW, refuse_few, report_copies, too_few
 from evaluation.features import extract_features
-from evaluation.metrics import class_shares, figure_values, torchmetrics_image
+from evaluation.metrics import figure_values, named_shares, torchmetrics_image
 from evaluation.reference import (
     LIKELIHOOD_IMAGES,
     Reference,
@@ -245,7 +245,7 @@ def evaluate(args: Namespace, command: Sequence[str], reference: Reference, gene
         result["bits_per_dim"] = likelihood(loaded.model, loaded.diffusion, reference.data, loaded.code, args.seed)
     about = conditions(args, command, device, reference, len(images), loaded.options[0] if loaded else None)
     memorised = memorisation(reference, images, features, args.data_dir, device, output / "nearest.png")
-    shares = {name: dict(zip(reference.data.class_names, class_shares(each.probabilities).tolist(), strict=True))
+    shares = {name: named_shares(reference.data.class_names, each.probabilities)
               for name, each in (("images", features), ("reference", reference.features))}
     print_heading(about)
     print_figures(result)
@@ -350,6 +350,7 @@ def load_inputs(args: Namespace, device: torch.device, output: Path):
         raise UserError("--cas needs labels: a checkpoint trained with --conditional, or `labels` in the .npz")
     count = args.num_images if loaded else len(generated.images)
     if too_few(data):
+        refuse_few(data, args)
         return loaded, generated, data, data, None
     networks = open_networks(data, args.features, count, device, args.data_dir)
     return loaded, generated, data, choose_floor_data(data, count, args.data_dir), networks

@@ -65,6 +65,13 @@ def place(dataset: str | Path) -> tuple[Path, str]:
     return (dataset, "features") if isinstance(dataset, Path) else (WEIGHTS, dataset)
 
 
+def is_trained(dataset: str | Path, suffix: str = "") -> bool:
+    """Whether the file of a data set's feature network is there and listed in SHA256SUMS; suffix as below."""
+    folder, stem = place(dataset)
+    name = f"{stem}{suffix}.pt"
+    return (folder / name).is_file() and any(line.endswith(f" {name}") for line in _listed_digests(folder))
+
+
 def weights_digest(dataset: str | Path, suffix: str = "") -> str:
     """The sha256 of a data set's feature network, as listed in SHA256SUMS. UserError if it is not listed.
 
@@ -73,8 +80,9 @@ def weights_digest(dataset: str | Path, suffix: str = "") -> str:
     folder, stem = place(dataset)
     digests = {name: digest for digest, name in map(str.split, _listed_digests(folder))}
     if f"{stem}{suffix}.pt" not in digests:
-        raise UserError(f"there is no {stem}{suffix}.pt in {folder}, which the figures need: train it with "
-                        f"python evaluate.py --train_features {dataset}")
+        train = ("evaluate.py with a checkpoint of these pictures trains it" if isinstance(dataset, Path) else
+                 f"train it with python evaluate.py --train_features {dataset}")
+        raise UserError(f"there is no {stem}{suffix}.pt in {folder}, which the figures need: {train}")
     return digests[f"{stem}{suffix}.pt"]
 
 
@@ -94,8 +102,9 @@ def load_network(kind: type[nn.Module], dataset: str | Path, suffix: str, device
     digest, (folder, stem) = weights_digest(dataset, suffix), place(dataset)
     path = folder / f"{stem}{suffix}.pt"
     if not path.is_file() or file_digest(path) != digest:
-        raise UserError(f"{path} is missing or damaged (its sha256 is not the one in SHA256SUMS): restore it with "
-                        f"git checkout, or train it with python evaluate.py --train_features {dataset}")
+        mend = ("delete it, then evaluate.py trains it again" if isinstance(dataset, Path) else
+                f"restore it with git checkout, or train it with python evaluate.py --train_features {dataset}")
+        raise UserError(f"{path} is missing or damaged (its sha256 is not the one in SHA256SUMS): {mend}")
     saved = torch.load(path, map_location=device, weights_only=True)
     model = kind(**saved["config"])
     model.load_state_dict(saved["state_dict"])

@@ -5,6 +5,7 @@ are held out, each training picture and the nearest other one.
 """
 
 import hashlib
+from argparse import Namespace
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -13,6 +14,7 @@ from torch import Tensor
 
 from data import ImageData, load_dataset
 from evaluation.metrics import closeness, nearest
+from runtime.errors import UserError
 from runtime.files import write_json
 from utils import save_images
 
@@ -24,6 +26,14 @@ def too_few(data: ImageData) -> bool:
     """Whether one's own pictures have too few held-out ones for figures with a floor."""
     return data.folder is not None and min(
         len(load_dataset(data.folder, split).images) for split in ("validation", "test")) < FEW
+
+
+def refuse_few(data: ImageData, args: Namespace) -> None:
+    """UserError for flags of evaluate.py that ask for figures, of which so few pictures have none."""
+    asked = [name for name in ("compare", "sweep", "cas", "likelihood") if getattr(args, name) not in (None, False)]
+    if asked:
+        raise UserError(f"--{asked[0]} needs {FEW} held-out pictures for each of validation and test, about "
+                        f"{10 * FEW:,} pictures, and {data.name} has fewer: leave it out")
 
 
 def among_each_other(pictures: Tensor) -> Tensor:

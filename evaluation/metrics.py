@@ -24,7 +24,7 @@ jackknife, whose spread gives the interval (`estimate`). The reference images st
 """
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple
 
 import torch
@@ -228,6 +228,11 @@ def neighbour_figures(generated: Tensor, reference: Tensor, groups: Tensor) -> d
 def class_shares(probabilities: Tensor) -> Tensor:
     """The share of images whose most probable class is each class: (classes,) float64."""
     return probabilities.argmax(1).bincount(minlength=probabilities.shape[1]).double() / len(probabilities)
+
+
+def named_shares(class_names: Sequence[str], probabilities: Tensor) -> dict[str, float]:
+    """`class_shares` by the names of the classes; nothing for pictures without classes."""
+    return dict(zip(class_names, class_shares(probabilities).tolist(), strict=True)) if class_names else {}
 
 
 def class_distance(probabilities: Tensor, reference: Tensor, groups: Tensor) -> Tensor:

@@ -11,9 +11,9 @@ from torch import Tensor, nn
 
 from data import ImageData, LevelCode, load_dataset
 from diffusion import DiffusionProcess
-from evaluation.autoencoder import Autoencoder, Unlabelled, load_autoencoder
+from evaluation.autoencoder import SUFFIX, Autoencoder, Unlabelled, load_autoencoder
 from evaluation.autoencoder_training import train_second_network
-from evaluation.classifier import Classifier, load_feature_network
+from evaluation.classifier import Classifier, is_trained, load_feature_network
 from evaluation.classifier_training import new_classifier, recipe_notes, train_feature_network
 from evaluation.features import INCEPTION_FEATURES, extract_features, load_inception
 from evaluation.floors import FloorCache, floor_cache
@@ -75,18 +75,15 @@ def open_networks(data: ImageData, features: str, count: int, device,
     classifier. UserError if `count` images are too few.
     """
     dataset = data.source
-    if data.folder and not (data.folder / "SHA256SUMS").exists():
+    if data.folder and not is_trained(dataset, SUFFIX):
         print(train_second_network(dataset, data_dir, device, 0, progress("training the autoencoder", "steps")))
-        if data.class_names:
-            print(train_feature_network(dataset, data_dir, device, 0, False, progress("training", "steps")))
-    if not data.class_names:
-        classifier = Unlabelled(load_autoencoder(dataset, device))
-        check_image_count(count, classifier.head.in_features)
-        return classifier, None, None
-    classifier = load_feature_network(dataset, device)
+    if data.folder and data.class_names and not is_trained(dataset):
+        print(train_feature_network(dataset, data_dir, device, 0, False, progress("training", "steps")))
+    autoencoder = load_autoencoder(dataset, device)
+    classifier = load_feature_network(dataset, device) if data.class_names else Unlabelled(autoencoder)
     inception = load_inception().to(device) if features == "inception" else None
     check_image_count(count, INCEPTION_FEATURES if inception else classifier.head.in_features)
-    return classifier, inception, load_autoencoder(dataset, device)
+    return classifier, inception, autoencoder if data.class_names or inception else None
 
 
 def choose_floor_data(data: ImageData, count: int, data_dir) -> ImageData:

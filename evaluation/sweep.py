@@ -51,7 +51,8 @@ def print_table_row(row: dict) -> None:
     distance = row["figures"]["frechet_distance"]
     print(f"{row['series']:15} {row['steps']:6} {row['nfe']:6g} {row['seconds']:8.1f} {distance['n']:8,}    "
           f"{distance['value']:9.4f} {distance['low']:9.4f}{distance['high']:10.4f} "
-          + " ".join(f"{row['figures'][name]['value']:9.4f}" for name in TABLE_FIGURES), flush=True)
+          + " ".join(f"{row['figures'][name]['value']:9.4f}" if name in row["figures"] else f"{'-':>9}"
+                     for name in TABLE_FIGURES), flush=True)  # without classes there is no `confident`
 
 
 def plot_sweep(rows: Sequence[dict], path) -> None:

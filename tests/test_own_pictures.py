@@ -18,6 +18,8 @@ import train
 import visualize_diffusion
 from checkpoint import load_checkpoint
 from data import ImageData
+from evaluation import copies, metrics, reference, two_sample
+from evaluation.classifier_training import ClassifierRecipe
 from training import trainer
 from training.budget import Budget
 from training.trainer import Trainer
@@ -99,6 +101,17 @@ def test_few_pictures_are_compared_with_their_copies(checkpoint, place, tmp_path
     assert "Learned by heart?" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize("flag", ["--sweep", "--likelihood", "--compare"])
+def test_figures_of_few_pictures_are_refused_in_one_line(checkpoint, place, tmp_path, capsys, flag):
+    which = ["--compare", str(checkpoint), str(checkpoint)] if flag == "--compare" else [
+        flag, "--checkpoint", str(checkpoint)]
+    assert evaluate.main([*which, "--num_images", "8", "--data_dir", str(place / "data"), "--output_dir",
+                          str(tmp_path), *CPU]) == 2
+    said = capsys.readouterr().err
+    assert f"{flag} needs" in said and "my_two" in said and said.count("\n") == 1
+    assert not any(tmp_path.iterdir())
+
+
 def test_the_network_is_looked_into(checkpoint, place, tmp_path, capsys):
     for what in ("denoising", "attention", "forward"):
         model = ["--dataset", str(place / "two"), "--image_size", "16"] if what == "forward" else [
@@ -129,6 +142,51 @@ def test_a_student_is_distilled_and_exported(checkpoint, place, tmp_path, monkey
 def test_look_shows_the_pictures_and_stops(two, tmp_path):
     assert train.main(flags(two, tmp_path, "--look")) == 0
     assert [path.name for path in tmp_path.iterdir()] == ["look.png"]
+
+
+# -------------------------------------------------------------------------------------------- the figures of many
+
+
+@pytest.fixture(scope="module", params=["with classes", "without"])
+def many(request, tmp_path_factory):
+    """(what the parameter says, a checkpoint of 400 grey pictures, its data folder), with limits for so few."""
+    folder, random = tmp_path_factory.mktemp("many"), np.random.default_rng(0)
+    labels = dict(labels=np.arange(400) % 2) if request.param == "with classes" else {}
+    np.savez(folder / "grey.npz", arr_0=random.integers(0, 256, (400, 16, 16), np.uint8), **labels)
+    with pytest.MonkeyPatch.context() as patch:
+        for module in (copies, evaluate):
+            patch.setattr(module, "FEW", 20)
+        for module in (metrics, reference):
+            patch.setattr(module, "check_image_count", lambda *_: None)
+        patch.setattr(two_sample, "EPOCHS", 1)
+        patch.setattr(ClassifierRecipe.__init__, "__defaults__", (8, 1, *ClassifierRecipe.__init__.__defaults__[2:]))
+        yield request.param, train_on(folder / "grey.npz", folder / "run"), folder / "data"
+
+
+def test_the_figures_of_many_pictures_come_from_networks_of_their_own(many, tmp_path, capsys):
+    kind, checkpoint, data_dir = many
+    classes = kind == "with classes"
+    flags = ["--checkpoint", str(checkpoint), "--data_dir", str(data_dir), "--output_dir", str(tmp_path), *CPU]
+    assert evaluate.main([*flags, "--steps", "1"]) == 0
+    report = json.loads((tmp_path / "evaluation.json").read_text())
+    of_classes = {"confident", "class_distance", "class_frechet", "asked_class"}
+    assert report["figures"].keys() & of_classes == (of_classes if classes else set())
+    assert {"frechet_distance", "recall", "two_sample_pixels"} < report["figures"].keys()
+    assert list(report["classes"]["images"]) == (["0", "1"] if classes else [])
+    trained = sorted(path.name for path in data_dir.glob("pictures/*/features*.pt"))
+    assert trained == ["features.pt", "features_autoencoder.pt"][not classes:]
+    assert capsys.readouterr().out.count("features") >= len(trained)
+
+    next(data_dir.glob("pictures/*/features*.pt")).unlink()  # a run that was killed between the two
+    assert evaluate.main([*flags, "--sweep", "1", "--sampler", "ddim"]) == 0
+    assert sorted(path.name for path in data_dir.glob("pictures/*/features*.pt")) == trained
+
+
+def test_the_doctor_takes_no_classifier_where_there_are_no_classes(many, capsys):
+    kind, checkpoint, data_dir = many
+    doctor.main(["--checkpoint", str(checkpoint), "--data_dir", str(data_dir), "--json", *CPU])
+    said = [finding for finding in json.loads(capsys.readouterr().out) if finding["check"] == "classifier"]
+    assert not any("git checkout" in finding["fix"] for finding in said) and (kind == "with classes" or not said)
 
 
 # ------------------------------------------------------------------------------------------ what becomes of pictures
