@@ -65,3 +65,11 @@ def test_where_no_copy_can_be_made_it_is_done_here(monkeypatch):
     monkeypatch.setattr(memory.os, "fork", lambda: fail(OSError(12, "Cannot allocate memory")))
     assert fits_in_memory(lambda _: done.append(1), 8, CPU) and done == [1]
     assert not fits_in_memory(lambda _: fail(MemoryError()), 8, CPU)
+
+
+@only_linux
+def test_what_only_fits_once_does_not_fit(tmp_path):
+    """A second step needs more than the first where the heap is left with holes."""
+    assert not fits_in_memory(lambda count: (tmp_path / str(count)).mkdir() if not any(tmp_path.iterdir())
+                              else fail(MemoryError()), 8, CPU)
+    assert [path.name for path in tmp_path.iterdir()] == ["9"]  # an eighth more
