@@ -73,7 +73,8 @@ def shrink(name, arguments, data_dir):
         more = SHRUNK[name] + (" --num_images 2" if words[0] in ("inpaint", "vary") else "")
     else:
         more = SHRUNK[name]
-        if "--what" in words and not {"denoising", "attention", "features", "loss", "schedules", "field"} & set(words):
+        own_data = {"denoising", "attention", "features", "loss", "schedules", "field"}
+        if name == "visualize_diffusion" and not own_data & set(words):
             more += " --dataset glyphs"
         more += " --num_images 2" * bool({"denoising", "attention"} & set(words))
         more += " --num_images 10" * ("0-9" in words)
@@ -98,6 +99,7 @@ def test_the_commands_of_the_documents_run(shown_command, work, data_dir, monkey
     monkeypatch.chdir(folder)
     monkeypatch.setattr(checkpoints, "PRETRAINED", pretrained)
     monkeypatch.setattr("training.trainer.VALIDATION_LOSS_IMAGES", 64)
+    monkeypatch.setattr("evaluation.point_plots.MAX_CENTRES", 500)
     name, arguments = shown_command
     newest = folder / "outputs" / ("moons/model_final.pt" if "field" in arguments else "model_final.pt")
     os.utime(newest)  # of those there, the one that a script takes without --checkpoint

@@ -534,7 +534,8 @@ def test_models_of_one_data_set_are_told_apart_by_their_files(opened):
 def test_an_address_closes_the_old_view(opened, exported):
     page = opened(exported, "#steps=1&view=compare")
     page.made()
-    page.page.evaluate("() => { compareView.close = () => { window.left = true; }; "
+    page.page.evaluate("() => { const close = compareView.close; "
+                       "compareView.close = () => { close(); window.left = true; }; "
                        "location.hash = 'view=inside&steps=1'; }")
     page.wait("window.left && app.shown === 'inside' && film.done")
     assert page.page.is_visible("#inside") and not page.page.is_visible("#compare")
