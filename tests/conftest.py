@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from harness import TRIED
 
 from data import load_dataset
 from runtime import threads
@@ -12,6 +13,25 @@ from runtime import threads
 ROOT = Path(__file__).resolve().parent.parent
 
 torch.set_num_threads(1)  # tensors are tiny here: threads would only wait for each other
+
+
+def pytest_sessionfinish(session):
+    if hasattr(session.config, "workeroutput"):  # one process of several, by pytest-xdist
+        session.config.workeroutput["tried"] = dict(TRIED)
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_testnodedown(node):
+    TRIED.update(getattr(node, "workeroutput", {}).get("tried", {}))
+
+
+def pytest_terminal_summary(terminalreporter):
+    """What torture.py tried and how often. A loss is a failure: a table without failures says that nothing was lost."""
+    if TRIED:
+        terminalreporter.write_line("\n| what was tried | how often | lost |\n| --- | --- | --- |")
+    for what, count in TRIED.items():
+        lost = "see above" if terminalreporter.stats.get("failed") else "nothing"
+        terminalreporter.write_line(f"| {what} | {count:,} | {lost} |")
 
 
 @pytest.fixture

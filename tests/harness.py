@@ -12,6 +12,7 @@ import socket
 import sys
 import tempfile
 import time
+from collections import Counter
 from pathlib import Path
 
 import pytest
@@ -22,6 +23,7 @@ from training.run_folder import has_run
 
 needs_fork = pytest.mark.skipif(sys.platform == "win32", reason="there are no fork and no SIGKILL on Windows")
 STEPS = 4  # of an epoch: 256 images in batches of 64
+TRIED = Counter()  # what the tests of torture.py tried, and how often; conftest.py shows it
 
 
 def tiny(data_dir, output_dir, *more) -> list[str]:
