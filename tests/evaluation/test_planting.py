@@ -155,3 +155,12 @@ def test_a_jitter_within_strokes_is_what_the_network_does_not_see(judge):
     """The limit of its power that evaluation/two_sample.py states. Only the grey levels show it."""
     assert judge.told_apart(stroke_jitter) < judge.told_apart(nothing) + 0.06
     assert judge(stroke_jitter(judge))["levels"] > 2 * judge.floor["levels"]
+
+
+if __name__ == "__main__":  # the table of benchmarks/RESULTS.md
+    COUNT, TRAINING_IMAGES = 2500, 55_000
+    judge = Judge("mnist", "data")
+    for spoil in (nothing, haze, blur, shift, stroke_jitter, copies, prototypes, typical):
+        found = judge(spoil(judge)) | {view: judge.told_apart(spoil, view) for view in ("pixels", "shapes")}
+        names = ("pixels", "shapes", "levels", "frechet_distance", "class_frechet", "precision", "recall")
+        print(f"{spoil.__name__:15}", ", ".join(f"{name} {found[name]:.3f}" for name in names), flush=True)
