@@ -36,6 +36,7 @@ class Plan:
     steps_images: int                 # images on the axis `steps` of `scaling`
     matrix_size: int                  # of the matrix products of `peak`
     busy: dict[str, float]            # of `busy`: seconds of each measurement, and the width of the network
+    pictures: dict[str, float]        # of `pictures`: how many, and seconds of training and of each measurement
     gpu_seconds: dict[str, float]     # of training in `gpu`, for each data set
     axes: dict[str, tuple[int, ...]]  # of `scaling`, with their values
 

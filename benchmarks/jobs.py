@@ -15,15 +15,17 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import torch
 
 from benchmarks.peers import SAMPLE_BATCH, make_peer
+from benchmarks.pictures import decode_pictures, own_memory, read_pictures
 from benchmarks.processes import ROOT
-from checkpoint import load_model
-from data import ImageData, load_dataset
+from checkpoint import load_checkpoint, load_model
+from data import ImageData, code_of, load_dataset
 from learned_variance import create_process
 from models import create_model
 from runtime import threads
@@ -99,15 +101,16 @@ def script(name: str, argv: list[str]) -> dict:
 
 
 def make_trainer(config: dict, image_size: int | None, batch_size: int | None, device: torch.device,
-                 cuda_graph: bool = False) -> Trainer:
-    """A Trainer as the config of a checkpoint says, but on random images, which take the same time."""
+                 cuda_graph: bool = False, data: ImageData | None = None) -> Trainer:
+    """A Trainer as the config of a checkpoint says, on these images; by default on random ones, for the same time."""
     set_up_cuda(device)
     training, (channels, height, width) = dict(config["training"]), config["data"]["shape"]
     training["batch_size"] = batch_size or training["batch_size"]
-    shape = (2 * training["batch_size"], channels, image_size or height, image_size or width)
-    images = torch.randint(0, 256, shape, dtype=torch.uint8)
-    labels = torch.zeros(len(images), dtype=torch.long)
-    data = ImageData("noise", "train", images, labels, tuple(config["data"]["class_names"])).to(device)
+    if data is None:
+        shape = (2 * training["batch_size"], channels, image_size or height, image_size or width)
+        images = torch.randint(0, 256, shape, dtype=torch.uint8)
+        labels = torch.zeros(len(images), dtype=torch.long)
+        data = ImageData("noise", "train", images, labels, tuple(config["data"]["class_names"])).to(device)
     accepted = inspect.signature(Trainer).parameters
     model = create_model(**config["model"]).to(device, memory_format=LAYOUTS[training.get("layout") or "nchw"])
     diffusion = create_process(model.learn_variance, data.code.edges, **config["diffusion"]).to(device)
@@ -125,6 +128,31 @@ def train_steps(config: dict, device: str, seconds: float, batch_size: int | Non
     times = time_calls(lambda: trainer.train_step(*trainer.batch(), 0.5), trainer.device, seconds)
     return dict(seconds=statistics.median(times), batch_size=trainer.batch_size,
                 parameters=count_parameters(trainer.model))
+
+
+def train_on_pictures(argv: list[str]) -> dict:
+    """Run train.py; the most memory of its own that the process had."""
+    with own_memory() as memory:
+        script("train.py", argv)
+    return memory
+
+
+def picture_steps(checkpoint: str, cache: str, device: str, seconds: float) -> dict:
+    """Images a second of training on pictures, mapped from the file of their cache and in memory: five turns of each.
+
+    Each trainer takes another part of the pictures every time, as in training.
+    """
+    config, device = load_checkpoint(checkpoint)["config"], get_device(device)
+    data = load_dataset(Path(cache), "train").coded(code_of(config))
+    kinds = dict(mapped=data if device.type == "cpu" else data.to(device),
+                 **{"in memory": replace(data, images=data.images.clone()).to(device)})
+    trainers = {kind: make_trainer(config, None, None, device, data=each) for kind, each in kinds.items()}
+    speeds = {kind: [] for kind in kinds}
+    for _ in range(5):
+        for kind, trainer in trainers.items():
+            times = time_calls(lambda: trainer.train_step(*trainer.batch(), 0.5), device, seconds)  # noqa: B023
+            speeds[kind].append(trainer.batch_size * len(times) / sum(times))
+    return dict(speeds=speeds)
 
 
 def busy_steps(config: dict, busy: int, seconds: float, chosen_seconds: float, base_channels: int) -> dict:
@@ -310,7 +338,8 @@ def peer_quality(name: str, dataset: str, data_dir: str, device: str, batch_size
 
 
 JOBS = {job.__name__: job for job in (imports, script, train_steps, busy_steps, sample_steps, peak, peer_train,
-                                      peer_sample, peer_quality)}
+                                      peer_sample, peer_quality, decode_pictures, read_pictures, train_on_pictures,
+                                      picture_steps)}
 
 
 @entry_point

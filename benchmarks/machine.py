@@ -10,13 +10,13 @@ from pathlib import Path
 import torch
 
 from benchmarks.peers import PEERS
+from runtime.cores import available_cores
 
 
 def describe_machine(device: str) -> dict:
     """Processor, cores, GPU, versions and date. "load": the load average of the last minute (None on Windows)."""
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     return dict(date=datetime.now().astimezone().isoformat(timespec="seconds"), system=platform.platform(),
-                cpu=cpu_name(), cores=cores, threads=torch.get_num_threads(),
+                cpu=cpu_name(), cores=available_cores(), threads=torch.get_num_threads(),
                 load=os.getloadavg()[0] if hasattr(os, "getloadavg") else None, device=device,
                 gpu=torch.cuda.get_device_name() if device.startswith("cuda") else None,
                 python=platform.python_version(), **{name: package_version(name) for name in ("torch", *PEERS)})

@@ -31,6 +31,7 @@ from filelock import FileLock
 
 from data_sources.folder import Found, Source, describe, find_pictures
 from data_sources.pictures import decode, open_image
+from runtime.cores import available_cores
 from runtime.errors import RunFailed, UserError
 from runtime.files import check_writable, one_line, write_json
 from runtime.progress import Bar
@@ -216,7 +217,7 @@ def _share(task: _Task) -> None:
 @contextlib.contextmanager
 def _readers(task: _Task) -> Iterator[Executor | None]:
     """Processes that call `_read_rows`; None, for this process alone, where there is little to read."""
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    cores = available_cores()
     if len(task.names) < MIN_PARALLEL or cores == 1:
         _share(task)
         try:

@@ -6,7 +6,6 @@ So a number in a table is always the number that was measured.
 """
 
 import json
-import os
 import platform
 import re
 from collections.abc import Callable, Mapping, Sequence
@@ -15,6 +14,7 @@ from pathlib import Path
 
 import torch
 
+from runtime.cores import available_cores
 from runtime.files import atomic_write, write_json
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -24,7 +24,7 @@ PLACE = re.compile(r"(<!-- table (\w+) -->\n).*?(<!-- end -->)", re.DOTALL)
 
 def machine() -> str:
     """The processor, as people say it, and the version of torch."""
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    cores = available_cores()
     return f"{cores} core{'s' * (cores > 1)} ({platform.machine()}), torch {torch.__version__.partition('+')[0]}"
 
 

@@ -13,6 +13,7 @@ from itertools import pairwise
 from pathlib import Path
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 from PIL import Image
@@ -20,8 +21,9 @@ from torch import nn
 from torch.testing import assert_close
 
 import benchmark
-from benchmarks import busy, jobs, machine, peers, plots, processes, quality, scaling, speed, tables
+from benchmarks import busy, jobs, machine, peers, pictures, plots, processes, quality, scaling, speed, tables
 from benchmarks.context import OURS, Context
+from data_sources.cache import Pictures, cached
 from runtime.errors import RunFailed
 from training import flags
 
@@ -133,6 +135,66 @@ def test_each_number_of_threads_is_measured(monkeypatch):
     speeds = jobs.busy_steps(config, 1, 0.0, 0.0, base_channels=8)["speeds"]
     assert list(speeds) == ["2 threads", "1 thread", "chosen"] and numbers == [2, 1, None]
     assert min(speeds.values()) > 0 and config["model"]["base_channels"] == 8
+
+
+def test_many_pictures_are_different_and_each_is_decoded_and_read(tmp_path):
+    pictures.draw_pictures(tmp_path / "many", 90)
+    files = sorted((tmp_path / "many").rglob("*.png"))
+    assert len(files) == len({file.read_bytes() for file in files}) == 90
+    assert {file.parent.name for file in files} <= set("1234")
+    assert jobs.decode_pictures(str(tmp_path / "many"))["values"] == 90 * 64 * 64 * 3
+    found = jobs.read_pictures(str(tmp_path / "many"), str(tmp_path / "data"))
+    assert json.loads((Path(found["cache"]) / "about.json").read_text())["count"] == 90 and found["seconds"] > 0
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="what a process holds is told in /proc")
+def test_memory_of_its_own_is_what_is_held_and_not_what_is_mapped(tmp_path):
+    def most(hold):
+        with pictures.own_memory() as memory:
+            held = hold()
+            time.sleep(0.1)
+        return memory["own_mb"] + 0 * len(held)
+    np.ones(100_000_000, np.uint8).tofile(tmp_path / "file")
+    nothing = most(lambda: b"")
+    assert 95 < most(lambda: np.ones(100_000_000, np.uint8)) - nothing < 115
+
+    def mapped():
+        pixels = np.memmap(tmp_path / "file", np.uint8, "r")
+        assert pixels.sum(dtype=int) == 100_000_000
+        return pixels
+    assert most(mapped) - nothing < 15
+
+
+def test_training_on_pictures_is_compared_with_the_same_in_memory(monkeypatch, tmp_path):
+    pictures.draw_pictures(tmp_path / "many", 20)
+    folder = cached(Pictures(str(tmp_path / "many"), 16), tmp_path / "data", quiet=True)
+    config = dict(model=dict(base_channels=8, time_emb_dim=8, patch_size=4, num_classes=None, image_channels=3),
+                  diffusion={}, data=dict(shape=[3, 16, 16], class_names=[]),
+                  training=dict(batch_size=4, conditional=False))
+    seen = []
+
+    def trainer_on(*args, data, **kwargs):
+        seen.append(data)
+        return make_trainer(*args, data=data, **kwargs)
+    make_trainer = jobs.make_trainer
+    monkeypatch.setattr(jobs, "make_trainer", trainer_on)
+    monkeypatch.setattr(jobs, "load_checkpoint", lambda _: dict(config=config))
+    speeds = jobs.picture_steps("file", str(folder), "cpu", 0.0)["speeds"]
+    assert list(speeds) == ["mapped", "in memory"] and all(len(each) == 5 and min(each) > 0 for each in speeds.values())
+    assert torch.equal(seen[0].images, seen[1].images) and seen[0].images.data_ptr() != seen[1].images.data_ptr()
+
+
+def test_the_ratios_of_many_pictures(monkeypatch, tmp_path, capsys):
+    answers = iter([dict(seconds=9.0), dict(seconds=15.0, own_mb=300.0, cache="cache"), dict(seconds=11.0),
+                    dict(own_mb=800.0), dict(speeds={"mapped": [90.0, 99.0, 10.0], "in memory": [100.0, 1.0, 200.0]})])
+    asked = []
+    monkeypatch.setattr(pictures, "draw_pictures", lambda folder, count: asked.append(count))
+    monkeypatch.setattr(pictures.processes, "run_job", lambda job, **_: asked.append(job) or next(answers))
+    found = pictures.measure_pictures(make_context(tmp_path))
+    assert asked == [200_000, "decode_pictures", "read_pictures", "decode_pictures", "train_on_pictures",
+                     "picture_steps"]
+    assert (found["read_ratio"], found["speed_ratio"], found["own_mb"]) == (1.5, 0.9, 800.0)
+    assert "1.5" in capsys.readouterr().out and "pictures" not in benchmark.chosen_parts([], "cuda")
 
 
 def test_the_operations_of_a_convolutional_network_are_those_counted_by_hand():
