@@ -1,12 +1,19 @@
 """The documents are true: commands parse, code runs, links and pictures are there, and so are all named files."""
 
 import re
+import shlex
 from pathlib import Path
 
 import pytest
+import torch
 from documents import FILE, broken_links, commands, links, missing_files, parse
 from PIL import Image
 from small import small_checkpoint
+from torch.utils.flop_counter import FlopCounterMode
+
+from models import create_model
+from training.flags import make_parser
+from utils import count_parameters
 
 WITH_COMMANDS = ("README.md", "GUIDE.md", "guide/experiments.md", "CONTRIBUTING.md", "benchmarks/RESULTS.md")
 WITH_LINKS = (*WITH_COMMANDS, "CHANGELOG.md", "benchmarks/RECORDS.md")
@@ -107,3 +114,18 @@ def test_wrong_documents_would_be_found(tmp_path):
     (tmp_path / "README.md").write_text(text)
     assert broken_links(tmp_path, "README.md") == ["#two", "no.md", "no.png", "no.gif"]
     assert set(missing_files(tmp_path, text)) == {"no.md", "no.png", "no.gif", "no.py", "folder/"}
+
+
+def test_the_calculated_run_has_the_size_that_is_told(root):
+    text = (root / "benchmarks/RESULTS.md").read_text()
+    [flags] = [arguments for name, arguments in commands(text) if "--base_channels 176" in arguments]
+    args = make_parser("").parse_args(shlex.split(flags))
+    with torch.device("meta"), FlopCounterMode(display=False) as counter:
+        model = create_model(image_channels=3, num_classes=10, base_channels=args.base_channels, depth=args.depth,
+                             channel_mults=args.channel_mults, patch_size=args.patch_size)
+        model(torch.empty(1, 3, 32, 32), torch.zeros(1), torch.zeros(1, dtype=torch.long)).mean().backward()
+    flop, images = counter.get_total_flops(), args.epochs * 45_000
+    hours = images * flop / (0.4 * 989e12) / 3600
+    assert f"{count_parameters(model):,} parameters" in text and f"takes {flop / 1e9:.0f} GFLOP" in text
+    assert images // 10**6 == 200 and f"so {flop * images / 1e18:.0f} · 10^18" in text
+    assert f"{hours / 8:.1f} hours on eight of them, or {hours:.0f} hours on one" in text.replace("\n", " ")
