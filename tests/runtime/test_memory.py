@@ -72,4 +72,4 @@ def test_what_only_fits_once_does_not_fit(tmp_path):
     """A second step needs more than the first where the heap is left with holes."""
     assert not fits_in_memory(lambda count: (tmp_path / str(count)).mkdir() if not any(tmp_path.iterdir())
                               else fail(MemoryError()), 8, CPU)
-    assert [path.name for path in tmp_path.iterdir()] == ["9"]  # an eighth more
+    assert [path.name for path in tmp_path.iterdir()] == ["10"]  # a quarter more

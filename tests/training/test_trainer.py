@@ -383,7 +383,7 @@ def test_where_no_image_fits_that_is_said(monkeypatch, data_dir, tmp_path, capfd
         assert "out of memory even for one image" in capfd.readouterr().err.splitlines()[-1]
 
 
-@pytest.mark.parametrize("largest, found", [(10**6, 128), (144, 128), (143, 64), (31, 16), (1, 1)])
+@pytest.mark.parametrize("largest, found", [(10**6, 128), (160, 128), (159, 64), (31, 16), (1, 1)])
 def test_batch_size_auto_finds_what_fits_and_resuming_keeps_it(monkeypatch, data_dir, tmp_path, largest, found):
     limit_memory(monkeypatch, largest, MemoryError())
     args, _ = train.parse_args(tiny(data_dir, tmp_path, "--batch_size", "auto"))
