@@ -20,6 +20,7 @@ from functools import partial
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
 from data import ImageData, load_dataset
 from evaluation.copies import copies, copies_line
@@ -145,7 +146,7 @@ def end_epoch(run: Run, validation: ImageData, settings: Namespace) -> None:
         elif distributed.rank() == 0:
             run.save_records()
     if speed:
-        run.closing_images = (time.perf_counter() - start) * speed
+        run.closing_images = (time.perf_counter() - start) * speed + copies_work(trainer)
         run.set_reserve(speed)
     run.mark()
 
@@ -160,8 +161,8 @@ def epoch_summary(records: Sequence[dict], epoch: int, first_step: int, val_loss
             f"{records[-1]['seconds'] - before:.1f} s")
 
 
-def save_preview(run: Run, path: Path) -> None:
-    """Write a grid of the images that sample.py makes with this seed; the starting noise is always the same."""
+def preview(run: Run) -> Tensor:
+    """What sample.py makes with this seed, decoded (B, C, H, W); the starting noise is always the same."""
     trainer, data = run.trainer, run.config["data"]
     indices = range(PREVIEW_IMAGES)[distributed.rank_slice(PREVIEW_IMAGES)]
     flags = Namespace(seed=trainer.seed, batch_size=trainer.preview_batch(PREVIEW_IMAGES))
@@ -169,22 +170,41 @@ def save_preview(run: Run, path: Path) -> None:
     with autocast(trainer.device, trainer.precision):
         images = [final_image(trajectory) for _, trajectory in generate(
             trainer.ema, trainer.diffusion, data["shape"], indices, **options)]
-    images = distributed.all_gather(torch.cat(images) if images else torch.empty(0, *data["shape"]))
+    return trainer.data.code.decode(distributed.all_gather(
+        torch.cat(images) if images else torch.empty(0, *data["shape"])))
+
+
+def save_preview(run: Run, path: Path) -> None:
+    """Write a grid of the images of `preview`."""
+    pictures = preview(run)
     if distributed.rank() == 0:
         with warn_of_failed_writes():
-            pictures = trainer.data.code.decode(images)
             save_images(pictures, path)
-            run.board.add_samples(tile(pictures, grid_layout(images)[0]), trainer.step)
+            run.board.add_samples(tile(pictures, grid_layout(pictures)[0]), run.trainer.step)
+
+
+def is_few(data: ImageData) -> bool:
+    """Whether these are so few pictures of one's own that they could be learned by heart."""
+    return data.folder is not None and len(data.images) < FEW_IMAGES
 
 
 def say_copies(run: Run) -> None:
     """For few pictures of one's own: print whether samples of the finished network are copies of them."""
-    data = run.trainer.data
-    if data.folder and len(data.images) < FEW_IMAGES and distributed.rank() == 0:
-        options = sampling_options(run.config, Namespace(seed=run.trainer.seed), PREVIEW_IMAGES)
-        images = torch.cat([final_image(trajectory) for _, trajectory in generate(
-            run.trainer.ema, run.trainer.diffusion, run.config["data"]["shape"], range(PREVIEW_IMAGES), **options)])
-        print(copies_line(copies(data.code.decode(images).cpu(), data)[0]))
+    if is_few(run.trainer.data):
+        pictures = preview(run)
+        if distributed.rank() == 0:
+            print(copies_line(copies(pictures.cpu(), run.trainer.data)[0]))
+
+
+def preview_work(trainer: Trainer) -> float:
+    """The work of a preview, in images of a training step."""
+    evaluations = DEFAULT_STEPS * (2 if trainer.conditional else 1)  # guidance evaluates the network twice
+    return PREVIEW_IMAGES * evaluations / 3  # no gradient: a third of the work
+
+
+def copies_work(trainer: Trainer) -> float:
+    """The work of `say_copies`, in the same unit."""
+    return preview_work(trainer) if is_few(trainer.data) else 0.0
 
 
 # ----------------------------------------------------------------------------------------------------------- set-up
@@ -193,9 +213,9 @@ def say_copies(run: Run) -> None:
 def open_data(args: Namespace, device: torch.device) -> ImageData:
     """The training images; of your own pictures it also says what was read."""
     data = load_dataset(chosen_dataset(args, small=device.type == "cpu"), "train", args.data_dir, points=True)
-    if data.folder and len(data.images) < FEW_IMAGES and not args.init:
-        print(f"Fewer than {FEW_IMAGES:,} pictures: what may help are --init with a checkpoint of more pictures and a "
-              f"shorter --budget; the end of the run says whether they were learned by heart", flush=True)
+    if is_few(data) and not args.init:
+        print(f"Fewer than {FEW_IMAGES:,} pictures: what may help are --init FILE, a checkpoint of more pictures, and "
+              f"a shorter --budget; the end of the run says whether they were learned by heart", flush=True)
     letters = any(len(name) == 1 for name in data.class_names)
     if data.folder and data.images.shape[1] == 3 and not letters and not args.hflip:
         print("If these are photographs or the like, in which left and right do not matter, add --hflip", flush=True)
@@ -204,10 +224,10 @@ def open_data(args: Namespace, device: torch.device) -> ImageData:
 
 def look(args: Namespace) -> None:
     """Write look.png, evenly chosen pictures as the network will see them, for --look."""
-    data = open_data(args, get_device(args.device))
     path = check_output(Path(args.output_dir) / "look.png")
-    save_images(data.images[evenly_spaced(len(data.images), min(PREVIEW_IMAGES, max(2, len(data.images))))], path)
-    print(f"Saved {path}")
+    data = open_data(args, get_device(args.device))
+    save_images(data.images[evenly_spaced(len(data.images), PREVIEW_IMAGES)], path)
+    print(f"Saved {path}: if it is right, leave out --look to train")
 
 
 def make_run(args: Namespace, checkpoint: dict | None, start: float) -> tuple[Run, ImageData, Namespace]:
@@ -238,8 +258,8 @@ def make_run(args: Namespace, checkpoint: dict | None, start: float) -> tuple[Ru
     config |= dict(model=model.config, diffusion=diffusion.config, training=vars(settings))
     steps = settings.epochs * trainer.steps_per_epoch if settings.epochs else math.inf
     budget = Budget(steps, args.budget, start, checkpoint["seconds"] if checkpoint else 0.0)
-    evaluations = DEFAULT_STEPS * (2 if trainer.conditional else 1)  # guidance evaluates the network twice
-    closing_images = (VALIDATION_LOSS_IMAGES + PREVIEW_IMAGES * evaluations) / 3  # no gradient: a third of the work
+    closing_images = (min(VALIDATION_LOSS_IMAGES, len(validation.images)) / 3 + preview_work(trainer)
+                      + copies_work(trainer))
     run = Run(Path(args.output_dir), trainer, budget, config, advice(settings), closing_images, args.keep_checkpoints)
     if checkpoint:
         check_resumable(checkpoint, config, resume_command(args))

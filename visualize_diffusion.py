@@ -253,7 +253,7 @@ def draw_with_model(args: Namespace, model, diffusion: DiffusionProcess, config:
             return draw_attention(model, diffusion, shown_frames(frames, diffusion, args.columns), options["labels"],
                                   args.num_images, code_of(config))
         return draw_features(model, diffusion, shown_frames(frames, diffusion, args.columns), options["labels"])
-    source = dataset_of(dict(config=config), args.data_dir)
+    source = dataset_of(dict(config=config), args.data_dir, args.dataset)
     train, validation = (load_dataset(source, split, args.data_dir).coded(code_of(config))
                          for split in ("train", "validation"))
     if not len(validation.images):
@@ -276,7 +276,8 @@ def main(argv=None):
     else:
         args = with_checkpoint(args)
         model, diffusion, checkpoint = load_model(args.checkpoint, get_device(args.device))
-        dataset_of(checkpoint, args.data_dir, args.dataset)  # an error if --dataset names another
+        if args.dataset:
+            dataset_of(checkpoint, args.data_dir, args.dataset)  # an error if it is another
         draw = partial(draw_with_model, args, model, diffusion, checkpoint["config"])
     check_output(path, args.checkpoint)
     save_figure(draw(), path, args.dpi)

@@ -141,7 +141,7 @@ SHARED_FLAGS = {
                     help=f"the images to learn from or to look at: {', '.join(DATASETS)}, or your own pictures: a "
                          f"folder, a .zip of one, or a .npz; its sub-folders are the classes"),
     # for your own pictures
-    "image_size": dict(type=int, metavar="N",
+    "image_size": dict(type=number(int), metavar="N",
                        help="for your own pictures: height and width in pixels, a multiple of 4 (default: 28, 32 or "
                             "64, by their sizes; on a CPU at most 32)"),
     "fit": dict(choices=FITS, default="crop",

@@ -110,16 +110,18 @@ def dataset_of(checkpoint: dict, data_dir: str | Path, asked: str | None = None)
     """
     data = checkpoint["config"]["data"]
     name, trained = data["dataset"], data.get("pictures")
+    if asked not in (None, name) and (asked in DATASETS or not trained):
+        raise UserError(f"the checkpoint was trained on {name}, not {asked}: leave out --dataset")
     if not trained:
-        if asked not in (None, name):
-            raise UserError(f"the checkpoint was trained on {name}, not {asked}: leave out --dataset")
         return name
     if asked is None and (folder := find_cached(trained["key"], data_dir)):
         return folder
     path = asked or trained.get("path")
     if path is None or not os.path.exists(path):
-        raise UserError(f"the checkpoint was trained on {name}, which is neither {path or 'known here'} nor in "
-                        f"{Path(data_dir) / 'pictures'}: give the pictures with --dataset PATH, or their --data_dir")
+        where = f"neither {path} nor" if path else "not"
+        raise UserError(f"the checkpoint was trained on {name}, and its pictures are {where} in "
+                        f"{Path(data_dir) / 'pictures'}: give the --data_dir of the training, bring them back to where "
+                        f"they were, or, in scripts with this flag, give their new place with --dataset PATH")
     folder = cached(Pictures(str(path), data["shape"][1], trained["fit"], trained["channels"], trained["background"]),
                     data_dir, quiet=True)
     if (now := about(folder))["digest"] != trained["digest"]:

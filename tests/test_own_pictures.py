@@ -144,6 +144,24 @@ def test_look_shows_the_pictures_and_stops(two, tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["look.png"]
 
 
+def test_copies_among_the_pictures_are_at_distance_0_of_each_other():
+    images = torch.randint(0, 256, (300, 3, 16, 16), generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
+    images[290] = images[5]
+    distances = copies.among_each_other(images)
+    assert distances[5] == distances[290] == 0 and (distances == 0).sum() == 2 and distances.isfinite().all()
+
+
+def test_pictures_that_are_nowhere_are_missed_in_one_line_where_they_are_needed(checkpoint, tmp_path, capsys):
+    saved = load_checkpoint(checkpoint)
+    saved["config"]["data"]["pictures"]["path"] = str(tmp_path / "gone")
+    torch.save(saved, tmp_path / "model.pt")
+    flags = ["--checkpoint", str(tmp_path / "model.pt"), "--data_dir", str(tmp_path / "data"), *CPU]
+    assert edit.main(["vary", *flags, "--index", "0", "--output", str(tmp_path / "a.png")]) == 2
+    said = capsys.readouterr().err
+    assert str(tmp_path / "gone") in said and str(tmp_path / "data") in said and said.count("\n") == 1
+    assert visualize_diffusion.main([*flags, "--what", "denoising", "--save_path", str(tmp_path / "b.png")]) == 0
+
+
 # -------------------------------------------------------------------------------------------- the figures of many
 
 
@@ -246,6 +264,27 @@ def test_resuming_after_the_folder_changed_is_refused_with_both_counts(tmp_path,
                        "--epochs", "2", *CPU]) == 2
     said = capsys.readouterr().err
     assert "4 pictures" in said and "(5)" in said
+
+
+def test_a_run_is_resumed_with_the_new_place_of_its_pictures(tmp_path, capsys):
+    pictures = draw(tmp_path / "in", dict(a=RED, b=BLUE), 2)
+    train_on(pictures, tmp_path / "run")
+    pictures.rename(tmp_path / "moved")
+    resume = ["--resume", "--output_dir", str(tmp_path / "run"), "--data_dir", str(tmp_path / "data"), "--epochs", "2",
+              *CPU]
+    assert train.main(resume) == 2
+    said = capsys.readouterr().err
+    assert str(pictures) in said and "--dataset" in said and said.count("\n") == 1
+    assert train.main([*resume, "--dataset", str(tmp_path / "moved")]) == 0
+    assert load_checkpoint(tmp_path / "run/model_final.pt")["epoch"] == 2
+
+
+@pytest.mark.parametrize("flag, value", [("--fit", "pad"), ("--image_size", "24"), ("--background", "red")])
+def test_resuming_with_pictures_read_in_another_way_names_the_flag(checkpoint, place, capsys, flag, value):
+    assert train.main(["--resume", "--output_dir", str(place / "run"), "--data_dir", str(place / "data"), "--epochs",
+                       "2", flag, value, *CPU]) == 2
+    said = capsys.readouterr().err
+    assert f"{flag} " in said and f"not {value}" in said and said.count("\n") == 1
 
 
 # -------------------------------------------------------------------------------------------------------------- --init

@@ -1,5 +1,6 @@
 """The flags of train.py, the recipes that set their defaults, and the flags of a run that is resumed."""
 
+import os
 import shlex
 from argparse import BooleanOptionalAction, Namespace
 from pathlib import Path
@@ -61,12 +62,12 @@ def start_from(model, args: Namespace) -> str:
     """Give a new network the weights of --init, as far as their shapes fit; returns a line that says how far."""
     weights, own = load_checkpoint(path := find_checkpoint(args.init))["ema"], model.state_dict()
     fits = {name: weight for name, weight in weights.items() if name in own and own[name].shape == weight.shape}
-    left = sorted(own.keys() - fits.keys())
+    left = ", ".join(sorted(own.keys() - fits.keys()))
     if not fits:
         raise UserError(f"no weight of {path} fits this network: leave out the flags that set another network")
     model.load_state_dict(own | fits)
     return (f"Starting from {len(fits)} of the {len(own)} tensors of {path}"
-            f"{f'; new, because they have another shape: {one_line(chr(44).join(left), 300)}' if left else ''}")
+            f"{f'; new, because they have another shape: {one_line(left, 300)}' if left else ''}")
 
 
 def batch_size(text: str) -> int | str:
@@ -122,8 +123,8 @@ def make_parser(description: str) -> Parser:
                        help="show half of the pictures mirrored, for photographs and the like: not for what has a left "
                             "and a right, as letters do")
     group.add_argument("--look", action="store_true",
-                       help="write look.png, 64 of the pictures as the network will see them, with the number of each "
-                            "class, and stop")
+                       help="say what was read, write look.png with 64 of the pictures as the network will see them, "
+                            "and stop")
     group = parser.add_argument_group("diffusion process")
     group.add_argument("--level_code", choices=LEVEL_CODES,
                        help="the numbers that the network sees for the 256 levels of a pixel; histogram: common levels "
@@ -227,6 +228,7 @@ def make_settings(args: Namespace, data: ImageData, device: torch.device) -> Nam
     open_flags = {name: getattr(args, name) or value for name, value in size.items()} | dict(
         epochs=20 if args.epochs is None and args.budget is None else args.epochs,
         conditional=args.conditional and bool(data.class_names),
+        image_size=data.images.shape[2] if data.folder else None,  # the choice, for a resumed run on another device
         noise_mean=mean if args.noise_mean is None else args.noise_mean, noise_std=args.noise_std or std)
     return Namespace(**vars(args) | open_flags)
 
@@ -300,10 +302,17 @@ def more_epochs(epochs: int) -> int:
 def saved_flags(parser: Parser, args: Namespace, path: Path, checkpoint: dict) -> list[str]:
     """The flags of a checkpoint's run as words of a command line, without OWN_FLAGS.
 
-    --epochs and --budget are left out where `args` gives one of them anew. UserError if they are not valid flags.
+    --epochs and --budget are left out where `args` gives one of them anew, --dataset where the user says where his own
+    pictures are now. UserError if they are not valid flags, or if the pictures are gone.
     """
     words, left_out = [], {*OWN_FLAGS, *(("epochs", "budget") if args.epochs or args.budget else ())}
     training = BEFORE_FLAGS | checkpoint["config"]["training"]
+    if "pictures" in checkpoint["config"]["data"]:
+        if "dataset" in parser.typed:  # their new place
+            left_out.add("dataset")
+        elif not os.path.exists(place := str(training.get("dataset"))):
+            raise UserError(f"{path} learned from the pictures in {place}, which is not there: bring them back, or "
+                            f"give their new place with --dataset PATH")
     saved = {name: training.get(name) for name in vars(args) if name not in left_out}
     try:
         for name, value in saved.items():
@@ -332,9 +341,12 @@ def check_resumable(checkpoint: dict, config: dict, command: str) -> None:
 
     config: that of the run, its part "training" included; command: what resumes the run as it was.
     """
-    _check_pictures(checkpoint["config"]["data"].get("pictures"), config["data"].get("pictures"))
+    left_out = {"pictures"}
+    if "pictures" in config["data"] and "pictures" in checkpoint["config"]["data"]:
+        _check_pictures(checkpoint["config"]["data"], config["data"])
+        left_out.add("dataset")  # the name of their folder, which may have another one now
     asked = config | dict(training={name: config["training"][name] for name in FIXED_FLAGS},
-                          data={name: value for name, value in config["data"].items() if name != "pictures"})
+                          data={name: value for name, value in config["data"].items() if name not in left_out})
     for part, values in asked.items():
         for name, value in sorted(values.items(), key=lambda item: item[0] in ("channel_mults", "attention")):
             before = checkpoint["config"][part].get(name, False)  # a feature that the file does not know was off
@@ -343,9 +355,19 @@ def check_resumable(checkpoint: dict, config: dict, command: str) -> None:
                                 f"it as it was with {command}, or start a new run without --resume")
 
 
-def _check_pictures(before: dict | None, now: dict | None) -> None:
-    """UserError if a run was trained on other pictures of one's own than those that are read now."""
-    if before and now and before["digest"] != now["digest"]:
+def _check_pictures(before: dict, now: dict) -> None:
+    """UserError if a run learned from other pictures of one's own, or read them in another way, than is asked for now.
+
+    before, now: the part "data" of two configs.
+    """
+    read, asked = ({name: data["pictures"][name] for name in PICTURE_FLAGS if name != "image_size"}
+                   | dict(image_size=data["shape"][1]) for data in (before, now))
+    for name, value in read.items():
+        if asked[name] != value:
+            raise UserError(f"the run read its pictures with --{name} {value}, not {asked[name]}: leave it out, or "
+                            f"start a new run without --resume")
+    before, now = before["pictures"], now["pictures"]
+    if before["digest"] != now["digest"]:
         raise UserError(f"the checkpoint was trained on {before['count']:,} pictures, and {now['path']} now holds "
                         f"others ({now['count']:,}): bring the old ones back to resume, or start a new run without "
                         f"--resume, with --init and the checkpoint if it is to go on from there")
