@@ -40,7 +40,7 @@ from benchmarks.plots import PLOTS
 from benchmarks.tables import print_ratios
 from data import DATASETS, VALIDATION_IMAGES, load_dataset
 from runtime.errors import UserError
-from runtime.files import check_writable, write_json
+from runtime.files import check_outputs, write_json
 from runtime.parser import Parser, add_shared_flags, duration, number
 from runtime.script import script
 from utils import get_device
@@ -106,9 +106,14 @@ def chosen_parts(what: Sequence[str], device: str) -> list[str]:
     return [name for name in PARTS if (name in what if what else name not in left_out)]
 
 
+def plot_name(part: str) -> str:
+    """The file with the plot of a part."""
+    return f"benchmark_{part}.png"
+
+
 def check(args, parts: Sequence[str]) -> None:
     """UserError if something cannot be measured."""
-    check_writable(args.output_dir)
+    check_outputs([Path(args.output_dir) / name for name in ("benchmark.json", *map(plot_name, PLOTS))])
     if args.dataset not in DATASETS:
         raise UserError(f"benchmark.py measures with the data sets {', '.join(DATASETS)}, not with your own pictures: "
                         f"choose one with --dataset")
@@ -146,7 +151,7 @@ def main(argv=None):
             print_ratios(found)
             report |= dict(errors=context.errors, seconds=time.perf_counter() - start)
             if name in PLOTS and (found.get("axes") or found.get("rows")):
-                PLOTS[name](found, path.with_name(f"benchmark_{name}.png"))
+                PLOTS[name](found, path.with_name(plot_name(name)))
             write_json(report, path)
     print(f"Saved {path} after {report['seconds'] / 60:.1f} minutes")
     return 1 if context.errors else 0

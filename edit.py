@@ -26,7 +26,7 @@ from diffusion import Denoise
 from editing import ddim_inversion, inpaint, slerp
 from runtime.checkpoints import with_checkpoint
 from runtime.errors import UserError
-from runtime.files import check_inputs_stay, check_output
+from runtime.files import check_inputs_stay, check_outputs
 from runtime.parser import SHARED_FLAGS, Parser, add_shared_flags, number
 from runtime.progress import Bar
 from runtime.sampling import dataset_of, is_student, sampling_options
@@ -329,7 +329,7 @@ def main(argv=None):
     mask = None if getattr(args, "mask", SIDES[0]) in SIDES else args.mask
     check_inputs_stay(outputs, [args.checkpoint, *paths, mask])
     editor = Editor(args)
-    check_output(output)
+    check_outputs(outputs)
     print(f"Using device: {editor.diffusion.device}")
     if args.image:
         tell_of_pictures(args, paths, editor)

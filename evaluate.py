@@ -68,7 +68,7 @@ from evaluation.verdict import verdict
 from runtime import distributed, threads
 from runtime.checkpoints import folder_of_results, with_checkpoint
 from runtime.errors import UserError
-from runtime.files import check_inputs_stay, check_writable, write_json
+from runtime.files import check_outputs, write_json
 from runtime.memory import run_or_suggest_batch_size
 from runtime.parser import PICTURE_FLAGS, SHARED_FLAGS, Parser, add_shared_flags, number, refuse_picture_flags
 from runtime.progress import Bar, progress
@@ -183,7 +183,7 @@ def open_checkpoint(args: Namespace, device: torch.device, output: Path) -> Load
     model, diffusion, checkpoint = load_model(args.checkpoint, device, args.use_ema)
     config, dataset, labels = checkpoint["config"], dataset_of(checkpoint, args.data_dir, args.dataset), None
     if distributed.rank() == 0:
-        check_writable(output)  # before the data set is downloaded or drawn
+        check_outputs([output / name for name in RESULTS], [args.checkpoint])  # before data are downloaded or drawn
     if model.num_classes:  # image k gets the label of training image k: the shares of the classes are the data's
         known = load_dataset(dataset, "train", args.data_dir).labels
         labels = known[torch.arange(args.num_images) % len(known)]
@@ -336,10 +336,8 @@ def fitting_count(args: Namespace) -> Namespace:
 def load_inputs(args: Namespace, device: torch.device, output: Path):
     """(checkpoint or None, ready images or None, the reference's images, those of the floor, the feature networks)."""
     loaded = open_checkpoint(args, device, output) if args.checkpoint else None
-    if distributed.rank() == 0:
-        check_inputs_stay([output / name for name in RESULTS], [args.checkpoint, args.images])
     if not loaded:
-        check_writable(output)
+        check_outputs([output / name for name in RESULTS], [args.images])
     split = args.reference or ("test" if args.sweep is None else "validation")
     data = load_dataset(loaded.dataset if loaded else chosen_dataset(args, quiet=True), split, args.data_dir)
     generated = None

@@ -88,7 +88,9 @@ def read_models(paths: Sequence[Path], args: Namespace) -> list[PageModel]:
 
 
 def write_html(paths: Sequence[Path], args: Namespace, output: Path) -> None:
-    text = page(read_models(paths, args))
+    models = read_models(paths, args)
+    check_output(output, *paths)  # makes the folder: not before what cannot be exported has been refused
+    text = page(models)
     with atomic_write(output) as file:
         file.write(text.encode())
     print(f"Saved {output}, {output.stat().st_size:,} bytes: open it in a browser")
@@ -143,6 +145,7 @@ def difference(model: nn.Module, content: bytes, shape: Sequence[int]) -> float:
 
 def write_onnx(path: Path, args: Namespace, output: Path) -> None:
     model, _, checkpoint = load_model(path, use_ema=args.use_ema)
+    check_output(output, path)
     shape = checkpoint["config"]["data"]["shape"]
     content = to_onnx(model, shape, without_own_flags(checkpoint["config"])).SerializeToString()
     largest = difference(model, content, shape)
@@ -202,7 +205,7 @@ def write_safetensors(path: Path, args: Namespace, output: Path) -> None:
     if others and not (output / SAFETENSORS).exists():
         raise UserError(f"{output / others[0]} is not of an export and would be overwritten: name another folder")
     model, _, checkpoint = load_model(path, use_ema=args.use_ema)
-    check_output(output / SAFETENSORS, path)  # makes the folder: not before what cannot be exported has been refused
+    check_output(output / SAFETENSORS, path)
     checkpoint["config"] = without_own_flags(checkpoint["config"])
     weights = to_precision(model.state_dict(), PRECISIONS[args.weights or "float32"])
     parameters = sum(weight.numel() for weight in weights.values())
@@ -221,9 +224,9 @@ def main(argv=None):
     output = Path(args.output or folder_of_results(paths[0]) / OUTPUTS[args.format])
     try:
         if args.format == "html":
-            write_html(paths, args, check_output(output, *paths))
+            write_html(paths, args, output)
         elif args.format == "onnx":
-            write_onnx(paths[0], args, check_output(output, *paths))
+            write_onnx(paths[0], args, output)
         else:
             write_safetensors(paths[0], args, output)
     except ModuleNotFoundError as error:

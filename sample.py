@@ -25,7 +25,7 @@ from data_sources.points import is_points, scatter
 from runtime import distributed, threads
 from runtime.checkpoints import with_checkpoint
 from runtime.errors import UserError
-from runtime.files import atomic_write, check_output
+from runtime.files import atomic_write, check_outputs
 from runtime.memory import run_or_suggest_batch_size
 from runtime.parser import SHARED_FLAGS, Parser, add_shared_flags
 from runtime.progress import Bar
@@ -92,6 +92,12 @@ class Film:
         save_gif([self.code.decode(frame) for frame in self.pairs.values()], path, captions=captions)
         return path
 
+    @staticmethod
+    def places(output: Path) -> list[Path]:
+        """The folder and the film strip that `save` writes."""
+        prefix = "" if output.stem == Path(DEFAULT_OUTPUT).stem else f"{output.stem}_"
+        return [output.parent / f"{prefix}intermediate", output.parent / f"{prefix}film_strip.png"]
+
     def save(self, output: Path) -> list[Path]:
         """Write intermediate/step_XXXX.png, named by t, and film_strip.png, a row for each of the first images.
 
@@ -99,17 +105,23 @@ class Film:
         trajectory in the folder are deleted.
         """
         frames = {t: torch.cat(parts) for t, parts in sorted(self.frames.items(), reverse=True)}
-        prefix = "" if output.stem == Path(DEFAULT_OUTPUT).stem else f"{output.stem}_"
-        folder = output.parent / f"{prefix}intermediate"
+        folder, strip = self.places(output)
         for old in (*folder.glob("step_[0-9]*.png"), folder / "final.png"):
             old.unlink(missing_ok=True)
         for t, images in frames.items():
             save_images(self.code.decode(images), folder / ("final.png" if t < 0 else f"step_{t:04.0f}.png"))
         rows = torch.stack([images[:FILM_IMAGES] for images in frames.values()], dim=1).flatten(0, 1)
-        strip = output.parent / f"{prefix}film_strip.png"
         captions = ["image" if t < 0 else f"t = {t:.0f}" for t in frames]
         save_images(self.code.decode(rows), strip, columns=len(frames), scale=3, captions=captions)
         return [folder, strip]
+
+
+def outputs_of(args: Namespace) -> list[Path]:
+    """The files that the flags ask for; of --show_intermediate one in its folder and the film strip."""
+    output = Path(args.output)
+    folder, strip = Film.places(output)
+    return [output, *([folder / "final.png", strip] if args.show_intermediate else []),
+            *([output.with_suffix(".gif")] if args.gif else [])]
 
 
 def make_images(args: Namespace, steps: int, film: Film | None, shape: Sequence[int], num_timesteps: int, count: int,
@@ -177,7 +189,7 @@ def main(argv=None):
     code = code_of(config)
     options = sampling_options(config, args, args.num_images)
     if distributed.rank() == 0:
-        check_output(output, args.checkpoint)
+        check_outputs(outputs_of(args), [args.checkpoint])
     print(f"Using device: {diffusion.device}")
     start, film = time.perf_counter(), Film(code) if args.show_intermediate or args.gif else None
     mine = range(args.num_images)[distributed.rank_slice(args.num_images)]

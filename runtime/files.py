@@ -13,6 +13,8 @@ from pathlib import Path
 
 from runtime.errors import UserError
 
+LONGEST_NAME = 240  # bytes of a file's name: most systems take 255, and `atomic_write` adds some
+
 
 def one_line(message: object, length: int | None = 120) -> str:
     """A message on one line, cut to `length` characters (None: not cut)."""
@@ -86,12 +88,22 @@ def check_output(path: str | Path, *inputs: str | Path | None) -> Path:
 
     inputs: what the script reads, which must stay as it is (`check_inputs_stay`).
     """
-    path = Path(path)
-    check_inputs_stay([path], inputs)
-    check_writable(path.parent)
-    if path.is_dir():
-        raise UserError(f"{path} is a folder: name a file in it")
+    check_outputs([path := Path(path)], inputs)
     return path
+
+
+def check_outputs(paths: Sequence[Path], inputs: Sequence[str | Path | None] = ()) -> None:
+    """`check_output` for all files that a script writes: a run must not end at the second of them."""
+    for path in paths:
+        if len(os.fsencode(path.name)) > LONGEST_NAME:
+            raise UserError(f"the name {path.name[:20]}... is longer than {LONGEST_NAME} bytes: choose a shorter one")
+    check_inputs_stay(paths, inputs)
+    for folder in dict.fromkeys(path.parent for path in paths):
+        check_writable(folder)
+    for path in paths:
+        if path.is_dir():
+            raise UserError(f"{path} is a folder, and a file is to be written there: choose another place for the "
+                            f"output")
 
 
 def check_inputs_stay(outputs: Iterable[Path], inputs: Iterable[str | Path | None]) -> None:

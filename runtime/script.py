@@ -20,6 +20,8 @@ from runtime.memory import out_of_memory, trim_heap
 # Errors of the system that no flag and no line of this program causes: full or failing disks, closed pipes, limits.
 SYSTEM_ERRORS = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EROFS, errno.EPIPE, errno.ENOMEM,
                  errno.EMFILE, errno.ENFILE, errno.ESTALE, errno.ETIMEDOUT, errno.ENOTCONN, errno.ECONNRESET}
+# Errors of the system about a path that the user has named.
+NO_ACCESS = {errno.EACCES, errno.EPERM, errno.ENAMETOOLONG}
 # Errors of writing to a pipe that nobody reads, or to a terminal that is closed. Windows has EINVAL for the first.
 NO_READER = {errno.EPIPE, errno.EIO, *([errno.EINVAL] if sys.platform == "win32" else [])}
 
@@ -49,6 +51,8 @@ def script(main: Callable[[Sequence[str] | None], int | None]) -> Callable[..., 
         except RunFailed as error:
             return _print_error(error, 1)
         except Exception as error:
+            if message := no_access(error):
+                return _print_error(message, 2)
             return _print_error(message, 1) if (message := outside_cause(error)) else _report_bug(argv)
         finally:
             trim_heap()  # torch needs some more memory while it exits
@@ -106,6 +110,13 @@ def lasting_streams() -> Iterator[None]:
                 stream.flush()
         sys.stdout, sys.stderr = (old if now is new else now for old, new, now in zip(
             before, lasting, (sys.stdout, sys.stderr), strict=True))  # main may have put others in their place
+
+
+def no_access(error: Exception) -> str | None:
+    """A message for a path that the user may not use, or that is too long; None for other errors."""
+    if isinstance(error, OSError) and error.errno in NO_ACCESS and error.filename is not None:
+        return f"cannot use {one_line(error.filename)} ({error.strerror}): give another path"
+    return None
 
 
 def outside_cause(error: Exception) -> str | None:

@@ -27,6 +27,14 @@ def exported(path, *flags):
     return export.main(["--checkpoint", str(path), *map(str, flags)])
 
 
+@pytest.mark.parametrize("to", ["html", "onnx"])
+def test_no_folder_is_made_for_a_model_that_cannot_be_exported(tmp_path, capsys, to):
+    path = tmp_path / "model.pt"
+    path.write_bytes(b"broken")
+    assert exported(path, "--format", to, "--output", tmp_path / f"new/x.{to}") == 2
+    assert "model.pt is damaged" in capsys.readouterr().err and not (tmp_path / "new").exists()
+
+
 def entries(path):
     """The configs of the models in a page."""
     return json.loads(re.search(r'id="entries">(.*?)</script>', path.read_text(), re.DOTALL)[1])

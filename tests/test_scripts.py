@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from small import small_checkpoint
 from torch.testing import assert_close
 
 import sample
@@ -475,6 +476,56 @@ def test_sample_refuses_an_output_that_cannot_be_written(trained, tmp_path, caps
     (tmp_path / "file").write_text("")
     argv = ["--checkpoint", trained / "model_final.pt", "--output", tmp_path / "file" / "x.png"]
     assert_refused(capsys, "sample", argv, ["cannot write", "file"], tmp_path)
+
+
+@pytest.mark.parametrize("name, argv, taken", [
+    ("sample", ["--gif", "--output", "x.png"], "x.gif/"),
+    ("sample", ["--show_intermediate", "--output", "x.png"], "x_film_strip.png/"),
+    ("sample", ["--show_intermediate", "--output", "x.png"], "x_intermediate"),
+    ("edit", ["vary", "--image", "picture.png", "--gif", "--output", "x.png"], "x.gif/"),
+    ("evaluate", ["--num_images", "500"], "nearest.png/"),
+    ("train", ["--data_dir", "nowhere", "--output_dir", ".", "--dataset", "glyphs"], "checkpoints"),
+    ("distill", ["--output_dir", "."], "previous"),
+    ("benchmark", ["--output_dir", "."], "benchmark_quality.png/"),
+], ids=lambda value: value if isinstance(value, str) else "")
+def test_each_of_several_outputs_is_checked_before_anything_is_done(tmp_path, monkeypatch, capsys, name, argv, taken):
+    """taken: what is in the place of the second output: a folder (with a /) for a file, or a file for a folder."""
+    module = importlib.import_module(name)
+    if hasattr(module, "load_dataset"):
+        monkeypatch.setattr(module, "load_dataset", lambda *_, **__: pytest.fail("data are drawn before it is told"))
+    monkeypatch.chdir(tmp_path)
+    small_checkpoint(tmp_path / "in/model.pt", "mnist")
+    Image.new("L", (28, 28), 9).save("picture.png")
+    Path(taken).mkdir() if taken.endswith("/") else Path(taken).write_text("mine")
+    before, given = written(tmp_path), [] if name in ("train", "benchmark") else ["--checkpoint", "in/model.pt"]
+    if name == "evaluate":
+        given += ["--output_dir", "."]
+    assert module.main([*argv, *given, "--device", "cpu"]) == 2
+    out, error = capsys.readouterr()
+    assert len(error.splitlines()) == 1 and taken.rstrip("/") in error and "Saved" not in out, error
+    assert written(tmp_path) == before
+
+
+LONG = 300 * "a"
+
+
+@pytest.mark.parametrize("name, argv", [
+    ("sample", ["--checkpoint", LONG]), ("sample", ["--output", f"{LONG}.png"]),
+    ("sample", ["--output", f"new/{241 * 'a'}.png"]), ("sample", ["--gif", "--output", f"{120 * 'ä'}.png"]),
+    ("edit", ["vary", "--image", LONG]), ("edit", ["inpaint", "--image", "in/model.pt", "--mask", LONG]),
+    ("evaluate", ["--runs", LONG]), ("evaluate", ["--compare", LONG, LONG]), ("train", ["--output_dir", LONG]),
+    ("train", ["--resume", "--output_dir", LONG]), ("train", ["--init", LONG]), ("doctor", ["--checkpoint", LONG]),
+    ("export", ["--output", f"{LONG}.html"]), ("visualize_diffusion", ["--save_path", f"{LONG}.png"]),
+], ids=lambda value: value if isinstance(value, str) else value[0])
+def test_a_name_that_is_too_long_is_told_in_a_line_and_leaves_nothing(tmp_path, monkeypatch, capsys, name, argv):
+    module = importlib.import_module(name)
+    monkeypatch.chdir(tmp_path)
+    small_checkpoint(tmp_path / "in/model.pt", "mnist")
+    reads = name in ("sample", "edit", "export") and "--checkpoint" not in argv
+    assert module.main([*argv, *(["--checkpoint", "in/model.pt"] if reads else [])]) == 2
+    error = capsys.readouterr().err
+    assert len(error.splitlines()) == 1 and "Traceback" not in error and len(error) < 600, error
+    assert os.listdir(tmp_path) == ["in"] and os.listdir(tmp_path / "in") == ["model.pt"]
 
 
 def test_no_folder_is_made_for_a_checkpoint_that_is_missing(tmp_path, capsys):

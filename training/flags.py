@@ -99,7 +99,7 @@ def make_parser(description: str) -> Parser:
     group.add_argument("--sample_interval", type=number(int, 0), default=1,
                        help="write a grid of samples every N epochs; 0: never")
     group.add_argument("--save_interval", type=number(int, 0), default=5,
-                       help="write a checkpoint every N epochs; 0: only model_final.pt")
+                       help="write a checkpoint every N epochs, besides model_final.pt at the end; 0: never")
     group.add_argument("--checkpoint_minutes", type=number(float, 0), default=5.0,
                        help="also write a checkpoint every N minutes; 0: never")
     group.add_argument("--keep_checkpoints", type=number(int, 1), default=5,

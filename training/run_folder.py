@@ -54,8 +54,15 @@ def claim(folder: str | Path) -> Iterator[Path]:
 
 
 def _lock(lock: FileLock, folder: Path) -> None:
-    """Make `folder`, lock it, and delete temporary files of a killed run. UserError if another run holds it."""
+    """Make `folder`, lock it, and delete temporary files of a killed run.
+
+    UserError if another run holds it, or if one of its sub-folders cannot be made.
+    """
     check_writable(folder)
+    for name in sorted({"previous", *(pattern.split("/")[0] for pattern in WRITTEN if "/" in pattern)}):
+        if os.path.lexists(folder / name) and not (folder / name).is_dir():
+            raise UserError(f"{folder / name} is a file, and a run keeps a folder of that name: move it away, or "
+                            f"choose another --output_dir")
     try:
         lock.acquire(timeout=0)
     except Timeout as error:

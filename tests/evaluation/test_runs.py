@@ -29,6 +29,23 @@ def write_evaluation(folder, **values):
     (folder / "evaluation.json").write_text(json.dumps(content))
 
 
+@pytest.mark.parametrize("fails", ["is a folder", "cannot write"])
+def test_a_table_that_cannot_be_saved_is_shown_and_the_reason_is_a_line(tmp_path, monkeypatch, capsys, fails):
+    write_run(tmp_path / "a")
+    if fails == "is a folder":
+        (tmp_path / "runs.csv").mkdir()
+    else:
+        monkeypatch.setattr("tempfile.mkstemp", refuse)
+    assert evaluate.main(["--runs", str(tmp_path)]) == 2
+    out, error = capsys.readouterr()
+    assert "completed" in out and "Saved" not in out
+    assert fails in error and len(error.splitlines()) == 1
+
+
+def refuse(*_, **__):
+    raise PermissionError(13, "Permission denied")
+
+
 def rows_of(folder):
     with (folder / "runs.csv").open() as file:
         return {row["folder"]: row for row in csv.DictReader(file)}

@@ -17,6 +17,8 @@ from runtime.script import script
 @pytest.mark.parametrize("error, status", [
     (UserError("two\nlines"), 2), (RunFailed("no more"), 1), (MemoryError(), 1), (KeyboardInterrupt(), 130),
     (OSError(errno.ENOSPC, "No space left on device"), 1), (BrokenPipeError(errno.EPIPE, "Broken pipe"), 1),
+    (PermissionError(errno.EACCES, "Permission denied", "/root/secret.png"), 2),
+    (OSError(errno.ENAMETOOLONG, "File name too long", 300 * "a"), 2),
 ], ids=repr)
 def test_errors_from_outside_become_an_exit_status_and_one_line(capsys, error, status):
     @script
@@ -29,7 +31,8 @@ def test_errors_from_outside_become_an_exit_status_and_one_line(capsys, error, s
 
 @pytest.mark.parametrize("error", [
     ValueError("shape mismatch"), RuntimeError("size of tensor a"), KeyError("name"), ZeroDivisionError(),
-    FileNotFoundError(errno.ENOENT, "No such file or directory"), OSError("no number")], ids=repr)
+    FileNotFoundError(errno.ENOENT, "No such file or directory"), OSError("no number"),
+    PermissionError(errno.EACCES, "of no path")], ids=repr)
 def test_a_bug_has_a_traceback_the_command_and_a_request_to_report_it(capsys, monkeypatch, error):
     monkeypatch.setattr(sys, "argv", ["/some/where/train.py"])
 
