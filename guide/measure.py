@@ -34,7 +34,7 @@ from evaluation.features import extract_features
 from evaluation.metrics import figures
 from evaluation.mixture import Mixture
 from guide import results
-from guide.quality import POINTS, energy_distance, point_quality
+from guide.quality import POINTS, energy_distance, point_figures
 from models import create_model
 from runtime.parser import Parser, add_shared_flags, number
 from runtime.script import script
@@ -68,7 +68,7 @@ def learn_points(folder: Path, *flags: str, seed: int, epochs: int, dataset: str
     sample.main(["--checkpoint", str(model), "--num_images", str(POINTS), "--steps", "20", "--guidance_scale", "1",
                  "--batch_size", str(POINTS), "--output", str(points), "--threads", "1"])
     losses = [each["val_loss"] for each in checkpoint["history"]["records"] if each.get("val_loss") is not None]
-    return losses[-1], point_quality(points, dataset)
+    return losses[-1], point_figures(points, dataset)["distance"]
 
 
 def targets(args) -> list[dict]:

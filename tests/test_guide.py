@@ -8,6 +8,7 @@ import os
 import re
 import shlex
 
+import numpy as np
 import pytest
 import torch
 from documents import broken_links, commands, links
@@ -15,6 +16,7 @@ from PIL import Image
 from small import pretrained_folder, small_checkpoint
 
 import train
+from data import load_dataset
 from diffusion import DiffusionProcess
 from guide import experiments, figures, measure, quality, results
 from models import SimpleUNet
@@ -229,6 +231,29 @@ def test_the_energy_distance_is_0_for_equal_distributions_and_grows_with_the_dis
     assert quality.energy_distance(*one) == pytest.approx(6)  # 2 · |0 - 3|, and no distance within
 
 
+def test_the_gap_is_1_for_equal_distributions_and_sees_points_beside_the_shape():
+    torch.manual_seed(0)
+    made, real, others = torch.rand(3, 2000, 2).mul_(torch.tensor([1.0, 0.01])).unbind()  # a thin line
+    assert quality.relative_gap(made, real, others) == pytest.approx(1, abs=0.1)
+    assert quality.relative_gap(real, real, others) == 0  # copies of the points that it is compared with
+    assert 10 < quality.relative_gap(made + torch.tensor([0.0, 0.02]), real, others) < 16  # 0.015 beside 0.0011
+    beside = torch.cat([made[:1900], made[:100] + torch.tensor([0.0, 0.2])])
+    assert quality.relative_gap(beside, real, others) > 2 and quality.energy_distance(beside, real) < 0.001
+    half = made[made[:, 0] < 0.5]  # what is missing is seen by the other figure only
+    assert quality.relative_gap(half, real, others) < 1.1 and quality.energy_distance(half, real) > 0.1
+
+
+def test_the_figures_of_points_are_those_of_the_asked_class(tmp_path, data_dir):
+    data = load_dataset("spirals", "train", data_dir, points=True)
+    found = {}
+    for label in (0, 1):
+        points = data.images[data.labels == label][:2000]
+        np.savez(tmp_path / f"{label}.npz", arr_0=points.permute(0, 2, 3, 1).numpy())
+        found[label] = quality.point_figures(tmp_path / f"{label}.npz", "spirals", data_dir, label=0)
+    assert found[0]["gap"] == pytest.approx(1, abs=0.1) and abs(found[0]["distance"]) < 2
+    assert found[1]["gap"] > 5 and found[1]["distance"] > 10
+
+
 def test_tables_are_filled_between_their_comments():
     text = "a\n<!-- table x -->\nold\n<!-- end -->\nb <!-- table y -->"
     assert results.fill(text, {"x": lambda: "new\n"}) == "a\n<!-- table x -->\nnew\n<!-- end -->\nb <!-- table y -->"
@@ -262,17 +287,20 @@ def test_an_experiment_runs_writes_and_is_not_run_twice(tmp_path, data_dir, monk
     assert experiments.main(argv) == 0 and len(calls) == 2
     rows = experiments.rows_of(experiment, tmp_path / "quick/prediction")
     assert [row["runs"] for row in rows] == [1, 1]
-    assert all(row["distance"]["mean"] and row["images_seen"]["mean"] == 512 for row in rows)
+    assert all(row["distance"]["mean"] and row["gap"]["mean"] > 1 and row["images_seen"]["mean"] == 512
+               for row in rows)
     assert experiments.main(argv) == 0 and len(calls) == 2  # resumed: nothing is left to do
 
 
 def test_the_table_of_an_experiment_is_empty_until_it_is_measured(tmp_path):
     assert experiments.table_of("width", tmp_path) == ""
-    rows = [dict(flags="--base_channels 16", runs=3, distance=dict(mean=12.34, spread=0.5), seconds=dict(mean=8.0,
-                 spread=1)), dict(flags="--base_channels 32", runs=0)]
+    rows = [dict(flags="--base_channels 16", runs=3, distance=dict(mean=12.34, spread=0.5),
+                 gap=dict(mean=1.5, spread=None), seconds=dict(mean=8.0, spread=1)),
+            dict(flags="--base_channels 32", runs=0)]
     results.write("experiment_width", "python -m guide.experiments width", rows, tmp_path)
     text = experiments.table_of("width", tmp_path)
-    assert "| `--base_channels 16` | 12.3 ± 0.5 | 8 |" in text and "| `--base_channels 32` | failed | failed |" in text
+    assert "| `--base_channels 16` | 12.34 ± 0.50 | 1.50 | 8 |" in text
+    assert "| `--base_channels 32` | failed | failed | failed |" in text
     assert "python -m guide.experiments width" in text
 
 
