@@ -17,5 +17,8 @@ def small_steps(x_0: Tensor, betas: Sequence[float], randn: Callable[[Tensor], T
 
 
 def jump_rates(betas: Sequence[float]) -> tuple[float, float]:
-    """(alpha, sigma) of the jump x = alpha · x_0 + sigma · noise that has the same distribution as all small steps."""
+    """(alpha, sigma) of the jump x = alpha · x_0 + sigma · noise that has the same distribution as all small steps.
+
+    Two numbers of Python: tensors of float32 would be too coarse for the test.
+    """
     raise NotImplementedError

@@ -111,10 +111,11 @@ def test_ex08_inpainting_by_replacing_the_known_pixels(exercise):
 
     def randn(x):
         return torch.randn(x.shape, generator=draw, dtype=x.dtype)
-    mask, x = mask[:1], images(100)
+    x = images(100)
+    known, mask = pair[1:].expand_as(x), mask[:1].expand_as(x)
     for t, s in step_pairs(times):
         mean, variance = process.posterior(x, denoise(x, t), t, s)
-        x = exercise.replace_known(mean + variance.sqrt() * randn(x), s, pair[1:], mask, process, randn)
+        x = exercise.replace_known(mean + variance.sqrt() * randn(x), s, known, mask, process, randn)
     assert (x - pair[1]).abs().amax((1, 2, 3)).lt(0.01).double().mean() > 0.9
 
 
