@@ -1,7 +1,7 @@
 """The measurements of GUIDE.md: each writes its figures to guide/measured/.
 
     python -m guide.measure order
-    python -m guide.measure targets errors costs spoiled forward editing
+    python -m guide.measure targets errors costs spoiled forward guidance
 
     forward    the digits that the pictures of the first chapters show          a second
     targets    points learned with each prediction and each choice of times     four minutes
@@ -210,8 +210,10 @@ MEASUREMENTS: dict[str, Callable] = dict(forward=forward, targets=targets, error
 def parse_args(argv: Sequence[str] | None):
     parser = Parser(__doc__)
     parser.add_argument("names", nargs="+", choices=tuple(MEASUREMENTS), help="what to measure")
-    parser.add_argument("--epochs", type=number(int, 1), default=5, help="for targets: the length of a training")
-    parser.add_argument("--images", type=number(int, 4), default=500, help="for errors, order and spoiled: how many")
+    parser.add_argument("--epochs", type=number(int, 1), default=5,
+                        help="the passes of a training, for targets; guidance takes four times as many")
+    parser.add_argument("--images", type=number(int, 4), default=500,
+                        help="for errors, guidance, order and spoiled: how many")
     parser.add_argument("--folder", default=str(results.MEASURED), help="the folder to write to")
     add_shared_flags(parser, "data_dir")
     return parser.parse_args(argv)

@@ -107,7 +107,8 @@ def test_the_commands_of_the_documents_run(shown_command, work, data_dir, monkey
 
 
 def test_the_modules_of_the_guide_understand_their_commands(root):
-    found = {each for name in DOCUMENTS for each in MODULE.findall((root / name).read_text())}
+    texts = [*((root / name).read_text() for name in DOCUMENTS), measure.__doc__, experiments.__doc__]
+    found = {each for text in texts for each in MODULE.findall(text)}
     assert {"guide.measure", "guide.experiments"} <= {name for name, _ in found}
     for name, arguments in found:
         importlib.import_module(name).parse_args(shlex.split(arguments))
@@ -147,8 +148,8 @@ def numbers():
         f"{DEFAULT_STEPS} steps of a network".replace("10", "Ten"),
         f"({flags.batch_size} by default)",
         f"- `{DEFAULT_SAMPLER}`",
-        "$t = 0, \\dots, T - 1$. Papers" if flags.timesteps == 1000 else "?",
-        "the default of `train.py`" if flags.schedule == "cosine" else "?",
+        f"$T - 1 = {flags.timesteps - 1}$",
+        f"`{flags.schedule}_schedule` (Nichol and Dhariwal 2021), which is the default of `train.py`",
         f"$T$ is {flags.timesteps:,} in training",
     ]
 
