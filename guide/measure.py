@@ -1,7 +1,7 @@
 """The measurements of GUIDE.md: each writes its figures to guide/measured/.
 
     python -m guide.measure order
-    python -m guide.measure targets errors costs spoiled forward editing
+    python -m guide.measure targets errors costs spoiled forward guidance
 
     forward    the digits that the pictures of the first chapters show          a second
     targets    points learned with each prediction and each choice of times     four minutes
@@ -39,6 +39,7 @@ from models import create_model
 from runtime.parser import Parser, add_shared_flags, number
 from runtime.script import script
 from samplers import SAMPLERS, final_image, generate, image_noise, spaced_timesteps
+from training.sizing import FEW_IMAGES, network_size
 from utils import save_images
 
 SEEDS = (0, 1, 2)
@@ -180,12 +181,16 @@ def spoiled(args) -> list[dict]:
 
 
 def costs(args) -> list[dict]:
-    """Parameters, multiplications of a training step, and bytes kept for the backward pass, for one image."""
+    """Parameters, multiplications of a training step, and bytes kept for the backward pass, for one image.
+
+    The networks are those that train.py makes for images of this size.
+    """
     rows = []
     for size, channels, patch in ((28, 1, 2), (32, 3, 2), (64, 3, 2), (64, 3, 4), (128, 3, 4)):
+        stages = network_size((channels, size, size), FEW_IMAGES, None, torch.device("cpu"), patch)["channel_mults"]
         for width in WIDTHS:
             model = create_model(image_channels=channels, base_channels=width, middle_depth=3, patch_size=patch,
-                                 num_classes=10)
+                                 channel_mults=stages, num_classes=10)
             x, kept = torch.randn(1, channels, size, size), {}
 
             def keep(tensor: Tensor, kept=kept) -> Tensor:
@@ -210,8 +215,10 @@ MEASUREMENTS: dict[str, Callable] = dict(forward=forward, targets=targets, error
 def parse_args(argv: Sequence[str] | None):
     parser = Parser(__doc__)
     parser.add_argument("names", nargs="+", choices=tuple(MEASUREMENTS), help="what to measure")
-    parser.add_argument("--epochs", type=number(int, 1), default=5, help="for targets: the length of a training")
-    parser.add_argument("--images", type=number(int, 4), default=500, help="for errors, order and spoiled: how many")
+    parser.add_argument("--epochs", type=number(int, 1), default=5,
+                        help="the passes of a training, for targets; guidance takes four times as many")
+    parser.add_argument("--images", type=number(int, 4), default=500,
+                        help="for errors, guidance, order and spoiled: how many")
     parser.add_argument("--folder", default=str(results.MEASURED), help="the folder to write to")
     add_shared_flags(parser, "data_dir")
     return parser.parse_args(argv)

@@ -109,7 +109,8 @@ def test_the_commands_of_the_documents_run(shown_command, work, data_dir, monkey
 
 
 def test_the_modules_of_the_guide_understand_their_commands(root):
-    found = {each for name in DOCUMENTS for each in MODULE.findall((root / name).read_text())}
+    texts = [*((root / name).read_text() for name in DOCUMENTS), measure.__doc__, experiments.__doc__]
+    found = {each for text in texts for each in MODULE.findall(text)}
     assert {"guide.measure", "guide.experiments"} <= {name for name, _ in found}
     for name, arguments in found:
         importlib.import_module(name).parse_args(shlex.split(arguments))
@@ -149,8 +150,8 @@ def numbers():
         f"{DEFAULT_STEPS} steps of a network".replace("10", "Ten"),
         f"({flags.batch_size} by default)",
         f"- `{DEFAULT_SAMPLER}`",
-        "$t = 0, \\dots, T - 1$. Papers" if flags.timesteps == 1000 else "?",
-        "the default of `train.py`" if flags.schedule == "cosine" else "?",
+        f"$T - 1 = {flags.timesteps - 1}$",
+        f"`{flags.schedule}_schedule` (Nichol and Dhariwal 2021), which is the default of `train.py`",
         f"$T$ is {flags.timesteps:,} in training",
     ]
 
@@ -273,7 +274,7 @@ def test_costs_grow_with_size_and_width():
     small, wide, large = rows[32, 2, 32], rows[32, 2, 64], rows[64, 2, 32]
     assert 3.5 < wide["multiplications"] / small["multiplications"] < 4.1
     assert 3.9 < large["multiplications"] / small["multiplications"] < 4.5
-    assert 3.9 < large["kept"] / small["kept"] < 6
+    assert 3.6 < large["kept"] / small["kept"] < 4.1
     committed = {(r["size"], r["patch_size"], r["width"]): r for r in results.read("costs")["rows"]}
     assert {key: row["parameters"] for key, row in rows.items()} == {k: r["parameters"] for k, r in committed.items()}
 
