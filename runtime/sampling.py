@@ -118,7 +118,7 @@ def dataset_of(checkpoint: dict, data_dir: str | Path, asked: str | None = None)
         return folder
     path = asked or trained.get("path")
     if path is None or not os.path.exists(path):
-        where = f"neither {path} nor" if path else "not"
+        where = f"neither at {path} nor" if path else "not"
         raise UserError(f"the checkpoint was trained on {name}, and its pictures are {where} in "
                         f"{Path(data_dir) / 'pictures'}: give the --data_dir of the training, bring them back to where "
                         f"they were, or, in scripts with this flag, give their new place with --dataset PATH")

@@ -267,7 +267,10 @@ PICTURES = ("path", "fit", "channels", "background", "key", "digest", "count")  
 
 def _pictures(data: ImageData) -> dict:
     """What a checkpoint says of your own pictures, so that its scripts find them again and know them; else nothing."""
-    return dict(pictures={name: about(data.folder)[name] for name in PICTURES}) if data.folder else {}
+    if data.folder is None:
+        return {}
+    content = about(data.folder)
+    return dict(pictures={name: content[name] for name in PICTURES})
 
 
 # ----------------------------------------------------------------------------------------------------------- resuming
