@@ -307,6 +307,12 @@ def test_init_takes_what_fits_and_names_the_rest(checkpoint, tmp_path, capsys, c
     assert config["diffusion"]["prediction"] == before["diffusion"]["prediction"]
 
 
+def test_init_takes_the_times_that_the_weights_know(two, tmp_path):
+    first = train_on(two, tmp_path / "first", "--timesteps", "100", "--schedule", "linear")
+    process = load_checkpoint(train_on(two, tmp_path / "second", "--init", str(first)))["config"]["diffusion"]
+    assert (process["num_timesteps"], process["schedule"]) == (100, "linear")
+
+
 def test_init_of_points_and_with_resume_is_refused_in_one_line(checkpoint, tmp_path, capsys):
     for given, words in ((["--dataset", "moons"], "not for points"), (["--resume"], "leave out --resume")):
         assert train.main([*given, "--init", str(checkpoint), "--output_dir", str(tmp_path), *CPU]) == 2

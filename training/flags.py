@@ -55,7 +55,8 @@ def init_defaults(args: Namespace) -> dict:
     if args.dataset in POINT_SETS or is_points(config["data"]["shape"]):
         raise UserError("--init is for images, not for points in the plane: leave it out")
     return ({flag: config["model"][flag] for flag in MODEL_FLAGS["unet"] if flag in config["model"]}
-            | {flag: config["diffusion"][flag] for flag in INIT_PROCESS if flag in config["diffusion"]})
+            | {flag: config["diffusion"][name] for flag in INIT_PROCESS
+               if (name := DIFFUSION_FLAGS[flag]) in config["diffusion"]})
 
 
 def start_from(model, args: Namespace) -> str:
@@ -199,7 +200,7 @@ def make_parser(description: str) -> Parser:
 IMAGE_FLAGS = ("channel_mults", "middle_depth", "attention", "patch_size", "checkpointing", "learn_variance")
 MLP_FLAGS = ("base_channels", "time_emb_dim", "depth", "activation")
 MODEL_FLAGS = {"unet": MLP_FLAGS + IMAGE_FLAGS, "mlp": MLP_FLAGS}
-INIT_PROCESS = ("schedule", "prediction", "timestep_sampling", "zero_terminal_snr")
+INIT_PROCESS = ("timesteps", "schedule", "prediction", "timestep_sampling", "zero_terminal_snr")
 DIFFUSION_FLAGS = {"timesteps": "num_timesteps"} | {name: name for name in (
     "schedule", "prediction", "timestep_sampling", "noise_mean", "noise_std", "loss_weight", "snr_gamma",
     "zero_terminal_snr")}
