@@ -73,8 +73,7 @@ def part_name(text: str) -> str:
 def parse_args(argv: Sequence[str] | None):
     parser = Parser(__doc__)
     parser.add_argument("what", nargs="*", type=part_name, metavar="what",
-                        help=f"any of {', '.join(PARTS)} (default: all but pictures; gpu only on "
-                             "CUDA)")
+                        help=f"any of {', '.join(PARTS)} (default: all but pictures; gpu only on CUDA)")
     parser.add_argument("--contestants", nargs="+", choices=(*OURS, *PEERS), default=[*OURS, *PEERS],
                         help="the contestants to compare; peak measures only ours; scaling, busy and gpu only the "
                              "first of ours")

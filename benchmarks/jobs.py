@@ -144,15 +144,14 @@ def picture_steps(checkpoint: str, cache: str, device: str, seconds: float) -> d
     """
     config, device = load_checkpoint(checkpoint)["config"], get_device(device)
     data = load_dataset(Path(cache), "train").coded(code_of(config))
-    kinds = dict(mapped=data if device.type == "cpu" else data.to(device),
-                 **{"in memory": replace(data, images=data.images.clone()).to(device)})
-    trainers = {kind: make_trainer(config, None, None, device, data=each) for kind, each in kinds.items()}
-    speeds = {kind: [] for kind in kinds}
-    for _ in range(5):
-        for kind, trainer in trainers.items():
-            times = time_calls(lambda: trainer.train_step(*trainer.batch(), 0.5), device, seconds)  # noqa: B023
-            speeds[kind].append(trainer.batch_size * len(times) / sum(times))
-    return dict(speeds=speeds)
+    kinds = {"mapped": data, "in memory": replace(data, images=data.images.clone())}
+    trainers = {kind: make_trainer(config, None, None, device, data=each.to(device)) for kind, each in kinds.items()}
+
+    def measure(trainer: Trainer) -> float:
+        times = time_calls(lambda: trainer.train_step(*trainer.batch(), 0.5), device, seconds)
+        return trainer.batch_size * len(times) / sum(times)
+    turns = [{kind: measure(trainer) for kind, trainer in trainers.items()} for _ in range(5)]
+    return dict(speeds={kind: [turn[kind] for turn in turns] for kind in kinds})
 
 
 def busy_steps(config: dict, busy: int, seconds: float, chosen_seconds: float, base_channels: int) -> dict:
