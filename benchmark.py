@@ -116,6 +116,8 @@ def check(args, parts: Sequence[str]) -> None:
     if args.dataset not in DATASETS:
         raise UserError(f"benchmark.py measures with the data sets {', '.join(DATASETS)}, not with your own pictures: "
                         f"choose one with --dataset")
+    if list(parts) == ["pictures"]:  # which are drawn, and learned by the defaults alone
+        return
     load_dataset(args.dataset, "train", args.data_dir)
     missing = [name for name in args.contestants if name in PEERS and not is_installed(name)]
     if set(missing) == set(args.contestants):

@@ -197,6 +197,12 @@ def test_the_ratios_of_many_pictures(monkeypatch, tmp_path, capsys):
     assert "1.5" in capsys.readouterr().out and "pictures" not in benchmark.chosen_parts([], "cuda")
 
 
+def test_many_pictures_alone_need_no_data_set(monkeypatch, tmp_path):
+    monkeypatch.setattr(benchmark, "load_dataset", lambda *_: pytest.fail("a data set was read"))
+    args = benchmark.parse_args(["pictures", "--output_dir", str(tmp_path)])
+    benchmark.check(args, benchmark.chosen_parts(args.what, "cpu"))
+
+
 def test_the_operations_of_a_convolutional_network_are_those_counted_by_hand():
     """Two 3×3 convolutions on 8×8 and a matrix: 2 · B · H · W · C_in · C_out · 9 each, and 2 · B · in · out."""
     network = nn.Sequential(nn.Conv2d(3, 5, 3, padding=1), nn.ReLU(), nn.Conv2d(5, 7, 3, padding=1), nn.Flatten(),
