@@ -99,7 +99,7 @@ def test_killed_again_and_again_a_run_ends_as_one_that_was_not(whole, data_dir, 
         done += met["kills"]
         TRIED["SIGKILL at a random moment of a run that saves after every step"] += met["kills"]
         TRIED["... of these in the middle of writing a file"] += met["while_writing"]
-    assert done >= 20 or done >= KILLS
+    assert done >= min(20, KILLS // 4 * 4)
 
 
 @needs_fork
