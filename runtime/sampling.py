@@ -56,6 +56,9 @@ def sampling_options(config: dict, args: Namespace = NO_FLAGS, count: int = 0, *
     if interval and scale == 1:
         raise UserError("--guidance_interval needs guidance: a checkpoint trained with --conditional, and another "
                         "--guidance_scale than 1")
+    if interval and interval[0] > num_timesteps - 1:
+        raise UserError(f"--guidance_interval {interval[0]:g} {interval[1]:g} holds none of this checkpoint's times, 0 "
+                        f"to {num_timesteps - 1}: choose others, or leave it out")
     options = dict(seed=given.get("seed") or 0, sampler=sampler, steps=steps, spacing=given.get("spacing"),
                    eta=eta or 0.0, labels=labels, guidance_scale=scale, guidance_interval=interval)
     return options | ({"batch_size": given["batch_size"]} if "batch_size" in given else {})

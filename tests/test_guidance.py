@@ -246,6 +246,7 @@ def test_labels_and_guidance_change_images(conditional, tmp_path):
     (["--label", "0-9", "--num_images", "4"], ["--label", "10", "4"]),
     (["--guidance_scale", "-1"], ["--guidance_scale"]),
     (["--label", "1", "--guidance_scale", "2", "--guidance_interval", "30", "10"], ["--guidance_interval", "30", "10"]),
+    (["--label", "1", "--guidance_interval", "1000", "2000"], ["--guidance_interval", "1000 2000", "leave it out"]),
     (["--guidance_scale", "1", "--guidance_interval", "10", "30"], ["--guidance_interval", "--guidance_scale than 1"]),
 ])
 def test_sample_refuses_labels_that_there_are_not(conditional, tmp_path, capsys, flags, words):
