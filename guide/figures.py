@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from data import load_dataset, to_model, to_uint8
+from data import DATASETS, load_dataset, to_model, to_uint8
 from data_sources.points import COLOURS, POINT_SHAPE
 from diffusion import LOW_NOISE, DiffusionProcess
 from evaluation.mixture import Mixture
@@ -23,6 +23,7 @@ from models import create_model
 from runtime.parser import Parser
 from runtime.script import script
 from samplers import SAMPLERS, image_noise
+from training.flags import SHARES
 from utils import plain_log_ticks, pyplot, save_figure, tile
 
 TIMES = (0, 100, 250, 400, 500, 650, 800, 999)
@@ -120,9 +121,11 @@ def draw_targets():
         axis.plot(levels, [row[key] for row in rows], style, markersize=3, label=name)
     axis.set(xscale="log", ylim=(0, 0.75), xlabel="noise: sigma / alpha", ylabel="error of x_0_hat (root mean square)")
     times = np.geomspace(levels[0], levels[-1], 300)
-    for (mean, std), share in (((0.7, 0.9), 0.94), (LOW_NOISE, 0.05)):  # of MNIST: data.py, training/flags.py
-        where = np.log(times / 0.602) - mean
-        axis.fill_between(times, 0.3 * share * np.exp(-((where / std) ** 2) / 2) * 0.9 / std, alpha=0.15, color="black")
+    usual, data_std = DATASETS["mnist"].noise_level, 0.602  # of MNIST with its code of levels
+    for (mean, std), share in ((usual, 1 - sum(SHARES.values())), (LOW_NOISE, SHARES["low_share"])):
+        where = np.log(times / data_std) - mean
+        height = 0.3 * share * usual[1] / std  # of the largest 0.3
+        axis.fill_between(times, height * np.exp(-((where / std) ** 2) / 2), alpha=0.15, color="black")
     axis.text(1.2, 0.03, "times of training", ha="center", fontsize=8)
     axis.legend(fontsize=8, loc="upper left")
     axis.grid(alpha=0.3)
