@@ -24,10 +24,8 @@ from torch import Tensor
 
 from data import ImageData, load_dataset
 from evaluation.copies import copies, copies_line
-from learned_variance import create_process
-from models import create_model
 from runtime import distributed, threads
-from runtime.errors import UserError, checking_user_input
+from runtime.errors import UserError
 from runtime.files import check_output
 from runtime.memory import trim_heap
 from runtime.progress import say
@@ -38,13 +36,11 @@ from samplers import DEFAULT_STEPS, final_image, generate
 from training import autotune, run_folder, run_record
 from training.budget import Budget
 from training.flags import (
-    RECIPES,
-    TRAINER_FLAGS,
+    check_effect,
     check_flags_of_data,
     check_resumable,
     defaults,
     make_code,
-    make_config,
     make_parser,
     make_settings,
     more_epochs,
@@ -61,9 +57,10 @@ from training.run import (
     progress_bar,
     warn_of_failed_writes,
 )
+from training.setup import build, choose_size, make_trainer
 from training.sizing import FEW_IMAGES
 from training.tensorboard import Board, summary_writer
-from training.trainer import VALIDATION_LOSS_IMAGES, Trainer, fitting_batch, rehearse_step, repeats_of, validation_loss
+from training.trainer import VALIDATION_LOSS_IMAGES, Trainer, fitting_batch, validation_loss
 from utils import autocast, evenly_spaced, get_device, grid_layout, plot_losses, save_images, set_seed, tile
 
 PREVIEW_IMAGES = 64
@@ -76,16 +73,19 @@ def parse_args(argv: Sequence[str] | None) -> tuple[Namespace, dict | None]:
     parser.set_defaults(**defaults(args))
     args = parser.parse_args(argv)
     check_flags_of_data(parser, args)
+    typed = parser.typed
     if args.resume and "init" in parser.typed:
         parser.error("--init starts a new run: leave out --resume")
     found = find_checkpoint(args) if args.resume or distributed.is_launched() else None
     if not found:
+        check_effect(parser, args, typed)
         return args, None
     path, checkpoint = found
     if is_student(checkpoint["config"]):
         raise UserError(f"{path} is a student of distill.py, which cannot be resumed: choose another --output_dir")
     words = saved_flags(parser, args, path, checkpoint)
     args = parser.parse_args([*words, *(sys.argv[1:] if argv is None else argv)])
+    check_effect(parser, args, typed)
     print(f"Resuming {path} after {checkpoint['step']:,} steps")
     return args, checkpoint
 
@@ -241,17 +241,14 @@ def make_run(args: Namespace, checkpoint: dict | None, start: float) -> tuple[Ru
     autotune.set_up_cuda(device)
     with distributed.local_rank_0_first():
         data = open_data(args, device).first(args.train_images or sys.maxsize)
-    settings = make_settings(args, data, device)
+    settings = make_settings(args, data)
     threads.set_up(args.threads, device, adapt=settings.epochs is None)
     validation = load_dataset(data.source, "validation", args.data_dir, points=True)
     saved = checkpoint and checkpoint["config"]
     data = data.coded(make_code(settings, data, saved))
-    config = make_config(settings, data, saved)
+    settings = choose_size(settings, data, device)
     set_seed(args.seed)
-    with checking_user_input():
-        model = create_model(**config["model"])
-        diffusion = create_process(model.learn_variance, data.code.edges, **config["diffusion"])
-        model(torch.zeros(1, *config["data"]["shape"]), torch.zeros(1))  # an unsuitable image size is an error here
+    config, model, diffusion = build(settings, data, saved)
     if args.init and not checkpoint:
         print(start_from(model, args))
     trainer, settings = make_trainer(settings, data.to(device), model.to(device), diffusion.to(device))
@@ -268,38 +265,11 @@ def make_run(args: Namespace, checkpoint: dict | None, start: float) -> tuple[Ru
     return run, validation, settings
 
 
-def make_trainer(settings: Namespace, data: ImageData, model, diffusion) -> tuple[Trainer, Namespace]:
-    """The trainer, and the settings with the precision, the layout and the batch size that were measured."""
-    measure, device, images = settings.batch_size == "auto", data.images.device, repeats_of(data) * len(data.images)
-    largest = min(RECIPES[settings.recipe]["batch_size"], images)
-
-    def fitting(precision: str) -> int:
-        rehearse = partial(rehearse_step, model, diffusion, data, settings.conditional, precision)
-        return fitting_batch(rehearse, largest, device)
-
-    # Measured first, because the race below takes half the memory of a step. fp32 takes the most.
-    batch_size = fitting("bf16" if settings.precision == "bf16" else "fp32") if measure else settings.batch_size
-    size = min(batch_size, images)
-    steps = settings.epochs * images // size if settings.epochs else math.inf
-    precision, layout = autotune.fastest_arithmetic(
-        settings.precision, settings.layout, model, diffusion, data, settings.conditional,
-        -(-size // distributed.world_size()), autotune.seconds_for_race(steps, settings.budget))
-    if measure:
-        batch_size = batch_size if batch_size == largest or precision == "fp32" else fitting(precision)
-        print(f"A batch of {batch_size} images fits in memory")
-    settings = Namespace(**vars(settings) | dict(precision=precision, layout=layout, batch_size=batch_size))
-    cuda_graph = device.type == "cuda" and distributed.world_size() == 1 and settings.compile is not False
-    trainer = Trainer(data, model.to(memory_format=autotune.LAYOUTS[layout]), diffusion, cuda_graph=cuda_graph,
-                      **{name: getattr(settings, name) for name in TRAINER_FLAGS})
-    if settings.compile or (settings.compile is None and autotune.worth_compiling(settings.budget, device)):
-        trainer.compile(required=bool(settings.compile))
-    return trainer, settings
-
-
 def advice(settings: Namespace) -> str:
     """Advice after NaN or inf, or after another process has ended."""
+    muon = f" --muon_lr {settings.muon_lr / 4:g}" if settings.optimizer == "muon" else ""
     return (f"resume from the last good checkpoint with {resume_command(settings)}; after numbers that are not finite "
-            f"add --lr {settings.lr / 4:g} --muon_lr {settings.muon_lr / 4:g}, --max_grad_norm 0.5 or --precision fp32")
+            f"add --lr {settings.lr / 4:g}{muon}, --max_grad_norm 0.5 or --precision fp32")
 
 
 def memory_advice(trainer: Trainer) -> str:

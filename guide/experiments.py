@@ -29,7 +29,7 @@ from runtime.script import script
 from utils import plain_log_ticks, pyplot, save_figure
 
 POINT_RUN = "--dataset spirals --epochs 20 --sample_interval 0 --save_interval 0"
-IMAGE_RUN = "--budget 3m --sample_interval 0 --save_interval 0"
+IMAGE_RUN = "--budget 3m --base_channels 32 --batch_size 64 --sample_interval 0 --save_interval 0"
 QUICK_POINTS, QUICK_IMAGES = "--epochs 1 --train_images 512", "--epochs 1 --train_images 256 --batch_size 64"
 IMAGES, QUICK_COUNT = 1000, 130  # generated images that are measured; the fewest that can be
 DPI = 70

@@ -39,7 +39,7 @@ from models import create_model
 from runtime.parser import Parser, add_shared_flags, number
 from runtime.script import script
 from samplers import SAMPLERS, final_image, generate, image_noise, spaced_timesteps
-from training.sizing import FEW_IMAGES, network_size
+from training.sizing import network_stages
 from utils import save_images
 
 SEEDS = (0, 1, 2)
@@ -187,7 +187,7 @@ def costs(args) -> list[dict]:
     """
     rows = []
     for size, channels, patch in ((28, 1, 2), (32, 3, 2), (64, 3, 2), (64, 3, 4), (128, 3, 4)):
-        stages = network_size((channels, size, size), FEW_IMAGES, None, torch.device("cpu"), patch)["channel_mults"]
+        stages = network_stages((channels, size, size), patch)["channel_mults"]
         for width in WIDTHS:
             model = create_model(image_channels=channels, base_channels=width, middle_depth=3, patch_size=patch,
                                  channel_mults=stages, num_classes=10)

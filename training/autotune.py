@@ -51,6 +51,17 @@ def forward_backward(network: nn.Module, diffusion: DiffusionProcess, data: Imag
         network.zero_grad()
 
 
+def images_per_second(network: nn.Module, diffusion: DiffusionProcess, data: ImageData, conditional: bool,
+                      precision: str, count: int) -> float:
+    """The speed of `forward_backward` with `count` images; 0 where this device cannot do it."""
+    start = now(data.images.device)
+    try:
+        forward_backward(network, diffusion, data, conditional, precision, count)
+    except (RuntimeError, MemoryError):
+        return 0.0
+    return count / (now(data.images.device) - start)
+
+
 # -------------------------------------------------------------------------------------------- precision and layout
 
 
@@ -110,12 +121,7 @@ def fastest_arithmetic(precision: str, layout: str | None, model: nn.Module, dif
 
     def trial(option: tuple[str, str], images: int) -> float:
         network = copy.deepcopy(model).to(memory_format=LAYOUTS[option[1]])
-        start = now(device)
-        try:
-            forward_backward(network, diffusion, data, conditional, option[0], images)
-        except (RuntimeError, MemoryError):  # an option that this device does not support
-            return 0.0
-        return images / (now(device) - start)
+        return images_per_second(network, diffusion, data, conditional, option[0], images)
 
     options = options_left_open(precision, layout, device)
     taken = options[0]

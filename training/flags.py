@@ -5,8 +5,6 @@ import shlex
 from argparse import BooleanOptionalAction, Namespace
 from pathlib import Path
 
-import torch
-
 from checkpoint import load_checkpoint
 from data import DATASETS, LEVEL_CODES, ImageData, LevelCode, code_of, histogram_code, noise_level
 from data_sources.cache import about
@@ -21,12 +19,12 @@ from runtime.files import one_line
 from runtime.parser import PICTURE_FLAGS, SHARED_FLAGS, Parser, add_shared_flags, duration, number
 from training.autotune import LAYOUTS
 from training.learning_rate import LR_SCHEDULES
-from training.sizing import network_size
+from training.sizing import network_stages
 
 # A recipe is a set of defaults; flags override them. What each gives: benchmarks/RESULTS.md and RECORDS.md.
 RECIPES = {
     "fast": dict(schedule="cosine", prediction="edm", timestep_sampling="lognormal",
-                 base_channels=None, patch_size=None, middle_depth=3, batch_size=128, optimizer="muon", lr=2e-3,
+                 base_channels=None, patch_size=None, middle_depth=3, batch_size=None, optimizer="muon", lr=2e-3,
                  lr_schedule="cosine", warmup=0.02, precision="auto", conditional=True, level_code="histogram"),
     # The textbook (Ho et al. 2020) as small toolkits implement it: full resolution, no tricks.
     "ddpm": dict(schedule="linear", prediction="eps", timestep_sampling="uniform", base_channels=64, patch_size=1,
@@ -152,8 +150,9 @@ def make_parser(description: str) -> Parser:
                        help="also learn the variance of the steps of --sampler ddpm, by the hybrid loss")
     group = parser.add_argument_group("network")
     group.add_argument("--base_channels", type=number(int, 1, 4096),
-                       help="the number of channels at the highest resolution (default: on a CPU 24, or 32 to 64 by "
-                            "the --budget; on other devices 64; of fewer than 2,000 images at most 32)")
+                       help="the number of channels at the highest resolution (default: on a CPU 24, or with a "
+                            "--budget 16 to 64 by how many images it will see; on other devices 64; of fewer than "
+                            "2,000 images at most 32)")
     group.add_argument("--patch_size", type=int, choices=(1, 2, 4),
                        help="the side of the squares of pixels that become channels; 1: convolutions at full "
                             "resolution (default: 2, above 32 pixels 4)")
@@ -177,8 +176,9 @@ def make_parser(description: str) -> Parser:
                        help="for --conditional: the share of images that are shown without their label")
     group = parser.add_argument_group("optimiser")
     group.add_argument("--batch_size", type=batch_size, metavar="N",
-                       help="the number of images in a step, of all processes together; auto: the recipe's, or its "
-                            "half, quarter ... that fits in memory")
+                       help="the number of images in a step, of all processes together; auto: 128, or its half, "
+                            "quarter ... that fits in memory (default: 128, or on a CPU 64 if a --budget will see few "
+                            "images)")
     group.add_argument("--optimizer", choices=("muon", "adamw"),
                        help="muon: Muon for the matrices and AdamW for the rest; adamw: AdamW for all weights")
     group.add_argument("--lr", type=number(float, 0), help="the peak learning rate of AdamW")
@@ -222,11 +222,24 @@ def check_flags_of_data(parser: Parser, args: Namespace) -> None:
         parser.error(f"--{unread[0]} is for images, and {args.dataset} holds points in the plane: leave it out")
 
 
-def make_settings(args: Namespace, data: ImageData, device: torch.device) -> Namespace:
-    """A copy of the flags in which those that depend on the data, the budget or the device have their values."""
+NEEDED = dict(muon_lr=("optimizer", "muon"), snr_gamma=("loss_weight", "min_snr"),
+              noise_mean=("timestep_sampling", "lognormal"), noise_std=("timestep_sampling", "lognormal"),
+              label_dropout=("conditional", True))
+
+
+def check_effect(parser: Parser, args: Namespace, typed: set[str]) -> None:
+    """UserError for a flag that the user typed, and that changes nothing because of another flag's value."""
+    for name, (other, value) in NEEDED.items():
+        if name in typed and getattr(args, other) != value:
+            needed = f"--{other}" if value is True else f"--{other} {value}"
+            parser.error(f"--{name} changes nothing without {needed}: leave it out, or add {needed}")
+
+
+def make_settings(args: Namespace, data: ImageData) -> Namespace:
+    """A copy of the flags in which those that depend on the data have their values; the width and the batch may not."""
     mean, std = noise_level(args.dataset, data)
-    size = network_size(data.images.shape[1:], len(data.images), args.budget, device, args.patch_size)
-    open_flags = {name: getattr(args, name) or value for name, value in size.items()} | dict(
+    stages = network_stages(data.images.shape[1:], args.patch_size)
+    open_flags = {name: getattr(args, name) or value for name, value in stages.items()} | dict(
         epochs=20 if args.epochs is None and args.budget is None else args.epochs,
         conditional=args.conditional and bool(data.class_names),
         image_size=data.images.shape[2] if data.folder else None,  # the choice, for a resumed run on another device

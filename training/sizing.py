@@ -1,52 +1,70 @@
-"""How large a network to train: one rule, which train.py follows wherever a flag leaves the size open."""
+"""How large a network to train, and with how large batches: one rule, for what the flags leave open."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
 
 import torch
 
 GRID, LOWEST = 16, 8  # positions along a side: at most at the first stage, and about so many at the last
 PATCH_SIZES = (2, 4)
 FEW_IMAGES, FEW_WIDTH = 2000, 32
+TRIAL_IMAGES = 32  # trained at a time to measure the speed
+EPOCHS_WIDTH, DEVICE_WIDTH = 24, 64  # on a CPU without a budget, and on other devices
+# On a CPU with a budget: the width, and how many images a run has to see for it.
+WIDTHS = ((16, 0), (24, 10_000), (32, 40_000), (48, 150_000), (64, 700_000))
+BATCH_SIZE, SMALL_BATCH_SIZE = 128, 64
+SMALL_BATCH_IMAGES = 250_000  # a run that sees fewer learns as much or more from smaller batches
 
 
-def network_size(shape: Sequence[int], images: int, budget: float | None, device: torch.device,
-                 patch_size: int | None = None) -> dict:
-    """{"base_channels", "patch_size", "channel_mults"} for images of this shape (C, H, W). The rule:
+def network_stages(shape: Sequence[int], patch_size: int | None = None) -> dict:
+    """{"patch_size", "channel_mults"} for images of this shape (C, H, W). The rule:
 
         patch_size      2, or 4 for images above 32 pixels: the convolutions run on a grid of at most 16 × 16 positions
         channel_mults   1 at the first resolution and 2 below; each halves the one above it, down to 8 × 8 positions or
                         the first odd number. There attention is, and `--middle_depth` residual blocks (3); the other
                         stages have `--depth` (1)
-        base_channels   on a CPU 24 without a budget (twenty epochs of MNIST in about ten minutes), 32 below one and a
-                        half minutes, 48 below twenty, 64 above; on other devices 64. A grid of n times 16 × 16
-                        positions counts as an n-th of the budget, because an image takes about n times as long
 
-    Below 2,000 images it is at most 32 channels. Grey and colour are treated alike: colour only changes the first and
-    the last layer. For 28 × 28 and 32 × 32 the grids are 14, 7 and 16, 8. Measured (benchmarks/RECORDS.md) are the
-    widths on digits and clothes and the patches at 64 × 64; the widths of fewer images and of other grids are not.
+    Grey and colour are treated alike: colour only changes the first and the last layer. For 28 × 28 and 32 × 32 the
+    grids are 14, 7 and 16, 8. Measured (benchmarks/RECORDS.md) are the patches at 64 × 64.
 
-    images: the number of training images; budget: seconds, or None; patch_size: that of the flags, which is kept.
+    patch_size: that of the flags, which is kept.
     """
-    side = max(shape[1:])
     if patch_size is None:
-        patch_size = next((p for p in PATCH_SIZES if side <= GRID * p), PATCH_SIZES[-1])
-    return dict(base_channels=_width(images, budget, device, max(1.0, (side / patch_size / GRID) ** 2)),
-                patch_size=patch_size, channel_mults=_channel_mults(shape, patch_size))
-
-
-def _channel_mults(shape: Sequence[int], patch_size: int) -> list[int]:
-    """The multiples of base_channels, one for each resolution."""
+        patch_size = next((p for p in PATCH_SIZES if max(shape[1:]) <= GRID * p), PATCH_SIZES[-1])
     sides, mults = [side // patch_size for side in shape[1:]], [1]
     while max(sides) > LOWEST and all(side % 2 == 0 for side in sides):
         sides, mults = [side // 2 for side in sides], [*mults, 2]
-    return mults if len(mults) > 1 else [2]
+    return dict(patch_size=patch_size, channel_mults=mults if len(mults) > 1 else [2])
 
 
-def _width(images: int, budget: float | None, device: torch.device, cost: float) -> int:
-    """Base channels; cost: of an image, in those of 32 × 32 pixels in patches of 2."""
-    if device.type != "cpu":
-        width = 64
-    else:
-        seconds = None if budget is None else budget / cost
-        width = 24 if seconds is None else 32 if seconds < 90 else 48 if seconds < 1200 else 64
-    return min(width, FEW_WIDTH) if images < FEW_IMAGES else width
+class Size(NamedTuple):
+    """The size of a run; images: about how many it will see, or None where that was not measured."""
+
+    base_channels: int
+    batch_size: int
+    images: float | None
+
+
+def choose(images: int, budget: float | None, device: torch.device, speed: Callable[[int], float],
+           width: int | None = None) -> Size:
+    """The width and the batch size of a run. The rule:
+
+        on a CPU with a budget   the widest of WIDTHS that sees enough images; batches of 64 instead of 128 if it sees
+                                 fewer than SMALL_BATCH_IMAGES: where steps are few, more of them help most
+        on a CPU without         24 channels: twenty epochs of MNIST in about ten minutes
+        on other devices         64 channels
+
+    Below 2,000 training images it is at most 32 channels. Measured on digits (benchmarks/RECORDS.md).
+
+    images: the number of training images; budget: seconds, or None; speed(width): the images a second of the training
+    of such a network, asked from the narrowest on, as far as it is needed; width: that of the flags, which is kept.
+    """
+    most = FEW_WIDTH if images < FEW_IMAGES else DEVICE_WIDTH
+    if device.type != "cpu" or budget is None:
+        return Size(width or min(most, EPOCHS_WIDTH if device.type == "cpu" else DEVICE_WIDTH), BATCH_SIZE, None)
+    chosen, seen = width, 0.0
+    for wide, least in ((width, 0),) if width else WIDTHS:
+        if (not width and wide > most) or (would_see := budget * speed(wide)) < least:
+            break
+        chosen, seen = wide, would_see
+    return Size(chosen, SMALL_BATCH_SIZE if seen < SMALL_BATCH_IMAGES else BATCH_SIZE, seen)

@@ -5,13 +5,13 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from harness import tiny
 
 import train
 from data import ImageData
 from training import flags
 from training.flags import RECIPES, make_settings, resume_command
 
-CPU = torch.device("cpu")
 DATA = ImageData("glyphs", "train", torch.zeros(2000, 1, 28, 28, dtype=torch.uint8), torch.zeros(2000).long(), ("0",))
 
 
@@ -40,18 +40,18 @@ def test_the_recipes_differ_and_the_fast_one_is_the_default():
                                                 ("scenes", 0.2, 1.2)])
 def test_what_is_left_open_is_filled_in_by_the_data_set(dataset, mean, std):
     args = parsed("--dataset", dataset, "--budget", "2m")
-    before, settings = vars(args).copy(), make_settings(args, DATA, CPU)
-    assert (settings.noise_mean, settings.noise_std, settings.base_channels) == (mean, std, 48)
+    before, settings = vars(args).copy(), make_settings(args, DATA)
+    assert (settings.noise_mean, settings.noise_std, settings.base_channels) == (mean, std, None)
     assert (settings.patch_size, settings.channel_mults, settings.middle_depth) == (2, [1, 2], 3)
     assert vars(args) == before  # parsed flags are not written to
     args = parsed("--dataset", dataset, "--noise_mean", "0", "--noise_std", "3", "--base_channels", "8")
-    settings = make_settings(args, DATA, CPU)
+    settings = make_settings(args, DATA)
     assert (settings.noise_mean, settings.noise_std, settings.base_channels) == (0, 3, 8)
 
 
 def test_without_epochs_and_budget_there_are_twenty_epochs():
     given = ([], ["--budget", "9s"], ["--epochs", "3"])
-    assert [make_settings(parsed(*words), DATA, CPU).epochs for words in given] == [20, None, 3]
+    assert [make_settings(parsed(*words), DATA).epochs for words in given] == [20, None, 3]
 
 
 @pytest.mark.parametrize("own", [dict(), dict(data_dir="my data"), dict(output_dir="a b/run", device="cpu")], ids=str)
@@ -71,3 +71,22 @@ def test_the_help_of_resume_names_what_is_not_taken_from_the_checkpoint():
     assert all(f"--{name}" in said["resume"] for name in flags.OWN_FLAGS if name != "resume")
     assert "the time used before" in said["budget"]
     assert "on CUDA it differs by rounding" in said["resume"] and "--epochs" in said["threads"]
+
+
+@pytest.mark.parametrize("words, missing", [
+    (["--muon_lr", "1", "--optimizer", "adamw"], "--optimizer muon"), (["--snr_gamma", "4"], "--loss_weight min_snr"),
+    (["--noise_mean", "1", "--timestep_sampling", "uniform"], "--timestep_sampling lognormal"),
+    (["--noise_std", "1", "--recipe", "ddpm"], "--timestep_sampling lognormal"),
+    (["--label_dropout", "0", "--no-conditional"], "--conditional")], ids=lambda words: words[0][2:])
+def test_a_flag_that_would_change_nothing_is_refused(words, missing, tmp_path, capfd):
+    assert train.main([*words, "--output_dir", str(tmp_path / "run")]) == 2
+    (line,) = capfd.readouterr().err.splitlines()
+    assert f"{words[0]} changes nothing without {missing}" in line and not (tmp_path / "run").exists()
+
+
+def test_a_resumed_run_takes_a_flag_whose_condition_its_checkpoint_holds(data_dir, tmp_path, capfd):
+    assert train.main(tiny(data_dir, tmp_path, "--loss_weight", "min_snr", "--optimizer", "adamw")) == 0
+    assert train.main(["--resume", "--output_dir", str(tmp_path), "--data_dir", str(data_dir), "--muon_lr", "1"]) == 2
+    assert "--muon_lr changes nothing without --optimizer muon" in capfd.readouterr().err
+    again = ["--resume", "--output_dir", str(tmp_path), "--data_dir", str(data_dir), "--epochs", "3"]
+    assert train.main([*again, "--snr_gamma", "5"]) == 0

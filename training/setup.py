@@ -1,0 +1,76 @@
+"""From flags to a trainer: the size, the network, and what makes its steps fast on this machine."""
+
+import math
+from argparse import Namespace
+from functools import partial
+
+import torch
+
+from data import ImageData
+from diffusion import DiffusionProcess
+from learned_variance import create_process
+from models import SimpleUNet, create_model
+from runtime import distributed
+from runtime.errors import checking_user_input
+from training import autotune, sizing
+from training.flags import TRAINER_FLAGS, make_config
+from training.trainer import Trainer, fitting_batch, rehearse_step, repeats_of
+from utils import pick_precision
+
+
+def build(settings: Namespace, data: ImageData, saved: dict | None = None) -> tuple[dict, SimpleUNet, DiffusionProcess]:
+    """`make_config`, its network and its process; UserError for flags that go with no network or process."""
+    config = make_config(settings, data, saved)
+    with checking_user_input():
+        model = create_model(**config["model"])
+        diffusion = create_process(model.learn_variance, data.code.edges, **config["diffusion"])
+        model(torch.zeros(1, *config["data"]["shape"]), torch.zeros(1))  # an unsuitable image size is an error here
+    return config, model, diffusion
+
+
+def choose_size(settings: Namespace, data: ImageData, device: torch.device) -> Namespace:
+    """The flags with the width and the batch size of `sizing.choose` where they are left open."""
+    if settings.base_channels and settings.batch_size:
+        return settings
+    precision = pick_precision(settings.precision, device)
+
+    def speed(width: int) -> float:
+        _, model, diffusion = build(Namespace(**vars(settings) | dict(base_channels=width)), data)
+        return distributed.world_size() * max(autotune.images_per_second(
+            model, diffusion, data, settings.conditional, precision, sizing.TRIAL_IMAGES) for _ in range(2))
+
+    size = distributed.broadcast(distributed.rank() == 0 and sizing.choose(
+        len(data.images), settings.budget, device, speed, settings.base_channels))
+    if size.images:
+        print(f"Measured: with {size.base_channels} channels the budget is enough for about {size.images:,.0f} images",
+              flush=True)
+    return Namespace(**vars(settings) | dict(base_channels=size.base_channels,
+                                             batch_size=settings.batch_size or size.batch_size))
+
+
+def make_trainer(settings: Namespace, data: ImageData, model, diffusion) -> tuple[Trainer, Namespace]:
+    """The trainer, and the settings with the precision, the layout and the batch size that were measured."""
+    measure, device, images = settings.batch_size == "auto", data.images.device, repeats_of(data) * len(data.images)
+    largest = min(sizing.BATCH_SIZE, images)
+
+    def fitting(precision: str) -> int:
+        rehearse = partial(rehearse_step, model, diffusion, data, settings.conditional, precision)
+        return fitting_batch(rehearse, largest, device)
+
+    # Measured first, because the race below takes half the memory of a step. fp32 takes the most.
+    batch_size = fitting("bf16" if settings.precision == "bf16" else "fp32") if measure else settings.batch_size
+    size = min(batch_size, images)
+    steps = settings.epochs * images // size if settings.epochs else math.inf
+    precision, layout = autotune.fastest_arithmetic(
+        settings.precision, settings.layout, model, diffusion, data, settings.conditional,
+        -(-size // distributed.world_size()), autotune.seconds_for_race(steps, settings.budget))
+    if measure:
+        batch_size = batch_size if batch_size == largest or precision == "fp32" else fitting(precision)
+        print(f"A batch of {batch_size} images fits in memory")
+    settings = Namespace(**vars(settings) | dict(precision=precision, layout=layout, batch_size=batch_size))
+    cuda_graph = device.type == "cuda" and distributed.world_size() == 1 and settings.compile is not False
+    trainer = Trainer(data, model.to(memory_format=autotune.LAYOUTS[layout]), diffusion, cuda_graph=cuda_graph,
+                      **{name: getattr(settings, name) for name in TRAINER_FLAGS})
+    if settings.compile or (settings.compile is None and autotune.worth_compiling(settings.budget, device)):
+        trainer.compile(required=bool(settings.compile))
+    return trainer, settings
