@@ -62,9 +62,10 @@ def choose(images: int, budget: float | None, device: torch.device, speed: Calla
     most = FEW_WIDTH if images < FEW_IMAGES else DEVICE_WIDTH
     if device.type != "cpu" or budget is None:
         return Size(width or min(most, EPOCHS_WIDTH if device.type == "cpu" else DEVICE_WIDTH), BATCH_SIZE, None)
-    chosen, seen = width, 0.0
-    for wide, least in ((width, 0),) if width else WIDTHS:
-        if (not width and wide > most) or (would_see := budget * speed(wide)) < least:
+    rows = [(width, 0)] if width else [row for row in WIDTHS if row[0] <= most]
+    for channels, least in rows:
+        seen = budget * speed(channels)
+        if seen < least:
             break
-        chosen, seen = wide, would_see
-    return Size(chosen, SMALL_BATCH_SIZE if seen < SMALL_BATCH_IMAGES else BATCH_SIZE, seen)
+        size = Size(channels, SMALL_BATCH_SIZE if seen < SMALL_BATCH_IMAGES else BATCH_SIZE, seen)
+    return size  # the first row asks for none
