@@ -10,6 +10,8 @@
     order      the error of each sampler against the exact path                 half a minute
     spoiled    what each figure says of real images that were spoiled           two minutes
     costs      the work and the memory of a training step                       half a minute
+    edits      the pictures of edited digits                                    a minute
+    symptoms   samples of runs that fail on purpose                             half a minute
 """
 
 import shlex
@@ -23,6 +25,7 @@ from torch import Tensor
 from torch.nn import functional as F
 from torch.utils.flop_counter import FlopCounterMode
 
+import edit
 import sample
 import train
 from checkpoint import load_model
@@ -36,6 +39,7 @@ from evaluation.mixture import Mixture
 from guide import results
 from guide.quality import POINTS, energy_distance, point_figures
 from models import create_model
+from runtime.errors import RunFailed
 from runtime.parser import Parser, add_shared_flags, number
 from runtime.script import script
 from samplers import SAMPLERS, final_image, generate, image_noise, spaced_timesteps
@@ -208,8 +212,45 @@ def costs(args) -> list[dict]:
     return rows
 
 
+# ---------------------------------------------------------------------------------------------------------- pictures
+
+EDITS = {"inpaint": "--index 3 --mask left --num_images 6", "vary": "--index 1 --strength 0.6 --num_images 6",
+         "interpolate": "--seeds 3 4"}
+SHORT_RUN = "--dataset glyphs --base_channels 16 --patch_size 4 --train_images 1280 --epochs 1"
+FAILURES = {"untrained": "--lr 0 --muon_lr 0", "grey": "--lr 0 --muon_lr 0 --prediction x0",
+            "diverged": "--optimizer adamw --lr 1000 --max_grad_norm 1e9", "noise": ""}
+MISUSES = {"blobs": "--steps 1", "guided": "--guidance_scale 20"}
+
+
+def picture(module, argv: str, path: Path) -> str:
+    """Make a picture with a script; returns the command. RunFailed if it fails."""
+    name = Path(module.__file__).name
+    if status := module.main([*argv.split(), "--output", str(path)]):
+        raise RunFailed(f"{name} {argv} ended with status {status}")
+    return f"python {name} {argv}"
+
+
+def edits(args) -> list[str]:
+    """The pictures of chapter 8; returns the commands."""
+    place = f" --data_dir {args.data_dir}"  # of the pictures that --index counts
+    return [picture(edit, f"{name} --checkpoint mnist {flags} --scale 2{place if '--index' in flags else ''}",
+                    Path(args.folder) / f"{name}.png") for name, flags in EDITS.items()]
+
+
+def symptoms(args) -> list[str]:
+    """The pictures of chapter 10, sixteen samples each; returns the commands."""
+    commands, row = [], "--num_images 16 --columns 16 --scale 1"
+    for name, flags in FAILURES.items():
+        folder = Path("outputs/guide") / name
+        train.main([*SHORT_RUN.split(), *flags.split(), "--output_dir", str(folder), "--data_dir", args.data_dir])
+        commands += [f"python train.py {SHORT_RUN} {flags}",
+                     picture(sample, f"--checkpoint {folder}/model_final.pt {row}", Path(args.folder) / f"{name}.png")]
+    return commands + [picture(sample, f"--checkpoint mnist {flags} {row}", Path(args.folder) / f"{name}.png")
+                       for name, flags in MISUSES.items()]
+
+
 MEASUREMENTS: dict[str, Callable] = dict(forward=forward, targets=targets, errors=errors, guidance=guidance,
-                                         order=order, spoiled=spoiled, costs=costs)
+                                         order=order, spoiled=spoiled, costs=costs, edits=edits, symptoms=symptoms)
 
 
 def parse_args(argv: Sequence[str] | None):

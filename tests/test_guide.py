@@ -15,12 +15,14 @@ from documents import broken_links, commands, links
 from PIL import Image
 from small import pretrained_folder, small_checkpoint
 
+import edit
 import train
 from data import load_dataset
 from diffusion import DiffusionProcess
 from guide import experiments, figures, measure, quality, results
 from models import SimpleUNet
 from runtime import checkpoints
+from runtime.errors import RunFailed
 from samplers import DEFAULT_GUIDANCE, DEFAULT_SAMPLER, DEFAULT_STEPS
 from training.flags import make_parser
 
@@ -291,6 +293,22 @@ def test_an_experiment_runs_writes_and_is_not_run_twice(tmp_path, data_dir, monk
     assert all(row["distance"]["mean"] and row["gap"]["mean"] > 1 and row["images_seen"]["mean"] == 512
                for row in rows)
     assert experiments.main(argv) == 0 and len(calls) == 2  # resumed: nothing is left to do
+
+
+def test_the_pictures_of_edits_and_symptoms_are_made_by_the_commands_of_the_guide(root):
+    text = (root / "GUIDE.md").read_text()
+    assert measure.EDITS.keys() == figures.EDITS.keys()
+    assert {*measure.FAILURES, *measure.MISUSES} == figures.SYMPTOMS.keys()
+    assert f"python train.py {measure.SHORT_RUN}\n" in text
+    for flags in (*measure.FAILURES.values(), *measure.MISUSES.values()):
+        assert flags in text
+    for name, flags in measure.EDITS.items():
+        assert f"edit.py {name} --checkpoint mnist {flags.partition(' --num_images')[0]}\n" in text
+
+
+def test_a_picture_that_a_script_cannot_make_ends_the_measurement(tmp_path):
+    with pytest.raises(RunFailed, match=r"edit.py vary .* status 2"):
+        measure.picture(edit, "vary --checkpoint mnist --strength 7", tmp_path / "x.png")
 
 
 def test_the_table_of_an_experiment_is_empty_until_it_is_measured(tmp_path):

@@ -7,6 +7,8 @@ import sys
 import pytest
 from documents import links
 
+from guide import tour
+
 MAX_BYTES, MAX_CELLS = 500_000, 3
 
 
@@ -44,6 +46,19 @@ def test_outputs_are_stripped(path, cells):
         assert output["output_type"] == "display_data" and set(output["data"]) == {"image/png"}
     assert all(cell["execution_count"] is None for cell in cells if cell["cell_type"] == "code")
     assert path.stat().st_size < MAX_BYTES
+
+
+def test_only_pictures_of_chosen_cells_are_kept():
+    nbformat = pytest.importorskip("nbformat", reason="nbformat is missing: pip install -r requirements-dev.txt")
+    new = nbformat.v4
+    cells = [new.new_code_cell("1", execution_count=i, metadata={"execution": {"a": "1"}}, outputs=[
+        new.new_output("stream", text="words"),
+        new.new_output("display_data", {"image/png": "AAAA", "text/plain": "<Figure>"}, metadata={"needs": "?"}),
+        new.new_output("execute_result", {"text/plain": "1"}, execution_count=i)]) for i in range(2)]
+    tour.strip(cells, [False, True])
+    assert [len(cell.outputs) for cell in cells] == [0, 1]
+    assert cells[1].outputs[0] == new.new_output("display_data", {"image/png": "AAAA"})
+    assert all(cell.execution_count is None and not cell.metadata for cell in cells)
 
 
 def test_code_is_clean(path):
