@@ -24,6 +24,7 @@ from models import SimpleUNet
 from runtime import checkpoints
 from runtime.errors import RunFailed
 from samplers import DEFAULT_GUIDANCE, DEFAULT_SAMPLER, DEFAULT_STEPS
+from training import sizing
 from training.flags import make_parser
 
 DOCUMENTS = ("README.md", "GUIDE.md", "guide/experiments.md")
@@ -150,7 +151,7 @@ def numbers():
         f"{flags.label_dropout:.0%} of the images (`--label_dropout`)".replace("%", " %"),
         f"The default is {DEFAULT_GUIDANCE}",
         f"{DEFAULT_STEPS} steps of a network".replace("10", "Ten"),
-        f"({flags.batch_size} by default)",
+        f"({sizing.SMALL_BATCH_SIZE} or {sizing.BATCH_SIZE} by default)",
         f"- `{DEFAULT_SAMPLER}`",
         f"$T - 1 = {flags.timesteps - 1}$",
         f"`{flags.schedule}_schedule` (Nichol and Dhariwal 2021), which is the default of `train.py`",
