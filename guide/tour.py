@@ -21,8 +21,9 @@ def strip(cells: list, keep: list[bool]) -> None:
     for cell, kept in zip(cells, keep, strict=True):
         cell.execution_count = None
         cell.metadata.pop("execution", None)
-        cell.outputs = [output | dict(data={"image/png": output.data["image/png"]}, metadata={})
-                        for output in cell.outputs if kept and "image/png" in output.get("data", {})]
+        cell.outputs = [output for output in cell.outputs if kept and "image/png" in output.get("data", {})]
+        for output in cell.outputs:
+            output.data, output.metadata = {"image/png": output.data["image/png"]}, {}
 
 
 @script

@@ -59,6 +59,7 @@ def test_only_pictures_of_chosen_cells_are_kept():
     assert [len(cell.outputs) for cell in cells] == [0, 1]
     assert cells[1].outputs[0] == new.new_output("display_data", {"image/png": "AAAA"})
     assert all(cell.execution_count is None and not cell.metadata for cell in cells)
+    assert "words" not in nbformat.writes(new.new_notebook(cells=cells))
 
 
 def test_code_is_clean(path):
