@@ -41,6 +41,7 @@ from training.flags import (
     check_resumable,
     defaults,
     make_code,
+    make_config,
     make_parser,
     make_settings,
     more_epochs,
@@ -246,9 +247,11 @@ def make_run(args: Namespace, checkpoint: dict | None, start: float) -> tuple[Ru
     validation = load_dataset(data.source, "validation", args.data_dir, points=True)
     saved = checkpoint and checkpoint["config"]
     data = data.coded(make_code(settings, data, saved))
-    settings = choose_size(settings, data, device)
+    config = make_config(settings, data, saved)
+    settings = choose_size(settings, config, data, device)
+    config["model"]["base_channels"] = settings.base_channels
     set_seed(args.seed)
-    config, model, diffusion = build(settings, data, saved)
+    model, diffusion = build(config, data)
     if args.init and not checkpoint:
         print(start_from(model, args))
     trainer, settings = make_trainer(settings, data.to(device), model.to(device), diffusion.to(device))

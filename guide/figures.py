@@ -12,6 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from checkpoint import load_checkpoint
 from data import DATASETS, load_dataset, to_model, to_uint8
 from data_sources.points import COLOURS, POINT_SHAPE
 from diffusion import LOW_NOISE, DiffusionProcess
@@ -20,6 +21,7 @@ from evaluation.point_plots import draw_paths, exact_mixture
 from guide import results
 from guide.measure import SPOILS
 from models import create_model
+from runtime.checkpoints import find_checkpoint
 from runtime.parser import Parser
 from runtime.script import script
 from samplers import SAMPLERS, image_noise
@@ -121,7 +123,8 @@ def draw_targets():
         axis.plot(levels, [row[key] for row in rows], style, markersize=3, label=name)
     axis.set(xscale="log", ylim=(0, 0.75), xlabel="noise: sigma / alpha", ylabel="error of x_0_hat (root mean square)")
     times = np.geomspace(levels[0], levels[-1], 300)
-    usual, data_std = DATASETS["mnist"].noise_level, 0.602  # of MNIST with its code of levels
+    usual = DATASETS["mnist"].noise_level
+    data_std = load_checkpoint(find_checkpoint("mnist"))["config"]["diffusion"]["data_std"]
     for (mean, std), share in ((usual, 1 - sum(SHARES.values())), (LOW_NOISE, SHARES["low_share"])):
         where = np.log(times / data_std) - mean
         height = 0.3 * share * usual[1] / std  # of the largest 0.3

@@ -37,9 +37,9 @@ from evaluation.features import extract_features
 from evaluation.metrics import figures
 from evaluation.mixture import Mixture
 from guide import results
+from guide.experiments import check
 from guide.quality import POINTS, energy_distance, point_figures
 from models import create_model
-from runtime.errors import RunFailed
 from runtime.parser import Parser, add_shared_flags, number
 from runtime.script import script
 from samplers import SAMPLERS, final_image, generate, image_noise, spaced_timesteps
@@ -224,10 +224,9 @@ MISUSES = {"blobs": "--steps 1", "guided": "--guidance_scale 20"}
 
 def picture(module, argv: str, path: Path) -> str:
     """Make a picture with a script; returns the command. RunFailed if it fails."""
-    name = Path(module.__file__).name
-    if status := module.main([*argv.split(), "--output", str(path)]):
-        raise RunFailed(f"{name} {argv} ended with status {status}")
-    return f"python {name} {argv}"
+    command = f"{Path(module.__file__).name} {argv}"
+    check(module.main([*argv.split(), "--output", str(path)]), command)
+    return f"python {command}"
 
 
 def edits(args) -> list[str]:
@@ -242,7 +241,8 @@ def symptoms(args) -> list[str]:
     commands, row = [], "--num_images 16 --columns 16 --scale 1"
     for name, flags in FAILURES.items():
         folder = Path("outputs/guide") / name
-        train.main([*SHORT_RUN.split(), *flags.split(), "--output_dir", str(folder), "--data_dir", args.data_dir])
+        place = ["--output_dir", str(folder), "--data_dir", args.data_dir]
+        check(train.main([*SHORT_RUN.split(), *flags.split(), *place]), f"the training {folder}")
         commands += [f"python train.py {SHORT_RUN} {flags}",
                      picture(sample, f"--checkpoint {folder}/model_final.pt {row}", Path(args.folder) / f"{name}.png")]
     return commands + [picture(sample, f"--checkpoint mnist {flags} {row}", Path(args.folder) / f"{name}.png")

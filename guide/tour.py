@@ -2,7 +2,7 @@
 
     python -m guide.tour
 
-Needs requirements-dev.txt. Takes about three minutes on two cores.
+Needs requirements-dev.txt, and some minutes.
 """
 
 import sys

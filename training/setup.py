@@ -13,29 +13,28 @@ from models import SimpleUNet, create_model
 from runtime import distributed
 from runtime.errors import checking_user_input
 from training import autotune, sizing
-from training.flags import TRAINER_FLAGS, make_config
+from training.flags import TRAINER_FLAGS
 from training.trainer import Trainer, fitting_batch, rehearse_step, repeats_of
 from utils import pick_precision
 
 
-def build(settings: Namespace, data: ImageData, saved: dict | None = None) -> tuple[dict, SimpleUNet, DiffusionProcess]:
-    """`make_config`, its network and its process; UserError for flags that go with no network or process."""
-    config = make_config(settings, data, saved)
+def build(config: dict, data: ImageData) -> tuple[SimpleUNet, DiffusionProcess]:
+    """The network and the process of `make_config`; UserError for flags that go with no network or process."""
     with checking_user_input():
         model = create_model(**config["model"])
         diffusion = create_process(model.learn_variance, data.code.edges, **config["diffusion"])
         model(torch.zeros(1, *config["data"]["shape"]), torch.zeros(1))  # an unsuitable image size is an error here
-    return config, model, diffusion
+    return model, diffusion
 
 
-def choose_size(settings: Namespace, data: ImageData, device: torch.device) -> Namespace:
+def choose_size(settings: Namespace, config: dict, data: ImageData, device: torch.device) -> Namespace:
     """The flags with the width and the batch size of `sizing.choose` where they are left open."""
     if settings.base_channels and settings.batch_size:
         return settings
     precision = pick_precision(settings.precision, device)
 
     def speed(width: int) -> float:
-        _, model, diffusion = build(Namespace(**vars(settings) | dict(base_channels=width)), data)
+        model, diffusion = build(config | dict(model=config["model"] | dict(base_channels=width)), data)
         return distributed.world_size() * max(autotune.images_per_second(
             model, diffusion, data, settings.conditional, precision, sizing.TRIAL_IMAGES) for _ in range(2))
 
