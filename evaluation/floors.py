@@ -1,22 +1,26 @@
-"""Floors that were computed before: a file in data_dir/floors for each.
+"""What was computed from real images before: files in data_dir/floors.
 
-The floor is the same for all images that are measured against the same real ones, and takes as long as they do. A file
-names all that its figures depend on. One that is damaged or differs in any of it is not used: the floor is computed
-again.
+The floor is the same for all images that are measured against the same real ones, and takes as long as they do; so are
+the features of the real images, and their distances to training images. A file names all that it depends on. One that
+is damaged or differs in any of it is not used: what it held is computed again.
 """
 
 import contextlib
 import hashlib
 import json
+import zipfile
+import zlib
 from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
+import numpy as np
 import torch
+from torch import Tensor
 
 from data import ImageData
 from evaluation import classifier
-from runtime.files import write_json
+from runtime.files import atomic_write, write_json
 from runtime.version import __version__
 
 CODE = (*sorted(Path(__file__).parent.glob("*.py")), Path(__file__).parent.parent / "data.py")
@@ -29,11 +33,12 @@ def digest(content) -> str:
 
 
 class FloorCache(NamedTuple):
-    """Floors by their name, for one reference and one set of floor images; basis: what all of them depend on."""
+    """What is kept, by its name, for one reference and one set of floor images."""
 
     folder: Path
     dataset: str
-    basis: dict
+    networks: dict  # what features depend on besides their images
+    basis: dict  # what floors depend on
 
     def get(self, name: str, compute: Callable[[], dict[str, dict]], **more) -> dict[str, dict]:
         """The figures that compute() returns, {name: {"value", ...}}, from the file if it is there.
@@ -51,17 +56,38 @@ class FloorCache(NamedTuple):
             write_json(dict(figures=figures, sha256=digest(figures), depends_on=depends), path)
         return figures
 
+    def tensors(self, name: str, images: ImageData, compute: Callable[[], dict[str, Tensor]],
+                **more) -> dict[str, Tensor]:
+        """What compute() returns for `images`, named tensors, from the file if it is there; `more` as in `get`.
+
+        There is one file for each name, with what was computed last: features take megabytes.
+        """
+        depends = digest(dict(self.networks, images=described(images), **more))
+        path = self.folder / f"{self.dataset}_{name}.npz"
+        unreadable = contextlib.suppress(OSError, ValueError, KeyError, EOFError, NotImplementedError,
+                                         zipfile.BadZipFile, zlib.error)
+        with unreadable, np.load(path) as saved:
+            if str(saved["depends_on"]) == depends:
+                return {key: torch.from_numpy(saved[key]) for key in saved.files if key != "depends_on"}
+        tensors = compute()
+        with contextlib.suppress(OSError), atomic_write(path) as file:
+            np.savez(file, depends_on=depends, **{key: value.numpy() for key, value in tensors.items()})
+        return tensors
+
+
+def described(part: ImageData) -> dict:
+    """What tells these images and labels from others, JSON types."""
+    arrays = (part.images.contiguous().numpy(), part.labels.contiguous().numpy())
+    return dict(split=part.split, shape=list(part.images.shape), sha256=[digest(array.data) for array in arrays])
+
 
 def floor_cache(data: ImageData, floor_data: ImageData, features: str, device: torch.device, data_dir) -> FloorCache:
     """The floors of floor_data measured against data with these features ("own" or "inception")."""
     import torchmetrics
 
-    def images(part: ImageData) -> dict:
-        arrays = (part.images.contiguous().numpy(), part.labels.contiguous().numpy())
-        return dict(split=part.split, shape=list(part.images.shape), sha256=[digest(array.data) for array in arrays])
-    networks = (classifier.place(data.source)[0] / "SHA256SUMS").read_text()
-    basis = dict(dataset=data.name, reference=images(data), floor_images=images(floor_data), features=features,
-                 feature_networks=digest(networks.encode()), code=digest([digest(path.read_bytes()) for path in CODE]),
-                 version=__version__, torch=str(torch.__version__), torchmetrics=torchmetrics.__version__,
-                 device=device.type)
-    return FloorCache(Path(data_dir) / "floors", data.name, basis)
+    sums = (classifier.place(data.source)[0] / "SHA256SUMS").read_text()
+    networks = dict(dataset=data.name, features=features, feature_networks=digest(sums.encode()),
+                    code=digest([digest(path.read_bytes()) for path in CODE]), version=__version__,
+                    torch=str(torch.__version__), torchmetrics=torchmetrics.__version__, device=device.type)
+    basis = dict(networks, reference=described(data), floor_images=described(floor_data))
+    return FloorCache(Path(data_dir) / "floors", data.name, networks, basis)

@@ -16,7 +16,7 @@ from evaluation.autoencoder_training import train_second_network
 from evaluation.classifier import Classifier, is_trained, load_feature_network
 from evaluation.classifier_training import new_classifier, recipe_notes, train_feature_network
 from evaluation.features import INCEPTION_FEATURES, extract_features, load_inception
-from evaluation.floors import FloorCache, floor_cache
+from evaluation.floors import FloorCache, described, floor_cache
 from evaluation.metrics import (
     ImageFeatures,
     check_image_count,
@@ -103,18 +103,26 @@ def choose_floor_data(data: ImageData, count: int, data_dir) -> ImageData:
 
 def make_reference(data: ImageData, floor_data: ImageData, classifier: Classifier, inception: nn.Module | None,
                    autoencoder: Autoencoder | None, data_dir) -> Reference:
-    """The reference for as many images as floor_data has. The floor comes from data_dir/floors if it is there."""
-    features = extract_features(data.images, classifier, inception, adapting_bar(data.split), autoencoder)
+    """The reference for as many images as floor_data has. What was computed before comes from data_dir/floors."""
+    device = next(classifier.parameters()).device
+    floors = floor_cache(data, floor_data, "inception" if inception else "own", device, data_dir)
+    features = kept_features(floors, data, lambda: extract_features(data.images, classifier, inception,
+                                                                    adapting_bar(data.split), autoencoder))
 
     def compute() -> dict[str, dict]:
         floor_features = extract_features(floor_data.images, classifier, inception, adapting_bar("floor"), autoencoder)
         with Bar("computing the floor"):
             return figures(floor_features, features, floor_data.labels, (floor_data.images, data.images))
 
-    device = next(classifier.parameters()).device
-    floors = floor_cache(data, floor_data, "inception" if inception else "own", device, data_dir)
     return Reference(classifier, inception, autoencoder, data, features, floor_data, floors.get("figures", compute),
                      floors)
+
+
+def kept_features(floors: FloorCache, data: ImageData, extract: Callable[[], ImageFeatures]) -> ImageFeatures:
+    """What extract() returns for all images of a split, or what is kept of it."""
+    def compute() -> dict[str, Tensor]:
+        return {name: value for name, value in extract()._asdict().items() if value is not None}
+    return ImageFeatures(**floors.tensors(f"{data.split}_features_{floors.networks['features']}", data, compute))
 
 
 def with_floor(result: dict[str, dict], floor: dict[str, dict]) -> dict[str, dict]:
@@ -175,19 +183,27 @@ def memorisation(reference: Reference, images: Tensor, features: ImageFeatures, 
     `path` shows image | nearest in pixels | nearest in features: first of the closest images, then of others.
     """
     reference = reference._replace(autoencoder=None)  # its features are not compared here
-    train = load_dataset(reference.data.source, "train", data_dir).images
-    real = random_subset(load_dataset(reference.data.source, "test", data_dir), len(images)).images
-    queries = torch.cat([images, real]).to(device)
-    pixels, same_pixels = nearest(queries, train, adapting_bar("nearest in pixels"))
-    query_features = torch.cat([features.features, reference.extract(real, "test").features])
-    train_features = reference.extract(train, "train").features
-    distance, same_features = nearest(query_features.to(device), train_features, adapting_bar("nearest in features"))
-    closest = pixels[:len(images)].argsort()[:PAIRS]
+    data = load_dataset(reference.data.source, "train", data_dir)
+    real, train = random_subset(load_dataset(reference.data.source, "test", data_dir), len(images)), data.images
+    train_features = kept_features(reference.floors, data, lambda: reference.extract(train, "train")).features
+
+    def search(some: Tensor, their_features: Tensor, title: str) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """(distance, index) of the nearest training image in pixels, then in features."""
+        return (*nearest(some.to(device), train, adapting_bar(f"{title}: nearest in pixels")),
+                *nearest(their_features.to(device), train_features, adapting_bar(f"{title}: nearest in features")))
+
+    def search_real() -> dict[str, Tensor]:
+        pixels, _, features, _ = search(real.images, reference.extract(real.images, "test").features, "test")
+        return dict(pixels=pixels, features=features)
+
+    kept = reference.floors.tensors(f"distances_{reference.floors.networks['features']}", real, search_real,
+                                    train=described(data))
+    pixels, same_pixels, distance, same_features = search(images, features.features, "images")
+    closest = pixels.argsort()[:PAIRS]
     shown = torch.cat([closest, torch.arange(min(PAIRS, len(images)))])
     draw_nearest(torch.stack([images[shown], train[same_pixels[shown]], train[same_features[shown]]], 1), path)
-    return dict(pixels=closeness(pixels[:len(images)], pixels[len(images):]),
-                features=closeness(distance[:len(images)], distance[len(images):]),
-                training_images=len(train), real_images=len(real))
+    return dict(pixels=closeness(pixels, kept["pixels"]), features=closeness(distance, kept["features"]),
+                training_images=len(train), real_images=len(real.images))
 
 
 def draw_nearest(triples: Tensor, path: Path) -> None:

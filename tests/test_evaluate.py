@@ -483,7 +483,7 @@ def test_every_bar_counts_to_its_end(small, checkpoint, tmp_path, monkeypatch):
     assert small("--checkpoint", checkpoint(10), "--num_images", COUNT, "--steps", 3, "--batch_size", 100, "--cas",
                  "--likelihood", "--output_dir", tmp_path) == 0
     assert (f"{COUNT} images by dpmpp_2m", 9, 9) in closed and ("training on generated images", 6, 6) in closed
-    titles = {"images", "likelihood", "nearest in pixels", "computing the figures", "training on real images",
+    titles = {"images", "likelihood", "images: nearest in pixels", "computing the figures", "training on real images",
               *(f"telling {some} from test: {view}" for some in ("images", "floor") for view in ("pixels", "shapes"))}
     assert titles <= {title for title, *_ in closed}
     assert all(total is None or done == total > 0 for _, done, total in closed), closed

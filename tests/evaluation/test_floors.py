@@ -18,14 +18,14 @@ def image_data(split, seed):
 
 
 class Computed:
-    """Counts how often the figures are computed."""
+    """Counts how often something is computed."""
 
-    def __init__(self):
-        self.times = 0
+    def __init__(self, result=FIGURES):
+        self.times, self.result = 0, result
 
     def __call__(self):
         self.times += 1
-        return FIGURES
+        return self.result
 
 
 @pytest.fixture
@@ -92,3 +92,50 @@ def test_a_folder_that_cannot_be_written_or_read_is_no_error(cache, tmp_path):
     (tmp_path / "floors").write_text("a file where the folder should be")
     assert cache().get("figures", compute) == FIGURES and cache().get("figures", compute) == FIGURES
     assert compute.times == 2
+
+
+# ------------------------------------------------------------------------------------------------ features, distances
+
+
+FEATURES = dict(features=torch.randn(20, 3, generator=torch.Generator().manual_seed(0)), index=torch.arange(20))
+
+
+def are_same(one, other):
+    return one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
+
+
+def test_features_are_computed_once_and_come_back_to_the_bit(cache, tmp_path):
+    compute, data = Computed(FEATURES), image_data("train", 5)
+    assert all(are_same(cache().tensors("train", data, compute), FEATURES) for _ in range(3)) and compute.times == 1
+    cache(floor_data=image_data("validation", 2)).tensors("train", data, compute)  # they do not depend on the floor
+    assert compute.times == 1
+    assert [path.name for path in (tmp_path / "floors").iterdir()] == ["glyphs_train.npz"]
+
+
+def test_features_of_other_images_networks_or_options_replace_those_kept(cache, tmp_path, monkeypatch):
+    compute, data = Computed(FEATURES), image_data("train", 5)
+    cache().tensors("train", data, compute)
+    cache().tensors("train", image_data("train", 6), compute)
+    cache().tensors("train", image_data("train", 6), compute, train=1)
+    cache(features="inception").tensors("train", data, compute)
+    (tmp_path / "weights").mkdir()
+    (tmp_path / "weights/SHA256SUMS").write_text("0  glyphs.pt\n")
+    monkeypatch.setattr(classifier, "WEIGHTS", tmp_path / "weights")
+    cache().tensors("train", data, compute)
+    assert compute.times == 5 and len(list((tmp_path / "floors").iterdir())) == 1
+
+
+@pytest.mark.parametrize("damage", [lambda saved, k: saved[:k] + bytes([saved[k] ^ 0x55]) + saved[k + 1:],
+                                    lambda saved, k: saved[:k]])
+def test_damaged_features_are_computed_again_and_mended(cache, tmp_path, damage):
+    compute, data = Computed(FEATURES), image_data("train", 5)
+    cache().tensors("train", data, compute)
+    path = tmp_path / "floors/glyphs_train.npz"
+    saved = path.read_bytes()
+    for place in range(0, len(saved), 5):
+        before = compute.times
+        path.write_bytes(damage(saved, place))
+        assert are_same(cache().tensors("train", data, compute), FEATURES)  # of some bytes the content is none
+        assert compute.times == before or path.read_bytes() == saved
+        path.write_bytes(saved)
+    assert compute.times > 1
