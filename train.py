@@ -97,18 +97,18 @@ def find_checkpoint(args: Namespace) -> tuple[Path, dict] | None:
     UserError for --resume with a folder that no run has written to.
     """
     distributed.init_process_group(get_device(distributed.local_device(args.device)))
-    folder, problem, found = Path(args.output_dir), None, None
-    if distributed.rank() == 0:
+    folder = Path(args.output_dir)
+
+    def find() -> tuple[Path, dict] | None:
         if args.resume and not run_folder.has_run(folder):
-            problem = run_folder.no_run_message(folder)
-        elif args.resume or run_record.is_of_this_launch(folder):
-            found = newest_valid(folder)
-            if not found:
-                print(f"Nothing to resume in {folder}: starting a new run")
-    problem, found = distributed.broadcast((problem, found))
-    if problem:
-        raise UserError(problem)
-    return found
+            raise UserError(run_folder.no_run_message(folder))
+        if not (args.resume or run_record.is_of_this_launch(folder)):
+            return None
+        found = newest_valid(folder)
+        if not found:
+            print(f"Nothing to resume in {folder}: starting a new run")
+        return found
+    return distributed.from_rank_0(find)
 
 
 def train(run: Run, validation: ImageData, settings: Namespace) -> None:

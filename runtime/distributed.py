@@ -10,6 +10,7 @@ import sys
 import time
 import uuid
 import warnings
+from collections.abc import Callable
 
 import torch
 import torch.distributed as dist
@@ -162,6 +163,20 @@ def broadcast(value):
     values = [value]
     dist.broadcast_object_list(values)
     return values[0]
+
+
+def from_rank_0(compute: Callable):
+    """What compute() returns on rank 0, where alone it is called, on every process; its UserError too."""
+    value, error = None, None
+    if rank() == 0:
+        try:
+            value = compute()
+        except UserError as raised:
+            error = raised
+    value, error = broadcast((value, error))
+    if error:
+        raise error
+    return value
 
 
 def all_reduce_min(value: int) -> int:

@@ -9,6 +9,7 @@ import shutil
 import signal
 import time
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 
 from filelock import FileLock, Timeout
@@ -31,16 +32,9 @@ def claim(folder: str | Path) -> Iterator[Path]:
     The lock ends with the process. Temporary files of a killed run are deleted and, at the end, a folder that was made
     here and stayed empty.
     """
-    folder, lock, problem = Path(folder), FileLock(Path(folder) / ".lock"), None
+    folder, lock = Path(folder), FileLock(Path(folder) / ".lock")
     made = [path for path in (folder, *folder.parents) if distributed.rank() == 0 and not os.path.exists(path)]
-    if distributed.rank() == 0:
-        try:
-            _lock(lock, folder)
-        except UserError as error:
-            problem = str(error)
-    problem = distributed.broadcast(problem)
-    if problem:
-        raise UserError(problem)
+    distributed.from_rank_0(partial(_lock, lock, folder))
     try:
         yield folder
     finally:

@@ -38,8 +38,8 @@ def choose_size(settings: Namespace, config: dict, data: ImageData, device: torc
         return distributed.world_size() * max(autotune.images_per_second(
             model, diffusion, data, settings.conditional, precision, sizing.TRIAL_IMAGES) for _ in range(2))
 
-    size = distributed.broadcast(distributed.rank() == 0 and sizing.choose(
-        len(data.images), settings.budget, device, speed, settings.base_channels))
+    size = distributed.from_rank_0(partial(
+        sizing.choose, len(data.images), settings.budget, device, speed, settings.base_channels))
     if size.images:
         print(f"Measured: with {size.base_channels} channels the budget is enough for about {size.images:,.0f} images",
               flush=True)

@@ -36,6 +36,7 @@ from checkpoint import load_checkpoint
 from data import load_dataset
 from evaluation import reference
 from runtime import distributed
+from runtime.errors import UserError
 from training.run import AGREE_STEPS, newest_valid
 
 pytestmark = needs_fork
@@ -188,6 +189,25 @@ def test_what_cannot_be_evaluated_is_told_by_one_process(data_dir, tmp_path, fla
     assert len(said[0].splitlines()) == 1 and word in said[0] and said[1] == ""
 
 
+class UnsuitableSize:
+    """A patch: no network can be built for the size of the images."""
+
+    def __call__(self):
+        from training import autotune
+
+        def refuse(*_):
+            raise UserError("the height must be a multiple of 4")
+        autotune.images_per_second = refuse
+
+
+def test_what_one_process_refuses_while_it_measures_ends_all_of_them(data_dir, tmp_path):
+    argv = ["--dataset", "glyphs", "--data_dir", str(data_dir), "--output_dir", str(tmp_path / "run"), "--budget", "20",
+            "--train_images", "256", "--device", "cpu", "--precision", "fp32"]
+    assert run_together(argv, tmp_path / "log", UnsuitableSize()) == [2, 2]
+    said = (tmp_path / "log.0").read_text().splitlines()
+    assert "multiple of 4" in said[-1] and (tmp_path / "log.1").read_text() == ""
+
+
 def test_several_processes_without_a_checkpoint_are_refused(tmp_path):
     argv = ["--images", "x.npz", "--dataset", "glyphs", "--output_dir", str(tmp_path)]
     assert run_together(argv, tmp_path / "log", script="evaluate") == [2, 2]
@@ -214,6 +234,7 @@ def test_one_process_alone_does_nothing():
     assert (distributed.rank(), distributed.world_size()) == (0, 1)
     assert distributed.all_reduce_sum(value) is value and distributed.all_reduce_mean(value) is value
     assert torch.equal(distributed.all_gather(value), value) and distributed.broadcast("x") == "x"
+    assert distributed.from_rank_0(lambda: 5) == 5
     assert distributed.all_reduce_min(3) == 3 and distributed.all_reduce_max(value) is value
     assert not distributed.launch() and not distributed.process_lost(RuntimeError("Connection lost"))
     with distributed.local_rank_0_first():
