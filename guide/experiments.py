@@ -73,7 +73,7 @@ EXPERIMENTS = {
     "activation": Experiment(flags("activation", "silu", "gelu", "relu", "mish")),
     "guidance": Experiment(flags("guidance_scale", 1, 1.5, 2, 4), of_sampling=True),
     "images": Experiment(flags("train_images", 100, 300, 1000, 3000, 15000), POINT_RUN.replace("20", "200")),
-    "digits_length": Experiment(flags("epochs", 1, 3, 10), IMAGE_RUN.replace("--budget 3m ", ""), (0,), False),
+    "digits_length": Experiment(flags("budget", "30s", "1m", "3m", "10m"), IMAGE_RUN, (0,), False),
     "digits_width": Experiment(flags("base_channels", 16, 32, 48, 64), IMAGE_RUN, (0,), False),
     "digits_depth": Experiment(flags("middle_depth", 1, 3, 5), IMAGE_RUN, (0,), False),
     "digits_guidance": Experiment(flags("guidance_scale", 1, 1.25, 1.5, 2, 4), IMAGE_RUN, (0,), False, True),
