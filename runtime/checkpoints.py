@@ -65,7 +65,7 @@ def find_checkpoint(given: str) -> Path:
     if given in names:
         return pretrained_path(given)
     listed = f", or give the name of a pretrained one: {', '.join(names)}" if names else ""
-    raise UserError(f"there is no checkpoint {given}: train one with python train.py, which writes "
+    raise UserError(f"there is no checkpoint {given or 'without a name'}: train one with python train.py, which writes "
                     f"{OUTPUTS}/model_final.pt{listed}")
 
 
