@@ -11,7 +11,8 @@ t = -1, the clean image; at each step it asks for x_0_hat. The process uses one 
 signal-to-noise ratio lambda_t = log(alpha_t² / sigma_t²), which falls with t (Kingma et al. 2021).
 
 Notation: x_0 (B, C, H, W) in [-1, 1]; t is a number, or a tensor (B,) with one time for each image; alpha and sigma are
-sqrt(alphas_cumprod) and sqrt(1 - alphas_cumprod) of Ho et al. 2020; s is a time before t.
+sqrt(alphas_cumprod) and sqrt(1 - alphas_cumprod) of Ho et al. 2020; s is a time before t. Times count from 0: time t
+here is t + 1 in the papers, and -1 is their time 0, the clean image.
 """
 
 import math
@@ -50,7 +51,7 @@ SCHEDULES = {  # name -> alphas_cumprod (T,), from the number of timesteps T and
 
 
 def zero_terminal(alphas_cumprod: np.ndarray) -> np.ndarray:
-    """The schedule, shifted and scaled so that sqrt(alphas_cumprod) keeps its first value and ends at 0.
+    """The schedule, shifted and scaled so that sqrt(alphas_cumprod) keeps its first value and ends at 0; T = 1: 0.
 
     Lin et al. 2024, algorithm 1: the last x_t is then pure noise, as at the start of sampling.
     """
@@ -85,16 +86,18 @@ class DiffusionProcess:
     num_timesteps        T, at least 1
     schedule             a row of SCHEDULES; beta_start and beta_end belong to "linear"
     prediction           a row of PREDICTIONS
-    data_std             standard deviation of the data; "edm" scales the network's input and target by it
+    data_std             standard deviation of the data; "edm" scales the network's input and target by it, "lognormal"
+                         and the samplers' noise levels are multiples of it
     timestep_sampling    distribution of t in training: "uniform"; "stratified" (uniform, one t in each of B equal
                          parts); "lognormal" (stratified, and log(sigma / alpha / data_std) is normally distributed with
                          mean noise_mean and standard deviation noise_std: Karras et al. 2022, section 5). Two parts of
                          the times are drawn otherwise, because the normal distribution hardly ever reaches them: a
                          share last_share is T - 1, where samplers start, and a share low_share has the mean and
-                         standard deviation LOW_NOISE, nearly clean images, where the levels of pixels are decided
+                         standard deviation LOW_NOISE, nearly clean images, where the levels of pixels are decided.
+                         With zero_terminal_snr only last_share ever draws T - 1
     loss_weight          "target": the squared error of the target has weight 1 at all t; "min_snr": the squared error
                          of x_0_hat has weight min(SNR, snr_gamma) (Hang et al. 2023)
-    zero_terminal_snr    no signal is left at T - 1 (`zero_terminal`); not possible with "eps"
+    zero_terminal_snr    no signal is left at T - 1 (`zero_terminal`); not possible with "eps" or "min_snr"
 
     betas, alphas, alphas_cumprod: (T,) float64 on the CPU. ValueError for names and numbers outside these.
     """
@@ -140,10 +143,12 @@ class DiffusionProcess:
         """lambda_t = log(alpha_t² / sigma_t²), the log signal-to-noise ratio; +inf at t = -1.
 
         For a number: a 0-dim float64 tensor on the CPU, which combines with images of any dtype on any device. For a
-        tensor (B,): a tensor (B, 1, 1, 1), float32 or of t's own floating dtype. For real t lambda is interpolated.
+        tensor (B,): a tensor (B, 1, 1, 1), float64 if t is, else float32. For real t lambda is interpolated.
+        ValueError for a t outside -1, 0..T-1; but a tensor on a GPU is not checked, because the check would wait for
+        the GPU, and gets wrong numbers.
         """
         value = self._lookup(t)
-        return value if value.ndim == 0 else value.to(t.dtype if t.is_floating_point() else torch.float32)
+        return value if value.ndim == 0 else value.to(torch.promote_types(t.dtype, torch.float32))
 
     def _lookup(self, t) -> Tensor:
         """lambda_t in the table's precision. Shapes: as log_snr."""
@@ -188,7 +193,7 @@ class DiffusionProcess:
         return (self.alpha(t) * x_0 + self.sigma(t) * noise).to(x_0.dtype), noise
 
     def q_sample(self, x_0: Tensor, t, noise: Tensor | None = None) -> Tensor:
-        """x_t ~ q(x_t | x_0): the images after t noising steps, in one step. Arguments: as forward_diffusion."""
+        """x_t ~ q(x_t | x_0): the images after t + 1 noising steps, in one jump. Arguments: as forward_diffusion."""
         return self.forward_diffusion(x_0, t, noise)[0]
 
     # --------------------------------------------------------------------------------------------- parametrisations
@@ -253,16 +258,15 @@ class DiffusionProcess:
 
     def loss(self, model, x_0: Tensor, t: Tensor | None = None, noise: Tensor | None = None,
              labels: Tensor | None = None, reduction: str = "mean") -> Tensor:
-        """|network(x_t, t) - target|², the mean over the batch or, with reduction="none", of each image (B,).
+        """The mean over the pixels of (network(x_t, t) - target)², times the weight of t by loss_weight.
 
-        The simple loss of Ho et al. 2020, eq. 14, for any parametrisation. t and noise are drawn by default.
+        Of the whole batch or, with reduction="none", of each image (B,). With weight 1 the simple loss of Ho et al.
+        2020, eq. 14, for any parametrisation. t and noise are drawn by default.
         """
-        _check_choice("reduction", reduction, ("mean", "none"))
         t = self.sample_timesteps(len(x_0)) if t is None else t
         x_t, noise = self.forward_diffusion(x_0, t, noise)
         squares = F.mse_loss(self.predict(model, x_t, t, labels), self.target(x_0, noise, t), reduction="none")
-        error = squares.flatten(1).mean(1) * self._loss_weight(t)
-        return error.mean() if reduction == "mean" else error
+        return reduce_loss(squares.flatten(1).mean(1) * self._loss_weight(t), reduction)
 
     def simple_loss(self, *args, **options) -> Tensor:
         """`loss` without the terms that `LearnedVariance` adds to it; validation compares networks by it."""
@@ -288,7 +292,8 @@ class DiffusionProcess:
             mean = (alpha_t sigma_s²) / (alpha_s sigma_t²) · x_t + alpha_s (1 - r) · x_0_hat
             variance = sigma_s² (1 - r)
         Ho et al. 2020, eqs. 6-7, for s = t - 1; Kingma et al. 2021, appendix A, for all. At s = -1: x_0_hat and 0.
-        The variance is 0-dim for numbers t and s, (B, 1, 1, 1) for tensors. ValueError unless s < t.
+        The variance is 0-dim for numbers t and s, (B, 1, 1, 1) for tensors. ValueError unless s < t; on a GPU as in
+        log_snr.
         """
         _check_images(x_t, t, x_0_hat=x_0_hat)
         lambda_t, lambda_s, one_minus_r = self._step(t, s)
@@ -351,6 +356,12 @@ def _lognormal_cdf(log_snr: Tensor, data_std: float, mean: float, std: float, la
     return share.cumsum(0)
 
 
+def reduce_loss(error: Tensor, reduction: str) -> Tensor:
+    """The mean of the losses of the images (B,) for "mean", or these themselves for "none"."""
+    _check_choice("reduction", reduction, ("mean", "none"))
+    return error.mean() if reduction == "mean" else error
+
+
 def _check_images(x: Tensor, t, **same_shape: Tensor | None) -> None:
     if x.ndim != 4 or not x.is_floating_point():
         raise ValueError(f"images must be a floating-point tensor (B, C, H, W), not {x.dtype} {tuple(x.shape)}")
@@ -376,6 +387,9 @@ def _check_config(num_timesteps, schedule, beta_start, beta_end, prediction, dat
     if zero_terminal_snr and prediction == "eps":
         raise ValueError("zero_terminal_snr goes with the predictions x0, v and edm: at the last time eps says "
                          "nothing about the image")
+    if zero_terminal_snr and loss_weight == "min_snr":
+        raise ValueError("zero_terminal_snr goes with the loss_weight target: min_snr has weight 0 at the last time, "
+                         "where sampling starts")
     if not (last_share >= 0 and low_share >= 0 and last_share + low_share <= 1):
         raise ValueError(f"last_share and low_share must be at least 0 and together at most 1, not {last_share} and "
                          f"{low_share}")

@@ -27,7 +27,7 @@ from torch.nn import functional as F
 
 from checkpoint import data_mismatch, load_model
 from data import ImageData, code_of, load_dataset
-from diffusion import Denoise, DiffusionProcess
+from diffusion import Denoise, DiffusionProcess, reduce_loss
 from runtime import threads
 from runtime.checkpoints import with_checkpoint
 from runtime.errors import UserError
@@ -143,7 +143,7 @@ class Consistency(DiffusionProcess):
         target = self.target(image, (x_t - self.alpha(t) * image) / self.sigma(t), t)
         squares = F.mse_loss(output, target, reduction="none").flatten(1).mean(1)
         error = (squares + HUBER**2).sqrt() - HUBER
-        return error.mean() if reduction == "mean" else error
+        return reduce_loss(error, reduction)
 
 
 # --------------------------------------------------------------------------------------------------------- the run

@@ -25,6 +25,8 @@ def inpaint(denoise: Denoise, x_T: Tensor, timesteps: Sequence[float], diffusion
     Each step is repeated `resample` times; in between, fresh noise leads from s back to t. So the new part comes to fit
     the known one (Lugmayr et al. 2022, algorithm 1). `resample` evaluations for each yielded step, one for the last.
     """
+    if resample < 1:
+        raise ValueError(f"resample must be 1 or more, not {resample}")
     denoise, x = keep_known(denoise, known, mask), x_T
     for t, s in step_pairs(timesteps):
         for again in reversed(range(resample if s >= 0 else 1)):
@@ -37,11 +39,15 @@ def inpaint(denoise: Denoise, x_T: Tensor, timesteps: Sequence[float], diffusion
 
 def ddim_inversion(denoise: Denoise, x_0: Tensor, timesteps: Sequence[float],
                    diffusion: DiffusionProcess) -> Trajectory:
-    """Reverse ddim: from an image up the same times to the noise x_T that ddim turns into it (Song et al. 2021).
+    """Reverse ddim: from an image up the same times to about the noise x_T that ddim turns into it (Song et al. 2021).
 
-    The start, alpha · x_0 at the lowest of the times, is an approximation: it limits how exactly ddim comes back.
+    Two approximations limit how exactly ddim comes back; both get better with smaller steps. The start, alpha · x_0 at
+    the lowest of the times, holds no noise. A step from s up to t uses the x_0_hat of x_s, where ddim used that of x_t.
+    ValueError for a single time, at which there is only the start.
     """
-    times = [t for t, _ in reversed(step_pairs([*timesteps]))]
+    times = [t for t, _ in reversed(step_pairs(timesteps))]
+    if len(times) < 2:
+        raise ValueError("an inversion needs two times or more")
     x = diffusion.alpha(times[0]) * x_0
     yield times[0], x, x_0
     for s, t in pairwise(times):
@@ -53,7 +59,8 @@ def ddim_inversion(denoise: Denoise, x_0: Tensor, timesteps: Sequence[float],
 def slerp(a: Tensor, b: Tensor, share: float) -> Tensor:
     """Spherical interpolation from noise a (share 0) to noise b (share 1): what lies between is as likely as they are.
 
-    sin((1 - share) θ) / sin θ · a + sin(share θ) / sin θ · b, with θ the angle between a and b (Shoemake 1985).
+    sin((1 - share) θ) / sin θ · a + sin(share θ) / sin θ · b, with θ the angle between a and b (Shoemake 1985), each
+    the noise of one image.
     """
     cosine = torch.dot(a.flatten(), b.flatten()) / (a.norm() * b.norm())
     angle = torch.arccos(cosine.clamp(-1, 1))

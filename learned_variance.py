@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from diffusion import DiffusionProcess
+from diffusion import DiffusionProcess, reduce_loss
 
 LINEAR_EDGES = (torch.arange(255, dtype=torch.float64) + 0.5) / 127.5 - 1  # halfway between the 256 values of a pixel
 BEYOND = 1e3  # stands for infinity, whose gradient would be NaN
@@ -35,11 +35,16 @@ class LearnedVariance(DiffusionProcess):
     """
 
     def __init__(self, *args, edges: Tensor | None = None, **config):
+        self.edges = LINEAR_EDGES if edges is None else edges  # first, because the next line calls `to`
         super().__init__(*args, **config)
-        self.edges = LINEAR_EDGES if edges is None else edges
         second = min(1, self.num_timesteps - 1)
         beta_tilde = (1 - self.alphas_cumprod[0]) / (1 - self.alphas_cumprod[second]) * self.betas[second]
         self._first_log_variance = torch.log(beta_tilde).item()  # of the posterior from t = 1 to s = 0
+
+    def to(self, device) -> "LearnedVariance":
+        super().to(device)
+        self.edges = self.edges.to(self.device, self._device_table.dtype)
+        return self
 
     def predict_both(self, model, x_t: Tensor, t, labels: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """(prediction, v), (B, C, H, W) each, from one evaluation of the network."""
@@ -51,7 +56,7 @@ class LearnedVariance(DiffusionProcess):
         Lower: log of the posterior's variance, sigma_s² (1 - r), exact where all images are the same. Upper: log of
         that of q(x_t | x_s), sigma_t² (1 - r) = 1 - alpha_t² / alpha_s², exact for x_0 ~ N(0, 1). r: see `posterior`.
         For s = t - 1 they are beta-tilde and beta (Ho et al. 2020, section 3.2). At s = -1 the lower would be log 0:
-        the one from t = 1 to s = 0 replaces it, as in the code of Nichol and Dhariwal 2021.
+        the one from t = 1 to s = 0 replaces it, as in the code of Nichol and Dhariwal 2021 (where T = 1, log beta).
         """
         lambda_t, lambda_s, one_minus_r = self._step(t, s)
         lower, upper = (F.logsigmoid(-each) + one_minus_r.log() for each in (lambda_s, lambda_t))
@@ -80,7 +85,9 @@ class LearnedVariance(DiffusionProcess):
              labels: Tensor | None = None, reduction: str = "mean") -> Tensor:
         """The hybrid loss: simple loss + VLB_WEIGHT · T · `vlb_term`, at the same t (Nichol and Dhariwal 2021, eq. 16).
 
-        v gets its gradient from the second term alone, and the prediction from the first alone.
+        v gets its gradient from the second term alone, and the prediction from the first alone. The equation has
+        uniform times: with other timestep_sampling the terms of the bound are weighted differently, and the best v of
+        each time is the same.
         """
         t = self.sample_timesteps(len(x_0)) if t is None else t
         x_t, noise = self.forward_diffusion(x_0, t, noise)
@@ -88,7 +95,7 @@ class LearnedVariance(DiffusionProcess):
         simple = super().loss(lambda *_: output, x_0, t, noise, reduction="none")  # no second evaluation
         x_0_hat = self.to_x_0(output.detach(), x_t, t, clip=True)
         error = simple + VLB_WEIGHT * self.num_timesteps * self.vlb_term(x_0, x_0_hat, v, t)
-        return error.mean() if reduction == "mean" else error
+        return reduce_loss(error, reduction)
 
     def simple_loss(self, *args, **options) -> Tensor:
         """`DiffusionProcess.loss`: the error of the prediction alone."""
@@ -121,7 +128,7 @@ def discretised_log_likelihood(x: Tensor, mean: Tensor, log_variance: Tensor, ed
     """log P(x) for each entry of x, one of 256 values in [-1, 1], when N(mean, exp(log_variance)) is rounded to them.
 
     The probability is the integral between the two of the `edges` (255,) around x, and on to infinity beyond the first
-    and the last, so that the 256 values sum to 1 (Ho et al. 2020, eq. 13). Never less than log 1e-30.
+    and the last, so that the 256 values sum to 1 (Ho et al. 2020, eq. 13). float32 or float64; at least log 1e-30.
     """
     bounds = F.pad(edges.to(x), (1, 1))                                                     # (257,)
     bounds[0], bounds[-1] = -BEYOND, BEYOND
@@ -143,7 +150,7 @@ def bits_per_dim(model, diffusion: DiffusionProcess, x_0: Tensor, labels: Tensor
                  noise: Tensor | None = None, edges: Tensor | None = None) -> Tensor:
     """An upper bound of -log2 p(x_0) of 8-bit images x_0 (B, C, H, W) in [-1, 1], per dimension: (B,).
 
-    edges: of the code of the images, as `LearnedVariance`.
+    edges: of the code of the images, as `LearnedVariance`; by default those of `diffusion`, else LINEAR_EDGES.
 
     KL(q(x_{T-1} | x_0) || N(0, 1)) + sum over t of L_t, where L_t is the `vlb_term` (Nichol and Dhariwal 2021, eq. 4).
     A network without learned variances gets the posterior's. Each L_t is estimated with one noise, without bias: drawn
@@ -153,8 +160,11 @@ def bits_per_dim(model, diffusion: DiffusionProcess, x_0: Tensor, labels: Tensor
     t = floor(T^u) with one uniform u in each of `draws` equal parts of [0, 1). On average over the parts
     P(t) = log(1 + 1/t) / log T, about proportional to L_t. The estimate L_0 + sum of L_t / (draws · P(t)) is unbiased:
     its mean is the sum over all t. The u of a batch are spread evenly (Kingma et al. 2021: low-discrepancy sampler), so
-    the errors of its images partly cancel in their mean.
+    the errors of its images partly cancel in their mean. ValueError for draws below 1.
     """
+    if draws is not None and draws < 1:
+        raise ValueError(f"draws must be 1 or more, or None for all times, not {draws}")
+    edges = getattr(diffusion, "edges", None) if edges is None else edges
     process = LearnedVariance(edges=edges, **diffusion.config).to(diffusion.device)
     last = diffusion.num_timesteps - 1
     prior = (process.alpha(last) ** 2 * (x_0**2 - 1) - 2 * process.sigma(last).log()) / 2

@@ -6,9 +6,12 @@ process's T, which only says how finely the schedule is tabulated. After each st
 t is the time just reached; the last item is (-1, image, x_0_hat). It knows the network only as
 `denoise(x_t, t) -> x_0_hat`, which it calls once for each step (heun: twice). Guidance, labels and clipping are
 wrappers of `denoise`. To add a sampler, write its function and add a row to SAMPLERS.
+
+noise_hat = (x_t - alpha_t · x_0_hat) / sigma_t is the noise that is in x_t if x_0_hat is right.
 """
 
 import math
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from itertools import pairwise
 from typing import NamedTuple
@@ -41,9 +44,10 @@ def ddpm(denoise: Denoise, x_T: Tensor, timesteps: Sequence[float], diffusion: D
          randn: Callable[[Tensor], Tensor] = torch.randn_like, log_variance: LogVariance | None = None) -> Trajectory:
     """Ancestral sampling: x_s ~ q(x_s | x_t, x_0_hat) (Ho et al. 2020, algorithm 2), on any subset of the times.
 
-    The posterior is exact for any s < t. But x_0_hat is not x_0, so its variance is too small, the more so the longer
-    the step. log_variance(x_t, t, s), called right after denoise(x_t, t), replaces it (Nichol and Dhariwal 2021,
-    section 3.1). eta is not used.
+    With the true x_0 the posterior is exact for any s < t. With x_0_hat in its place the variance of x_s is too small,
+    by (alpha_s (1 - r))² · Var(x_0 | x_t) with the r of `posterior`: the longer the step, the more. log_variance(x_t,
+    t, s), called right after denoise(x_t, t), gives another log variance in place of the posterior's (Nichol and
+    Dhariwal 2021, sections 3.1 and 4). eta is not used.
     """
     x = x_T
     for t, s in step_pairs(timesteps):
@@ -99,8 +103,9 @@ def dpmpp_2m(denoise: Denoise, x_T: Tensor, timesteps: Sequence[float], diffusio
     for t, s in step_pairs(timesteps):
         x_0_hat = denoise(x, batch_time(t, x))
         h = (diffusion.log_snr(s) - diffusion.log_snr(t)) / 2
-        extrapolate = 0 if previous is None or s < 0 else h / (2 * previous_h)
-        D = x_0_hat if not extrapolate else x_0_hat + extrapolate * (x_0_hat - previous)
+        D = x_0_hat
+        if previous is not None and s >= 0:
+            D = x_0_hat + h / (2 * previous_h) * (x_0_hat - previous)
         x = diffusion.sigma(s) / diffusion.sigma(t) * x - diffusion.alpha(s) * torch.expm1(-h) * D
         previous, previous_h = x_0_hat, h
         yield s, x, x_0_hat
@@ -124,7 +129,7 @@ def churn(x: Tensor, t: float, gamma: float, diffusion: DiffusionProcess, randn)
     return (later, forward_step(x, t, later, diffusion, randn)) if later > t else (t, x)
 
 
-# Row k: the weights of the k newest noise_hats, the newest first (Bashforth and Adams 1883).
+# Row k, counted from 1: the weights of the k newest noise_hats, the newest first (Bashforth and Adams 1883).
 ADAMS_BASHFORTH = ((1,), (3 / 2, -1 / 2), (23 / 12, -16 / 12, 5 / 12), (55 / 24, -59 / 24, 37 / 24, -9 / 24))
 
 
@@ -133,7 +138,9 @@ def heun(denoise: Denoise, x_T: Tensor, timesteps: Sequence[float], diffusion: D
     """Heun's method, second order: two evaluations a step, one in the last (Karras et al. 2022, algorithms 1 and 2).
 
     For the ODE d(x/alpha) = noise_hat d(sigma/alpha): a step with the noise_hat at its beginning (ddim), another
-    evaluation at its end, and then the step with the mean of both. eta > 0: before each step fresh noise raises
+    evaluation at its end, and then the step with the mean of both. Where sigma/alpha falls to less than a third, as in
+    the first step of the default spacing, the mean would go too far: there x_s = alpha_s · (x_0_hat at the end) +
+    sigma_s · (noise_hat at the beginning), which is not in the paper. eta > 0: before each step fresh noise raises
     sigma/alpha by the factor 1 + min(eta, sqrt(2) - 1), as far as the schedule goes (`churn`).
     """
     x = x_T
@@ -155,8 +162,10 @@ def ipndm(denoise: Denoise, x_T: Tensor, timesteps: Sequence[float], diffusion: 
           randn: Callable[[Tensor], Tensor] = torch.randn_like) -> Trajectory:
     """Improved pseudo linear multistep (Zhang and Chen 2023, appendix H.2): Adams-Bashforth of order 1, 2, 3, then 4.
 
-    A ddim step with a weighted sum of the last noise_hats; one evaluation a step. Order 4 where the steps are equal in
-    sigma/alpha, order 2 on other smooth spacings. eta and randn are not used.
+    A ddim step with a weighted sum of the last noise_hats; one evaluation a step. The step to -1 is that of ddim. The
+    weights are those of equal steps in sigma/alpha: there a step with four noise_hats has order 4, on other smooth
+    spacings order 2. The whole path has order 2, because its first step has a single noise_hat. eta and randn are not
+    used.
     """
     x, noises = x_T, []
     for t, s in step_pairs(timesteps):
@@ -197,11 +206,12 @@ STUDENT_SAMPLER, STUDENT_STEPS = "consistency", 2  # for checkpoints of distill.
 
 def guide(diffusion: DiffusionProcess, model, labels: Tensor, scale: float, interval: tuple[float, float] | None = None,
           clip: bool = True) -> Denoise:
-    """Classifier-free guidance (Ho and Salimans 2022, eq. 6): x_0_hat = x_0_hat(no label) + scale · (the difference).
+    """Classifier-free guidance: x_0_hat = x_0_hat(no label) + scale · (x_0_hat(label) - x_0_hat(no label)).
 
-    scale 1 is the conditional model, 0 the unconditional one. Both are evaluated in one batch. Guidance acts at the
-    times low..high of `interval` (Kynkäänniemi et al. 2024); outside them, and for scale 1, only the conditional model
-    is evaluated. labels (B,) int64 in 0..num_classes - 1.
+    Ho and Salimans 2022, eq. 6, with scale = 1 + w. scale 1 is the conditional model, 0 the unconditional one. Both are
+    evaluated in one batch. Guidance acts at the times low..high of `interval` (Kynkäänniemi et al. 2024), for which all
+    images of a batch must have the same time; outside them, and for scale 1, only the conditional model is evaluated.
+    labels (B,) int64 in 0..num_classes - 1, B at least 1.
     """
     conditional = diffusion.denoiser(model, labels, clip)
     if scale == 1:
@@ -224,7 +234,8 @@ def guide(diffusion: DiffusionProcess, model, labels: Tensor, scale: float, inte
 def uniform_timesteps(num_timesteps: int, steps: int) -> list[int]:
     """`steps` whole times, evenly spaced from T-1 down to about T/steps; for steps = T they are all the times.
 
-    The "trailing" spacing of Lin et al. 2024: it spends no evaluation on t = 0, where hardly any noise is left.
+    The "trailing" spacing of Lin et al. 2024: with fewer steps than T it spends no evaluation on t = 0, where hardly
+    any noise is left.
     ValueError unless 1 <= steps <= T.
     """
     if not 1 <= steps <= num_timesteps:
@@ -250,12 +261,12 @@ def noise_range(diffusion: DiffusionProcess) -> tuple[float, float]:
 
 
 def noise_level_timesteps(diffusion: DiffusionProcess, steps: int, rho: float = math.inf) -> list[float]:
-    """T-1, then real times at which (sigma/alpha)^(1/rho) falls evenly (Karras et al. 2022, eq. 5).
+    """T-1, then `steps` - 1 real times at which (sigma/alpha)^(1/rho) falls evenly (Karras et al. 2022, eq. 5).
 
-    sigma/alpha goes from HIGHEST_NOISE to LOWEST_NOISE times the data's standard deviation, within what the schedule
-    has; to LOWEST_TRAINED_NOISE where the process has a low_share. rho = inf: log(sigma/alpha), and with it the
-    log-SNR, is evenly spaced. To begin at HIGHEST_NOISE or a few times that instead of T-1 makes worse images
-    (benchmarks/RECORDS.md): there the noise x_T still differs from images with so much noise.
+    The even levels go from HIGHEST_NOISE to LOWEST_NOISE (LOWEST_TRAINED_NOISE where the process has a low_share) times
+    the data's standard deviation, within what the schedule has; T-1 takes the place of the highest. rho = inf:
+    log(sigma/alpha), and with it the log-SNR, is evenly spaced. Starts at HIGHEST_NOISE or at a few times that make
+    worse images than a start at T-1 (benchmarks/RECORDS.md): x_T is pure noise, and images with so much noise are not.
     """
     low, high = noise_range(diffusion)
     share = np.linspace(0, 1, steps)
@@ -280,9 +291,10 @@ def spaced_timesteps(diffusion: DiffusionProcess, steps: int, spacing: str = "un
         raise ValueError(f"unknown spacing {spacing!r}: choose one of {', '.join(SPACINGS)}")
     uniform_timesteps(diffusion.num_timesteps, steps)  # raises for an impossible number of steps
     times = SPACINGS[spacing](diffusion, steps)
-    gap = 1 / (2 * steps)
+    gap, lowest = 1 / (2 * steps), 0.0
     for i in reversed(range(1, steps)):  # where T is small, several noise levels can have the same time
-        times[i] = max(times[i], times[i + 1] + gap if i + 1 < steps else 0)
+        times[i] = max(times[i], lowest)
+        lowest = times[i] + gap
     if diffusion.alphas_cumprod[-1] == 0:  # no signal at T-1, and by interpolation none after T-2: no second time there
         for i in range(1, steps):
             times[i] = min(times[i], diffusion.num_timesteps - 2 - (i - 1) * gap)
@@ -339,5 +351,5 @@ def generate(model, diffusion: DiffusionProcess, shape: Sequence[int], indices: 
 
 def final_image(trajectory: Trajectory) -> Tensor:
     """The images (B, C, H, W) at the end of a trajectory."""
-    *_, (_, x, _) = trajectory
+    [(_, x, _)] = deque(trajectory, maxlen=1)  # a list of all steps would keep their images in memory
     return x

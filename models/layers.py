@@ -12,7 +12,7 @@ ACTIVATIONS = {"silu": nn.SiLU, "gelu": nn.GELU, "relu": nn.ReLU, "mish": nn.Mis
 
 
 def normalisation(channels: int) -> nn.GroupNorm:
-    """GroupNorm (Wu and He 2018) with groups of about 8 channels."""
+    """GroupNorm (Wu and He 2018) with groups of 8 channels, or of more where the number of channels asks for it."""
     return nn.GroupNorm(math.gcd(channels, max(1, channels // 8)), channels)
 
 
@@ -24,7 +24,9 @@ def zero_init(layer: nn.Module) -> nn.Module:
 
 
 class TimeEmbedding(nn.Module):
-    """t (B,), whole or real -> (B, time_emb_dim): sines and cosines of t, frequencies 1 to 1/10000, then an MLP.
+    """t (B,), whole or real -> (B, time_emb_dim): sines and cosines of t, then an MLP.
+
+    The frequencies are 10000^(-2i / time_emb_dim), i = 0 .. time_emb_dim / 2 - 1: from 1 to a little above 1/10000.
 
     Vaswani et al. 2017, section 3.5; Ho et al. 2020, appendix B.
     """

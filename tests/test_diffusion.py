@@ -549,7 +549,7 @@ def zeros(*shape):
     (lambda p: p.q_sample(zeros(2, 1, 4, 4), 0, zeros(1, 1, 4, 4)), ["noise", "(2, 1, 4, 4)", "(1, 1, 4, 4)"]),
     (lambda p: p.log_snr(torch.zeros(2, 2)), ["t must", "(B,)", "(2, 2)"]),
     (lambda p: p.loss(torch.mul, zeros(2, 1, 4), torch.zeros(2)), ["(B, C, H, W)", "(2, 1, 4)"]),
-    (lambda p: p.loss(torch.mul, zeros(2, 1, 4, 4), reduction="sum"), ["reduction", "sum", "mean", "none"]),
+    (lambda p: p.loss(lambda x, t: x, zeros(2, 1, 4, 4), reduction="sum"), ["reduction", "sum", "mean", "none"]),
     (lambda p: p.posterior(zeros(2, 1, 4, 4), zeros(1, 1, 4, 4), 5, 3), ["x_0_hat", "(2, 1, 4, 4)", "(1, 1, 4, 4)"]),
     (lambda p: p.posterior(zeros(2, 1, 4, 4), zeros(2, 1, 4, 4), 3, 3), ["s must be less than t", "3"]),
     (lambda p: p.posterior(zeros(2, 1, 4, 4), zeros(2, 1, 4, 4), 3, 5), ["s must be less than t", "3", "5"]),
@@ -562,3 +562,15 @@ def test_wrong_shapes_and_orders_are_refused_with_both_sides_named(call, words):
     with pytest.raises(ValueError) as caught:
         call(DiffusionProcess(10))
     assert all(word in str(caught.value) for word in words), str(caught.value)
+
+
+def test_min_snr_is_refused_where_it_would_leave_the_first_time_of_sampling_untrained():
+    with pytest.raises(ValueError, match="loss_weight target"):
+        DiffusionProcess(prediction="v", zero_terminal_snr=True, loss_weight="min_snr")
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_times_of_half_precision_are_looked_up_in_full_precision(dtype):
+    process, t = DiffusionProcess(1000), torch.tensor([0.0, 16.0, 512.0])
+    found = process.log_snr(t.to(dtype))
+    assert found.dtype == torch.float32 and torch.equal(found, process.log_snr(t))

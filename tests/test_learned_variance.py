@@ -266,6 +266,34 @@ def test_the_bound_of_a_network_without_learned_variances_is_that_of_v_equal_to_
     assert torch.equal(plain, bits_per_dim(model, process, x_0, "labels", noise=noise)) and asked == ["labels"] * 20
 
 
+def test_the_bound_rounds_to_the_values_of_the_process_unless_others_are_given():
+    code = histogram_code(torch.tensor([0, 0, 0, 0, 128, 255], dtype=torch.uint8), 1.0)
+    process, x_0, noise = DiffusionProcess(20, prediction="x0"), rounded_images(5), images(5, 1, 1, 1, seed=1)
+    coded = LearnedVariance(edges=code.edges, **process.config)
+    bits = bits_per_dim(gaussian_denoiser(process, 0.1, 0.2), coded, x_0, noise=noise)
+    assert torch.equal(bits, bits_per_dim(gaussian_denoiser(process, 0.1, 0.2), process, x_0, noise=noise,
+                                          edges=code.edges))
+    assert not torch.equal(bits, bits_per_dim(gaussian_denoiser(process, 0.1, 0.2), process, x_0, noise=noise))
+
+
+@pytest.mark.parametrize("draws", [0, -1])
+def test_a_bound_without_random_times_is_refused(draws):
+    process = DiffusionProcess(20, prediction="x0")
+    with pytest.raises(ValueError, match="draws must be 1 or more"):
+        bits_per_dim(gaussian_denoiser(process, 0.1, 0.2), process, rounded_images(2), draws=draws)
+
+
+def test_the_edges_are_where_the_images_are_so_that_no_step_copies_them():
+    process = LearnedVariance(20).to("meta")
+    assert process.edges.device.type == "meta"
+
+
+def test_other_reductions_are_refused():
+    process, x_0 = LearnedVariance(20), torch.zeros(2, 1, 4, 4)
+    with pytest.raises(ValueError, match="reduction 'sum'"):
+        process.loss(lambda x, t: x, x_0, reduction="sum")
+
+
 @schedules
 @pytest.mark.parametrize("draws, batch", [(1, 1), (1, 6), (3, 4), (7, 1), (11, 5)])
 def test_the_bound_from_some_of_the_times_is_unbiased_for_each_image(schedule, draws, batch):

@@ -6,6 +6,7 @@ element k gets a one as its k-th noise and zeros elsewhere, and sum the squares 
 
 import inspect
 import math
+import weakref
 from itertools import pairwise, product
 
 import numpy as np
@@ -461,3 +462,18 @@ def test_generate_refuses_unknown_samplers_and_too_many_steps(acting):
         made(acting, sampler="euler")
     with pytest.raises(ValueError, match=r"1\.\.50.* not 51"):
         made(acting, steps=51)
+
+
+def test_the_final_image_is_found_without_keeping_those_of_the_steps_before():
+    alive = []
+
+    def trajectory():
+        for k in range(20):
+            image = torch.full((1, 1, 4, 4), float(k))
+            alive.append(weakref.ref(image))
+            yield 19 - k, image, image
+            del image
+            assert sum(each() is not None for each in alive) <= 2
+    assert final_image(trajectory()).unique().tolist() == [19]
+    with pytest.raises(ValueError, match="not enough values"):
+        final_image(iter(()))

@@ -219,6 +219,7 @@ def fitting_batch(rehearse: Callable[[int], None], count: int, device: torch.dev
 def validation_loss(trainer: Trainer, validation: ImageData) -> float:
     """The loss of the averaged weights on validation images, always with the same times and noise; NaN without any.
 
+    The times are evenly spread over 0..T-1 whatever the training draws: it compares runs, but not with their `loss`.
     It leaves out the loss of learned variances, so that networks with and without them can be compared.
     """
     count, device = min(VALIDATION_LOSS_IMAGES, len(validation.images)), trainer.device
@@ -226,7 +227,7 @@ def validation_loss(trainer: Trainer, validation: ImageData) -> float:
         return math.nan
     generator = generator_for(0)
     u = (torch.arange(count) + torch.rand(count, generator=generator)) / count
-    t = (u * trainer.diffusion.num_timesteps).long()
+    t = (u * trainer.diffusion.num_timesteps).long().clamp(max=trainer.diffusion.num_timesteps - 1)  # u may round to 1
     noise = torch.randn((count, *validation.images.shape[1:]), generator=generator)
     mine, losses = distributed.rank_slice(count), torch.zeros(1, device=device)
     batch_size = min(trainer.local_batch, 128 if device.type == "cpu" else 512)

@@ -5,6 +5,7 @@ import functools
 import json
 import math
 import sys
+from dataclasses import replace
 from types import SimpleNamespace
 
 import numpy as np
@@ -448,6 +449,17 @@ def test_measuring_passes_other_errors_on(monkeypatch):
     monkeypatch.setattr(trainer, "rehearse", lambda _: (_ for _ in ()).throw(MemoryError()))
     with pytest.raises(RunFailed, match="even for one image"):
         fitting_batch(trainer.rehearse, 8, trainer.device)
+
+
+def test_the_times_of_validation_stay_in_the_process_however_they_are_rounded(monkeypatch):
+    trainer, losses = make_trainer(), []
+    below_1 = float(np.nextafter(np.float32(1), np.float32(0)))
+    monkeypatch.setattr(torch, "rand", lambda *size, **_: torch.full(size, below_1))
+    images = trainer.data.images[:1].expand(2048, -1, -1, -1)
+    monkeypatch.setattr(type(trainer.diffusion), "simple_loss", lambda _, model, x_0, t, *__, **___: (
+        losses.append(t) or torch.zeros(len(t))))
+    validation_loss(trainer, replace(trainer.data, images=images, labels=torch.zeros(2048, dtype=torch.long)))
+    assert torch.cat(losses).max() == trainer.diffusion.num_timesteps - 1
 
 
 @pytest.mark.parametrize("conditional", [False, True])
