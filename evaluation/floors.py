@@ -8,8 +8,6 @@ is damaged or differs in any of it is not used: what it held is computed again.
 import contextlib
 import hashlib
 import json
-import zipfile
-import zlib
 from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
@@ -23,6 +21,7 @@ from evaluation import classifier
 from runtime.files import atomic_write, write_json
 from runtime.version import __version__
 
+CHECK = "sha256"  # the array of a kept file that holds its `arrays_digest`
 CODE = (*sorted(Path(__file__).parent.glob("*.py")), Path(__file__).parent.parent / "data.py")
 
 
@@ -64,15 +63,21 @@ class FloorCache(NamedTuple):
         """
         depends = digest(dict(self.networks, images=described(images), **more))
         path = self.folder / f"{self.dataset}_{name}.npz"
-        unreadable = contextlib.suppress(OSError, ValueError, KeyError, EOFError, NotImplementedError,
-                                         zipfile.BadZipFile, zlib.error)
-        with unreadable, np.load(path) as saved:
-            if str(saved["depends_on"]) == depends:
-                return {key: torch.from_numpy(saved[key]) for key in saved.files if key != "depends_on"}
+        with contextlib.suppress(Exception), np.load(path) as file:  # numpy and zipfile raise a dozen different errors
+            saved = {key: file[key] for key in file.files}
+            if str(saved.pop(CHECK)) == arrays_digest(depends, saved):
+                return {key: torch.from_numpy(array) for key, array in saved.items()}
         tensors = compute()
+        arrays = {key: value.numpy() for key, value in tensors.items()}
         with contextlib.suppress(OSError), atomic_write(path) as file:
-            np.savez(file, depends_on=depends, **{key: value.numpy() for key, value in tensors.items()})
+            np.savez(file, **{CHECK: arrays_digest(depends, arrays)}, **arrays)
         return tensors
+
+
+def arrays_digest(depends: str, arrays: dict[str, np.ndarray]) -> str:
+    """The sha256 of named arrays, and of what they depend on."""
+    return digest([depends, *((name, str(array.dtype), array.shape, digest(np.ascontiguousarray(array).data))
+                              for name, array in sorted(arrays.items()))])
 
 
 def described(part: ImageData) -> dict:

@@ -2,6 +2,7 @@
 
 import json
 
+import numpy as np
 import pytest
 import torch
 
@@ -139,3 +140,18 @@ def test_damaged_features_are_computed_again_and_mended(cache, tmp_path, damage)
         assert compute.times == before or path.read_bytes() == saved
         path.write_bytes(saved)
     assert compute.times > 1
+
+
+def test_an_array_of_another_shape_or_another_file_is_computed_again(cache, tmp_path):
+    compute, data, path = Computed(FEATURES), image_data("train", 5), tmp_path / "floors/glyphs_train.npz"
+    cache().tensors("train", data, compute)
+    with np.load(path) as file:
+        saved = dict(file)
+    for changed in (dict(features=saved["features"][:, :1]), dict(features=saved["features"].astype(np.float64)),
+                    dict(index=saved["index"] + 1)):
+        np.savez(path, **saved | changed)
+        assert are_same(cache().tensors("train", data, compute), FEATURES)
+    with path.open("wb") as file:
+        np.save(file, saved["features"])
+    assert are_same(cache().tensors("train", data, compute), FEATURES)
+    assert compute.times == 5
