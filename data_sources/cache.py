@@ -29,7 +29,7 @@ from typing import NamedTuple
 import numpy as np
 from filelock import FileLock
 
-from data_sources.folder import Found, Source, describe, find_pictures
+from data_sources.folder import Found, Source, describe, find_pictures, unpack_array
 from data_sources.pictures import decode, open_image
 from runtime.cores import available_cores
 from runtime.errors import RunFailed, UserError
@@ -41,6 +41,7 @@ MIN_HELD_OUT, HELD_OUT = 200, 0.1  # of fewer different pictures none is held ou
 SIZES, LARGEST = (28, 32, 64), 512  # the sides that are chosen by themselves; the largest that can be asked for
 SIZED = 100  # pictures whose sizes are looked at
 CHUNK, MIN_PARALLEL = 32, 256  # pictures that a process reads at a time; fewer are read without other processes
+SPLIT_NAMES = {"train", "training", "test", "testing", "val", "valid", "validation"}
 BLOCK = 4096  # pictures that are sorted into the final file at a time
 
 
@@ -71,7 +72,7 @@ def cached(pictures: Pictures, data_dir: str | Path, small: bool = True, quiet: 
     path = Path(pictures.path).absolute()
     found = find_pictures(path)
     pictures = pictures._replace(path=str(path), image_size=_checked_size(pictures.image_size) or _size(
-        Source(path), found.names, small))
+        found.side or _median_side(Source(path), found.names), small))
     name, place = short_name(path), Path(data_dir).absolute() / "pictures"
     key = hashlib.sha256(repr((VERSION, found.listing, found.class_names, pictures[1:])).encode()).hexdigest()[:16]
     folder = place / f"{name}-{key}"
@@ -85,12 +86,12 @@ def cached(pictures: Pictures, data_dir: str | Path, small: bool = True, quiet: 
     return folder
 
 
-def find_cached(key: str, data_dir: str | Path) -> Path | None:
-    """The folder of the cache with this key, if it is there: the pictures themselves are not needed then."""
+def find_cached(key: str, digest: str, data_dir: str | Path) -> Path | None:
+    """The folder of the cache with this key and this digest of pictures, if it is there; it replaces the pictures."""
     if not re.fullmatch("[0-9a-f]{16}", key):
         return None
     found = sorted((Path(data_dir).absolute() / "pictures").glob(f"*-{key}/about.json"))
-    return found[0].parent if found else None
+    return next((path.parent for path in found if about(path.parent).get("digest") == digest), None)
 
 
 def short_name(path: Path) -> str:
@@ -137,6 +138,9 @@ def summary(content: dict) -> Iterator[str]:
     kind, number = "grey" if shape[0] == 1 else "colour", len(content["class_names"])
     yield (f"As {shape[1]}×{shape[2]}, {kind}, --fit {content['fit']}; "
            f"{f'{number} classes: {one_line(classes, 300)}' if classes else 'no classes'}")
+    if content["class_names"] and {name.lower() for name in content["class_names"]} <= SPLIT_NAMES:
+        yield (f"These look like parts for training and for testing, and not like classes: to learn the classes in one "
+               f"of them, give it with --dataset, such as {Path(content['path']) / content['class_names'][-1]}")
     if content["mixed"]:
         yield "Some lie beside the sub-folders: for classes, move every picture into a sub-folder"
     if content["transparent"]:
@@ -162,30 +166,42 @@ def _checked_size(side: int | None) -> int | None:
     return side
 
 
-def _size(source: Source, names: Sequence[str], small: bool) -> int:
+def _size(side: float, small: bool) -> int:
     """The largest of SIZES that is no more than the median shorter side of the pictures; if `small` at most 32."""
+    most = min(side, 32 if small else SIZES[-1])
+    return max([size for size in SIZES if size <= most], default=SIZES[0])
+
+
+def _median_side(source: Source, names: Sequence[str]) -> float:
+    """The median of the shorter sides of some of the pictures."""
     sides = []
     for name in names[::max(1, len(names) // SIZED)]:
         with contextlib.suppress(Exception), open_image(source.open(name)) as image:  # it is named when it is read
             sides.append(min(image.size))
-    most = min(statistics.median(sides or [SIZES[0]]), 32 if small else SIZES[-1])
-    return max([side for side in SIZES if side <= most], default=SIZES[0])
+    return statistics.median(sides or [SIZES[0]])
 
 
 class _Task(NamedTuple):
-    """What the reading processes share: where the pictures are, their shape, and the file that gets them."""
+    """What the reading processes share: where the pictures are, their shape, and the file that gets them.
+
+    place: the path of the pictures; of a .npz that of its array, unpacked
+    """
 
     pictures: Pictures
+    place: Path
     shape: tuple[int, int, int]
     names: Sequence[str]
     scratch: Path
 
 
 def _read_rows(rows: range) -> list[tuple[bytes, bool, bool, str]]:
-    """Read pictures into their rows of the scratch file; (hash, has colours, transparent, why not) of each."""
+    """Read pictures into their rows of the scratch file; (hash, has colours, transparent, why not) of each.
+
+    UserError if the system cannot read one: it may be able to later, so this must not be kept.
+    """
     task, source, written = _shared
     if source is None:
-        source = Source(Path(task.pictures.path))
+        source = Source(task.place)
         written = np.load(task.scratch, mmap_mode="r+")
         _shared[1:] = source, written
     result = []
@@ -195,9 +211,13 @@ def _read_rows(rows: range) -> list[tuple[bytes, bool, bool, str]]:
                 warnings.simplefilter("ignore")
                 pixels, transparent = decode(source.open(task.names[row]), task.shape, task.pictures.fit,
                                              task.pictures.background)
-        except MemoryError:
-            result.append((b"", False, False, "there is too little memory for it"))
+        except MemoryError as error:
+            raise UserError(f"there is too little memory for {task.names[row]}: close other programs, or move it out "
+                            f"of {task.pictures.path}") from error
         except Exception as error:  # PIL raises different errors for damaged files
+            if isinstance(error, OSError) and error.errno:
+                raise UserError(f"{task.names[row]} cannot be read ({error.strerror}): mend that, or move it out of "
+                                f"{task.pictures.path}") from error
             result.append((b"", False, False, one_line(error).replace(f"{task.pictures.path}/", "") or "damaged"))
         else:
             written[row] = pixels
@@ -236,15 +256,20 @@ def _read_all(pictures: Pictures, found: Found, name: str, folder: Path) -> None
     """Read the pictures and write the folder of their cache, whole or not at all."""
     temporary, side = folder.with_name(f".{folder.name}.tmp"), pictures.image_size
     shutil.rmtree(temporary, ignore_errors=True)  # of a process that was killed
-    task = _Task(pictures, (1 if pictures.channels == "1" else 3, side, side), found.names, temporary / "scratch.npy")
-    _check_space(folder.parent, 2 * len(found.names) * task.shape[0] * side * side)
+    place = temporary / "unpacked.npy" if found.side else Path(pictures.path)
+    task = _Task(pictures, place, (1 if pictures.channels == "1" else 3, side, side), found.names,
+                 temporary / "scratch.npy")
+    _check_space(folder.parent, 2 * len(found.names) * task.shape[0] * side * side + found.unpacked)
     try:
         temporary.mkdir()
+        if found.side:
+            unpack_array(Path(pictures.path), place)
         scratch = np.lib.format.open_memmap(task.scratch, "w+", np.uint8, (len(found.names), side, side, task.shape[0]))
         facts = _read_in_parallel(task)
         content = _sort(scratch, facts, found, pictures, temporary)
         del scratch  # some systems do not delete a file that is mapped
         task.scratch.unlink()
+        (temporary / "unpacked.npy").unlink(missing_ok=True)
         write_json(dict(name=name, **content, key=folder.name[-16:]), temporary / "about.json")
         shutil.rmtree(folder, ignore_errors=True)  # without an about.json
         os.replace(temporary, folder)

@@ -86,14 +86,19 @@ def named_classes(text: str, class_names: Sequence[str]) -> list[int]:
     """The classes that --label names. UserError that lists the classes there are."""
     if not class_names:
         raise UserError(f"{NO_LABELS}: leave --label and --guidance_scale out, or {TRAIN_LABELS}")
-    known = {name.lower(): i for i, name in enumerate(class_names)} | {str(i): i for i in range(len(class_names))}
+    # A class has a number, its name in small letters, and its exact name, which counts most.
+    known = {str(i): i for i in range(len(class_names))} | {name.lower(): i for i, name in enumerate(class_names)}
+    known |= {name: i for i, name in enumerate(class_names)}
+
+    def find(name: str) -> int | None:
+        return known.get(name.strip(), known.get(name.strip().lower()))
     classes = []
-    for part in text.lower().split(","):
+    for part in text.split(","):
         dashes = [i for i, character in enumerate(part) if character == "-"]  # a name may hold some too
         pairs = [(part, part), *((part[:i], part[i + 1:]) for i in dashes)]
-        ends = [(known[a.strip()], known[b.strip()]) for a, b in pairs if a.strip() in known and b.strip() in known]
+        ends = [(find(a), find(b)) for a, b in pairs if None not in (find(a), find(b))]
         if not ends or ends[0][0] > ends[0][1]:
-            listed = ", ".join(f"{i} {name}" if name != str(i) else name for i, name in enumerate(class_names))
+            listed = ", ".join(f"{i} {name}" if not name.isdigit() else name for i, name in enumerate(class_names))
             raise UserError(f"unknown label {part!r}: choose from {listed}, or a range such as "
                             f"0-{len(class_names) - 1}")
         classes += range(ends[0][0], ends[0][1] + 1)
@@ -117,7 +122,7 @@ def dataset_of(checkpoint: dict, data_dir: str | Path, asked: str | None = None)
         raise UserError(f"the checkpoint was trained on {name}, not {asked}: leave out --dataset")
     if not trained:
         return name
-    if asked is None and (folder := find_cached(trained["key"], data_dir)):
+    if asked is None and (folder := find_cached(trained["key"], trained["digest"], data_dir)):
         return folder
     path = asked or trained.get("path")
     if path is None or not os.path.exists(path):

@@ -150,6 +150,13 @@ def test_labels_are_found_by_number_name_and_range(text, classes):
     assert named_classes(text, FASHION) == classes
 
 
+@pytest.mark.parametrize("names, text, classes", [
+    (("1", "2", "3"), "1", [0]), (("1", "10", "2"), "10", [1]), (("1", "2", "3"), "0", [0]), (("A", "a"), "A", [0]),
+    (("A", "a"), "a", [1]), (("A", "b"), "a,B", [0, 1]), (("1", "2", "3"), "1-3", [0, 1, 2])])
+def test_a_name_counts_more_than_a_number_and_its_exact_letters_more_than_others(names, text, classes):
+    assert named_classes(text, names) == classes
+
+
 @pytest.mark.parametrize("text", ["10", "-1", "boot", "9-0", "", "3-", "0-10", "1.5", "a-b", "sneaker,", "--"])
 def test_unknown_labels_are_refused_with_what_there_is(text):
     with pytest.raises(ValueError, match=r"unknown label.*0 T-shirt/top.*9 Ankle boot.*0-9"):
