@@ -277,7 +277,7 @@ def draw_relatives():
         across = torch.tensor([s / (a + s) for a, s in rates]) if name == "flow" else at
         axis.plot(across, torch.stack([x.flatten() for _, x in way]) / scale[:, None], color="black", linewidth=0.6,
                   alpha=0.7)
-        axis.set(xlabel="s = sigma / (alpha + sigma)" if name == "flow" else "t")
+        axis.set(xlabel="u = sigma / (alpha + sigma)" if name == "flow" else "t")
     for axis, title in zip(axes, ("ddpm: random paths", "ddim, heun: paths of the ODE",
                                   "the same paths: x_t / (alpha + sigma)"), strict=True):
         axis.set_title(title, fontsize=10)

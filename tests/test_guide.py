@@ -16,16 +16,19 @@ from PIL import Image
 from small import pretrained_folder, small_checkpoint
 
 import edit
+import evaluate
 import train
-from data import load_dataset
+from checkpoint import load_checkpoint
+from data import code_of, load_dataset
 from diffusion import DiffusionProcess
 from guide import experiments, figures, measure, quality, results
 from models import SimpleUNet
 from runtime import checkpoints
+from runtime.checkpoints import pretrained_path
 from runtime.errors import RunFailed
 from samplers import DEFAULT_GUIDANCE, DEFAULT_SAMPLER, DEFAULT_STEPS
 from training import sizing
-from training.flags import make_parser
+from training.flags import POINT_DEFAULTS, make_parser
 
 DOCUMENTS = ("README.md", "GUIDE.md", "guide/experiments.md")
 SNIPPET = re.compile(r"```python\n(.*?)```\n\n```text\n(.*?)```", re.DOTALL)
@@ -131,6 +134,12 @@ def test_the_snippets_print_what_stands_below_them(guide):
 # ---------------------------------------------------------------------------------------------- numbers and documents
 
 
+def pretrained_levels(name):
+    """The numbers that stand for the first two grey levels in a network that comes along."""
+    code = code_of(load_checkpoint(pretrained_path(name))["config"])
+    return code.encode(torch.tensor([0, 1], dtype=torch.uint8).view(1, 1, 1, 2)).flatten().tolist()
+
+
 def numbers():
     """Phrases of the guide with numbers that the code defines, made from the code."""
     linear, cosine = (DiffusionProcess(schedule=name) for name in ("linear", "cosine"))
@@ -148,6 +157,9 @@ def numbers():
         rf"$\sigma_s^2 = {s[400] ** 2:.4f}$",
         f"$r = (0.4923 / 0.5077) / (0.6460 / 0.3540) = {torch.exp(cosine.log_snr(500) - cosine.log_snr(400)):.4f}$",
         f"becomes {SimpleUNet().config['time_emb_dim']} sines and cosines",
+        "black is {:.0f} and the next level is {:.2f}".format(*pretrained_levels("mnist")),
+        f"(of points, which are simpler, {POINT_DEFAULTS['label_dropout']:.0%})".replace("%", " %"),
+        f"`python evaluate.py` makes {evaluate.parse_args([]).num_images:,} and",
         f"{flags.label_dropout:.0%} of the images (`--label_dropout`)".replace("%", " %"),
         f"The default is {DEFAULT_GUIDANCE}",
         f"{DEFAULT_STEPS} steps of a network".replace("10", "Ten"),
