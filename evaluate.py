@@ -295,7 +295,8 @@ def run_comparison(args: Namespace, command: Sequence[str], device: torch.device
         inputs = [load_inputs(side, device, output) for side in sides]
     _, _, data, floor_data, networks = inputs[0]
     counts = [len(floor.images) for *_, floor, _ in inputs]
-    check_comparable(args.compare, [data.name for _, _, data, _, _ in inputs], counts)
+    check_comparable(args.compare, [data.name for _, _, data, _, _ in inputs],
+                     [data.source for _, _, data, _, _ in inputs], counts)
     reference = None if distributed.rank() else make_reference(data, floor_data, *networks, args.data_dir)
     values, about = [], []
     for side, (loaded, generated, *_) in zip(sides, inputs, strict=True):
@@ -339,7 +340,8 @@ def load_inputs(args: Namespace, device: torch.device, output: Path):
     if not loaded:
         check_outputs([output / name for name in RESULTS], [args.images])
     split = args.reference or ("test" if args.sweep is None else "validation")
-    data = load_dataset(loaded.dataset if loaded else chosen_dataset(args, quiet=True), split, args.data_dir)
+    data = load_dataset(loaded.dataset if loaded else chosen_dataset(args, device.type == "cpu", quiet=True), split,
+                        args.data_dir)
     generated = None
     if not loaded:
         images, labels = read_images(Path(args.images), data.images.shape[1:], len(data.class_names))
@@ -382,7 +384,9 @@ def main(argv=None):
     count = args.num_images if loaded else len(generated.images)
     if networks is None:
         images, *_ = generated or make_images(args, loaded, loaded.options[0], count)
-        return distributed.rank() or report_copies(images, data, command, output)
+        if distributed.rank() == 0:
+            report_copies(images, data, command, output)
+        return distributed.destroy_process_group()
     reference = None if distributed.rank() else make_reference(data, floor_data, *networks, args.data_dir)
     if args.sweep is not None:
         run_sweep(args, command, reference, loaded, output)

@@ -16,10 +16,16 @@ def is_ready(path: str | Path) -> bool:
     return Path(path).suffix == ".npz" or Path(path).is_dir()
 
 
-def check_comparable(paths, names, counts) -> None:
-    """UserError unless both sets are of one data set and have the same number of images."""
+def check_comparable(paths, names, sources, counts) -> None:
+    """UserError unless both sets are of one data set, read in one way, and have the same number of images.
+
+    names, sources: of the data sets, as `ImageData` has them.
+    """
     if names[0] != names[1]:
         raise UserError(f"{paths[0]} is of {names[0]} and {paths[1]} of {names[1]}: compare two of one data set")
+    if sources[0] != sources[1]:
+        raise UserError(f"{paths[0]} and {paths[1]} learned from different pictures, or from the same ones read in "
+                        f"different ways ({sources[0]} and {sources[1]}): compare two of one data set")
     if counts[0] != counts[1]:
         raise UserError(f"{paths[0]} has {counts[0]:,} images and {paths[1]} has {counts[1]:,}: figures depend on the "
                         f"number, so give as many of both (--num_images where a checkpoint makes them)")

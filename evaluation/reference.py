@@ -7,6 +7,7 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
+from filelock import FileLock
 from torch import Tensor, nn
 
 from data import ImageData, LevelCode, load_dataset
@@ -75,10 +76,17 @@ def open_networks(data: ImageData, features: str, count: int, device,
     classifier. UserError if `count` images are too few.
     """
     dataset = data.source
-    if data.folder and not is_trained(dataset, SUFFIX):
-        print(train_second_network(dataset, data_dir, device, 0, progress("training the autoencoder", "steps")))
-    if data.folder and data.class_names and not is_trained(dataset):
-        print(train_feature_network(dataset, data_dir, device, 0, False, progress("training", "steps")))
+    if data.folder and features == "inception":  # before networks are trained
+        held_out = min(len(load_dataset(dataset, split, data_dir).images) for split in ("validation", "test"))
+        if held_out < 2 * INCEPTION_FEATURES:
+            raise UserError(f"--features inception needs {2 * INCEPTION_FEATURES:,} held-out pictures for each of "
+                            f"validation and test, and {data.name} has {held_out:,}: leave it out")
+    if data.folder:
+        with FileLock(data.folder / ".features.lock"):  # another process may train them just now
+            if not is_trained(dataset, SUFFIX):
+                print(train_second_network(dataset, data_dir, device, 0, progress("training the autoencoder", "steps")))
+            if data.class_names and not is_trained(dataset):
+                print(train_feature_network(dataset, data_dir, device, 0, False, progress("training", "steps")))
     autoencoder = load_autoencoder(dataset, device)
     classifier = load_feature_network(dataset, device) if data.class_names else Unlabelled(autoencoder)
     inception = load_inception().to(device) if features == "inception" else None
@@ -106,8 +114,8 @@ def make_reference(data: ImageData, floor_data: ImageData, classifier: Classifie
     """The reference for as many images as floor_data has. What was computed before comes from data_dir/floors."""
     device = next(classifier.parameters()).device
     floors = floor_cache(data, floor_data, "inception" if inception else "own", device, data_dir)
-    features = kept_features(floors, data, lambda: extract_features(data.images, classifier, inception,
-                                                                    adapting_bar(data.split), autoencoder))
+    features = kept_features(floors, data, autoencoder is not None, lambda: extract_features(
+        data.images, classifier, inception, adapting_bar(data.split), autoencoder))
 
     def compute() -> dict[str, dict]:
         floor_features = extract_features(floor_data.images, classifier, inception, adapting_bar("floor"), autoencoder)
@@ -118,11 +126,13 @@ def make_reference(data: ImageData, floor_data: ImageData, classifier: Classifie
                      floors)
 
 
-def kept_features(floors: FloorCache, data: ImageData, extract: Callable[[], ImageFeatures]) -> ImageFeatures:
-    """What extract() returns for all images of a split, or what is kept of it."""
+def kept_features(floors: FloorCache, data: ImageData, second: bool,
+                  extract: Callable[[], ImageFeatures]) -> ImageFeatures:
+    """What extract() returns for all images of a split, or what is kept of it; second: whether with second features."""
     def compute() -> dict[str, Tensor]:
         return {name: value for name, value in extract()._asdict().items() if value is not None}
-    return ImageFeatures(**floors.tensors(f"{data.split}_features_{floors.networks['features']}", data, compute))
+    name = f"{data.split}_features_{floors.networks['features']}{'_and_second' if second else ''}"
+    return ImageFeatures(**floors.tensors(name, data, compute))
 
 
 def with_floor(result: dict[str, dict], floor: dict[str, dict]) -> dict[str, dict]:
@@ -185,7 +195,7 @@ def memorisation(reference: Reference, images: Tensor, features: ImageFeatures, 
     reference = reference._replace(autoencoder=None)  # its features are not compared here
     data = load_dataset(reference.data.source, "train", data_dir)
     real, train = random_subset(load_dataset(reference.data.source, "test", data_dir), len(images)), data.images
-    train_features = kept_features(reference.floors, data, lambda: reference.extract(train, "train")).features
+    train_features = kept_features(reference.floors, data, False, lambda: reference.extract(train, "train")).features
 
     def search(some: Tensor, their_features: Tensor, title: str) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """(distance, index) of the nearest training image in pixels, then in features."""

@@ -103,9 +103,12 @@ def test_the_mark_stands_where_the_interval_excludes_zero(capsys):
 
 
 def test_what_cannot_be_compared_is_refused():
-    for names, counts, word in ((("mnist", "glyphs"), (5, 5), "mnist"), (("mnist", "mnist"), (5, 6), "--num_images")):
+    for names, sources, counts, word in ((("mnist", "glyphs"), ("mnist", "glyphs"), (5, 5), "mnist"),
+                                         (("mnist", "mnist"), ("mnist", "mnist"), (5, 6), "--num_images"),
+                                         (("my_pets", "my_pets"), ("my_pets-1", "my_pets-2"), (5, 5), "different")):
         with pytest.raises(ValueError, match=word):
-            check_comparable(("a.pt", "b.pt"), names, counts)
+            check_comparable(("a.pt", "b.pt"), names, sources, counts)
+    check_comparable(("a.pt", "b.pt"), ("mnist", "mnist"), ("mnist", "mnist"), (5, 5))
 
 
 def test_a_folder_and_an_npz_are_ready_images(tmp_path):
