@@ -120,7 +120,9 @@ def add_command(commands, name: str, text: str, pictures: int = 1) -> Parser:
         which.add_argument("--index", type=number(int, 0), help="take the image of the test split with this number "
                                                                 "(default: 0)")
         add_shared_flags(sub, "data_dir")
-    add_shared_flags(sub, "fit", "background")
+    for flag, usual in (("fit", "crop"), ("background", "white")):
+        sub.add_argument(f"--{flag}", **SHARED_FLAGS[flag] | dict(default=None, help=(
+            f"{SHARED_FLAGS[flag]['help']} (default: as in the training, else {usual})")))
     sub.add_argument("--invert_colors", action="store_true",
                      help="turn dark into light in --image: for a dark drawing on light paper and a model of light "
                           "digits on a dark ground")
@@ -170,9 +172,12 @@ class Editor:
     """A model with the picture, the mask, the labels and the times of one command, and the frames of its animation."""
 
     def __init__(self, args: Namespace):
-        self.args, device = args, get_device(args.device)
+        device = get_device(args.device)
         self.model, self.diffusion, checkpoint = load_model(args.checkpoint, device)
         config, num_timesteps = checkpoint["config"], self.diffusion.num_timesteps
+        read = dict(fit="crop", background="white") | config["data"].get("pictures", {})  # how training pictures were
+        args = self.args = Namespace(**vars(args) | {name: getattr(args, name) or read[name]
+                                                     for name in ("fit", "background")})
         if is_student(config):
             raise UserError(f"{args.checkpoint} is a student, which only makes images from pure noise: edit with its "
                             f"teacher")
@@ -182,6 +187,8 @@ class Editor:
         self.mask = chosen_mask(args, self.shape) if hasattr(args, "mask") else None
         command = "invert" if args.command == "interpolate" and args.image else args.command
         steps = args.steps or min(DEFAULT_STEPS[command], num_timesteps)
+        if command == "invert" and steps < 2:
+            raise UserError("a picture is not turned into noise in a single step: give --steps 2 or more")
         options = sampling_options(config, Namespace(**vars(args) | dict(steps=steps)), self.count, label_all=False)
         self.steps, self.labels, self.guidance_scale = steps, options["labels"], options["guidance_scale"]
         self.times = uniform_timesteps(num_timesteps, steps)
@@ -332,7 +339,7 @@ def main(argv=None):
     check_outputs(outputs)
     print(f"Using device: {editor.diffusion.device}")
     if args.image:
-        tell_of_pictures(args, paths, editor)
+        tell_of_pictures(editor.args, paths, editor)
     with torch.no_grad():
         do = {"inpaint": do_inpaint, "vary": do_vary, "interpolate": do_interpolate, "invert": do_invert}[args.command]
         pictures, captions = do(args, editor)

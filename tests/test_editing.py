@@ -143,6 +143,14 @@ def test_inversion_visits_the_samplers_times_upwards(process):
     assert visited == [10, 400, 900]
 
 
+def test_numbers_of_steps_that_edit_nothing_are_refused(process):
+    picture = torch.zeros(1, *SHAPE)
+    with pytest.raises(ValueError, match="two times"):
+        next(ddim_inversion(lambda x, t: x, picture, [999], process))
+    with pytest.raises(ValueError, match="resample"):
+        next(inpaint(lambda x, t: x, picture, [999, 0], process, known=picture, mask=MASK, resample=0))
+
+
 def test_slerp_keeps_the_ends_and_the_length():
     a, b = torch.randn(2, 1, 1, 40, 40, generator=torch.Generator().manual_seed(0))
     assert torch.equal(slerp(a, b, 0), a)
@@ -369,6 +377,7 @@ def test_pictures_that_do_not_fit_are_refused(call, tmp_path, capsys, flag, name
     ("vary", ["--background", "loud"], ["--background", "loud", "white"]),
     ("interpolate", ["--seed", 1], ["--seed", "did you mean --seeds?"]),
     ("invert", ["--seed", 1], ["--seed"]),
+    ("invert", ["--steps", 1], ["--steps 2"]),
     ("invert", ["--image", "x.png", "--index", 0], ["--index", "not allowed", "--image"]),
     ("vary", ["--strenght", 1], ["--strenght", "did you mean --strength?", "vary --help"]),
     ("invert", ["--output", "x.jpg"], [".png", "x.jpg"]),
