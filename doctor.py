@@ -232,7 +232,7 @@ def examine(args) -> Iterator[Finding]:
         yield from check_schedule(diffusion)
         yield from examine_checkpoint(checkpoint)
     elif name:
-        name = chosen_dataset(args, quiet=True)
+        name = chosen_dataset(args, get_device(args.device).type == "cpu", quiet=True)
     if name:
         yield from examine_data(args, name, model, diffusion, checkpoint)
 

@@ -253,7 +253,7 @@ def make_run(args: Namespace, checkpoint: dict | None, start: float) -> tuple[Ru
     set_seed(args.seed)
     model, diffusion = build(config, data)
     if args.init and not checkpoint:
-        print(start_from(model, args))
+        print(start_from(model, args, data))
     trainer, settings = make_trainer(settings, data.to(device), model.to(device), diffusion.to(device))
     config |= dict(model=model.config, diffusion=diffusion.config, training=vars(settings))
     steps = settings.epochs * trainer.steps_per_epoch if settings.epochs else math.inf

@@ -3,10 +3,11 @@
 import hashlib
 import io
 import os
+import shutil
 import stat
 import unicodedata
 import zipfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from itertools import takewhile
 from pathlib import Path, PurePosixPath
 from typing import NamedTuple
@@ -29,6 +30,8 @@ class Found(NamedTuple):
     others        how many files are no pictures, by their names
     listing       a sha256 of the names, sizes and dates (in an archive: checksums): it changes when a file does
     mixed         whether pictures lie beside sub-folders with pictures, so that there are no classes
+    side          of a .npz the shorter side of its pictures, else None
+    unpacked      of a .npz how many bytes its pictures take, else 0
     """
 
     names: list[str]
@@ -38,6 +41,8 @@ class Found(NamedTuple):
     others: int
     listing: str
     mixed: bool
+    side: int | None = None
+    unpacked: int = 0
 
 
 def find_pictures(path: Path) -> Found:
@@ -143,12 +148,11 @@ def _find_in_npz(path: Path) -> Found:
     try:
         check_archive(path, largest=max(MIN_BYTES, MAX_RATIO * path.stat().st_size))
         with zipfile.ZipFile(path) as archive, np.load(path, allow_pickle=False) as file:
-            with archive.open(f"{_array_name(file)}.npy") as images:
-                read = {1: np.lib.format.read_array_header_1_0, 2: np.lib.format.read_array_header_2_0}
-                shape, _, dtype = read[np.lib.format.read_magic(images)[0]](images)
+            shape, dtype = _check_arrays(file, archive)
             labels = file.get("labels")
+            contents = [(part.filename, part.file_size, part.CRC) for part in archive.infolist()]
     except Exception as error:  # zipfile, zlib and numpy raise different errors for damaged files
-        raise UserError(f"{path} is damaged or no .npz of pictures: {one_line(error)}") from error
+        raise UserError(f"{path} is damaged or no .npz of pictures: {one_line(error, 250)}") from error
     if dtype != np.uint8 or len(shape) not in (3, 4) or (len(shape) == 4 and shape[3] not in (1, 3)) or not shape[0]:
         raise UserError(f"the pictures in {path} are {dtype} {shape}: save uint8 of the shape (N, H, W, 1) or "
                         f"(N, H, W, 3), such as round((x + 1) * 127.5) of images x in [-1, 1]")
@@ -157,25 +161,53 @@ def _find_in_npz(path: Path) -> Found:
         raise UserError(f"the labels in {path} must be {shape[0]:,} whole numbers or names, not {values.dtype} "
                         f"{values.shape}")
     known, numbers = np.unique(values, return_inverse=True)
-    about = path.stat()
-    listing = hashlib.sha256(repr((about.st_size, about.st_mtime_ns)).encode()).hexdigest()
     return Found([str(k) for k in range(shape[0])], numbers.tolist(),
-                 tuple(_plain(str(name)) for name in known) if len(known) > 1 else (), {}, 0, listing, False)
+                 tuple(_plain(str(name)) for name in known) if len(known) > 1 else (), {}, 0,
+                 hashlib.sha256(repr(contents).encode()).hexdigest(), False, min(shape[1:3]), int(np.prod(shape)))
 
 
-def _array_name(file) -> str:
-    """Which array of a .npz holds the pictures. KeyError if none does."""
-    return next((name for name in ("arr_0", "images") if name in file), None) or file["arr_0"]
+def _array_name(names: Collection[str]) -> str:
+    """Which array of a .npz holds the pictures. UserError, with the names there are, if none does."""
+    found = next((name for name in ("arr_0", "images") if name in names), None)
+    if found is None:
+        raise UserError(f"it has no array arr_0 or images, but {', '.join(names) or 'nothing'}: save the pictures with "
+                        f"np.savez(path, arr_0=images, labels=labels)")
+    return found
+
+
+def _check_arrays(file, archive: zipfile.ZipFile) -> tuple[tuple[int, ...], np.dtype]:
+    """The shape and the type of the pictures in a .npz, which are not read. UserError for labels of another name."""
+    headers = {}
+    for name in file.files:
+        with archive.open(f"{name}.npy") as array:
+            read = {1: np.lib.format.read_array_header_1_0, 2: np.lib.format.read_array_header_2_0}
+            headers[name], _, dtype = read[np.lib.format.read_magic(array)[0]](array)
+            headers[name] = headers[name], dtype
+    name = _array_name(file.files)
+    shape, dtype = headers[name]
+    others = [other for other, (size, _) in headers.items() if other not in (name, "labels") and size == shape[:1]]
+    if others and "labels" not in headers:
+        raise UserError(f"{others[0]} looks like labels: save it as np.savez(path, {name}=images, labels=labels)")
+    if "labels" in headers and headers["labels"][1].hasobject:
+        raise UserError("its labels are Python objects: save labels.astype(str)")
+    return shape, dtype
+
+
+def unpack_array(path: Path, target: Path) -> None:
+    """Write the array of pictures of a .npz to a file that can be mapped into memory."""
+    with zipfile.ZipFile(path) as archive, target.open("wb") as file:
+        name = _array_name([Path(name).stem for name in archive.namelist()])
+        with archive.open(f"{name}.npy") as array:
+            shutil.copyfileobj(array, file)
 
 
 class Source:
-    """Opens the pictures of a folder, an archive or a .npz by their names."""
+    """Opens the pictures of a folder, an archive or a .npy of pictures by their names."""
 
     def __init__(self, path: Path):
         self.path, self.archive, self.array = path, None, None
-        if path.suffix == ".npz" and path.is_file():
-            with np.load(path, allow_pickle=False) as file:
-                self.array = file[_array_name(file)]
+        if path.suffix == ".npy" and path.is_file():
+            self.array = np.load(path, mmap_mode="r", allow_pickle=False)
         elif not path.is_dir():
             self.archive = zipfile.ZipFile(path)
 

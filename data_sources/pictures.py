@@ -29,7 +29,7 @@ def read_images(path: Path, shape: Sequence[int], classes: int) -> tuple[Tensor,
                         f"in [-1, 1]")
     if images.ndim != 4 or images.shape[1:] != (shape[1], shape[2], shape[0]):
         raise UserError(f"the images in {path} have the shape {images.shape}, not (N, {shape[1]}, {shape[2]}, "
-                        f"{shape[0]}), that of the data set: (N, H, W, C)")
+                        f"{shape[0]}), that of the data set: (N, H, W, C); --image_size sets that of your own pictures")
     if labels is not None and (labels.shape != (len(images),) or labels.dtype.kind not in "iu"
                                or (len(labels) and not 0 <= labels.min() <= labels.max() < classes)):
         raise UserError(f"the labels in {path} must be {len(images)} whole numbers in 0..{classes - 1}, "

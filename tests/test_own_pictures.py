@@ -1,10 +1,15 @@
 """Every script from end to end on twelve pictures of one's own in two classes, and what must not happen to pictures."""
 
 import json
+import time
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
+from harness import needs_fork, run_together
 from PIL import Image
 
 import benchmark
@@ -17,9 +22,10 @@ import sample
 import train
 import visualize_diffusion
 from checkpoint import load_checkpoint
-from data import ImageData
+from data import ImageData, load_dataset
 from evaluation import copies, metrics, reference, two_sample
 from evaluation.classifier_training import ClassifierRecipe
+from runtime.sampling import dataset_of
 from training import trainer
 from training.budget import Budget
 from training.trainer import Trainer
@@ -92,6 +98,24 @@ def test_a_picture_is_edited(checkpoint, two, tmp_path, command):
     assert edit.main([*command, "--checkpoint", str(checkpoint), "--image", str(two / "red/0.png"), "--steps", "2",
                       "--num_images", "2", "--output", str(tmp_path / "a.png"), *CPU]) == 0
     assert (tmp_path / "a.png").exists()
+
+
+def test_a_picture_is_read_as_those_of_the_training_were(two, tmp_path, monkeypatch):
+    path = train_on(two, tmp_path / "run", "--fit", "pad", "--background", "red")
+    read, seen = edit.read_picture, []
+    monkeypatch.setattr(edit, "read_picture", lambda *given: seen.append(given[2:]) or read(*given))
+    for more in ([], ["--fit", "crop", "--background", "white"]):
+        assert edit.main(["invert", "--checkpoint", str(path), "--image", str(two / "red/0.png"), "--steps", "2",
+                          "--output", str(tmp_path / "a.png"), *more, *CPU]) == 0
+    assert seen == [("pad", "red"), ("crop", "white")]
+
+
+@needs_fork
+def test_two_processes_that_evaluate_few_pictures_both_end_well(checkpoint, place, tmp_path):
+    argv = ["--checkpoint", str(checkpoint), "--num_images", "8", "--steps", "2", "--output_dir", str(tmp_path / "out"),
+            "--data_dir", str(place / "data"), *CPU]
+    assert run_together(argv, tmp_path / "log", script="evaluate") == [0, 0]
+    assert (tmp_path / "out/evaluation.json").exists()
 
 
 def test_few_pictures_are_compared_with_their_copies(checkpoint, place, tmp_path, capsys):
@@ -195,9 +219,40 @@ def test_the_figures_of_many_pictures_come_from_networks_of_their_own(many, tmp_
     assert trained == ["features.pt", "features_autoencoder.pt"][not classes:]
     assert capsys.readouterr().out.count("features") >= len(trained)
 
+    for split in ("train", "test", "train"):  # what is kept of the features of one is not taken for the other
+        assert evaluate.main([*flags, "--steps", "1", "--reference", split]) == 0
+
     next(data_dir.glob("pictures/*/features*.pt")).unlink()  # a run that was killed between the two
     assert evaluate.main([*flags, "--sweep", "1", "--sampler", "ddim"]) == 0
     assert sorted(path.name for path in data_dir.glob("pictures/*/features*.pt")) == trained
+
+
+def test_inception_is_refused_for_few_pictures_before_any_network_is_trained(many, tmp_path, capsys):
+    _, checkpoint, data_dir = many
+    assert evaluate.main(["--checkpoint", str(checkpoint), "--data_dir", str(data_dir), "--output_dir", str(tmp_path),
+                          "--features", "inception", *CPU]) == 2
+    said = capsys.readouterr()
+    assert "4,096 held-out pictures" in said.err and "leave it out" in said.err and "trained" not in said.out
+
+
+def test_several_processes_train_the_networks_of_ones_pictures_once(many, monkeypatch):
+    """Threads stand for processes: each has its own lock, which the others wait for."""
+    kind, checkpoint, data_dir = many
+    data = load_dataset(dataset_of(load_checkpoint(checkpoint), data_dir), "test")
+    trained = []
+
+    def train_network(*_, suffix=""):
+        time.sleep(0.2)
+        trained.append(suffix)
+    monkeypatch.setattr(reference, "is_trained", lambda _, suffix="": suffix in trained)
+    monkeypatch.setattr(reference, "train_second_network", partial(train_network, suffix=reference.SUFFIX))
+    monkeypatch.setattr(reference, "train_feature_network", train_network)
+    monkeypatch.setattr(reference, "load_autoencoder", lambda *_: None)
+    monkeypatch.setattr(reference, "load_feature_network", lambda *_: SimpleNamespace(head=torch.nn.Linear(8, 2)))
+    monkeypatch.setattr(reference, "Unlabelled", lambda _: SimpleNamespace(head=torch.nn.Linear(8, 1)))
+    with ThreadPoolExecutor(3) as pool:
+        list(pool.map(lambda _: reference.open_networks(data, "own", 260, "cpu", data_dir), range(3)))
+    assert sorted(trained) == (["", reference.SUFFIX] if kind == "with classes" else [reference.SUFFIX])
 
 
 def test_the_doctor_takes_no_classifier_where_there_are_no_classes(many, capsys):
@@ -287,6 +342,15 @@ def test_resuming_with_pictures_read_in_another_way_names_the_flag(checkpoint, p
     assert f"{flag} " in said and f"not {value}" in said and said.count("\n") == 1
 
 
+@pytest.mark.parametrize("inside", [".", "run", "red/run"])
+def test_a_run_that_would_write_among_its_pictures_is_refused(two, capsys, inside):
+    before = sorted(two.rglob("*"))
+    assert train.main(flags(two, two / inside)) == 2
+    said = capsys.readouterr().err
+    assert "--output_dir" in said and "among the pictures" in said and said.count("\n") == 1
+    assert sorted(two.rglob("*")) == before
+
+
 # -------------------------------------------------------------------------------------------------------------- --init
 
 
@@ -305,6 +369,12 @@ def test_init_takes_what_fits_and_names_the_rest(checkpoint, tmp_path, capsys, c
     config, before = (load_checkpoint(each)["config"] for each in (path, checkpoint))
     assert config["model"]["base_channels"] == before["model"]["base_channels"]
     assert config["diffusion"]["prediction"] == before["diffusion"]["prediction"]
+
+
+def test_init_from_other_pictures_says_that_held_out_ones_may_be_known(two, checkpoint, tmp_path, capsys):
+    for more, said in (((), False), (("--image_size", "24"), True)):
+        train_on(two, tmp_path / str(said), "--init", str(checkpoint), *more)
+        assert ("will be too good" in capsys.readouterr().out) == said
 
 
 def test_init_takes_the_times_that_the_weights_know(two, tmp_path):

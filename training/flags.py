@@ -57,16 +57,27 @@ def init_defaults(args: Namespace) -> dict:
                if (name := DIFFUSION_FLAGS[flag]) in config["diffusion"]})
 
 
-def start_from(model, args: Namespace) -> str:
-    """Give a new network the weights of --init, as far as their shapes fit; returns a line that says how far."""
-    weights, own = load_checkpoint(path := find_checkpoint(args.init))["ema"], model.state_dict()
+SEEN_BEFORE = ("\nIf it learned from some of these pictures, the figures of held-out ones will be too good: which ones "
+               "are held out changes with --image_size and --fit")
+
+
+def start_from(model, args: Namespace, data: ImageData) -> str:
+    """Give a new network the weights of --init, as far as their shapes fit; returns a line that says how far.
+
+    And another one if those weights may have learned from pictures that `data` holds out.
+    """
+    checkpoint = load_checkpoint(path := find_checkpoint(args.init))
+    weights, own = checkpoint["ema"], model.state_dict()
     fits = {name: weight for name, weight in weights.items() if name in own and own[name].shape == weight.shape}
     left = ", ".join(sorted(own.keys() - fits.keys()))
     if not fits:
         raise UserError(f"no weight of {path} fits this network: leave out the flags that set another network")
     model.load_state_dict(own | fits)
+    pictures, now = checkpoint["config"]["data"].get("pictures"), _pictures(data).get("pictures")
+    seen = pictures and now and pictures["digest"] != now["digest"]
     return (f"Starting from {len(fits)} of the {len(own)} tensors of {path}"
-            f"{f'; new, because they have another shape: {one_line(left, 300)}' if left else ''}")
+            f"{f'; new, because they have another shape: {one_line(left, 300)}' if left else ''}"
+            f"{SEEN_BEFORE if seen else ''}")
 
 
 def batch_size(text: str) -> int | str:
@@ -217,6 +228,10 @@ def check_flags_of_data(parser: Parser, args: Namespace) -> None:
     if own and "conditional" in parser.typed and args.conditional and not find_pictures(Path(args.dataset)).class_names:
         parser.error(f"--conditional needs two classes or more, and {args.dataset} has none: put the pictures of each "
                      f"class into a sub-folder of its name, or leave it out")
+    if own and Path(args.dataset).is_dir() and Path(args.output_dir).resolve().is_relative_to(
+            Path(args.dataset).resolve()):
+        parser.error(f"--output_dir {args.output_dir} lies among the pictures in {args.dataset}, which the run would "
+                     f"add its own pictures to: choose another one")
     unread = sorted({*IMAGE_FLAGS, "level_code", "hflip", "look"} & parser.typed) if args.dataset in POINT_SETS else []
     if unread:
         parser.error(f"--{unread[0]} is for images, and {args.dataset} holds points in the plane: leave it out")

@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 import zipfile
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -16,7 +17,7 @@ from PIL import Image
 
 from data import load_dataset
 from data_sources import cache
-from data_sources.cache import Pictures, about, cached
+from data_sources.cache import Pictures, about, cached, find_cached
 from data_sources.folder import find_pictures
 from runtime.errors import UserError
 
@@ -197,8 +198,33 @@ def test_an_npz_keeps_its_pixels_and_labels(tmp_path, name, channels):
         assert label == (k in (1, 2, 4))
 
 
+def test_arrays_of_another_content_are_other_pictures_whatever_their_date(tmp_path):
+    places = []
+    for seed in (0, 1):
+        path = tmp_path / f"fold{seed}/pics.npz"
+        path.parent.mkdir()
+        np.savez(path, arr_0=np.random.default_rng(seed).integers(0, 256, (6, 16, 16), np.uint8))
+        os.utime(path, (10**9, 10**9))
+        places.append(cached(Pictures(str(path), 16), tmp_path / "data", quiet=True))
+    assert places[0] != places[1]
+    assert sorted(path.name for path in places[1].iterdir()) == ["about.json", "images.npy", "labels.npy"]
+
+
+def test_a_checkpoint_finds_the_cache_of_its_own_pictures_among_those_of_one_key(tmp_path):
+    place = cached(Pictures(str(many(tmp_path / "in", 3)), 16), tmp_path / "data", quiet=True)
+    key, digest = (about(place)[name] for name in ("key", "digest"))
+    other = place.with_name(f"my_a-{key}")
+    shutil.copytree(place, other)
+    (other / "about.json").write_text((other / "about.json").read_text().replace(digest, "0" * 64))
+    assert find_cached(key, digest, tmp_path / "data") == place
+    assert find_cached(key, "1" * 64, tmp_path / "data") is None
+
+
 @pytest.mark.parametrize("arrays, words", [
     (dict(arr_0=np.zeros((4, 16, 16, 3))), "save uint8"), (dict(x=np.zeros(3)), "damaged or no .npz"),
+    (dict(x_train=np.zeros((4, 16, 16), np.uint8)), "x_train: save the pictures"),
+    (dict(arr_0=np.zeros((4, 16, 16), np.uint8), arr_1=np.zeros(4, int)), "arr_1 looks like labels"),
+    (dict(images=np.zeros((4, 16, 16), np.uint8), labels=np.array(list("abca"), object)), "astype"),
     (dict(arr_0=np.zeros((4, 16, 16), np.uint8), labels=np.zeros(3, int)), "labels")])
 def test_an_npz_of_other_arrays_is_refused(tmp_path, arrays, words):
     np.savez(tmp_path / "in.npz", **arrays)
@@ -215,6 +241,16 @@ def test_labels_are_the_sub_folders_in_sorted_order(tmp_path):
     found = find_pictures(tmp_path / "in")
     assert found.class_names == ("ant", "bee", "zebra", "Émile")
     assert [found.class_names[label] for label in found.labels] == [name.split("/")[0] for name in found.names]
+
+
+@pytest.mark.parametrize("names, said", [
+    (("train", "test"), True), (("Train", "val"), True), (("train", "cat"), False)])
+def test_a_line_asks_whether_classes_are_parts_for_training_and_testing(tmp_path, capsys, names, said):
+    for name in names:
+        for kind in ("cat", "dog"):
+            noise(tmp_path / "in" / name / f"{kind}/0.png", len(name) + len(kind))
+    read(tmp_path / "in", tmp_path / "data", quiet=False)
+    assert ("look like parts for training" in capsys.readouterr().out) == said
 
 
 def test_pictures_beside_sub_folders_have_no_classes_and_a_line_says_so(tmp_path, capsys):
@@ -269,6 +305,28 @@ def test_the_same_folder_gives_the_same_bytes_in_one_process_and_in_several(tmp_
     for name in ("images.npy", "labels.npy"):
         assert (parallel / name).read_bytes() == (alone / name).read_bytes()
     assert about(parallel)["digest"] == about(alone)["digest"]
+
+
+@pytest.mark.parametrize("count", [3, 270])
+@pytest.mark.parametrize("error, words", [(PermissionError(13, "Permission denied"), "Permission denied"),
+                                          (OSError(5, "Input/output error"), "Input/output error"),
+                                          (MemoryError(), "too little memory")])
+def test_what_the_system_cannot_read_now_ends_the_reading_and_leaves_no_cache(tmp_path, monkeypatch, count, error,
+                                                                             words):
+    """A picture that is left out for it would be missing for good."""
+    folder, read_one = many(tmp_path / "in", count), cache.decode
+    bad = sorted(folder.rglob("*.png"))[1].name
+
+    def fail(file, *given):
+        if Path(file).name == bad:
+            raise error
+        return read_one(file, *given)
+    monkeypatch.setattr(cache, "decode", fail)  # forked processes have it too
+    with pytest.raises(UserError) as raised:
+        cached(Pictures(str(folder), 16), tmp_path / "data", quiet=True)
+    assert words in str(raised.value) and bad in str(raised.value)
+    monkeypatch.undo()
+    assert about(cached(Pictures(str(folder), 16), tmp_path / "data", quiet=True))["count"] == count
 
 
 def test_two_processes_at_once_read_once(tmp_path):
