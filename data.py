@@ -366,6 +366,7 @@ class DataSet(NamedTuple):
     noise_level   mean and standard deviation of log(sigma / alpha / data_std) in training
     read_marks    read_marks(data_dir, train) -> (N, marks) bool: what else is known to be in each image; None: nothing
     code          of the data as they are read
+    lowest_noise  where the samplers' noise levels end, as `DiffusionProcess` has it; None: not measured
     """
 
     read: Callable[[Path, bool], tuple[Tensor, Tensor]]
@@ -373,15 +374,18 @@ class DataSet(NamedTuple):
     noise_level: tuple[float, float] = (-0.5, 1.2)
     read_marks: Callable[[Path, bool], Tensor] | None = None
     code: LevelCode | Coordinates = LINEAR
+    lowest_noise: float | None = None
 
 
 # To add a data set, add a row. Noise levels: measured (benchmarks/RECORDS.md); that of cifar10: Karras et al. 2022; of
 # scenes: the same plus log(64 / 32), since twice the side needs twice the noise (Hoogeboom et al. 2023, section 3.1).
 DATASETS = {
-    "mnist": DataSet(partial(_mnist, "MNIST", MNIST_FILES), DIGITS, noise_level=(0.7, 0.9)),
-    "fashion_mnist": DataSet(partial(_mnist, "FashionMNIST", FASHION_FILES), FASHION, noise_level=(0.0, 1.2)),
+    "mnist": DataSet(partial(_mnist, "MNIST", MNIST_FILES), DIGITS, noise_level=(0.7, 0.9),
+                     lowest_noise=0.3),
+    "fashion_mnist": DataSet(partial(_mnist, "FashionMNIST", FASHION_FILES), FASHION, noise_level=(0.0, 1.2),
+                             lowest_noise=0.1),
     "cifar10": DataSet(_cifar10, CIFAR),
-    "glyphs": DataSet(_glyphs, DIGITS, noise_level=(0.7, 0.9)),
+    "glyphs": DataSet(_glyphs, DIGITS, noise_level=(0.7, 0.9), lowest_noise=0.3),
     "scenes": DataSet(_scenes, OBJECTS, noise_level=(0.2, 1.2), read_marks=_scene_marks),
     **{name: DataSet(READERS[name], row.class_names, code=COORDINATES) for name, row in POINT_SETS.items()},
 }

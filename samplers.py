@@ -249,24 +249,28 @@ def quadratic_timesteps(num_timesteps: int, steps: int) -> list[float]:
 
 
 HIGHEST_NOISE, LOWEST_NOISE, KARRAS_RHO = 20.0, 0.1, 3  # measured: benchmarks/RECORDS.md
-LOWEST_TRAINED_NOISE = 0.05  # the lowest noise where a low_share of the training looks at nearly clean images
+LOWEST_TRAINED_NOISE = 0.05  # in place of LOWEST_NOISE where a low_share of the training looks at nearly clean data
 
 
 def noise_range(diffusion: DiffusionProcess) -> tuple[float, float]:
-    """The lowest and the highest sigma/alpha of `noise_level_timesteps`, within what the schedule has."""
+    """The lowest and the highest sigma/alpha of `noise_level_timesteps`, within what the schedule has.
+
+    data_std times HIGHEST_NOISE, and times the process's lowest_noise or, where it has none, LOWEST_NOISE or
+    LOWEST_TRAINED_NOISE. The last step goes from the lowest to the clean image at once.
+    """
     levels = [math.exp(-diffusion.log_snr(t).item() / 2) for t in (diffusion.num_timesteps - 1, 0)]
     high = min(HIGHEST_NOISE * diffusion.data_std, levels[0])
-    lowest = LOWEST_TRAINED_NOISE if diffusion.config["low_share"] else LOWEST_NOISE
+    lowest = diffusion.config["lowest_noise"] or (
+        LOWEST_TRAINED_NOISE if diffusion.config["low_share"] else LOWEST_NOISE)
     return min(high, max(lowest * diffusion.data_std, levels[1])), high
 
 
 def noise_level_timesteps(diffusion: DiffusionProcess, steps: int, rho: float = math.inf) -> list[float]:
     """T-1, then `steps` - 1 real times at which (sigma/alpha)^(1/rho) falls evenly (Karras et al. 2022, eq. 5).
 
-    The even levels go from HIGHEST_NOISE to LOWEST_NOISE (LOWEST_TRAINED_NOISE where the process has a low_share) times
-    the data's standard deviation, within what the schedule has; T-1 takes the place of the highest. rho = inf:
-    log(sigma/alpha), and with it the log-SNR, is evenly spaced. Starts at HIGHEST_NOISE or at a few times that make
-    worse images than a start at T-1 (benchmarks/RECORDS.md): x_T is pure noise, and images with so much noise are not.
+    The even levels lie in `noise_range`; T-1 takes the place of the highest. rho = inf: log(sigma/alpha), and with it
+    the log-SNR, is evenly spaced. Starts at HIGHEST_NOISE or at a few times that make worse images than a start at T-1
+    (benchmarks/RECORDS.md): x_T is pure noise, and images with so much noise are not.
     """
     low, high = noise_range(diffusion)
     share = np.linspace(0, 1, steps)

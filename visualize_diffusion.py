@@ -38,7 +38,7 @@ from runtime.files import check_output
 from runtime.parser import PICTURE_FLAGS, SHARED_FLAGS, Parser, add_shared_flags, number
 from runtime.sampling import chosen_dataset, dataset_of, named_classes, sampling_options
 from runtime.script import script
-from samplers import DEFAULT_GUIDANCE, DEFAULT_SAMPLER, HIGHEST_NOISE, LOWEST_NOISE, generate, image_noise
+from samplers import DEFAULT_GUIDANCE, DEFAULT_SAMPLER, generate, image_noise, noise_range
 from utils import FIGURE_FORMATS, evenly_spaced, generator_for, get_device, pyplot, save_figure, tile
 
 COLUMNS = (0, 50, 100, 200, 400, 600, 800, 999)  # times t of --what forward, if T is 1,000
@@ -170,10 +170,10 @@ def trajectory_frames(args: Namespace, model, diffusion: DiffusionProcess, confi
 def shown_frames(frames: Sequence[Frame], diffusion: DiffusionProcess, columns: int | None = None) -> list[Frame]:
     """At most `columns` of the frames, the first and the last among them, spread evenly over the log-SNR.
 
-    The image appears in a small part of the time; over the log-SNR that part is large. What lies beyond HIGHEST_NOISE
-    and LOWEST_NOISE counts as their value.
+    The image appears in a small part of the time; over the log-SNR that part is large. What lies beyond the
+    `noise_range` counts as its ends.
     """
-    ends = [-2 * math.log(level * diffusion.data_std) for level in (HIGHEST_NOISE, LOWEST_NOISE)]
+    ends = [-2 * math.log(level) for level in reversed(noise_range(diffusion))]
     places = torch.tensor([diffusion.log_snr(t).item() for t, _, _ in frames]).clamp(*ends)
     count = min(len(frames), columns or FRAME_COLUMNS)
     even = torch.linspace(places[0], places[-1], count)[1:-1]

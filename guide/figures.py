@@ -15,7 +15,7 @@ from torch import Tensor
 from checkpoint import load_checkpoint
 from data import DATASETS, load_dataset, to_model, to_uint8
 from data_sources.points import COLOURS, POINT_SHAPE
-from diffusion import LOW_NOISE, DiffusionProcess
+from diffusion import DiffusionProcess
 from evaluation.mixture import Mixture
 from evaluation.point_plots import draw_paths, exact_mixture
 from guide import results
@@ -25,7 +25,6 @@ from runtime.checkpoints import find_checkpoint
 from runtime.parser import Parser
 from runtime.script import script
 from samplers import SAMPLERS, image_noise
-from training.flags import SHARES
 from utils import plain_log_ticks, pyplot, save_figure, tile
 
 TIMES = (0, 100, 250, 400, 500, 650, 800, 999)
@@ -123,12 +122,10 @@ def draw_targets():
         axis.plot(levels, [row[key] for row in rows], style, markersize=3, label=name)
     axis.set(xscale="log", ylim=(0, 0.75), xlabel="noise: sigma / alpha", ylabel="error of x_0_hat (root mean square)")
     times = np.geomspace(levels[0], levels[-1], 300)
-    usual = DATASETS["mnist"].noise_level
+    mean, std = DATASETS["mnist"].noise_level
     data_std = load_checkpoint(find_checkpoint("mnist"))["config"]["diffusion"]["data_std"]
-    for (mean, std), share in ((usual, 1 - sum(SHARES.values())), (LOW_NOISE, SHARES["low_share"])):
-        where = np.log(times / data_std) - mean
-        height = 0.3 * share * usual[1] / std  # of the largest 0.3
-        axis.fill_between(times, height * np.exp(-((where / std) ** 2) / 2), alpha=0.15, color="black")
+    where = np.log(times / data_std) - mean
+    axis.fill_between(times, 0.3 * np.exp(-((where / std) ** 2) / 2), alpha=0.15, color="black")
     axis.text(1.2, 0.03, "times of training", ha="center", fontsize=8)
     axis.legend(fontsize=8, loc="upper left")
     axis.grid(alpha=0.3)

@@ -502,6 +502,7 @@ def test_to_returns_the_process_itself():
 @pytest.mark.parametrize("arguments, words", [
     (dict(last_share=1.5), ["last_share", "1.5"]), (dict(low_share=-0.1), ["low_share", "-0.1"]),
     (dict(last_share=0.6, low_share=0.6), ["together", "0.6"]),
+    (dict(lowest_noise=0.0), ["lowest_noise", "0.0"]), (dict(lowest_noise=math.inf), ["lowest_noise", "inf"]),
     (dict(num_timesteps=0), ["num_timesteps", "0", "1"]),
     (dict(num_timesteps=-3), ["num_timesteps", "-3"]),
     (dict(num_timesteps=2.5), ["num_timesteps", "2.5"]),

@@ -334,9 +334,11 @@ def test_what_falls_evenly_by_each_spacing(spacing, even):
     assert all(evenness([even(process, t) for t in spaced_timesteps(process, 10, name)[1:]]) > 0.1 for name in others)
 
 
-@pytest.mark.parametrize("low_share, lowest", [(0.0, 0.1), (0.05, 0.05)])
-def test_the_last_step_begins_at_noise_that_the_training_has_seen(low_share, lowest):
-    process = DiffusionProcess(1000, "cosine", data_std=0.5, timestep_sampling="lognormal", low_share=low_share)
+@pytest.mark.parametrize("kept, lowest", [
+    (dict(), 0.1), (dict(low_share=0.05), 0.05), (dict(lowest_noise=0.3), 0.3),
+    (dict(low_share=0.05, lowest_noise=0.2), 0.2)])
+def test_the_last_step_begins_at_the_lowest_noise_of_the_process(kept, lowest):
+    process = DiffusionProcess(1000, "cosine", data_std=0.5, timestep_sampling="lognormal", **kept)
     for spacing in ("karras", "log_snr"):
         last = spaced_timesteps(process, 10, spacing)[-1]
         assert math.exp(-process.log_snr(last).item() / 2) == pytest.approx(lowest * 0.5, rel=1e-3)

@@ -217,8 +217,9 @@ DIFFUSION_FLAGS = {"timesteps": "num_timesteps"} | {name: name for name in (
     "zero_terminal_snr")}
 TRAINER_FLAGS = ("batch_size", "optimizer", "lr", "muon_lr", "lr_schedule", "warmup", "weight_decay", "max_grad_norm",
                  "ema_decay", "conditional", "label_dropout", "precision", "seed", "hflip")
-# Shares of the training times, with --timestep_sampling lognormal: T - 1, and nearly clean images.
-SHARES = dict(last_share=0.01, low_share=0.05)
+# What a process has without flags, in checkpoints that do not know it; the shares are for lognormal times.
+KEPT = dict(last_share=0.0, low_share=0.0, lowest_noise=None)
+LAST_SHARE, POINTS_LOW_SHARE = 0.01, 0.05  # nearly clean times help points, and make images worse: RECORDS.md
 FIXED_FLAGS = ("train_images", "batch_size", "optimizer")  # besides network and data: what --resume cannot change
 
 
@@ -273,20 +274,23 @@ def make_config(settings: Namespace, data: ImageData, saved: dict | None = None)
     """The config of a checkpoint but for its part "training": {"model", "diffusion", "data"}.
 
     data     the training images, with their code
-    saved    the config of the checkpoint that is resumed: its data_std, else measured, and its SHARES are kept
+    saved    the config of the checkpoint that is resumed: its data_std, else measured, and what is KEPT
     """
     attention = settings.attention and [factor for factor in settings.attention if factor]
-    shares = {name: saved["diffusion"].get(name, 0.0) for name in SHARES} if saved else SHARES
+    points = is_points(data.images.shape[1:])
+    kept = {name: saved["diffusion"].get(name, before) for name, before in KEPT.items()} if saved else dict(
+        last_share=LAST_SHARE, low_share=POINTS_LOW_SHARE if points else 0.0,
+        lowest_noise=DATASETS[data.name].lowest_noise if data.name in DATASETS else None)
     some = data.first(min(10_000, 2**25 // data.images[0].numel()))  # large images would need much memory as floats
     data_std = saved["diffusion"]["data_std"] if saved else round(some.x_0().std().item(), 3)
-    network, flags = "mlp" if is_points(data.images.shape[1:]) else "unet", vars(settings) | dict(attention=attention)
+    network, flags = "mlp" if points else "unet", vars(settings) | dict(attention=attention)
     code = {} if data.code.is_linear else dict(level_code=data.code.points.tolist())
     return dict(
         model=dict({name: flags[name] for name in MODEL_FLAGS[network]}, network=network,
                    image_channels=data.images.shape[1],
                    num_classes=len(data.class_names) if settings.conditional else None),
         diffusion=dict({ours: getattr(settings, flag) for flag, ours in DIFFUSION_FLAGS.items()}, data_std=data_std,
-                       **shares),
+                       **kept),
         data=dict(dataset=data.name, shape=list(data.images.shape[1:]), class_names=list(data.class_names), **code,
                   **_pictures(data)))
 
