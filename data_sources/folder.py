@@ -1,5 +1,6 @@
 """Find the pictures of a folder, a .zip of one or a .npz, and their classes, without opening any of them."""
 
+import contextlib
 import hashlib
 import io
 import os
@@ -175,21 +176,28 @@ def _array_name(names: Collection[str]) -> str:
     return found
 
 
+def _header(archive: zipfile.ZipFile, name: str) -> tuple[tuple[int, ...], np.dtype]:
+    """The shape and the type of an array of a .npz, which is not read. KeyError if there is none of this name."""
+    with archive.open(f"{name}.npy") as array:
+        read = {1: np.lib.format.read_array_header_1_0, 2: np.lib.format.read_array_header_2_0}
+        shape, _, dtype = read[np.lib.format.read_magic(array)[0]](array)
+        return shape, dtype
+
+
 def _check_arrays(file, archive: zipfile.ZipFile) -> tuple[tuple[int, ...], np.dtype]:
-    """The shape and the type of the pictures in a .npz, which are not read. UserError for labels of another name."""
-    headers = {}
-    for name in file.files:
-        with archive.open(f"{name}.npy") as array:
-            read = {1: np.lib.format.read_array_header_1_0, 2: np.lib.format.read_array_header_2_0}
-            headers[name], _, dtype = read[np.lib.format.read_magic(array)[0]](array)
-            headers[name] = headers[name], dtype
+    """The shape and the type of the pictures in a .npz. UserError for labels that have another name or are objects."""
     name = _array_name(file.files)
-    shape, dtype = headers[name]
-    others = [other for other, (size, _) in headers.items() if other not in (name, "labels") and size == shape[:1]]
-    if others and "labels" not in headers:
-        raise UserError(f"{others[0]} looks like labels: save it as np.savez(path, {name}=images, labels=labels)")
-    if "labels" in headers and headers["labels"][1].hasobject:
-        raise UserError("its labels are Python objects: save labels.astype(str)")
+    shape, dtype = _header(archive, name)
+    if "labels" in file.files:
+        if _header(archive, "labels")[1].hasobject:
+            raise UserError("its labels are Python objects: save labels.astype(str)")
+        return shape, dtype
+    shapes = {}
+    for other in sorted(set(file.files) - {name}):
+        with contextlib.suppress(KeyError, ValueError):  # of something else than an array
+            shapes[other] = _header(archive, other)[0]
+    if like_labels := [other for other, found in shapes.items() if found == shape[:1]]:
+        raise UserError(f"{like_labels[0]} looks like labels: save it as np.savez(path, {name}=images, labels=labels)")
     return shape, dtype
 
 
