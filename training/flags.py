@@ -385,7 +385,8 @@ def check_resumable(checkpoint: dict, config: dict, command: str) -> None:
                           data={name: value for name, value in config["data"].items() if name not in left_out})
     for part, values in asked.items():
         for name, value in sorted(values.items(), key=lambda item: item[0] in ("channel_mults", "attention")):
-            before = checkpoint["config"][part].get(name, False)  # a feature that the file does not know was off
+            # A feature that the file does not know was off.
+            before = checkpoint["config"][part].get(name, KEPT.get(name, False))
             if before != value:
                 raise UserError(f"the checkpoint was trained with {name} {before}, the flags ask for {value}: resume "
                                 f"it as it was with {command}, or start a new run without --resume")
