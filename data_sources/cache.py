@@ -72,7 +72,7 @@ def cached(pictures: Pictures, data_dir: str | Path, small: bool = True, quiet: 
     path = Path(pictures.path).absolute()
     found = find_pictures(path)
     pictures = pictures._replace(path=str(path), image_size=_checked_size(pictures.image_size) or _size(
-        found.side or _median_side(Source(path), found.names), small))
+        found.side if found.array else _median_side(Source(path), found.names), small))
     name, place = short_name(path), Path(data_dir).absolute() / "pictures"
     key = hashlib.sha256(repr((VERSION, found.listing, found.class_names, pictures[1:])).encode()).hexdigest()[:16]
     folder = place / f"{name}-{key}"
@@ -256,20 +256,21 @@ def _read_all(pictures: Pictures, found: Found, name: str, folder: Path) -> None
     """Read the pictures and write the folder of their cache, whole or not at all."""
     temporary, side = folder.with_name(f".{folder.name}.tmp"), pictures.image_size
     shutil.rmtree(temporary, ignore_errors=True)  # of a process that was killed
-    place = temporary / "unpacked.npy" if found.side else Path(pictures.path)
+    place = temporary / "unpacked.npy" if found.array else Path(pictures.path)
     task = _Task(pictures, place, (1 if pictures.channels == "1" else 3, side, side), found.names,
                  temporary / "scratch.npy")
     _check_space(folder.parent, 2 * len(found.names) * task.shape[0] * side * side + found.unpacked)
     try:
         temporary.mkdir()
-        if found.side:
-            unpack_array(Path(pictures.path), place)
+        if found.array:
+            unpack_array(Path(pictures.path), found.array, place)
         scratch = np.lib.format.open_memmap(task.scratch, "w+", np.uint8, (len(found.names), side, side, task.shape[0]))
         facts = _read_in_parallel(task)
         content = _sort(scratch, facts, found, pictures, temporary)
         del scratch  # some systems do not delete a file that is mapped
         task.scratch.unlink()
-        (temporary / "unpacked.npy").unlink(missing_ok=True)
+        if found.array:
+            place.unlink()
         write_json(dict(name=name, **content, key=folder.name[-16:]), temporary / "about.json")
         shutil.rmtree(folder, ignore_errors=True)  # without an about.json
         os.replace(temporary, folder)

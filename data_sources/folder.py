@@ -31,8 +31,9 @@ class Found(NamedTuple):
     others        how many files are no pictures, by their names
     listing       a sha256 of the names, sizes and dates (in an archive: checksums): it changes when a file does
     mixed         whether pictures lie beside sub-folders with pictures, so that there are no classes
-    side          of a .npz the shorter side of its pictures, else None
-    unpacked      of a .npz how many bytes its pictures take, else 0
+    array         of a .npz the name of the array of pictures, else None; side and unpacked are for it
+    side          the shorter side of the pictures
+    unpacked      how many bytes they take
     """
 
     names: list[str]
@@ -42,7 +43,8 @@ class Found(NamedTuple):
     others: int
     listing: str
     mixed: bool
-    side: int | None = None
+    array: str | None = None
+    side: int = 0
     unpacked: int = 0
 
 
@@ -149,7 +151,7 @@ def _find_in_npz(path: Path) -> Found:
     try:
         check_archive(path, largest=max(MIN_BYTES, MAX_RATIO * path.stat().st_size))
         with zipfile.ZipFile(path) as archive, np.load(path, allow_pickle=False) as file:
-            shape, dtype = _check_arrays(file, archive)
+            name, shape, dtype = _check_arrays(file, archive)
             labels = file.get("labels")
             contents = [(part.filename, part.file_size, part.CRC) for part in archive.infolist()]
     except Exception as error:  # zipfile, zlib and numpy raise different errors for damaged files
@@ -164,7 +166,7 @@ def _find_in_npz(path: Path) -> Found:
     known, numbers = np.unique(values, return_inverse=True)
     return Found([str(k) for k in range(shape[0])], numbers.tolist(),
                  tuple(_plain(str(name)) for name in known) if len(known) > 1 else (), {}, 0,
-                 hashlib.sha256(repr(contents).encode()).hexdigest(), False, min(shape[1:3]), int(np.prod(shape)))
+                 hashlib.sha256(repr(contents).encode()).hexdigest(), False, name, min(shape[1:3]), int(np.prod(shape)))
 
 
 def _array_name(names: Collection[str]) -> str:
@@ -184,29 +186,30 @@ def _header(archive: zipfile.ZipFile, name: str) -> tuple[tuple[int, ...], np.dt
         return shape, dtype
 
 
-def _check_arrays(file, archive: zipfile.ZipFile) -> tuple[tuple[int, ...], np.dtype]:
-    """The shape and the type of the pictures in a .npz. UserError for labels that have another name or are objects."""
+def _check_arrays(file, archive: zipfile.ZipFile) -> tuple[str, tuple[int, ...], np.dtype]:
+    """The name, the shape and the type of the array of pictures in a .npz.
+
+    UserError for labels that have another name or are objects.
+    """
     name = _array_name(file.files)
     shape, dtype = _header(archive, name)
     if "labels" in file.files:
         if _header(archive, "labels")[1].hasobject:
             raise UserError("its labels are Python objects: save labels.astype(str)")
-        return shape, dtype
+        return name, shape, dtype
     shapes = {}
     for other in sorted(set(file.files) - {name}):
         with contextlib.suppress(KeyError, ValueError):  # of something else than an array
             shapes[other] = _header(archive, other)[0]
     if like_labels := [other for other, found in shapes.items() if found == shape[:1]]:
         raise UserError(f"{like_labels[0]} looks like labels: save it as np.savez(path, {name}=images, labels=labels)")
-    return shape, dtype
+    return name, shape, dtype
 
 
-def unpack_array(path: Path, target: Path) -> None:
-    """Write the array of pictures of a .npz to a file that can be mapped into memory."""
-    with zipfile.ZipFile(path) as archive, target.open("wb") as file:
-        name = _array_name([Path(name).stem for name in archive.namelist()])
-        with archive.open(f"{name}.npy") as array:
-            shutil.copyfileobj(array, file)
+def unpack_array(path: Path, name: str, target: Path) -> None:
+    """Write an array of a .npz to a file that can be mapped into memory."""
+    with zipfile.ZipFile(path) as archive, archive.open(f"{name}.npy") as array, target.open("wb") as file:
+        shutil.copyfileobj(array, file)
 
 
 class Source:

@@ -199,10 +199,11 @@ def test_an_npz_keeps_its_pixels_and_labels(tmp_path, name, channels):
 
 
 def test_what_else_lies_in_an_npz_is_not_looked_at(tmp_path):
-    np.savez(tmp_path / "in.npz", arr_0=np.random.default_rng(0).integers(0, 256, (4, 16, 16), np.uint8),
+    np.savez(tmp_path / "in.npz", images=np.random.default_rng(0).integers(0, 256, (4, 16, 16), np.uint8),
              mean=np.zeros(3), about=np.array([(1, "x")], [("größe", int), ("name", "U1")]))
     with zipfile.ZipFile(tmp_path / "in.npz", "a") as archive:
         archive.writestr("README.txt", "drawings")
+        archive.writestr("arr_0.txt", "no array")
     assert len(read(tmp_path / "in.npz", tmp_path / "data")[0]) == 4
 
 
