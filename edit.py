@@ -46,6 +46,7 @@ from utils import autocast, evenly_spaced, get_device, pick_precision, save_gif,
 FILM_FRAMES, FILM_IMAGES = 40, 8
 MEAN_IMAGES = 32  # x_0_hat of as many noises gives the mean of the model's images
 DEFAULT_SEEDS = [14, 17]  # of interpolate: with a network of ten minutes on MNIST a 7 that becomes a 9 and then a 4
+READ_AS_IN_TRAINING = ("fit", "background")  # flags that say how a picture is read
 DEFAULT_STEPS = {"inpaint": 50, "vary": 20, "interpolate": 20, "invert": 100}
 SIDES = ("left", "right", "top", "bottom", "center")
 
@@ -120,9 +121,10 @@ def add_command(commands, name: str, text: str, pictures: int = 1) -> Parser:
         which.add_argument("--index", type=number(int, 0), help="take the image of the test split with this number "
                                                                 "(default: 0)")
         add_shared_flags(sub, "data_dir")
-    for flag, usual in (("fit", "crop"), ("background", "white")):
-        sub.add_argument(f"--{flag}", **SHARED_FLAGS[flag] | dict(default=None, help=(
-            f"{SHARED_FLAGS[flag]['help']} (default: as in the training, else {usual})")))
+    for flag in READ_AS_IN_TRAINING:
+        shared = SHARED_FLAGS[flag]
+        sub.add_argument(f"--{flag}", **shared | dict(default=None, help=(
+            f"{shared['help']} (default: as in the training, else {shared['default']})")))
     sub.add_argument("--invert_colors", action="store_true",
                      help="turn dark into light in --image: for a dark drawing on light paper and a model of light "
                           "digits on a dark ground")
@@ -175,9 +177,10 @@ class Editor:
         device = get_device(args.device)
         self.model, self.diffusion, checkpoint = load_model(args.checkpoint, device)
         config, num_timesteps = checkpoint["config"], self.diffusion.num_timesteps
-        read = dict(fit="crop", background="white") | config["data"].get("pictures", {})  # how training pictures were
-        args = self.args = Namespace(**vars(args) | {name: getattr(args, name) or read[name]
-                                                     for name in ("fit", "background")})
+        trained = config["data"].get("pictures", {})
+        args = self.args = Namespace(**vars(args) | {
+            name: getattr(args, name) or trained.get(name, SHARED_FLAGS[name]["default"])
+            for name in READ_AS_IN_TRAINING})
         if is_student(config):
             raise UserError(f"{args.checkpoint} is a student, which only makes images from pure noise: edit with its "
                             f"teacher")
