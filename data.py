@@ -366,7 +366,8 @@ class DataSet(NamedTuple):
     noise_level   mean and standard deviation of log(sigma / alpha / data_std) in training
     read_marks    read_marks(data_dir, train) -> (N, marks) bool: what else is known to be in each image; None: nothing
     code          of the data as they are read
-    lowest_noise  where the samplers' noise levels end, as `DiffusionProcess` has it; None: not measured
+    lowest_noise  where the samplers' noise levels end with a `histogram_code`, as `DiffusionProcess` has it; None: not
+                  measured
     """
 
     read: Callable[[Path, bool], tuple[Tensor, Tensor]]

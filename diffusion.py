@@ -97,8 +97,8 @@ class DiffusionProcess:
                          With zero_terminal_snr only last_share ever draws T - 1
     loss_weight          "target": the squared error of the target has weight 1 at all t; "min_snr": the squared error
                          of x_0_hat has weight min(SNR, snr_gamma) (Hang et al. 2023)
-    zero_terminal_snr    no signal is left at T - 1 (`zero_terminal`); not possible with "eps" or "min_snr"
-
+    zero_terminal_snr    no signal is left at T - 1 (`zero_terminal`); not possible with "eps". With "min_snr" nothing
+                         is learned at T - 1, where its weight is 0
     lowest_noise         the lowest sigma / alpha / data_std of the samplers' noise levels (`samplers.noise_range`);
                          None: that of checkpoints from before it was kept here
 
@@ -390,9 +390,6 @@ def _check_config(num_timesteps, schedule, beta_start, beta_end, prediction, dat
     if zero_terminal_snr and prediction == "eps":
         raise ValueError("zero_terminal_snr goes with the predictions x0, v and edm: at the last time eps says "
                          "nothing about the image")
-    if zero_terminal_snr and loss_weight == "min_snr":
-        raise ValueError("zero_terminal_snr goes with the loss_weight target: min_snr has weight 0 at the last time, "
-                         "where sampling starts")
     if not (last_share >= 0 and low_share >= 0 and last_share + low_share <= 1):
         raise ValueError(f"last_share and low_share must be at least 0 and together at most 1, not {last_share} and "
                          f"{low_share}")

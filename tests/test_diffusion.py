@@ -565,11 +565,6 @@ def test_wrong_shapes_and_orders_are_refused_with_both_sides_named(call, words):
     assert all(word in str(caught.value) for word in words), str(caught.value)
 
 
-def test_min_snr_is_refused_where_it_would_leave_the_first_time_of_sampling_untrained():
-    with pytest.raises(ValueError, match="loss_weight target"):
-        DiffusionProcess(prediction="v", zero_terminal_snr=True, loss_weight="min_snr")
-
-
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_times_of_half_precision_are_looked_up_in_full_precision(dtype):
     process, t = DiffusionProcess(1000), torch.tensor([0.0, 16.0, 512.0])

@@ -244,7 +244,10 @@ NEEDED = dict(muon_lr=("optimizer", "muon"), snr_gamma=("loss_weight", "min_snr"
 
 
 def check_effect(parser: Parser, args: Namespace, typed: set[str]) -> None:
-    """UserError for a flag that the user typed, and that changes nothing because of another flag's value."""
+    """UserError for a flag that the user typed, and that changes nothing, or does harm, with another flag's value."""
+    if args.zero_terminal_snr and args.loss_weight == "min_snr" and {"zero_terminal_snr", "loss_weight"} & typed:
+        parser.error("--zero_terminal_snr goes with --loss_weight target: min_snr has weight 0 at the last time, where "
+                     "sampling starts")
     for name, (other, value) in NEEDED.items():
         if name in typed and getattr(args, other) != value:
             needed = f"--{other}" if value is True else f"--{other} {value}"
@@ -280,7 +283,7 @@ def make_config(settings: Namespace, data: ImageData, saved: dict | None = None)
     points = is_points(data.images.shape[1:])
     kept = {name: saved["diffusion"].get(name, before) for name, before in KEPT.items()} if saved else dict(
         last_share=LAST_SHARE, low_share=POINTS_LOW_SHARE if points else 0.0,
-        lowest_noise=DATASETS[data.name].lowest_noise if data.name in DATASETS else None)
+        lowest_noise=DATASETS[data.name].lowest_noise if data.name in DATASETS and not data.code.is_linear else None)
     some = data.first(min(10_000, 2**25 // data.images[0].numel()))  # large images would need much memory as floats
     data_std = saved["diffusion"]["data_std"] if saved else round(some.x_0().std().item(), 3)
     network, flags = "mlp" if points else "unet", vars(settings) | dict(attention=attention)

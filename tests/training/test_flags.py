@@ -8,7 +8,8 @@ import torch
 from harness import tiny
 
 import train
-from data import ImageData
+from data import DATASETS, ImageData
+from diffusion import DiffusionProcess
 from training import flags
 from training.flags import RECIPES, make_settings, resume_command
 
@@ -82,6 +83,26 @@ def test_a_flag_that_would_change_nothing_is_refused(words, missing, tmp_path, c
     assert train.main([*words, "--output_dir", str(tmp_path / "run")]) == 2
     (line,) = capfd.readouterr().err.splitlines()
     assert f"{words[0]} changes nothing without {missing}" in line and not (tmp_path / "run").exists()
+
+
+def test_min_snr_is_refused_where_it_would_leave_the_first_time_of_sampling_untrained(tmp_path, capfd):
+    words = ["--zero_terminal_snr", "--loss_weight", "min_snr", "--output_dir", str(tmp_path / "run")]
+    assert train.main(words) == 2
+    (line,) = capfd.readouterr().err.splitlines()
+    assert "--loss_weight target" in line and not (tmp_path / "run").exists()
+    DiffusionProcess(prediction="v", zero_terminal_snr=True, loss_weight="min_snr")  # of a checkpoint that has both
+
+
+@pytest.mark.parametrize("name, more, low_share, lowest", [
+    ("mnist", [], 0.0, 0.3), ("fashion_mnist", [], 0.0, 0.1), ("glyphs", [], 0.0, 0.3), ("cifar10", [], 0.0, None),
+    ("mnist", ["--level_code", "linear"], 0.0, None), ("moons", [], 0.05, None)])
+def test_what_a_process_has_without_flags_is_what_was_measured(name, more, low_share, lowest):
+    images = torch.zeros(4, 2, 1, 1) if name == "moons" else torch.arange(256, dtype=torch.uint8).view(4, 1, 8, 8)
+    data = ImageData(name, "train", images, torch.zeros(4, dtype=torch.long), ("a", "b"), DATASETS[name].code)
+    settings = make_settings(parsed("--dataset", name, *more), data)
+    data = data.coded(flags.make_code(settings, data))
+    process = flags.make_config(settings, data)["diffusion"]
+    assert (process["last_share"], process["low_share"], process["lowest_noise"]) == (0.01, low_share, lowest)
 
 
 def test_a_resumed_run_takes_a_flag_whose_condition_its_checkpoint_holds(data_dir, tmp_path, capfd):
