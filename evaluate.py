@@ -18,8 +18,8 @@ the reference, at most 5,000 of validation or, with --reference validation, 10,0
 different n cannot be compared. asked_class and cas need labels: a conditional checkpoint, or an array `labels` in the
 .npz. two_sample_pixels is how often a network, trained for it, tells the images from real ones, two_sample_shapes the
 same in black and white. Of scenes, scene_right is the share with the asked number of objects, in clear colours, and
-mark_distance how much the shares of the colours and kinds of objects differ. The last line says what gives the images
-away. The floors of a reference, and the features of real images, are kept in the folder floors of --data_dir.
+mark_distance how much the shares of the colours and kinds of objects differ. A line at the end says what gives the
+images away. The floors of a reference, and the features of real images, are kept in the folder floors of --data_dir.
 """
 
 import hashlib

@@ -235,8 +235,7 @@ def uniform_timesteps(num_timesteps: int, steps: int) -> list[int]:
     """`steps` whole times, evenly spaced from T-1 down to about T/steps; for steps = T they are all the times.
 
     The "trailing" spacing of Lin et al. 2024: with fewer steps than T it spends no evaluation on t = 0, where hardly
-    any noise is left.
-    ValueError unless 1 <= steps <= T.
+    any noise is left. ValueError unless 1 <= steps <= T.
     """
     if not 1 <= steps <= num_timesteps:
         raise ValueError(f"steps must lie in 1..{num_timesteps} (the process's number of timesteps), not {steps}")
