@@ -17,7 +17,11 @@ import multiprocessing
 import os
 import re
 import shutil
+import signal
 import statistics
+import sys
+import threading
+import time
 import warnings
 from argparse import Namespace
 from collections.abc import Iterator, Sequence
@@ -27,21 +31,23 @@ from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
-from filelock import FileLock
+from filelock import FileLock, Timeout
 
-from data_sources.folder import Found, Source, describe, find_pictures, unpack_array
+from data_sources.folder import Found, Source, describe, describe_others, find_pictures, unpack_array
 from data_sources.pictures import decode, open_image
 from runtime.cores import available_cores
 from runtime.errors import RunFailed, UserError
 from runtime.files import check_writable, one_line, write_json
 from runtime.progress import Bar
 
-VERSION = 1  # of what is read from a picture; part of the key
+VERSION = 2  # of what is read from a picture; part of the key
 MIN_HELD_OUT, HELD_OUT = 200, 0.1  # of fewer different pictures none is held out; else these shares for two splits
 SIZES, LARGEST = (28, 32, 64), 512  # the sides that are chosen by themselves; the largest that can be asked for
 SIZED = 100  # pictures whose sizes are looked at
 CHUNK, MIN_PARALLEL = 32, 256  # pictures that a process reads at a time; fewer are read without other processes
-SPLIT_NAMES = {"train", "training", "test", "testing", "val", "valid", "validation"}
+PART = r"(train|test|val|dev|eval|pred)(?:ing|id|idation|uation|iction)?\d*"
+SPLIT_NAME = re.compile(rf"(?i)(?:.*[\W_])?{PART}(?:[\W_].*)?")  # of a part of a data set, such as seg_train
+CLEAR = 16  # levels between the channels of a pixel that make a colour clear; less may be the tint of a scan
 BLOCK = 4096  # pictures that are sorted into the final file at a time
 
 
@@ -78,12 +84,40 @@ def cached(pictures: Pictures, data_dir: str | Path, small: bool = True, quiet: 
     folder = place / f"{name}-{key}"
     if not (folder / "about.json").exists():
         check_writable(place)
-        with FileLock(place / f".{folder.name}.lock"):  # ends with the process
+        with _alone(place / f".{folder.name}.lock"):
             if not (folder / "about.json").exists():
                 _read_all(pictures, found, name, folder)
+                for line in _older(folder, pictures):
+                    print(line, flush=True)
     if not quiet:
         print("\n".join(summary(about(folder))), flush=True)
     return folder
+
+
+@contextlib.contextmanager
+def _alone(path: Path) -> Iterator[None]:
+    """Hold a lock, which ends with the process; says so if another process has it."""
+    lock = FileLock(path)
+    try:
+        lock.acquire(timeout=0)
+    except Timeout:
+        print("Another process is reading these pictures: waiting for it", flush=True)
+        lock.acquire()
+    try:
+        yield
+    finally:
+        lock.release()
+
+
+def _older(folder: Path, pictures: Pictures) -> Iterator[str]:
+    """A line about earlier readings of the same folder in the same way, which files that changed have made useless."""
+    for other in sorted(folder.parent.glob("*/about.json")):
+        with contextlib.suppress(UserError):
+            content = about(other.parent)
+            if other.parent != folder and {name: content.get(name) for name in Pictures._fields} == pictures._asdict():
+                size = sum(file.stat().st_size for file in other.parent.iterdir())
+                yield (f"These pictures were read before, and have changed: {other.parent} ({size:,} bytes) can be "
+                       f"deleted, unless a run with them is to be resumed")
 
 
 def find_cached(key: str, digest: str, data_dir: str | Path) -> Path | None:
@@ -131,28 +165,39 @@ def summary(content: dict) -> Iterator[str]:
     skipped, shape, splits = content["skipped"], content["shape"], content["splits"]
     said = [f"{content['name']}: {content['count']:,} pictures used"]
     said += [describe(skipped)] if skipped else []
-    said += [f"{content['others']:,} other files"] if content["others"] else []
+    said += [describe_others(content["others"])] if content["others"] else []
     yield "; ".join(said)
     classes = ", ".join(f"{name} {count:,}" for name, count in zip(content["class_names"], content["counts"],
                                                                    strict=True))
     kind, number = "grey" if shape[0] == 1 else "colour", len(content["class_names"])
     yield (f"As {shape[1]}×{shape[2]}, {kind}, --fit {content['fit']}; "
            f"{f'{number} classes: {one_line(classes, 300)}' if classes else 'no classes'}")
-    if content["class_names"] and {name.lower() for name in content["class_names"]} <= SPLIT_NAMES:
+    if part := part_for_training(content["class_names"]):
+        path = Path(content["path"])
+        unpack = "" if path.is_dir() else "unpack the archive and "
         yield (f"These look like parts for training and for testing, and not like classes: to learn the classes in one "
-               f"of them, give it with --dataset, such as {Path(content['path']) / content['class_names'][-1]}")
+               f"of them, {unpack}give it with --dataset, such as {(path.with_suffix('') if unpack else path) / part}")
     if content["mixed"]:
         yield "Some lie beside the sub-folders: for classes, move every picture into a sub-folder"
     if content["transparent"]:
         yield f"{content['transparent']:,} have transparent parts, which show --background {content['background']}"
-    if 0 < content["coloured"] < 0.1 * content["count"]:
-        yield f"Only {content['coloured']:,} have colours: --channels 1 turns them to grey"
+    if shape[0] == 3 and content["clear"] < 0.1 * content["count"]:
+        yield f"Only {content['clear']:,} have clear colours: --channels 1 turns all pictures to grey"
     if splits["test"]:
         yield (f"{splits['train']:,} to learn from, {splits['validation']:,} for validation and {splits['test']:,} for "
                f"test, chosen by their content")
     else:
         yield (f"With fewer than {MIN_HELD_OUT} different pictures none is held out: there is no validation loss, and "
                f"evaluate.py cannot compare with unseen pictures")
+
+
+def part_for_training(class_names: Sequence[str]) -> str | None:
+    """Which of the classes is the part for training, if all of them look like the parts of a data set and not classes.
+
+    As in train, test; seg_train, seg_test; training, validation.
+    """
+    parts = [match and match[1].lower() for match in map(SPLIT_NAME.fullmatch, class_names)]
+    return class_names[parts.index("train")] if all(parts) and "train" in parts else None
 
 
 # ---------------------------------------------------------------------------------------------- choosing and reading
@@ -194,8 +239,18 @@ class _Task(NamedTuple):
     scratch: Path
 
 
-def _read_rows(rows: range) -> list[tuple[bytes, bool, bool, str]]:
-    """Read pictures into their rows of the scratch file; (hash, has colours, transparent, why not) of each.
+class _Fact(NamedTuple):
+    """What is known of a picture that was read, or why it was not."""
+
+    digest: bytes = b""  # of its pixels as it was scaled, grey as colour
+    coloured: bool = False
+    clear: bool = False  # whether it has a clear colour
+    transparent: bool = False
+    why: str = ""
+
+
+def _read_rows(rows: range) -> list[_Fact]:
+    """Read pictures into their rows of the scratch file; returns what is known of each.
 
     UserError if the system cannot read one: it may be able to later, so this must not be kept.
     """
@@ -214,24 +269,44 @@ def _read_rows(rows: range) -> list[tuple[bytes, bool, bool, str]]:
         except MemoryError as error:
             raise UserError(f"there is too little memory for {task.names[row]}: close other programs, or move it out "
                             f"of {task.pictures.path}") from error
+        except FileNotFoundError:  # the next listing differs, and is read anew
+            result.append(_Fact(why="it was deleted meanwhile"))
         except Exception as error:  # PIL raises different errors for damaged files
             if isinstance(error, OSError) and error.errno:
-                raise UserError(f"{task.names[row]} cannot be read ({error.strerror}): mend that, or move it out of "
-                                f"{task.pictures.path}") from error
-            result.append((b"", False, False, one_line(error).replace(f"{task.pictures.path}/", "") or "damaged"))
+                raise UserError(f"{task.names[row]} cannot be read ({error.strerror}): run again, or mend that, or "
+                                f"move it out of {task.pictures.path}") from error
+            result.append(_Fact(why=_why(error, task.pictures.path)))
         else:
             written[row] = pixels
-            coloured = bool((pixels != pixels[..., :1]).any())
+            tint = int(np.ptp(pixels.astype(np.int16), axis=2).max())
             in_colour = np.ascontiguousarray(np.broadcast_to(pixels, (*pixels.shape[:2], 3)))
-            result.append((hashlib.sha256(in_colour.data).digest(), coloured, transparent, ""))
+            result.append(_Fact(hashlib.sha256(in_colour.data).digest(), tint > 0, tint >= CLEAR, transparent))
     return result
+
+
+def _why(error: Exception, folder: str) -> str:
+    """Why PIL could not read a picture, in a few words and without the path of the folder."""
+    if "cannot identify image file" in str(error):
+        return "it is no picture, or damaged at its beginning"
+    return one_line(str(error).replace(f"{folder}/", "")) or "damaged"
 
 
 _shared: list = [None, None, None]  # of a reading process: its _Task, Source, and the scratch file mapped into memory
 
 
-def _share(task: _Task) -> None:
+def _share(task: _Task | None) -> None:
     _shared[:] = task, None, None
+
+
+def _begin(task: _Task, parent: int) -> None:
+    """Begin a reading process: Ctrl-C is for its parent, whose end, even by a kill, is its own."""
+    def watch():
+        while os.getppid() == parent:
+            time.sleep(1)
+        os._exit(1)
+    _share(task)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    threading.Thread(target=watch, daemon=True).start()
 
 
 @contextlib.contextmanager
@@ -244,10 +319,10 @@ def _readers(task: _Task) -> Iterator[Executor | None]:
             yield None
         finally:
             _share(None)
-    else:  # fork starts at once, where it is safe
-        method = "fork" if "fork" in multiprocessing.get_all_start_methods() and os.name == "posix" else "spawn"
+    else:  # fork starts at once; outside Linux it is not safe beside the system's own threads
+        method = "fork" if sys.platform == "linux" else "spawn"
         with warnings.catch_warnings(), ProcessPoolExecutor(
-                cores, multiprocessing.get_context(method), _share, (task,)) as executor:
+                cores, multiprocessing.get_context(method), _begin, (task, os.getpid())) as executor:
             warnings.simplefilter("ignore", DeprecationWarning)  # of fork beside threads: the readers use none
             yield executor
 
@@ -285,7 +360,7 @@ def _check_space(folder: Path, size: int) -> None:
                         f"another --data_dir, or a smaller --image_size")
 
 
-def _read_in_parallel(task: _Task) -> list[tuple[bytes, bool, bool, str]]:
+def _read_in_parallel(task: _Task) -> list[_Fact]:
     """What `_read_rows` returns for all pictures, with a bar."""
     chunks = [range(first, min(first + CHUNK, len(task.names))) for first in range(0, len(task.names), CHUNK)]
     with _readers(task) as executor:
@@ -311,15 +386,15 @@ def _sort(scratch: np.ndarray, facts: Sequence, found: Found, pictures: Pictures
 
     UserError if no picture could be read.
     """
-    skipped = found.skipped | {name: why for name, (*_, why) in zip(found.names, facts, strict=True) if why}
-    used = [row for row, (*_, why) in enumerate(facts) if not why]
+    skipped = found.skipped | {name: fact.why for name, fact in zip(found.names, facts, strict=True) if fact.why}
+    used = [row for row, fact in enumerate(facts) if not fact.why]
     if not used:
         raise UserError(f"{pictures.path} holds no picture that can be read; {describe(skipped)}")
-    hashes = [facts[row][0] for row in used]
+    hashes = [facts[row].digest for row in used]
     used = [used[i] for i in sorted(range(len(used)), key=lambda i: (hashes[i], found.labels[used[i]]))]
     hashes.sort()
-    coloured, transparent = (sum(facts[row][part] for row in used) for part in (1, 2))
-    channels = 1 if pictures.channels == "1" or (pictures.channels == "auto" and not coloured) else 3
+    counts = {name: sum(getattr(facts[row], name) for row in used) for name in ("coloured", "clear", "transparent")}
+    channels = 1 if pictures.channels == "1" or (pictures.channels == "auto" and not counts["coloured"]) else 3
     images = np.lib.format.open_memmap(folder / "images.npy", "w+", np.uint8,
                                        (len(used), channels, *scratch.shape[1:3]))
     for first in range(0, len(used), BLOCK):
@@ -333,8 +408,7 @@ def _sort(scratch: np.ndarray, facts: Sequence, found: Found, pictures: Pictures
     return dict(count=len(used), shape=list(images.shape[1:]), class_names=class_names,
                 counts=np.bincount(labels, minlength=len(class_names)).tolist()[:len(class_names)],
                 splits=_splits(hashes), digest=digest.hexdigest(), others=found.others, mixed=found.mixed,
-                coloured=coloured, transparent=transparent, skipped=skipped,
-                **pictures._asdict())
+                skipped=skipped, **counts, **pictures._asdict())
 
 
 def _splits(hashes: Sequence[bytes]) -> dict[str, int]:

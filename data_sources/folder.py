@@ -8,19 +8,21 @@ import shutil
 import stat
 import unicodedata
 import zipfile
-from collections.abc import Collection, Iterator, Sequence
+from collections import Counter
+from collections.abc import Iterator, Sequence
 from itertools import takewhile
 from pathlib import Path, PurePosixPath
 from typing import NamedTuple
 
 import numpy as np
 
-from data_sources.pictures import MAX_RATIO, MIN_BYTES
+from data_sources.pictures import MAX_RATIO, MIN_BYTES, array_name
 from runtime.errors import UserError
 from runtime.files import check_archive, one_line
 
 SUFFIXES = (".png", ".jpg", ".jpeg", ".jfif", ".webp", ".gif", ".bmp", ".tif", ".tiff")
 MAX_BYTES = 2**28  # of one file
+HIDDEN = (".", "__MACOSX", "@eaDir", "#recycle", "$RECYCLE.BIN")  # how the names begin that are left out
 
 
 class Found(NamedTuple):
@@ -28,7 +30,7 @@ class Found(NamedTuple):
 
     class_names   of the sub-folders, sorted; empty where there are no classes
     skipped       why a picture is not among them, by its name
-    others        how many files are no pictures, by their names
+    others        how many files of each ending are no pictures, most first: {".heic": 45, "": 1}
     listing       a sha256 of the names, sizes and dates (in an archive: checksums): it changes when a file does
     mixed         whether pictures lie beside sub-folders with pictures, so that there are no classes
     array         of a .npz the name of the array of pictures, else None; side and unpacked are for it
@@ -40,7 +42,7 @@ class Found(NamedTuple):
     labels: list[int]
     class_names: tuple[str, ...]
     skipped: dict[str, str]
-    others: int
+    others: dict[str, int]
     listing: str
     mixed: bool
     array: str | None = None
@@ -55,7 +57,7 @@ def find_pictures(path: Path) -> Found:
     sub-folder. Hidden files, and files whose names do not end in one of SUFFIXES, are not looked at.
     """
     skipped: dict[str, str] = {}
-    if path.suffix == ".npz" and path.is_file():
+    if path.suffix.lower() == ".npz" and path.is_file():
         return _find_in_npz(path)
     if path.is_dir():
         files = list(_files_of_folder(str(path), skipped))
@@ -63,19 +65,20 @@ def find_pictures(path: Path) -> Found:
         files = list(_files_of_archive(path, skipped))
     else:
         raise UserError(f"{path} is no folder, no .zip and no .npz: give the folder that holds your pictures")
-    files = sorted(entry for entry in files if not any(part.startswith((".", "__MACOSX"))
-                                                       for part in entry[0].split("/")))
+    files = sorted(entry for entry in files if not any(part.startswith(HIDDEN) for part in entry[0].split("/")))
     pictures = [entry for entry in files if entry[0].lower().endswith(SUFFIXES)]
+    others = dict(Counter(PurePosixPath(_plain(name)).suffix.lower() for name, *_ in files
+                          if not name.lower().endswith(SUFFIXES)).most_common())
     if not pictures:
         why = f"; {describe(skipped)}" if skipped else ""
-        raise UserError(f"{path} holds no pictures ({len(files):,} other files{why}): give a folder with "
+        raise UserError(f"{path} holds no pictures ({describe_others(others)}{why}): give a folder with "
                         f"{', '.join(SUFFIXES[:6])} ... files")
     listing = hashlib.sha256()
     for entry in pictures:
         listing.update(repr(entry).encode(errors="surrogateescape"))
     names = [name for name, *_ in pictures]
     labels, class_names, mixed = _classes(names)
-    return Found(names, labels, class_names, skipped, len(files) - len(pictures), listing.hexdigest(), mixed)
+    return Found(names, labels, class_names, skipped, others, listing.hexdigest(), mixed)
 
 
 def _files_of_folder(top: str, skipped: dict[str, str]) -> Iterator[tuple[str, int, int]]:
@@ -111,7 +114,9 @@ def _files_of_archive(path: Path, skipped: dict[str, str]) -> Iterator[tuple[str
         check_archive(path, largest=max(MIN_BYTES, MAX_RATIO * path.stat().st_size))
         with zipfile.ZipFile(path) as archive:
             parts = archive.infolist()
-    except (UserError, zipfile.BadZipFile, OSError, NotImplementedError, ValueError) as error:
+    except UserError as error:
+        raise UserError(f"{path} {error}") from error
+    except (zipfile.BadZipFile, OSError, NotImplementedError, ValueError) as error:
         raise UserError(f"{path} is damaged or no .zip of pictures: {one_line(error)}") from error
     for part in parts:
         if ".." in PurePosixPath(part.filename).parts or part.filename.startswith("/"):
@@ -125,11 +130,16 @@ def _classes(names: Sequence[str]) -> tuple[list[int], tuple[str, ...], bool]:
     parts = [name.split("/")[:-1] for name in names]
     shared = sum(1 for _ in takewhile(lambda folders: len(set(folders)) == 1, zip(*parts, strict=False)))
     tops = [_plain(folders[shared]) if len(folders) > shared else "" for folders in parts]
-    class_names = sorted(set(tops))
+    class_names = sorted(set(tops), key=_by_number)
     if len(class_names) < 2 or "" in class_names:
         return [0] * len(names), (), len(class_names) > 1
     numbers = {name: number for number, name in enumerate(class_names)}
     return [numbers[top] for top in tops], tuple(class_names), False
+
+
+def _by_number(name: str) -> tuple:
+    """A key that sorts 2 before 10, and numbers before other names."""
+    return (0, int(name), name) if name.isascii() and name.isdigit() else (1, 0, name)
 
 
 def _plain(name: str) -> str:
@@ -143,6 +153,15 @@ def describe(skipped: dict[str, str], shown: int = 3) -> str:
     return f"{len(skipped):,} skipped: {some}{', ...' if len(skipped) > shown else ''}"
 
 
+def describe_others(others: dict[str, int], shown: int = 3) -> str:
+    """"48 other files (45 .heic, 2 .mov, 1 without an ending)", and what to do with pictures that cannot be read."""
+    kinds = ", ".join(f"{count:,} {kind or 'without an ending'}" for kind, count in list(others.items())[:shown])
+    unread = [kind for kind in (".heic", ".heif", ".avif") if kind in others]
+    return (f"{sum(others.values()):,} other files{f' ({kinds}' if kinds else ''}"
+            f"{', ...' if len(others) > shown else ''}{')' if kinds else ''}"
+            f"{f'; save the {unread[0]} files as JPEG to use them, too' if unread else ''}")
+
+
 def _find_in_npz(path: Path) -> Found:
     """The pictures of a .npz by their numbers: arr_0 or images (N, H, W) or (N, H, W, C) uint8, labels (N,) or none.
 
@@ -154,28 +173,24 @@ def _find_in_npz(path: Path) -> Found:
             name, shape, dtype = _check_arrays(file, archive)
             labels = file.get("labels")
             contents = [(part.filename, part.file_size, part.CRC) for part in archive.infolist()]
+    except UserError as error:
+        raise UserError(f"{path} {error}") from error
     except Exception as error:  # zipfile, zlib and numpy raise different errors for damaged files
         raise UserError(f"{path} is damaged or no .npz of pictures: {one_line(error, 250)}") from error
+    if len(shape) == 4 and shape[3] not in (1, 3) and shape[1] in (1, 3):
+        raise UserError(f"the pictures in {path} have the shape {shape}: save images.transpose(0, 2, 3, 1), "
+                        f"(N, H, W, C)")
     if dtype != np.uint8 or len(shape) not in (3, 4) or (len(shape) == 4 and shape[3] not in (1, 3)) or not shape[0]:
-        raise UserError(f"the pictures in {path} are {dtype} {shape}: save uint8 of the shape (N, H, W, 1) or "
-                        f"(N, H, W, 3), such as round((x + 1) * 127.5) of images x in [-1, 1]")
+        raise UserError(f"the pictures in {path} are {dtype} {shape}: save uint8 of the shape (N, H, W), (N, H, W, 1) "
+                        f"or (N, H, W, 3), such as np.uint8(np.round(x * 255)) of images x in [0, 1]")
     values = np.zeros(shape[0], int) if labels is None else labels
     if values.shape != shape[:1] or values.dtype.kind not in "iuU":
         raise UserError(f"the labels in {path} must be {shape[0]:,} whole numbers or names, not {values.dtype} "
                         f"{values.shape}")
     known, numbers = np.unique(values, return_inverse=True)
     return Found([str(k) for k in range(shape[0])], numbers.tolist(),
-                 tuple(_plain(str(name)) for name in known) if len(known) > 1 else (), {}, 0,
+                 tuple(_plain(str(name)) for name in known) if len(known) > 1 else (), {}, {},
                  hashlib.sha256(repr(contents).encode()).hexdigest(), False, name, min(shape[1:3]), int(np.prod(shape)))
-
-
-def _array_name(names: Collection[str]) -> str:
-    """Which array of a .npz holds the pictures. UserError, with the names there are, if none does."""
-    found = next((name for name in ("arr_0", "images") if name in names), None)
-    if found is None:
-        raise UserError(f"it has no array arr_0 or images, but {', '.join(names) or 'nothing'}: save the pictures with "
-                        f"np.savez(path, arr_0=images, labels=labels)")
-    return found
 
 
 def _header(archive: zipfile.ZipFile, name: str) -> tuple[tuple[int, ...], np.dtype]:
@@ -191,18 +206,19 @@ def _check_arrays(file, archive: zipfile.ZipFile) -> tuple[str, tuple[int, ...],
 
     UserError for labels that have another name or are objects.
     """
-    name = _array_name(file.files)
+    name = array_name(file.files)
     shape, dtype = _header(archive, name)
     if "labels" in file.files:
         if _header(archive, "labels")[1].hasobject:
-            raise UserError("its labels are Python objects: save labels.astype(str)")
+            raise UserError("has labels that are Python objects: save labels.astype(str)")
         return name, shape, dtype
     shapes = {}
     for other in sorted(set(file.files) - {name}):
         with contextlib.suppress(KeyError, ValueError):  # of something else than an array
             shapes[other] = _header(archive, other)[0]
     if like_labels := [other for other, found in shapes.items() if found == shape[:1]]:
-        raise UserError(f"{like_labels[0]} looks like labels: save it as np.savez(path, {name}=images, labels=labels)")
+        raise UserError(f"has an array {like_labels[0]} that looks like labels: save it as "
+                        f"np.savez(path, {name}=images, labels=labels), or leave it out of the file")
     return name, shape, dtype
 
 

@@ -13,7 +13,7 @@ from torch import Tensor
 from runtime.errors import UserError
 from runtime.files import check_archive, one_line
 
-MAX_PIXELS = 2**26  # of one picture: more than the cameras of telephones make
+MAX_PIXELS = 2**27  # of one picture, which takes 400 MB; PIL refuses a third more
 FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF")  # of PIL; others can start programs
 MIN_BYTES, MAX_RATIO = 2**30, 100  # an archive may unpack to MIN_BYTES, or to MAX_RATIO times its own size
 
@@ -46,17 +46,23 @@ def read_npz(path: Path) -> tuple[np.ndarray, np.ndarray | None]:
         if zipfile.is_zipfile(path):
             check_archive(path, largest=max(MIN_BYTES, MAX_RATIO * path.stat().st_size))
         with path.open("rb") as opened, np.load(opened, allow_pickle=False) as file:
-            names = list(file)
-            found = next((name for name in ("arr_0", "images") if name in names), None)
-            if found:
-                images, labels = file[found], file.get("labels")
-                if not all(isinstance(array, np.ndarray | None) for array in (images, labels)):
-                    raise UserError("it holds bytes that are no array")  # numpy returns them as they are
-                return images, labels
+            images, labels = file[array_name(list(file))], file.get("labels")
+            if not all(isinstance(array, np.ndarray | None) for array in (images, labels)):
+                raise UserError("holds bytes that are no array")  # numpy returns them as they are
+            return images, labels
+    except UserError as error:
+        raise UserError(f"{path} {error}") from error
     except Exception as error:  # zipfile, zlib and numpy raise different errors for damaged files
         raise UserError(f"{path} is damaged or not a .npz with an array arr_0: {str(error)[:120]}") from error
-    raise UserError(f"{path} has no array arr_0 or images, but {one_line(', '.join(names)) or 'nothing'}: save the "
-                    f"images with np.savez(path, arr_0=images)")
+
+
+def array_name(names: Sequence[str]) -> str:
+    """Which array of a .npz holds the pictures. UserError, with the names there are, if none does."""
+    found = next((name for name in ("arr_0", "images") if name in names), None)
+    if found is None:
+        raise UserError(f"has no array arr_0 or images, but {one_line(', '.join(names)) or 'nothing'}: save the "
+                        f"pictures with np.savez(path, arr_0=images, labels=labels)")
+    return found
 
 
 FITS = ("crop", "pad", "stretch")
@@ -68,7 +74,7 @@ def read_picture(path: Path, shape: Sequence[int], fit: str = "crop", background
         raise UserError(f"there is no picture {path}")
     try:
         pixels, _ = decode(path, shape, fit, background)
-    except NarrowPicture as error:
+    except (NarrowPicture, UserError) as error:
         raise UserError(f"{path} {error}") from error
     except Exception as error:  # PIL raises different errors for damaged and for huge files
         raise UserError(f"{path} is damaged or not a picture: {one_line(error)}") from error
@@ -124,11 +130,12 @@ def open_image(file):
     from PIL import Image
 
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # of its own limit, which is far above MAX_PIXELS, and of odd metadata
+        warnings.simplefilter("ignore")  # of large pictures, and of odd notes of a camera
         image = Image.open(file, formats=FORMATS)
     if image.width * image.height > MAX_PIXELS:
         image.close()
-        raise UserError(f"it has {image.width}×{image.height} pixels")
+        raise UserError(f"has {image.width}×{image.height} pixels, more than the {MAX_PIXELS:,} that are read: make it "
+                        f"smaller")
     return image
 
 
@@ -149,7 +156,8 @@ def _flat_image(file, background: str, side: int):
         if not image.has_transparency_data:
             return image.copy(), False
         image = image.convert("RGBA")
-    return Image.alpha_composite(Image.new("RGBA", image.size, background), image), True
+    transparent = image.getchannel("A").getextrema()[0] < 255  # many files only have a channel for it
+    return Image.alpha_composite(Image.new("RGBA", image.size, background), image), transparent
 
 
 def _to_8_bits(image):
@@ -158,7 +166,7 @@ def _to_8_bits(image):
 
     levels = np.asarray(image)
     if levels.dtype.kind == "f" or levels.min() < 0 or levels.max() > 65535:
-        raise UserError("its numbers are no levels of 16 bits: save it with 8 or 16 bits per channel")
+        raise UserError("has numbers that are no levels of 16 bits: save it with 8 or 16 bits per channel")
     return Image.fromarray(((levels.astype(np.uint32) * 255 + 32767) // 65535).astype(np.uint8))
 
 

@@ -5,7 +5,6 @@ how many there are, that they do not overlap, and that in one picture all light 
 darker away from it, every object is brighter on that side, and all shadows point the other way.
 """
 
-import os
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from functools import lru_cache
@@ -17,6 +16,7 @@ import torch
 import torch.nn.functional as F
 
 from data_sources.glyphs import DIGIT_SIZE, FIELD_EXTENT, distance_field, outline
+from runtime.cores import available_cores
 
 SIDE = 64  # image side in pixels
 MOST = 4  # objects in a picture
@@ -167,7 +167,7 @@ def draw_scenes(count: int, seed: int, progress: Callable = iter) -> Scenes:
     scenes = Scenes(np.empty((count, 3, SIDE, SIDE), np.uint8), np.empty(count, np.int64),
                     *(np.empty((count, MOST), np.int8) for _ in range(2)), np.empty((count, MOST, 3), np.float32))
     starts = range(0, count, BLOCK)
-    with ThreadPoolExecutor(os.cpu_count()) as pool:
+    with ThreadPoolExecutor(available_cores()) as pool:
         blocks = pool.map(_draw_block, repeat(seed), range(len(starts)))
         for start, block in zip(progress(starts), blocks, strict=True):
             for whole, part in zip(scenes, block, strict=True):

@@ -37,7 +37,7 @@ def atomic_write(path: str | Path, mode: str = "wb") -> Iterator:
     descriptor, temporary = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".tmp", dir=path.parent)
     try:
         os.chmod(temporary, 0o666 & ~_umask())
-        with os.fdopen(descriptor, mode) as file:
+        with os.fdopen(descriptor, mode, **{} if "b" in mode else dict(encoding="utf-8", newline="")) as file:
             yield file
             file.flush()
             os.fsync(file.fileno())
@@ -120,7 +120,7 @@ def check_archive(path: str | Path, largest: int) -> None:
     with zipfile.ZipFile(path) as archive:
         unpacked = sum(part.file_size for part in archive.infolist())
     if unpacked > largest:
-        raise UserError(f"it would unpack to {unpacked:,} bytes")
+        raise UserError(f"would unpack to {unpacked:,} bytes")
 
 
 def verified_archive(path: str | Path) -> io.BytesIO:

@@ -10,6 +10,7 @@ import sys
 import time
 import zipfile
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -84,6 +85,23 @@ def test_transparent_parts_show_the_background_and_a_line_says_so(tmp_path, caps
     assert f"--background {background}" in capsys.readouterr().out
 
 
+def test_a_channel_for_transparency_that_hides_nothing_is_no_transparency(tmp_path, capsys):
+    (tmp_path / "in").mkdir()
+    Image.new("RGBA", (16, 16), (*RED, 255)).save(tmp_path / "in/a.png")
+    images, _ = read(tmp_path / "in", tmp_path / "data", quiet=False)
+    assert (images[0] == np.array(RED)[:, None, None]).all() and "transparent" not in capsys.readouterr().out
+
+
+def test_grey_with_transparency_and_a_palette_with_it_show_the_background(tmp_path):
+    (tmp_path / "in").mkdir()
+    Image.new("LA", (16, 16), (10, 0)).save(tmp_path / "in/a.png")
+    palette = Image.new("P", (16, 16), 1)
+    palette.putpalette([0, 0, 0, *RED])
+    palette.save(tmp_path / "in/b.png", transparency=1)
+    images, _ = read(tmp_path / "in", tmp_path / "data", background="blue", channels="3")
+    assert (images == np.array((0, 0, 255))[None, :, None, None]).all()
+
+
 def test_a_turned_photograph_stands_upright(tmp_path):
     pixels = np.zeros((16, 16, 3), np.uint8)
     pixels[:8] = 255
@@ -127,7 +145,41 @@ def test_what_is_broken_is_named_in_one_line_and_the_rest_is_read(tmp_path, caps
     images, _ = read(folder, tmp_path / "data", quiet=False)
     first = capsys.readouterr().out.splitlines()[0]
     assert len(images) == 3
-    assert all(word in first for word in ("3 pictures used", "3 skipped", "half.jpg", "text.png", "bomb", "1 other"))
+    assert all(word in first for word in ("3 pictures used", "3 skipped", "half.jpg", "text.png (it is no picture",
+                                          "bomb", "1 other files (1 .txt)"))
+
+
+def test_kinds_of_other_files_are_named_and_what_to_do_with_those_of_telephones(tmp_path, capsys):
+    noise(tmp_path / "in/a.png", 0)
+    for name in ("b.HEIC", "c.heic", "d.mov", "README", "@eaDir/thumb.jpg", "#recycle/old.png"):
+        (tmp_path / "in" / name).parent.mkdir(exist_ok=True)
+        (tmp_path / "in" / name).write_text("x")
+    images, _ = read(tmp_path / "in", tmp_path / "data", quiet=False)
+    first = capsys.readouterr().out.splitlines()[0]
+    assert "4 other files (2 .heic, " in first and "1 without an ending" in first and "1 .mov" in first
+    assert first.endswith("save the .heic files as JPEG to use them, too") and len(images) == 1
+    (tmp_path / "in/a.png").unlink()
+    with pytest.raises(UserError, match=r"holds no pictures .*save the \.heic files as JPEG"):
+        read(tmp_path / "in", tmp_path / "data")
+
+
+def test_a_picture_of_too_many_pixels_is_named_with_the_limit(tmp_path, monkeypatch):
+    noise(tmp_path / "in/a.png", 0)
+    noise(tmp_path / "in/large.png", 0, side=41)
+    monkeypatch.setattr("data_sources.pictures.MAX_PIXELS", 40 * 40)
+    _, data = read(tmp_path / "in", tmp_path / "data")
+    assert about(data.folder)["skipped"] == {
+        "large.png": "has 41×41 pixels, more than the 1,600 that are read: make it smaller"}
+
+
+def test_a_picture_that_is_deleted_while_they_are_read_is_left_out(tmp_path, monkeypatch):
+    noise(tmp_path / "in/a.png", 0)
+    noise(tmp_path / "in/b.png", 1)
+    found = find_pictures(tmp_path / "in")
+    (tmp_path / "in/b.png").unlink()
+    monkeypatch.setattr(cache, "find_pictures", lambda _: found)
+    images, data = read(tmp_path / "in", tmp_path / "data")
+    assert len(images) == 1 and "deleted" in about(data.folder)["skipped"]["b.png"]
 
 
 def test_loops_of_links_end_and_links_to_nothing_are_named(tmp_path, capsys):
@@ -179,10 +231,11 @@ def test_an_archive_reads_as_its_folder_and_paths_that_lead_out_are_named(tmp_pa
     assert snapshot(tmp_path) == before  # nothing was written anywhere else
 
 
-def test_an_archive_that_would_unpack_to_too_much_is_refused(tmp_path):
+def test_an_archive_that_would_unpack_to_too_much_is_refused(tmp_path, monkeypatch):
+    monkeypatch.setattr("data_sources.folder.MIN_BYTES", 10**6)
     with zipfile.ZipFile(tmp_path / "bomb.zip", "w", zipfile.ZIP_DEFLATED) as archive:
         for number in range(6):
-            archive.writestr(f"{number}.png", bytes(2**28))
+            archive.writestr(f"{number}.png", bytes(2**20))
     with pytest.raises(UserError, match="would unpack to"):
         read(tmp_path / "bomb.zip", tmp_path / "data")
 
@@ -230,9 +283,11 @@ def test_a_checkpoint_finds_the_cache_of_its_own_pictures_among_those_of_one_key
 
 
 @pytest.mark.parametrize("arrays, words", [
-    (dict(arr_0=np.zeros((4, 16, 16, 3))), "save uint8"), (dict(x=np.zeros(3)), "damaged or no .npz"),
+    (dict(arr_0=np.zeros((4, 16, 16, 3))), r"save uint8 .*\(N, H, W\).*x \* 255"),
+    (dict(arr_0=np.zeros((4, 3, 16, 16), np.uint8)), r"save images.transpose\(0, 2, 3, 1\)"),
+    (dict(x=np.zeros(3)), "no array arr_0 or images, but x"),
     (dict(x_train=np.zeros((4, 16, 16), np.uint8)), "x_train: save the pictures"),
-    (dict(arr_0=np.zeros((4, 16, 16), np.uint8), arr_1=np.zeros(4, int)), "arr_1 looks like labels"),
+    (dict(arr_0=np.zeros((4, 16, 16), np.uint8), arr_1=np.zeros(4, int)), "an array arr_1 that looks like labels"),
     (dict(images=np.zeros((4, 16, 16), np.uint8), labels=np.array(list("abca"), object)), "astype"),
     (dict(arr_0=np.zeros((4, 16, 16), np.uint8), labels=np.zeros(3, int)), "labels")])
 def test_an_npz_of_other_arrays_is_refused(tmp_path, arrays, words):
@@ -252,14 +307,28 @@ def test_labels_are_the_sub_folders_in_sorted_order(tmp_path):
     assert [found.class_names[label] for label in found.labels] == [name.split("/")[0] for name in found.names]
 
 
-@pytest.mark.parametrize("names, said", [
-    (("train", "test"), True), (("Train", "val"), True), (("train", "cat"), False)])
-def test_a_line_asks_whether_classes_are_parts_for_training_and_testing(tmp_path, capsys, names, said):
-    for name in names:
+def test_sub_folders_with_numbers_as_names_are_in_the_order_of_these(tmp_path):
+    for name in ("10", "2", "-1", "1"):
+        noise(tmp_path / "in" / name / "a.png", ord(name[0]) + len(name))
+    assert find_pictures(tmp_path / "in").class_names == ("1", "2", "10", "-1")
+
+
+@pytest.mark.parametrize("names, part", [
+    (("test", "train"), "train"), (("Train", "val", "test"), "Train"), (("train", "cat"), None),
+    (("seg_pred", "seg_test", "seg_train"), "seg_train"), (("evaluation", "training"), "training"),
+    (("trainers", "testers"), None)])
+def test_parts_for_training_and_testing_are_not_taken_for_classes_without_a_line(tmp_path, capsys, names, part):
+    for number, name in enumerate(names):
         for kind in ("cat", "dog"):
-            noise(tmp_path / "in" / name / f"{kind}/0.png", len(name) + len(kind))
-    read(tmp_path / "in", tmp_path / "data", quiet=False)
-    assert ("look like parts for training" in capsys.readouterr().out) == said
+            noise(tmp_path / "in" / name / f"{kind}/0.png", 10 * number + len(kind))
+    with zipfile.ZipFile(tmp_path / "in.zip", "w") as archive:
+        for path in sorted((tmp_path / "in").rglob("*.png")):
+            archive.write(path, path.relative_to(tmp_path / "in"))
+    for source, words in ((tmp_path / "in", "of them, give"), (tmp_path / "in.zip", "unpack the archive and give")):
+        read(source, tmp_path / "data", quiet=False)
+        said = capsys.readouterr().out
+        assert ("look like parts for training" in said) == bool(part)
+        assert not part or (words in said and f"such as {tmp_path / 'in' / part}\n" in said)
 
 
 def test_pictures_beside_sub_folders_have_no_classes_and_a_line_says_so(tmp_path, capsys):
@@ -338,6 +407,14 @@ def test_what_the_system_cannot_read_now_ends_the_reading_and_leaves_no_cache(tm
     assert about(cached(Pictures(str(folder), 16), tmp_path / "data", quiet=True))["count"] == count
 
 
+def test_too_little_space_for_the_cache_is_said_before_anything_is_read(tmp_path, monkeypatch):
+    folder = many(tmp_path / "in", 3)
+    monkeypatch.setattr(cache.shutil, "disk_usage", lambda _: SimpleNamespace(free=4000))
+    monkeypatch.setattr(cache, "decode", lambda *_: pytest.fail("it was read"))
+    with pytest.raises(UserError, match=r"takes up to 4,608 bytes .* 4,000 are free"):
+        cached(Pictures(str(folder), 16), tmp_path / "data", quiet=True)
+
+
 def test_two_processes_at_once_read_once(tmp_path):
     many(tmp_path / "in", 60)
     code = (f"import sys\nfrom data_sources import cache\nread = cache._read_all\n"
@@ -345,11 +422,11 @@ def test_two_processes_at_once_read_once(tmp_path):
             f"cache.cached(cache.Pictures({str(tmp_path / 'in')!r}, 16), {str(tmp_path / 'data')!r}, quiet=True)")
     running = [subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE,
                                 env=os.environ | dict(PYTHONPATH=os.getcwd())) for _ in range(2)]
-    assert b"".join(process.communicate()[0] for process in running) == b"reads\n"
+    assert b"".join(process.communicate()[0] for process in running).count(b"reads\n") == 1
     assert len(list((tmp_path / "data/pictures").glob("my_*"))) == 1
 
 
-def test_the_second_time_no_picture_is_opened_and_a_change_is_noticed(tmp_path, monkeypatch):
+def test_the_second_time_no_picture_is_opened_and_a_change_is_noticed(tmp_path, monkeypatch, capsys):
     folder = tmp_path / "in"
     for seed in range(3):
         noise(folder / f"{seed}.png", seed)
@@ -360,8 +437,12 @@ def test_the_second_time_no_picture_is_opened_and_a_change_is_noticed(tmp_path, 
     assert (first == again).all() and not opened
     monkeypatch.undo()
     noise(folder / "3.png", 3)
+    capsys.readouterr()
     more, changed = read(folder, tmp_path / "data")
     assert len(more) == 4 and changed.folder != data.folder
+    assert f"{data.folder} (" in capsys.readouterr().out  # it can be deleted
+    read(folder, tmp_path / "data", image_size=32)
+    assert "deleted" not in capsys.readouterr().out  # read in another way: both are wanted
 
 
 def test_changes_of_the_tensor_do_not_reach_the_file(tmp_path):
@@ -372,22 +453,28 @@ def test_changes_of_the_tensor_do_not_reach_the_file(tmp_path):
     assert (data.folder / "images.npy").read_bytes() == before
 
 
-def test_killed_while_reading_the_next_run_starts_clean(tmp_path):
-    folder = many(tmp_path / "in", 20)
+@pytest.mark.parametrize("count", [20, 270])  # by itself, and by reading processes
+def test_killed_while_reading_the_next_run_starts_clean(tmp_path, count):
+    folder = many(tmp_path / "in", count)
     slow = (f"import os, time\nfrom data_sources import cache\n"
-            f"cache.decode = lambda *_: (print('reading', flush=True), time.sleep(60))\n"
+            f"cache.decode = lambda *_: (os.write(1, f'reading {{os.getpid()}}\\n'.encode()), time.sleep(60))\n"
             f"cache.cached(cache.Pictures({str(folder)!r}, 16), {str(tmp_path / 'data')!r})")
     process = subprocess.Popen([sys.executable, "-c", slow], stdout=subprocess.PIPE,
                                env=os.environ | dict(PYTHONPATH=os.getcwd()))
-    assert process.stdout.readline() == b"reading\n"
+    reader = int(process.stdout.readline().removeprefix(b"reading "))
     process.send_signal(signal.SIGKILL)
     process.wait()
     process.stdout.close()
+    assert (reader == process.pid) == (count < cache.MIN_PARALLEL)
+    end = time.monotonic() + 30
+    while Path(f"/proc/{reader}").exists() and "Z (zombie)" not in Path(f"/proc/{reader}/status").read_text():
+        assert time.monotonic() < end, "a reading process goes on without its parent"
+        time.sleep(0.1)
     left = list((tmp_path / "data/pictures").glob(".*.tmp"))
     assert left and not list((tmp_path / "data/pictures").glob("my_*"))
     start = time.monotonic()
-    images, _ = read(folder, tmp_path / "data")
-    assert len(images) == 20 and time.monotonic() - start < 30
+    _, data = read(folder, tmp_path / "data")
+    assert about(data.folder)["count"] == count and time.monotonic() - start < 30
     assert not list((tmp_path / "data/pictures").glob(".*.tmp"))
 
 
@@ -402,6 +489,16 @@ def test_a_damaged_cache_is_one_line(tmp_path, damage):
     damage(data.folder)
     with pytest.raises(UserError, match="delete it"):
         load_dataset(data.folder)
+
+
+def test_a_line_says_how_to_turn_the_tint_of_scans_to_grey(tmp_path, capsys):
+    for name, colour in (("a.png", (250, 248, 246)), ("b.png", (20, 22, 21))):
+        save(tmp_path / "in" / name, colour)
+    read(tmp_path / "in", tmp_path / "data", quiet=False)
+    assert "Only 0 have clear colours: --channels 1" in capsys.readouterr().out
+    save(tmp_path / "in/c.png", RED)
+    read(tmp_path / "in", tmp_path / "data", quiet=False)
+    assert "clear colours" not in capsys.readouterr().out
 
 
 def test_channels_follow_from_the_pictures_unless_they_are_given(tmp_path):
