@@ -86,9 +86,11 @@ def named_classes(text: str, class_names: Sequence[str]) -> list[int]:
     """The classes that --label names. UserError that lists the classes there are."""
     if not class_names:
         raise UserError(f"{NO_LABELS}: leave --label and --guidance_scale out, or {TRAIN_LABELS}")
-    # A class has a number, its name in small letters, and its exact name, which counts most.
-    known = {str(i): i for i in range(len(class_names))} | {name.lower(): i for i, name in enumerate(class_names)}
-    known |= {name: i for i, name in enumerate(class_names)}
+    # A class has a number, unless all names are numbers, its name in small letters, and its exact name, which counts
+    # most.
+    numbered = all(name.isdigit() for name in class_names)
+    known = {} if numbered else {str(i): i for i in range(len(class_names))}
+    known |= {name.lower(): i for i, name in enumerate(class_names)} | {name: i for i, name in enumerate(class_names)}
 
     def find(name: str) -> int | None:
         return known.get(name.strip(), known.get(name.strip().lower()))
@@ -98,9 +100,9 @@ def named_classes(text: str, class_names: Sequence[str]) -> list[int]:
         pairs = [(part, part), *((part[:i], part[i + 1:]) for i in dashes)]
         ends = [(find(a), find(b)) for a, b in pairs if None not in (find(a), find(b))]
         if not ends or ends[0][0] > ends[0][1]:
-            listed = ", ".join(f"{i} {name}" if not name.isdigit() else name for i, name in enumerate(class_names))
-            raise UserError(f"unknown label {part!r}: choose from {listed}, or a range such as "
-                            f"0-{len(class_names) - 1}")
+            listed = ", ".join(name if numbered else f"{i} {name}" for i, name in enumerate(class_names))
+            first, last = (class_names[0], class_names[-1]) if numbered else (0, len(class_names) - 1)
+            raise UserError(f"unknown label {part!r}: choose from {listed}, or a range such as {first}-{last}")
         classes += range(ends[0][0], ends[0][1] + 1)
     return classes
 

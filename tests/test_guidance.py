@@ -151,7 +151,7 @@ def test_labels_are_found_by_number_name_and_range(text, classes):
 
 
 @pytest.mark.parametrize("names, text, classes", [
-    (("1", "2", "3"), "1", [0]), (("1", "10", "2"), "10", [1]), (("1", "2", "3"), "0", [0]), (("A", "a"), "A", [0]),
+    (("1", "2", "3"), "1", [0]), (("1", "10", "2"), "10", [1]), (("A", "a"), "A", [0]),
     (("A", "a"), "a", [1]), (("A", "b"), "a,B", [0, 1]), (("1", "2", "3"), "1-3", [0, 1, 2])])
 def test_a_name_counts_more_than_a_number_and_its_exact_letters_more_than_others(names, text, classes):
     assert named_classes(text, names) == classes
@@ -161,6 +161,12 @@ def test_a_name_counts_more_than_a_number_and_its_exact_letters_more_than_others
 def test_unknown_labels_are_refused_with_what_there_is(text):
     with pytest.raises(ValueError, match=r"unknown label.*0 T-shirt/top.*9 Ankle boot.*0-9"):
         named_classes(text, FASHION)
+
+
+def test_where_all_names_are_numbers_no_other_number_counts():
+    assert named_classes("2-10", ("1", "2", "10")) == [1, 2]
+    with pytest.raises(ValueError, match=r"unknown label '0': choose from 1, 2, 10, or a range such as 1-10"):
+        named_classes("0", ("1", "2", "10"))
 
 
 def test_digits_are_listed_once():
