@@ -290,7 +290,7 @@ def run_sweep(args: Namespace, command: Sequence[str], reference: Reference | No
 def run_comparison(args: Namespace, command: Sequence[str], device: torch.device, output: Path) -> None:
     """Measure the two of --compare with the same seed: prints the table of differences, writes compare.json."""
     sides = [Namespace(**vars(args) | {"images" if is_ready(path) else "checkpoint": path}) for path in args.compare]
-    sides = [with_checkpoint(side) if side.checkpoint else side for side in sides]
+    sides = [fitting_count(with_checkpoint(side)) if side.checkpoint else side for side in sides]
     with distributed.local_rank_0_first():
         inputs = [load_inputs(side, device, output) for side in sides]
     _, _, data, floor_data, networks = inputs[0]
@@ -352,8 +352,8 @@ def load_inputs(args: Namespace, device: torch.device, output: Path):
     if too_few(data):
         refuse_few(data, args)
         return loaded, generated, data, data, None
-    networks = open_networks(data, args.features, count, device, args.data_dir)
-    return loaded, generated, data, choose_floor_data(data, count, args.data_dir), networks
+    floor_data = choose_floor_data(data, count, args.data_dir)
+    return loaded, generated, data, floor_data, open_networks(data, args.features, count, device, args.data_dir)
 
 
 @script

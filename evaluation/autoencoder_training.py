@@ -1,6 +1,6 @@
 """How the autoencoders, whose features are compared besides the classifier's, are trained."""
 
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import torch
@@ -10,6 +10,7 @@ from torch import Tensor
 from data import ImageData, load_dataset, to_model
 from evaluation.autoencoder import SUFFIX, Autoencoder
 from evaluation.classifier import place, save_network
+from evaluation.classifier_training import fitting_epochs
 from evaluation.metrics import Progress
 from runtime.files import check_writable
 
@@ -81,9 +82,11 @@ def denoising_error(model: Autoencoder, data: ImageData, largest: float, seed: i
 
 
 def train_second_network(dataset: str | Path, data_dir, device, seed: int, progress: Progress = iter) -> str:
-    """Train a data set's autoencoder on the training split and write it to WEIGHTS; returns a line about it."""
+    """Train a data set's autoencoder on the training split and write it to its `place`; returns a line about it."""
     check_writable(place(dataset)[0])
     train, recipe = load_dataset(dataset, "train", data_dir), AUTOENCODER_RECIPES.get(dataset, AutoencoderRecipe())
+    if train.folder:
+        recipe = replace(recipe, epochs=fitting_epochs(train.folder, recipe.epochs))
     model, config = train_autoencoder(train, recipe, device, seed, progress)
     model.half().float()  # the precision of the file
     error = denoising_error(model, load_dataset(dataset, "validation", data_dir), recipe.largest_noise)

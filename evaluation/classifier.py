@@ -98,7 +98,7 @@ def load_feature_network(dataset: str | Path, device: str | torch.device = "cpu"
 
 
 def load_network(kind: type[nn.Module], dataset: str | Path, suffix: str, device: str | torch.device) -> nn.Module:
-    """A network of class `kind` from its file in WEIGHTS, for `load_feature_network` and others like it."""
+    """A network of class `kind` from its file in its `place`, for `load_feature_network` and others like it."""
     digest, (folder, stem) = weights_digest(dataset, suffix), place(dataset)
     path = folder / f"{stem}{suffix}.pt"
     if not path.is_file() or file_digest(path) != digest:

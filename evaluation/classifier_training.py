@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from data import SPLITS, ImageData, load_dataset, load_marks, to_model
+from data_sources.cache import about
 from evaluation.classifier import Classifier, place, save_network
 from evaluation.features import extract_features
 from evaluation.metrics import Progress
@@ -89,6 +90,7 @@ class ClassifierRecipe:
     mark_weight: float = 10.0  # of the loss of the marks, where images have some
 
 
+OWN_IMAGES = 400_000  # of your own pictures, all epochs together: more would take hours without a GPU
 CLASSIFIER_RECIPES = {
     "mnist": ClassifierRecipe(width=32, epochs=14, weight_decay=3e-4, augment=warp),
     "glyphs": ClassifierRecipe(width=32, epochs=6, weight_decay=3e-4, augment=warp),
@@ -99,8 +101,15 @@ CLASSIFIER_RECIPES = {
 
 
 def classifier_recipe(dataset: str | Path) -> ClassifierRecipe:
-    """The data set's row of CLASSIFIER_RECIPES, or the defaults."""
+    """The data set's row of CLASSIFIER_RECIPES; for your own pictures the defaults, with `fitting_epochs`."""
+    if isinstance(dataset, Path):
+        return ClassifierRecipe(epochs=fitting_epochs(dataset, ClassifierRecipe.epochs))
     return CLASSIFIER_RECIPES.get(dataset, ClassifierRecipe())
+
+
+def fitting_epochs(folder: Path, epochs: int) -> int:
+    """How many epochs a network that judges your own pictures learns from them: `epochs`, fewer of many pictures."""
+    return max(1, min(epochs, OWN_IMAGES // about(folder)["splits"]["train"]))
 
 
 def recipe_notes(dataset: str | Path) -> dict:
@@ -142,9 +151,10 @@ def train_classifier(model: Classifier, images: Tensor, labels: Tensor, recipe: 
 
 
 def shuffled_batches(count: int, batch_size: int, generator: torch.Generator) -> Iterator[Tensor]:
-    """Endless batches of the numbers below `count`, in a new random order in each epoch."""
+    """Endless batches of the numbers below `count`, in a new random order in each epoch; none has only one of many."""
     while True:
-        yield from torch.randperm(count, generator=generator, device=generator.device).split(batch_size)
+        batches = torch.randperm(count, generator=generator, device=generator.device).split(batch_size)
+        yield from (rows for rows in batches if len(rows) > 1 or count == 1)  # batch norm needs two values
 
 
 def accuracy(model: Classifier, images: Tensor, labels: Tensor) -> float:
@@ -177,7 +187,7 @@ def _network_config(data: ImageData, recipe: ClassifierRecipe, marks: Tensor | N
 
 def train_feature_network(dataset: str | Path, data_dir, device, seed: int, bf16: bool,
                           progress: Progress = iter) -> str:
-    """Train a data set's feature network on the training split and write it to WEIGHTS; returns a line about it."""
+    """Train a data set's feature network on the training split and write it to its `place`; returns a line about it."""
     check_writable(place(dataset)[0])
     splits = {split: load_dataset(dataset, split, data_dir) for split in SPLITS}
     train, marks = splits.pop("train"), load_marks(dataset, "train", data_dir)

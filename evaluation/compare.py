@@ -5,6 +5,7 @@ from pathlib import Path
 
 from torch import Tensor
 
+from checkpoint import SAFETENSORS
 from evaluation.metrics import bounded_estimate, estimate
 from runtime.errors import UserError
 
@@ -13,7 +14,8 @@ RESULT = "compare.json"
 
 def is_ready(path: str | Path) -> bool:
     """Whether `path` names ready images, a .npz or a folder, and not a checkpoint."""
-    return Path(path).suffix == ".npz" or Path(path).is_dir()
+    path = Path(path)
+    return path.suffix == ".npz" or (path.is_dir() and not (path / SAFETENSORS).is_file())
 
 
 def check_comparable(paths, names, sources, counts) -> None:

@@ -80,7 +80,9 @@ def check_precision(device: torch.device) -> Finding:
 def check_memory(device: torch.device) -> Finding:
     """Free memory of the device."""
     free, total = torch.cuda.mem_get_info(device) if device.type == "cuda" else main_memory()
-    return judge("memory", -free / GB, -2, -0.5, f"{free / GB:.1f} of {total / GB:.1f} GB are free",
+    said = (f"{free / GB:.1f} of {total / GB:.1f} GB are free" if math.isfinite(free)
+            else f"{total / GB:.1f} GB, of which the system does not tell what is free")
+    return judge("memory", -free / GB, -2, -0.5, said,
                  "close other programs, or python train.py --batch_size 32")
 
 
@@ -94,7 +96,7 @@ def main_memory() -> tuple[float, float]:
         total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     except (AttributeError, ValueError, OSError):  # Windows
         total = math.inf
-    return total, total
+    return math.inf, total
 
 
 def check_disk(flag: str, folder: Path) -> Finding:

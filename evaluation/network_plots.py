@@ -261,9 +261,12 @@ def draw_embedding(model, diffusion: DiffusionProcess, data: ImageData, how: str
 
 
 def _plot_points(axis, points: Tensor, times: Tensor | None, labels: Tensor, class_names: Sequence[str]) -> None:
-    """Plot points (N, 2), coloured by their times or, without times, by their classes, with a legend."""
+    """Plot points (N, 2), coloured by their times or, without times, by their classes (if any), with a legend."""
     if times is not None:
         axis.scatter(*points.T.numpy(), c=times.numpy(), s=12, cmap="viridis")
+        return
+    if not class_names:
+        axis.scatter(*points.T.numpy(), s=12)
         return
     colours = pyplot().get_cmap("tab10" if len(class_names) <= 10 else "turbo", len(class_names))
     for label, name in enumerate(class_names):

@@ -16,6 +16,7 @@ from evaluation.autoencoder import SUFFIX, Autoencoder, Unlabelled, load_autoenc
 from evaluation.autoencoder_training import train_second_network
 from evaluation.classifier import Classifier, is_trained, load_feature_network
 from evaluation.classifier_training import new_classifier, recipe_notes, train_feature_network
+from evaluation.copies import FEW
 from evaluation.features import INCEPTION_FEATURES, extract_features, load_inception
 from evaluation.floors import FloorCache, described, floor_cache
 from evaluation.metrics import (
@@ -82,6 +83,7 @@ def open_networks(data: ImageData, features: str, count: int, device,
             raise UserError(f"--features inception needs {2 * INCEPTION_FEATURES:,} held-out pictures for each of "
                             f"validation and test, and {data.name} has {held_out:,}: leave it out")
     if data.folder:
+        check_image_count(count, FEW // 2)  # before networks are trained
         with FileLock(data.folder / ".features.lock"):  # another process may train them just now
             if not is_trained(dataset, SUFFIX):
                 print(train_second_network(dataset, data_dir, device, 0, progress("training the autoencoder", "steps")))

@@ -131,8 +131,8 @@ def _read_evaluation(path: Path, run: FoundRun) -> None:
     content = _load_json(path)
     values = {_text(name): _number(figure["value"]) for name, figure in content["figures"].items()}
     run.figures = {name: value for name, value in values.items() if value is not None}
-    run.num_images, run.reference = _number(content.get("num_images")), _text(content["reference"]["split"])
-    run.dataset = _text(content.get("dataset")) or run.dataset
+    run.dataset, run.num_images = _text(content.get("dataset")) or run.dataset, _number(content.get("num_images"))
+    run.reference = _text(content["reference"]["split"]) if "reference" in content else None  # few pictures have none
     if not run.command and isinstance(content.get("command"), list):
         run.command = one_line(shlex.join(map(str, content["command"])), None)
 

@@ -73,6 +73,17 @@ def two_sample(generated: Tensor, real: Tensor, seed: int = 0, progress: Progres
     return guesses == (torch.arange(len(guesses), device=guesses.device) < count - half)
 
 
+class Quarters(nn.Module):
+    """(B, C, H, W) -> (B, C, 2, 2): the mean over each quarter; of an odd side the one in the middle is in both halves.
+
+    As AdaptiveAvgPool2d(2), which MPS has not got for odd sides.
+    """
+
+    def forward(self, x: Tensor) -> Tensor:
+        height, width = x.shape[2:]
+        return F.avg_pool2d(x, ((height + 1) // 2, (width + 1) // 2), (height // 2, width // 2))
+
+
 def new_network(channels: int) -> nn.Sequential:
     """The network: images (B, C, H, W) in 0..1 of any size -> one logit (B, 1), positive for "generated".
 
@@ -83,7 +94,7 @@ def new_network(channels: int) -> nn.Sequential:
     for out, stride in zip(CHANNELS, STRIDES, strict=True):
         layers += [nn.Conv2d(features, out, 3, stride, 1, bias=False), nn.BatchNorm2d(out), nn.ReLU()]
         features = out
-    layers += [nn.AdaptiveAvgPool2d(2), nn.Flatten(), nn.Dropout(DROPOUT), nn.Linear(4 * features, 1)]
+    layers += [Quarters(), nn.Flatten(), nn.Dropout(DROPOUT), nn.Linear(4 * features, 1)]
     return nn.Sequential(*layers)
 
 

@@ -1,5 +1,6 @@
 """evaluate.py from end to end on glyphs: its figures for good, bad and copied images, and what it refuses."""
 
+import functools
 import hashlib
 import json
 import re
@@ -18,7 +19,7 @@ from checkpoint import FIELDS, load_checkpoint, load_model, save_checkpoint
 from data import ImageData, load_dataset, to_model
 from data_sources.scenes import COLOURS, draw_scenes, marks
 from diffusion import DiffusionProcess
-from evaluation import autoencoder_training, classifier, classifier_training, reference, two_sample
+from evaluation import autoencoder_training, classifier, classifier_training, metrics, reference, two_sample
 from evaluation.autoencoder import SUFFIX, load_autoencoder
 from evaluation.classifier import load_feature_network
 from evaluation.classifier_training import ClassifierRecipe
@@ -42,13 +43,19 @@ def floors(tmp_path_factory):
     return tmp_path_factory.mktemp("floors")
 
 
+@functools.cache
+def first_images(*args):
+    return load_dataset(*args).first(SPLIT)
+
+
 @pytest.fixture
 def small(monkeypatch, data_dir, floors):
     """Splits of SPLIT images, so that a whole evaluation takes a second; returns run(*flags) -> exit status."""
     for module in (evaluate, reference, classifier_training, autoencoder_training):
-        monkeypatch.setattr(module, "load_dataset", lambda *args: load_dataset(*args).first(SPLIT))
+        monkeypatch.setattr(module, "load_dataset", first_images)
     monkeypatch.setattr(reference, "floor_cache", lambda *args: floor_cache(*args)._replace(folder=floors))
     monkeypatch.setattr(two_sample, "EPOCHS", 1)
+    monkeypatch.setattr(metrics, "GROUPS", 5)  # each figure is computed 6 times instead of 21
 
     def run(*flags):
         return evaluate.main([*map(str, flags), "--data_dir", str(data_dir), "--device", "cpu", "--precision", "fp32"])
@@ -86,14 +93,17 @@ def judge(data_dir):
     real = extract_features(random_subset(load_dataset("glyphs", "test", data_dir), 800).images, network)
 
     def judge(images, labels=None):
-        result = figures(extract_features(images, network), real, labels)
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(metrics, "GROUPS", 2)  # for intervals, which are not looked at
+            result = figures(extract_features(images, network), real, labels)
         return {name: figure["value"] for name, figure in result.items()}
     judge.real = random_subset(load_dataset("glyphs", "validation", data_dir), 600)
+    judge.whole = judge(judge.real.images, judge.real.labels)
     return judge
 
 
 def test_the_floor_of_real_images_is_close_to_the_best(judge):
-    floor = judge(judge.real.images, judge.real.labels)
+    floor = judge.whole
     assert floor["frechet_distance"] < 1 and abs(floor["kernel_distance"]) < 0.05 and floor["class_distance"] < 0.08
     for name, least in (("precision", 0.6), ("recall", 0.6), ("density", 0.7), ("coverage", 0.7), ("confident", 0.95),
                         ("asked_class", 0.97)):
@@ -341,12 +351,32 @@ def test_cas_is_the_accuracy_of_a_classifier_that_saw_only_the_images(small, tmp
     assert small("--images", good, "--dataset", "glyphs", "--cas", "--output_dir", tmp_path) == 0
     cas = report(tmp_path)["figures"]["cas"]
     assert cas["value"] > 0.5 and cas["floor"] > 0.5 and cas["low"] < cas["value"] < cas["high"] and cas["n"] == COUNT
-    trained, train = [], reference.new_classifier
-    monkeypatch.setattr(reference, "new_classifier", lambda data, *how: trained.append(data.split) or train(data, *how))
+    trained, made, train = [], [], reference.new_classifier
+
+    def count(data, *how):
+        trained.append(data.split)
+        if not made:
+            made.append(train(data, *how))
+        return made[0]
+    monkeypatch.setattr(reference, "new_classifier", count)
     assert small("--images", good, "--dataset", "glyphs", "--cas", "--output_dir", tmp_path) == 0
     assert report(tmp_path)["figures"]["cas"] == cas and trained == ["generated"]  # the floor was kept
     assert small("--images", good, "--dataset", "glyphs", "--cas", "--seed", 1, "--output_dir", tmp_path) == 0
     assert trained == ["generated", "generated", "validation"]
+
+
+def test_no_batch_of_a_classifier_has_one_of_many_images():
+    """Batch norm of one value is no number."""
+    for count, sizes in ((257, [128, 128]), (256, [128, 128]), (130, [128, 2]), (1, [1])):
+        batches = classifier_training.shuffled_batches(count, 128, torch.Generator().manual_seed(0))
+        assert [len(next(batches)) for _ in range(2 * len(sizes))] == 2 * sizes
+
+
+@pytest.mark.parametrize("train_images, epochs", [(300, 20), (20_000, 20), (80_000, 5), (10**6, 1)])
+def test_networks_that_judge_many_pictures_of_ones_own_take_fewer_epochs(monkeypatch, train_images, epochs):
+    monkeypatch.setattr(classifier_training, "about", lambda _: dict(splits=dict(train=train_images)))
+    assert classifier_training.classifier_recipe(Path("x")).epochs == epochs
+    assert classifier_training.classifier_recipe("cifar10").epochs == 24
 
 
 @pytest.mark.parametrize("num_classes", [None, 10])
@@ -541,7 +571,7 @@ def test_flags_that_do_not_go_together_are_refused(small, tmp_path, checkpoint, 
 
 
 def test_what_is_not_installed_is_named(small, tmp_path, checkpoint, capsys, monkeypatch):
-    flags = ("--checkpoint", checkpoint(), "--output_dir", tmp_path)
+    flags = ("--checkpoint", checkpoint(), "--num_images", COUNT, "--output_dir", tmp_path)
     if "torch_fidelity" not in sys.modules and not torchmetrics_image().fid._TORCH_FIDELITY_AVAILABLE:
         assert "torch-fidelity" in refused(small, capsys, *flags, "--features", "inception")
     monkeypatch.setitem(sys.modules, "torchmetrics.image.fid", None)

@@ -113,3 +113,5 @@ def test_what_cannot_be_compared_is_refused():
 
 def test_a_folder_and_an_npz_are_ready_images(tmp_path):
     assert is_ready(tmp_path) and is_ready("x.npz") and not is_ready("x.pt")
+    (tmp_path / "model.safetensors").touch()
+    assert not is_ready(tmp_path)  # a model of export.py

@@ -5,7 +5,7 @@ import torch
 from torch import nn
 
 from evaluation import two_sample
-from evaluation.two_sample import VIEWS, black_and_white, new_network, two_sample_figures
+from evaluation.two_sample import VIEWS, Quarters, black_and_white, new_network, two_sample_figures
 
 
 def noise(count, seed, channels=1, brightest=256):
@@ -68,3 +68,12 @@ def test_the_network_is_that_of_the_recipe_at_every_size(channels, size):
     assert [c.out_channels for c in convolutions] == [24, 48, 96, 96]
     assert [c.stride[0] for c in convolutions] == [1, 2, 2, 1] and all(c.kernel_size == (3, 3) for c in convolutions)
     assert network(torch.rand(2, channels, *size)).shape == (2, 1)
+
+
+@pytest.mark.parametrize("height, width", [(7, 7), (8, 8), (16, 9), (3, 2)])
+def test_quarters_are_those_of_the_adaptive_mean(height, width):
+    x = torch.randn(3, 5, height, width, generator=torch.Generator().manual_seed(0), requires_grad=True)
+    found, expected = Quarters()(x), nn.AdaptiveAvgPool2d(2)(x)
+    torch.testing.assert_close(found, expected)
+    grads = [torch.autograd.grad(each.square().sum(), x)[0] for each in (found, expected)]
+    torch.testing.assert_close(*grads)
