@@ -13,6 +13,7 @@ begins.
 
 import copy
 import math
+import os
 import shlex
 import sys
 import time
@@ -28,18 +29,18 @@ from torch.nn import functional as F
 from checkpoint import data_mismatch, load_model
 from data import ImageData, code_of, load_dataset
 from diffusion import Denoise, DiffusionProcess, reduce_loss
-from runtime import threads
+from runtime import distributed, threads
 from runtime.checkpoints import with_checkpoint
 from runtime.errors import UserError
 from runtime.parser import SHARED_FLAGS, Parser, add_shared_flags, duration, number
 from runtime.sampling import dataset_of, is_student, sampling_options
 from runtime.script import script
 from runtime.startup import seconds_since_start
-from samplers import DEFAULT_GUIDANCE, ddim_step, final_image, generate, guide, spaced_timesteps
+from samplers import DEFAULT_GUIDANCE, all_images, ddim_step, guide, spaced_timesteps
 from training import autotune, run_folder, run_record
 from training.budget import Budget
 from training.run import CLOSING_SECONDS, LOG_STEPS, Run, print_summary, progress_bar
-from training.trainer import Trainer, fitting_batch, repeats_of
+from training.trainer import Trainer, memory_advice, repeats_of
 from utils import autocast, get_device, save_images
 
 HUBER = 0.03  # the Huber constant c: errors above it count by their size, those below it by their square
@@ -130,7 +131,7 @@ class Consistency(DiffusionProcess):
 
     def loss(self, model, x_0: Tensor, t: Tensor | None = None, noise: Tensor | None = None,
              labels: Tensor | None = None, reduction: str = "mean") -> Tensor:
-        """sqrt(e² + c²) - c with e² = |network(x_t, t) - target|² and c = HUBER, as `DiffusionProcess.loss` otherwise.
+        """sqrt(e² + c²) - c, e² = |network(x_t, t) - target|², c = HUBER, as `DiffusionProcess.loss` without weights.
 
         The target is the ordinary one, a · x_0 + b · noise, but with the `image` that the model should see in x_t for
         x_0, and for noise what x_t holds beside it. Pseudo-Huber: Song and Dhariwal 2024, section 3.3. Learned
@@ -173,8 +174,8 @@ def save_samples(run: Run) -> None:
         flags = Namespace(seed=trainer.seed, steps=steps, batch_size=trainer.preview_batch(SAMPLE_IMAGES))
         options = sampling_options(run.config, flags, SAMPLE_IMAGES)
         with autocast(trainer.device, trainer.precision):
-            blocks += [final_image(trajectory).cpu() for _, trajectory in generate(
-                trainer.ema, trainer.diffusion, run.config["data"]["shape"], range(SAMPLE_IMAGES), **options)]
+            blocks.append(all_images(trainer.ema, trainer.diffusion, run.config["data"]["shape"],
+                                     range(SAMPLE_IMAGES), **options).cpu())
     save_images(trainer.data.code.decode(torch.cat(blocks)), run.folder / "samples.png", columns=SAMPLE_COLUMNS)
 
 
@@ -230,15 +231,11 @@ def make_trainer(settings: Namespace, teacher, process: DiffusionProcess, data: 
     return trainer, Namespace(**vars(settings) | dict(precision=precision))
 
 
-def memory_advice(trainer: Trainer) -> str:
-    """Advice after a step that ran out of memory; measures the batch size that fits."""
-    return (f"out of memory in a step of {trainer.batch_size} images: give --batch_size "
-            f"{fitting_batch(trainer.rehearse, trainer.batch_size // 2, trainer.device)}, which fits (measured)")
-
-
 @script
 def main(argv=None):
     start = time.perf_counter() - (seconds_since_start() if argv is None else 0.0)  # with the time of the imports
+    if distributed.is_launched() and os.environ["WORLD_SIZE"] != "1":
+        raise UserError("distill.py runs in one process: start it with python, without torchrun")
     args = with_checkpoint(parse_args(argv), students=False)
     with run_folder.claim(args.output_dir) as folder:
         run = make_run(args, start)

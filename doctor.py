@@ -51,8 +51,8 @@ from runtime.errors import UserError
 from runtime.parser import PICTURE_FLAGS, SHARED_FLAGS, Parser, add_shared_flags, refuse_picture_flags
 from runtime.sampling import chosen_dataset, dataset_of, is_student, sampling_options
 from runtime.script import script
-from samplers import final_image, generate
-from training.flags import more_epochs, resume_command
+from samplers import all_images
+from training.resume import more_epochs, resume_command
 from utils import generator_for, get_device
 
 SAMPLES, REAL = 64, 500  # generated images, and real images that they are compared with
@@ -120,11 +120,6 @@ def examine_checkpoint(checkpoint: dict) -> Iterator[Finding]:
     yield from check_history(losses, [r["val_loss"] for r in records if r.get("val_loss") is not None])
 
 
-def time_of(diffusion: DiffusionProcess, log_snr: float) -> int:
-    """The integer t whose log-SNR is nearest."""
-    return int((diffusion.log_snr(torch.arange(diffusion.num_timesteps)) - log_snr).abs().argmin())
-
-
 @torch.no_grad()
 def denoise_at(model, diffusion: DiffusionProcess, x_0: Tensor, labels: Tensor | None, t: int) -> Tensor:
     """x_0_hat (B, C, H, W), on the CPU, for clean images x_0 noised to t, always with the same noise."""
@@ -141,7 +136,7 @@ def examine_error(model, diffusion: DiffusionProcess, train: ImageData, unseen: 
     """
     unseen = unseen.first(ERROR_IMAGES)
     x_0, labels = unseen.x_0(), unseen.labels.to(diffusion.device) if model.num_classes else None
-    times = sorted({time_of(diffusion, log_snr) for log_snr in LOG_SNRS})
+    times = sorted({round(diffusion.time_of(log_snr)) for log_snr in LOG_SNRS})
     values = train.images[0].numel()
     count = max(BOUND_IMAGES, BOUND_RATIO * values if values <= MOST_VALUES else 0)
     bound = gaussian_bound(train.first(count).x_0(), diffusion, times)
@@ -149,7 +144,7 @@ def examine_error(model, diffusion: DiffusionProcess, train: ImageData, unseen: 
     yield check_error(torch.stack([(x - x_0).double().square().mean() for x in denoised]), bound,
                       [diffusion.log_snr(t).item() for t in times], longer)
     if labels is not None:
-        right, wrong = (denoise_at(model, diffusion, x_0, given, time_of(diffusion, -3.0))
+        right, wrong = (denoise_at(model, diffusion, x_0, given, round(diffusion.time_of(-3.0)))
                         for given in (labels, (labels + 1) % model.num_classes))
         yield check_labels_used(right, wrong, x_0)
 
@@ -157,18 +152,12 @@ def examine_error(model, diffusion: DiffusionProcess, train: ImageData, unseen: 
 # ------------------------------------------------------------------------------------------------------ the samples
 
 
-def make_images(model, diffusion: DiffusionProcess, shape, count: int, options: dict) -> Tensor:
-    """`count` images (N, C, H, W) on the CPU; options: the arguments of samplers.generate."""
-    batches = generate(model, diffusion, shape, range(count), **options)
-    return torch.cat([final_image(trajectory).cpu() for _, trajectory in batches])
-
-
 def examine_samples(model, diffusion: DiffusionProcess, train: ImageData, unseen: ImageData,
                     checkpoint: dict) -> Iterator[Finding]:
     """Generated images compared with real ones and with those of twice as many steps, and classified."""
     shape, real = train.images.shape[1:], unseen.first(REAL).images
     options = sampling_options(checkpoint["config"], count=SAMPLES)
-    images = make_images(model, diffusion, shape, SAMPLES, options)
+    images = all_images(model, diffusion, shape, range(SAMPLES), **options).cpu()
     generated = train.code.decode(images)
     finite = bool(images.isfinite().all())
     findings = check_samples(to_model(generated) if finite else images, to_model(real))
@@ -177,7 +166,7 @@ def examine_samples(model, diffusion: DiffusionProcess, train: ImageData, unseen
         return  # the other checks would fail for the same reason
     if not is_student(checkpoint["config"]):  # more steps of a student make different images
         twice = options | dict(steps=min(2 * options["steps"], diffusion.num_timesteps))
-        more = train.code.decode(make_images(model, diffusion, shape, 16, twice))
+        more = train.code.decode(all_images(model, diffusion, shape, range(16), **twice).cpu())
         yield check_steps(to_model(generated[:16]), to_model(more), options["steps"])
     device = diffusion.device
     distances = nearest(torch.cat([generated, real]).to(device), train.images)[0]

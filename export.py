@@ -31,9 +31,9 @@ from runtime.checkpoints import folder_of_results, is_pretrained, pretrained_mod
 from runtime.errors import RunFailed, UserError
 from runtime.files import atomic_write, check_output
 from runtime.parser import SHARED_FLAGS, Parser, add_shared_flags
+from runtime.sampling import sampling_options
 from runtime.script import script
-from samplers import DEFAULT_GUIDANCE
-from training.flags import without_own_flags
+from training.resume import without_own_flags
 from web.page import PRECISIONS, PageModel, page, page_model
 
 OUTPUTS = {"html": "page.html", "onnx": "model.onnx", "safetensors": "safetensors"}  # beside the checkpoint
@@ -176,7 +176,9 @@ def model_card(checkpoint: dict, figures: dict[str, dict], folder: Path, paramet
     classes = ", ".join(config["data"]["class_names"]) if config["model"].get("num_classes") else "none: no labels"
     rows = [f"| {name} | {f['value']:.4f} | {f['low']:.4f} to {f['high']:.4f} | "
             f"{'' if f['floor'] is None else format(f['floor'], '.4f')} |" for name, f in figures.items()]
-    labels = f", labels=torch.arange(16) % {len(config['data']['class_names'])}, guidance_scale={DEFAULT_GUIDANCE}"
+    options = sampling_options(config, count=16)
+    given = "".join(f", {name}={options[name]!r}" for name in ("sampler", "steps", "guidance_scale"))
+    labels = f", labels=torch.arange(16) % {config['model'].get('num_classes')}"
     shape = tuple(config["data"]["shape"])
     table = ["| figure | value | 95 % interval | floor |", "| --- | --- | --- | --- |", *rows] if rows else [
         "Not measured: `python evaluate.py --checkpoint FILE` before the export measures them."]
@@ -193,11 +195,11 @@ def model_card(checkpoint: dict, figures: dict[str, dict], folder: Path, paramet
         f"The program has the MIT licence. {LICENCES.get(data, 'The data are the user’s own: ask them.')}", "",
         "## Use", "", "```sh", f"python sample.py --checkpoint {shlex.quote(folder.name)}", "```", "", "```python",
         "import torch", "from checkpoint import load_model", "from data import code_of",
-        "from samplers import final_image, generate", "",
+        "from samplers import all_images", "",
         f"model, diffusion, checkpoint = load_model({str(Path(folder.name) / SAFETENSORS)!r})",
-        f"[(_, trajectory)] = generate(model, diffusion, {shape}, range(16)"
+        f"images = all_images(model, diffusion, {shape}, range(16){given}"
         f"{labels if config['model'].get('num_classes') else ''})",
-        f"images = code_of(checkpoint['config']).decode(final_image(trajectory))  # {(16, *shape)} uint8", "```", ""])
+        f"pixels = code_of(checkpoint['config']).decode(images)  # {(16, *shape)} uint8", "```", ""])
 
 
 def write_safetensors(path: Path, args: Namespace, output: Path) -> None:

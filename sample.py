@@ -1,7 +1,7 @@
 """Make images with a trained model.
 
     python sample.py --show_intermediate
-    python sample.py --checkpoint outputs/model_final.pt --sampler ddpm --timesteps 1000 --seed 7
+    python sample.py --checkpoint outputs/model_final.pt --sampler ddpm --steps 1000 --seed 7
     python sample.py --checkpoint mnist --label 0-9 --guidance_scale 2
 
 No flag of the training has to be repeated: the checkpoint holds them. If --output ends in .npz, it gets the images as

@@ -352,6 +352,12 @@ def generate(model, diffusion: DiffusionProcess, shape: Sequence[int], indices: 
         yield batch, function(denoise, randn(), timesteps, diffusion, eta=eta, randn=randn, **options)
 
 
+def all_images(model, diffusion: DiffusionProcess, shape: Sequence[int], indices: Sequence[int], **options) -> Tensor:
+    """The images (N, C, H, W) with these N indices, all of them in memory; options: further arguments of `generate`."""
+    images = [final_image(trajectory) for _, trajectory in generate(model, diffusion, shape, indices, **options)]
+    return torch.cat([torch.empty(0, *shape, device=diffusion.device), *images])
+
+
 def final_image(trajectory: Trajectory) -> Tensor:
     """The images (B, C, H, W) at the end of a trajectory."""
     [(_, x, _)] = deque(trajectory, maxlen=1)  # a list of all steps would keep their images in memory

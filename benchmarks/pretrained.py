@@ -28,7 +28,7 @@ from runtime.files import file_digest, write_json
 from runtime.parser import Parser
 from runtime.sampling import sampling_options
 from runtime.script import script
-from samplers import final_image, generate
+from samplers import all_images
 from training import run_record
 from utils import evenly_spaced
 
@@ -87,8 +87,8 @@ def draw(path: Path) -> Tensor:
     model, diffusion, checkpoint = load_model(path)
     config = checkpoint["config"]
     options = sampling_options(config, count=COMPARED_IMAGES)
-    batches = generate(model, diffusion, config["data"]["shape"], range(COMPARED_IMAGES), **options)
-    return code_of(config).decode(torch.cat([final_image(trajectory) for _, trajectory in batches]))
+    return code_of(config).decode(
+        all_images(model, diffusion, config["data"]["shape"], range(COMPARED_IMAGES), **options))
 
 
 @script

@@ -308,10 +308,10 @@ def test_the_doctor_judges_a_students_jumps_and_does_not_measure_it_as_a_mean(st
     monkeypatch.setattr(doctor, "check_samples", lambda *_: [])  # so that what comes after it is looked at too
     for name, count in (("SAMPLES", 16), ("REAL", 8), ("BOUND_IMAGES", 16), ("ERROR_IMAGES", 8)):
         monkeypatch.setattr(doctor, name, count)
-    seen, asked, made = {}, {}, doctor.generate
+    seen, asked, made = {}, {}, doctor.all_images
     for who, path in (("student", student / "model_final.pt"), ("teacher", teacher)):
         asked[who] = []
-        monkeypatch.setattr(doctor, "generate", lambda *args, who=who, **how: asked[who].append(
+        monkeypatch.setattr(doctor, "all_images", lambda *args, who=who, **how: asked[who].append(
             (how["sampler"], how["steps"], how["guidance_scale"])) or made(*args, **how))
         doctor.main(["--checkpoint", str(path), "--data_dir", str(data_dir), "--device", "cpu", "--json"])
         seen[who] = {finding["check"] for finding in json.loads(capsys.readouterr().out)}

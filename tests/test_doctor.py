@@ -159,6 +159,8 @@ def test_full_disks_and_little_memory(tmp_path, monkeypatch):
     for free, status in ((8e9, "OK"), (1e9, "WARN"), (1e8, "FAIL")):
         monkeypatch.setattr(machine_checks, "main_memory", lambda free=free: (free, 16e9))
         assert machine_checks.check_memory(torch.device("cpu")).status == status
+    monkeypatch.setattr(machine_checks, "main_memory", lambda: (math.inf, 16e9))
+    assert machine_checks.check_memory(torch.device("cpu")).message.startswith("16.0 GB, of which the system does not")
 
 
 def test_the_slower_precision_is_named(monkeypatch):

@@ -205,8 +205,8 @@ def test_the_model_card_says_what_it_is_and_its_example_runs(folder, tmp_path, m
     monkeypatch.chdir(tmp_path)
     names = {}
     exec(code, names)
-    assert names["images"].shape == (16, 1, 28, 28) and names["images"].dtype == torch.uint8
-    assert names["images"].float().std() > 10
+    assert names["pixels"].shape == (16, 1, 28, 28) and names["pixels"].dtype == torch.uint8
+    assert names["pixels"].float().std() > 10
 
 
 def test_a_card_has_no_figures_of_other_weights(folder, tmp_path, capfd):
@@ -226,7 +226,8 @@ def test_no_folder_of_the_machine_that_trained_is_written(tmp_path):
     pytest.importorskip("onnxruntime", reason="onnxruntime is missing: pip install -r requirements-export.txt")
     path = small_checkpoint(tmp_path / "model.pt")
     fields = {name: load_checkpoint(path)[name] for name in FIELDS}
-    fields["config"]["training"] = dict(output_dir="/home/alice/secret", data_dir="/home/alice/data", lr=0.5)
+    fields["config"]["training"] = dict(output_dir="/home/alice/secret", data_dir="/home/alice/data", lr=0.5,
+                                        checkpoint="/home/alice/teacher.pt")
     save_checkpoint(path, **fields)
     for kind, name in (("safetensors", "x/config.json"), ("onnx", "x.onnx"), ("html", "x.html")):
         assert exported(path, "--format", kind, "--output", tmp_path / name.removesuffix("/config.json")) == 0
@@ -236,6 +237,16 @@ def test_no_folder_of_the_machine_that_trained_is_written(tmp_path):
 
 def test_every_data_set_of_images_has_its_licence_in_the_card():
     assert set(export.LICENCES) == set(DATASETS) - set(POINT_SETS)
+
+
+def test_the_example_in_the_card_of_a_student_draws_as_a_student_does(tmp_path):
+    pytest.importorskip("safetensors", reason="safetensors is missing: pip install -r requirements-export.txt")
+    path = small_checkpoint(tmp_path / "model.pt", conditional=True)
+    fields = {name: load_checkpoint(path)[name] for name in FIELDS}
+    fields["config"]["training"] = dict(student=True)
+    save_checkpoint(path, **fields)
+    assert exported(path, "--format", "safetensors", "--output", tmp_path / "x") == 0
+    assert "sampler='consistency', steps=2, guidance_scale=1.0" in (tmp_path / "x/README.md").read_text()
 
 
 def test_a_card_without_figures_says_how_to_measure(tmp_path):
