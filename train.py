@@ -32,23 +32,20 @@ from runtime.progress import say
 from runtime.sampling import chosen_dataset, is_student, sampling_options
 from runtime.script import script
 from runtime.startup import seconds_since_start
-from samplers import DEFAULT_STEPS, final_image, generate
+from samplers import DEFAULT_STEPS, all_images
 from training import autotune, run_folder, run_record
 from training.budget import Budget
 from training.flags import (
     check_effect,
     check_flags_of_data,
-    check_resumable,
     defaults,
     make_code,
     make_config,
     make_parser,
     make_settings,
-    more_epochs,
-    resume_command,
-    saved_flags,
     start_from,
 )
+from training.resume import check_resumable, more_epochs, resume_command, saved_flags
 from training.run import (
     LOG_STEPS,
     Run,
@@ -58,11 +55,11 @@ from training.run import (
     progress_bar,
     warn_of_failed_writes,
 )
-from training.setup import build, choose_size, make_trainer
+from training.setup import build, check_gpu_memory, choose_size, make_trainer
 from training.sizing import FEW_IMAGES
 from training.tensorboard import Board, summary_writer
-from training.trainer import VALIDATION_LOSS_IMAGES, Trainer, fitting_batch, validation_loss
-from utils import autocast, evenly_spaced, get_device, grid_layout, plot_losses, save_images, set_seed, tile
+from training.trainer import VALIDATION_LOSS_IMAGES, Trainer, memory_advice, validation_loss
+from utils import autocast, evenly_spaced, get_device, grid_layout, plot_losses, save_images, tile
 
 PREVIEW_IMAGES = 64
 
@@ -169,10 +166,8 @@ def preview(run: Run) -> Tensor:
     flags = Namespace(seed=trainer.seed, batch_size=trainer.preview_batch(PREVIEW_IMAGES))
     options = sampling_options(run.config, flags, PREVIEW_IMAGES)
     with autocast(trainer.device, trainer.precision):
-        images = [final_image(trajectory) for _, trajectory in generate(
-            trainer.ema, trainer.diffusion, data["shape"], indices, **options)]
-    return trainer.data.code.decode(distributed.all_gather(
-        torch.cat(images) if images else torch.empty(0, *data["shape"])))
+        images = all_images(trainer.ema, trainer.diffusion, data["shape"], indices, **options)
+    return trainer.data.code.decode(distributed.all_gather(images))
 
 
 def save_preview(run: Run, path: Path) -> None:
@@ -215,8 +210,9 @@ def open_data(args: Namespace, device: torch.device) -> ImageData:
     """The training images; of your own pictures it also says what was read."""
     data = load_dataset(chosen_dataset(args, small=device.type == "cpu"), "train", args.data_dir, points=True)
     if is_few(data) and not args.init:
-        print(f"Fewer than {FEW_IMAGES:,} pictures: what may help are --init FILE, a checkpoint of more pictures, and "
-              f"a shorter --budget; the end of the run says whether they were learned by heart", flush=True)
+        print(f"Fewer than {FEW_IMAGES:,} pictures to learn from: what may help are --init FILE, a checkpoint of more "
+              f"pictures, and a shorter --budget; the end of the run says whether they were learned by heart",
+              flush=True)
     letters = any(len(name) == 1 for name in data.class_names)
     if data.folder and data.images.shape[1] == 3 and not letters and not args.hflip:
         print("If these are photographs or the like, in which left and right do not matter, add --hflip", flush=True)
@@ -234,14 +230,18 @@ def look(args: Namespace) -> None:
 def make_run(args: Namespace, checkpoint: dict | None, start: float) -> tuple[Run, ImageData, Namespace]:
     """The run that the flags ask for, the validation images, and the flags with every open value filled in.
 
-    start: time.perf_counter() when the run began.
+    start: time.perf_counter() when the run began; what reading your own pictures takes is added.
     """
     if args.tensorboard:
         summary_writer()  # an error now, if it is not installed
     device = get_device(distributed.local_device(args.device))
     autotune.set_up_cuda(device)
+    reading = time.perf_counter()
     with distributed.local_rank_0_first():
         data = open_data(args, device).first(args.train_images or sys.maxsize)
+    if data.folder:  # the first reading of many pictures may take longer than the budget, and is done once
+        start += time.perf_counter() - reading
+    check_gpu_memory(data, device)
     settings = make_settings(args, data)
     threads.set_up(args.threads, device, adapt=settings.epochs is None)
     validation = load_dataset(data.source, "validation", args.data_dir, points=True)
@@ -250,7 +250,7 @@ def make_run(args: Namespace, checkpoint: dict | None, start: float) -> tuple[Ru
     config = make_config(settings, data, saved)
     settings = choose_size(settings, config, data, device)
     config["model"]["base_channels"] = settings.base_channels
-    set_seed(args.seed)
+    torch.manual_seed(args.seed)
     model, diffusion = build(config, data)
     if args.init and not checkpoint:
         print(start_from(model, args, data))
@@ -273,13 +273,6 @@ def advice(settings: Namespace) -> str:
     muon = f" --muon_lr {settings.muon_lr / 4:g}" if settings.optimizer == "muon" else ""
     return (f"resume from the last good checkpoint with {resume_command(settings)}; after numbers that are not finite "
             f"add --lr {settings.lr / 4:g}{muon}, --max_grad_norm 0.5 or --precision fp32")
-
-
-def memory_advice(trainer: Trainer) -> str:
-    """Advice after a step that ran out of memory; measures the batch size that fits."""
-    fits = fitting_batch(trainer.rehearse, trainer.batch_size // 2, trainer.device, agree=False)
-    return (f"out of memory in a step of {trainer.batch_size} images: a batch of {fits} fits (measured): give it with "
-            f"--batch_size, or let --batch_size auto find it")
 
 
 def complete_message(run: Run, checkpoint: dict | None, args: Namespace) -> str | None:

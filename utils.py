@@ -39,11 +39,6 @@ def get_device(name: str = "auto") -> torch.device:
     return torch.device(name)
 
 
-def set_seed(seed: int) -> None:
-    """Seed torch's global generator, which initialises networks."""
-    torch.manual_seed(seed)
-
-
 def generator_for(seed: int, *key: int, device="cpu") -> torch.Generator:
     """A random generator that depends on (seed, *key) only: to resume a run no state has to be saved."""
     state = int(np.random.SeedSequence(seed, spawn_key=key).generate_state(1, np.uint64)[0])

@@ -66,12 +66,12 @@ def forward(args) -> list[int]:
 def learn_points(folder: Path, *flags: str, seed: int, epochs: int, dataset: str = "spirals") -> tuple[float, float]:
     """(validation loss, quality) of points learned with some flags."""
     common = ["--threads", "1", "--output_dir", str(folder)]
-    train.main(["--dataset", dataset, "--epochs", str(epochs), "--sample_interval", "0", "--save_interval", "0",
-                "--seed", str(seed), *flags, *common])
+    check(train.main(["--dataset", dataset, "--epochs", str(epochs), "--sample_interval", "0", "--save_interval", "0",
+                      "--seed", str(seed), *flags, *common]))
     model, checkpoint = folder / "model_final.pt", load_model(folder / "model_final.pt", points=True)[2]
     points = folder / "points.npz"
-    sample.main(["--checkpoint", str(model), "--num_images", str(POINTS), "--steps", "20", "--guidance_scale", "1",
-                 "--batch_size", str(POINTS), "--output", str(points), "--threads", "1"])
+    check(sample.main(["--checkpoint", str(model), "--num_images", str(POINTS), "--steps", "20", "--guidance_scale",
+                       "1", "--batch_size", str(POINTS), "--output", str(points), "--threads", "1"]))
     losses = [each["val_loss"] for each in checkpoint["history"]["records"] if each.get("val_loss") is not None]
     return losses[-1], point_figures(points, dataset)["distance"]
 

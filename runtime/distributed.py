@@ -11,6 +11,7 @@ import time
 import uuid
 import warnings
 from collections.abc import Callable
+from datetime import timedelta
 
 import torch
 import torch.distributed as dist
@@ -19,6 +20,7 @@ from torch import Tensor
 from runtime.errors import RunFailed, UserError
 
 REQUIRED_VARIABLES = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")  # what every launcher sets
+PATIENCE = timedelta(hours=6)  # of a process that waits for another, which may read pictures or measure meanwhile
 _launch: str | None = None
 
 
@@ -36,7 +38,7 @@ def init_process_group(device: torch.device) -> None:
         attempt = _agree_on_attempt(store, number, count)
         _launch = store.compare_set("launch", "", attempt).decode()  # the first attempt names the launch
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo", store=dist.PrefixStore(attempt, store),
-                                rank=number, world_size=count)
+                                rank=number, world_size=count, timeout=PATIENCE)
         warnings.filterwarnings("ignore", "Grad strides do not match")  # 1×1 convolutions; costs little time
         if rank():
             sys.stdout = open(os.devnull, "w")  # noqa: SIM115 (until the process ends)

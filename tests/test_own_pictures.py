@@ -1,15 +1,17 @@
 """Every script from end to end on twelve pictures of one's own in two classes, and what must not happen to pictures."""
 
 import json
+import shutil
 import time
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
-from harness import needs_fork, run_together
+from harness import needs_fork, run_together, tiny
 from PIL import Image
 
 import benchmark
@@ -23,12 +25,18 @@ import train
 import visualize_diffusion
 from checkpoint import load_checkpoint
 from data import ImageData, load_dataset
+from data_sources.cache import Pictures, cached
 from evaluation import copies, metrics, reference, two_sample
 from evaluation.classifier_training import ClassifierRecipe
+from evaluation.network_plots import _plot_points
+from runtime.errors import UserError
 from runtime.sampling import dataset_of
+from training import flags as training_flags
 from training import trainer
 from training.budget import Budget
+from training.setup import check_gpu_memory
 from training.trainer import Trainer
+from utils import pyplot
 
 RED, BLUE = (200, 0, 0), (0, 0, 180)
 CPU = ["--device", "cpu"]
@@ -57,7 +65,7 @@ def short_epochs():
 def flags(pictures, output, *more):
     """The flags of a run of an epoch of three steps of a tiny network."""
     network = [] if "--init" in more else ["--base_channels", "8", "--time_emb_dim", "16"]
-    return ["--dataset", str(pictures), "--data_dir", str(pictures.parent / "data"), "--output_dir", str(output),
+    return ["--dataset", str(pictures), "--data_dir", str(Path(pictures).parent / "data"), "--output_dir", str(output),
             "--image_size", "16", "--epochs", "1", "--batch_size", "8", "--sample_interval", "0", "--threads", "1",
             "--precision", "fp32", *CPU, *network, *more]
 
@@ -84,6 +92,24 @@ def checkpoint(two, place):
 
 
 # ------------------------------------------------------------------------------------------------------ every script
+
+
+def test_an_archive_of_few_pictures_is_learned_and_the_run_says_what_to_know_and_to_type(two, tmp_path, capsys):
+    archive = shutil.make_archive(str(tmp_path / "two"), "zip", two)
+    path = train_on(archive, tmp_path / "run")
+    said = capsys.readouterr().out
+    assert all(line in said for line in (
+        "12 pictures used", "2 classes: blue 6, red 6", "Fewer than 2,000 pictures to learn from",
+        "With fewer than 200 different pictures none is held out", " of 64 new images: they are less than a third",
+        f"Saved {path}: python sample.py --checkpoint {path}"))
+    assert load_checkpoint(path)["config"]["data"]["class_names"] == ["blue", "red"]
+
+
+def test_classes_are_not_to_be_had_from_a_folder_without_sub_folders(tmp_path, capsys):
+    draw(tmp_path / "in", {"only": RED})
+    assert train.main(flags(tmp_path / "in", tmp_path / "run", "--conditional")) == 2
+    said = capsys.readouterr().err
+    assert "--conditional needs two classes or more" in said and said.count("\n") == 1
 
 
 def test_the_classes_of_the_folder_are_asked_for_by_name(checkpoint, tmp_path):
@@ -123,6 +149,8 @@ def test_few_pictures_are_compared_with_their_copies(checkpoint, place, tmp_path
                           str(tmp_path), "--data_dir", str(place / "data"), *CPU]) == 0
     assert json.loads((tmp_path / "evaluation.json").read_text())["memorisation"]["training_images"] == 12
     assert "Learned by heart?" in capsys.readouterr().out
+    assert evaluate.main(["--runs", str(tmp_path)]) == 0
+    assert "Skipped" not in capsys.readouterr().out and (tmp_path / "runs.csv").read_text().count("my_two") == 1
 
 
 @pytest.mark.parametrize("flag", ["--sweep", "--likelihood", "--compare"])
@@ -145,6 +173,13 @@ def test_the_network_is_looked_into(checkpoint, place, tmp_path, capsys):
     assert visualize_diffusion.main(["--what", "loss", "--checkpoint", str(checkpoint), "--data_dir",
                                      str(place / "data"), "--save_path", str(tmp_path / "loss.png"), *CPU]) == 2
     assert "none is held out" in capsys.readouterr().err and not (tmp_path / "loss.png").exists()
+
+
+def test_points_without_classes_are_all_drawn():
+    figure, axis = pyplot().subplots()
+    _plot_points(axis, torch.rand(5, 2), None, torch.zeros(5), ())
+    assert len(axis.collections[0].get_offsets()) == 5 and axis.get_legend() is None
+    pyplot().close(figure)
 
 
 def test_the_doctor_finds_no_fault_with_twelve_sound_pictures(checkpoint, place, capsys):
@@ -173,6 +208,15 @@ def test_copies_among_the_pictures_are_at_distance_0_of_each_other():
     images[290] = images[5]
     distances = copies.among_each_other(images)
     assert distances[5] == distances[290] == 0 and (distances == 0).sum() == 2 and distances.isfinite().all()
+
+
+def test_what_was_learned_by_heart_is_found_though_it_is_no_exact_copy():
+    pictures = torch.randint(0, 256, (20, 3, 8, 8), generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
+    nearly = (pictures[:4].float() * 0.9 + 5).to(torch.uint8)                # a network's copies
+    between = ((pictures[4:8].float() + pictures[8:12].float()) / 2).to(torch.uint8)
+    assert copies.by_heart(torch.cat([nearly, between]), pictures).tolist() == [True] * 4 + [False] * 4
+    twice = torch.cat([pictures, pictures])                                  # a picture and its copy are one
+    assert copies.by_heart(nearly, twice).all() and copies.by_heart(between, pictures[:1].repeat(3, 1, 1, 1)).all()
 
 
 def test_pictures_that_are_nowhere_are_missed_in_one_line_where_they_are_needed(checkpoint, tmp_path, capsys):
@@ -351,6 +395,27 @@ def test_a_run_that_would_write_among_its_pictures_is_refused(two, capsys, insid
     assert sorted(two.rglob("*")) == before
 
 
+def test_reading_the_pictures_takes_nothing_of_the_budget(two, data_dir, tmp_path, monkeypatch):
+    read = train.open_data
+
+    def slow(*given):
+        time.sleep(0.5)
+        return read(*given)
+    monkeypatch.setattr(train, "open_data", slow)
+    for argv, least in ((flags(two, tmp_path / "run"), 0.5), (tiny(data_dir, tmp_path / "run"), 0.0)):
+        started = train.make_run(train.parse_args(argv)[0], None, 0.0)[0].budget.start
+        assert started >= least if least else started == 0.0
+
+
+def test_pictures_that_do_not_fit_into_the_memory_of_a_gpu_are_refused(two, place, monkeypatch):
+    data = load_dataset(cached(Pictures(str(two), 16), place / "data", quiet=True))
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda _: (data.images.nbytes // 2, 10**9))
+    check_gpu_memory(data, torch.device("cpu"))
+    with pytest.raises(UserError, match="--train_images 4,"):
+        check_gpu_memory(data, torch.device("cuda"))
+    check_gpu_memory(data.first(6), torch.device("cuda"))
+
+
 # -------------------------------------------------------------------------------------------------------------- --init
 
 
@@ -375,6 +440,27 @@ def test_init_from_other_pictures_says_that_held_out_ones_may_be_known(two, chec
     for more, said in (((), False), (("--image_size", "24"), True)):
         train_on(two, tmp_path / str(said), "--init", str(checkpoint), *more)
         assert ("will be too good" in capsys.readouterr().out) == said
+
+
+@pytest.mark.parametrize("before, known", [
+    (dict(), False),                                # pictures were added: each is in the split that it was in
+    (dict(pictures=dict(digest="now")), False),     # the same pictures
+    (dict(pictures=dict(count=199)), True),         # none was held out
+    (dict(pictures=dict(fit="pad")), True), (dict(shape=[3, 32, 32]), True), (dict(pictures=None), False)])
+def test_held_out_pictures_may_be_known_only_where_the_split_was_another(monkeypatch, before, known):
+    read = dict(fit="crop", channels="auto", background="white")
+    monkeypatch.setattr(training_flags, "about", lambda _: dict(digest="now", shape=[3, 16, 16], **read))
+    pictures = dict(digest="then", count=200, **read) | (before.get("pictures", {}) or {})
+    saved = dict(shape=before.get("shape", [3, 16, 16]),
+                 pictures=pictures if before.get("pictures", {}) is not None else None)
+    assert training_flags._may_know_held_out(saved, SimpleNamespace(folder=Path("x"))) == known
+
+
+def test_a_network_without_attention_is_gone_on_from_and_resumed(two, tmp_path):
+    first = train_on(two, tmp_path / "first", "--attention", "0")
+    second = train_on(two, tmp_path / "second", "--init", str(first))
+    assert load_checkpoint(second)["config"]["model"]["attention"] == []
+    assert train.main(["--resume", "--output_dir", str(second.parent), "--epochs", "2", *CPU]) == 0
 
 
 def test_init_takes_the_times_that_the_weights_know(two, tmp_path):

@@ -336,8 +336,8 @@ def test_every_flag_is_read(name, flags, root):
         def visit_Constant(self, node):
             read.add(node.value)
 
-    others = {"train": ["training/flags.py", "training/setup.py"], "sample": ["runtime/sampling.py"],
-              "visualize_diffusion": ["runtime/sampling.py"]}
+    others = {"train": [f"training/{part}.py" for part in ("flags", "resume", "setup")],
+              "sample": ["runtime/sampling.py"], "visualize_diffusion": ["runtime/sampling.py"]}
     for path in (f"{name}.py", *others[name]):
         Reader().visit(ast.parse((root / path).read_text()))
     if "chosen_dataset" in (root / f"{name}.py").read_text():

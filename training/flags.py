@@ -1,22 +1,19 @@
-"""The flags of train.py, the recipes that set their defaults, and the flags of a run that is resumed."""
+"""The flags of train.py, the recipes that set their defaults, and the config of a checkpoint that follows from them."""
 
-import os
-import shlex
 from argparse import BooleanOptionalAction, Namespace
 from pathlib import Path
 
 from checkpoint import load_checkpoint
 from data import DATASETS, LEVEL_CODES, ImageData, LevelCode, code_of, histogram_code, noise_level
-from data_sources.cache import about
+from data_sources.cache import MIN_HELD_OUT, about
 from data_sources.folder import find_pictures
 from data_sources.points import POINT_SETS, is_points
 from diffusion import LOSS_WEIGHTS, PREDICTIONS, SCHEDULES, TIMESTEP_SAMPLING
 from models.layers import ACTIVATIONS
-from runtime import distributed
 from runtime.checkpoints import find_checkpoint
 from runtime.errors import UserError
 from runtime.files import one_line
-from runtime.parser import PICTURE_FLAGS, SHARED_FLAGS, Parser, add_shared_flags, duration, number
+from runtime.parser import PICTURE_FLAGS, Parser, add_shared_flags, duration, number
 from training.autotune import LAYOUTS
 from training.learning_rate import LR_SCHEDULES
 from training.sizing import network_stages
@@ -52,7 +49,8 @@ def init_defaults(args: Namespace) -> dict:
     config = load_checkpoint(find_checkpoint(args.init))["config"]
     if args.dataset in POINT_SETS or is_points(config["data"]["shape"]):
         raise UserError("--init is for images, not for points in the plane: leave it out")
-    return ({flag: config["model"][flag] for flag in MODEL_FLAGS["unet"] if flag in config["model"]}
+    return ({flag: config["model"][flag] or [0] if flag == "attention" else config["model"][flag]
+             for flag in MODEL_FLAGS["unet"] if flag in config["model"]}
             | {flag: config["diffusion"][name] for flag in INIT_PROCESS
                if (name := DIFFUSION_FLAGS[flag]) in config["diffusion"]})
 
@@ -73,11 +71,21 @@ def start_from(model, args: Namespace, data: ImageData) -> str:
     if not fits:
         raise UserError(f"no weight of {path} fits this network: leave out the flags that set another network")
     model.load_state_dict(own | fits)
-    pictures, now = checkpoint["config"]["data"].get("pictures"), _pictures(data).get("pictures")
-    seen = pictures and now and pictures["digest"] != now["digest"]
+    seen = data.folder and _may_know_held_out(checkpoint["config"]["data"], data)
     return (f"Starting from {len(fits)} of the {len(own)} tensors of {path}"
             f"{f'; new, because they have another shape: {one_line(left, 300)}' if left else ''}"
             f"{SEEN_BEFORE if seen else ''}")
+
+
+def _may_know_held_out(before: dict, data: ImageData) -> bool:
+    """Whether a network that learned from these pictures of one's own may have seen what `data` holds out.
+
+    A picture stays in its split while all are read in the same way, unless none was held out before.
+    """
+    pictures, now = before.get("pictures"), about(data.folder)
+    return bool(pictures) and pictures["digest"] != now["digest"] and (
+        pictures["count"] < MIN_HELD_OUT or before["shape"] != now["shape"]
+        or any(pictures[name] != now[name] for name in ("fit", "channels", "background")))
 
 
 def batch_size(text: str) -> int | str:
@@ -103,8 +111,8 @@ def make_parser(description: str) -> Parser:
                             "allows; of few pictures of your own an epoch is several passes)")
     group.add_argument("--budget", type=duration, metavar="TIME",
                        help="the wall-clock time for everything, including start-up, saving and (with --resume) the "
-                            "time used before: 90s, 10m, 1.5h (default: 10m for your own pictures without "
-                            "--epochs, else none)")
+                            "time used before, but not the reading of your own pictures: 90s, 10m, 1.5h (default: "
+                            "10m for your own pictures without --epochs, else none)")
     group.add_argument("--train_images", type=number(int, 1), help="learn from the first N training images only")
     group.add_argument("--sample_interval", type=number(int, 0), default=1,
                        help="write a grid of samples every N epochs; 0: never")
@@ -307,107 +315,3 @@ def _pictures(data: ImageData) -> dict:
         return {}
     content = about(data.folder)
     return dict(pictures={name: content[name] for name in PICTURES})
-
-
-# ----------------------------------------------------------------------------------------------------------- resuming
-
-BEFORE_FLAGS = dict(level_code="linear")  # what versions that did not have these flags did
-OWN_FLAGS = ("output_dir", "data_dir", "device", "resume", "look", "init")  # not those of the run that is resumed
-
-
-def without_own_flags(config: dict) -> dict:
-    """The config of a checkpoint without OWN_FLAGS, which name folders and devices of the machine that trained it."""
-    training = {name: value for name, value in config["training"].items() if name not in OWN_FLAGS}
-    if not (pictures := config["data"].get("pictures")):
-        return config | dict(training=training)
-    training, pictures = training | dict(dataset=config["data"]["dataset"]), dict(pictures)
-    pictures.pop("path", None)
-    return config | dict(training=training, data=config["data"] | dict(pictures=pictures))
-
-
-def resume_command(args: Namespace) -> str:
-    """The command that resumes the run in args.output_dir, with the OWN_FLAGS that differ from the defaults."""
-    start = "python" if distributed.world_size() == 1 else f"torchrun --nproc_per_node={distributed.world_size()}"
-    own = [f"--{name} {shlex.quote(str(getattr(args, name)))}" for name in OWN_FLAGS[:3]
-           if name == "output_dir" or getattr(args, name) != SHARED_FLAGS[name]["default"]]
-    return " ".join([start, "train.py --resume", *own])
-
-
-def more_epochs(epochs: int) -> int:
-    """A larger number of epochs to suggest for a run that has had `epochs`."""
-    return max(20, 2 * epochs)
-
-
-def saved_flags(parser: Parser, args: Namespace, path: Path, checkpoint: dict) -> list[str]:
-    """The flags of a checkpoint's run as words of a command line, without OWN_FLAGS.
-
-    --epochs and --budget are left out where `args` gives one of them anew, --dataset where the user says where his own
-    pictures are now. UserError if they are not valid flags, or if the pictures are gone.
-    """
-    words, left_out = [], {*OWN_FLAGS, *(("epochs", "budget") if args.epochs or args.budget else ())}
-    training = BEFORE_FLAGS | checkpoint["config"]["training"]
-    if "pictures" in checkpoint["config"]["data"]:
-        if "dataset" in parser.typed:  # their new place
-            left_out.add("dataset")
-        elif not os.path.exists(place := str(training.get("dataset"))):
-            raise UserError(f"{path} learned from the pictures in {place}, which is not there: bring them back, or "
-                            f"give their new place with --dataset PATH")
-    saved = {name: training.get(name) for name in vars(args) if name not in left_out}
-    try:
-        for name, value in saved.items():
-            words += _flag_words(name, value)
-        parser.parse_args(words)
-    except UserError as error:
-        raise UserError(f"{path} holds flags that no run can have had: {error}") from error
-    return words
-
-
-def _flag_words(name: str, value) -> list[str]:
-    """A flag with its saved value as words of a command line."""
-    if value is None:
-        return []
-    if type(value) is bool:
-        return [f"--{name}" if value else f"--no-{name}"]
-    if type(value) is list and all(type(part) is int for part in value):
-        return [f"--{name}", *map(str, value)]
-    if type(value) in (int, float, str):
-        return [f"--{name}={value}"]
-    raise UserError(f"--{name} is of type {type(value).__name__}")
-
-
-def check_resumable(checkpoint: dict, config: dict, command: str) -> None:
-    """UserError if a checkpoint has another network, process, data set or FIXED_FLAGS than the flags ask for.
-
-    config: that of the run, its part "training" included; command: what resumes the run as it was.
-    """
-    left_out = {"pictures"}
-    if "pictures" in config["data"] and "pictures" in checkpoint["config"]["data"]:
-        _check_pictures(checkpoint["config"]["data"], config["data"])
-        left_out.add("dataset")  # the name of their folder, which may have another one now
-    asked = config | dict(training={name: config["training"][name] for name in FIXED_FLAGS},
-                          data={name: value for name, value in config["data"].items() if name not in left_out})
-    for part, values in asked.items():
-        for name, value in sorted(values.items(), key=lambda item: item[0] in ("channel_mults", "attention")):
-            # A feature that the file does not know was off.
-            before = checkpoint["config"][part].get(name, KEPT.get(name, False))
-            if before != value:
-                raise UserError(f"the checkpoint was trained with {name} {before}, the flags ask for {value}: resume "
-                                f"it as it was with {command}, or start a new run without --resume")
-
-
-def _check_pictures(before: dict, now: dict) -> None:
-    """UserError if a run learned from other pictures of one's own, or read them in another way, than is asked for now.
-
-    before, now: the part "data" of two configs.
-    """
-    read, asked = ({name: data["pictures"][name] for name in PICTURE_FLAGS if name != "image_size"}
-                   | dict(image_size=data["shape"][1]) for data in (before, now))
-    for name, value in read.items():
-        if asked[name] != value:
-            raise UserError(f"the run read its pictures with --{name} {value}, not {asked[name]}: leave it out, or "
-                            f"start a new run without --resume")
-    before, now = before["pictures"], now["pictures"]
-    if before["digest"] != now["digest"]:
-        raise UserError(f"the checkpoint was trained on {before['count']:,} pictures, and {now['path']} now holds "
-                        f"others ({now['count']:,}): bring the old ones back to resume, or start a new run without "
-                        f"--resume, with --init and the checkpoint if it is to go on from there")

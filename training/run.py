@@ -52,7 +52,7 @@ class Run:
         self.records: list[dict] = []
         self.board = Board()
         self.losses: list[Tensor] = []
-        self.signal, self.stopped, self.progress, self.agreed = None, None, 0.0, (0.0, 0)
+        self.signal, self.stopped, self.progress, self.agreed = None, None, 0.0, None
         self.reported, self.fastest = 0.0, 0.0  # skipped steps that the user was told of; images a second
         self.last_save = self.step_time = time.perf_counter()
         self.queued = QueuedSteps(trainer.device)
@@ -73,7 +73,7 @@ class Run:
         self.queued.limit()
         step, time_share, signal = self.trainer.step, self.budget.time_share, self.signal
         if distributed.world_size() > 1:
-            if step % AGREE_STEPS == 0:
+            if self.agreed is None or step % AGREE_STEPS == 0:
                 mine = torch.tensor([time_share, signal or 0], device=self.trainer.device)
                 self.agreed = distributed.all_reduce_max(mine).tolist()
             time_share, signal = self.agreed

@@ -19,6 +19,7 @@ import numpy as np
 import torch
 
 from runtime import distributed
+from runtime.cores import available_cores
 from runtime.files import one_line, write_json
 from runtime.version import __version__
 
@@ -77,7 +78,7 @@ def describe(run, script: str, argv: Sequence[str] | None) -> dict:
         versions=dict(tiny_diffusion=__version__, python=platform.python_version(), torch=str(torch.__version__),
                       numpy=np.__version__),
         machine=dict(system=platform.platform(), processor=platform.processor() or platform.machine(),
-                     cores=os.cpu_count(), threads=torch.get_num_threads(), processes=processes,
+                     cores=available_cores(), threads=torch.get_num_threads(), processes=processes,
                      device=torch.cuda.get_device_name(device) if device.type == "cuda" else str(device)),
         process=os.getpid(), launch=distributed.launch())
 

@@ -11,7 +11,7 @@ from diffusion import DiffusionProcess
 from learned_variance import create_process
 from models import SimpleUNet, create_model
 from runtime import distributed
-from runtime.errors import checking_user_input
+from runtime.errors import UserError, checking_user_input
 from training import autotune, sizing
 from training.flags import TRAINER_FLAGS
 from training.trainer import Trainer, fitting_batch, rehearse_step, repeats_of
@@ -25,6 +25,14 @@ def build(config: dict, data: ImageData) -> tuple[SimpleUNet, DiffusionProcess]:
         diffusion = create_process(model.learn_variance, data.code.edges, **config["diffusion"])
         model(torch.zeros(1, *config["data"]["shape"]), torch.zeros(1))  # an unsuitable image size is an error here
     return model, diffusion
+
+
+def check_gpu_memory(data: ImageData, device: torch.device) -> None:
+    """UserError if the images, all of which lie in the memory of the GPU, do not fit into it."""
+    if device.type == "cuda" and (size := data.images.nbytes) > (free := torch.cuda.mem_get_info(device)[0]):
+        raise UserError(f"the images take {size:,} bytes in the memory of the GPU, and {free:,} are free: take "
+                        f"fewer with --train_images {int(0.8 * free / size * len(data.images))}, or a smaller "
+                        f"--image_size of your own pictures")
 
 
 def choose_size(settings: Namespace, config: dict, data: ImageData, device: torch.device) -> Namespace:

@@ -148,15 +148,13 @@ class Trainer:
 
     def compile(self, required: bool) -> None:
         """Compile the network. Where that fails: UserError if `required`, else a line that says so."""
-        self.network = autotune.compiled(self.network, lambda network: self._forward_backward(
-            network, self.batch_size // distributed.world_size()), required)
+        self.network = autotune.compiled(self.network, lambda network: autotune.forward_backward(
+            network, self.diffusion, self.data, self.conditional, self.precision,
+            self.batch_size // distributed.world_size()), required)
 
     def rehearse(self, count: int) -> None:
         """Use as much memory as a step with `count` images in this process, and change nothing."""
         rehearse_step(self.model, self.diffusion, self.data, self.conditional, self.precision, count)
-
-    def _forward_backward(self, network: nn.Module, count: int) -> None:
-        autotune.forward_backward(network, self.diffusion, self.data, self.conditional, self.precision, count)
 
     @property
     def checkpoint_bytes(self) -> int:
@@ -198,6 +196,13 @@ def rehearse_step(model: nn.Module, diffusion: DiffusionProcess, data: ImageData
         autotune.forward_backward(model, diffusion, data, conditional, precision, count)
     finally:
         del optimizer_state
+
+
+def memory_advice(trainer: Trainer) -> str:
+    """Advice after a step that ran out of memory; measures the batch size that fits this process."""
+    fits = fitting_batch(trainer.rehearse, trainer.batch_size // 2, trainer.device, agree=False)
+    return (f"out of memory in a step of {trainer.batch_size} images: a batch of {fits} fits (measured): give it with "
+            f"--batch_size")
 
 
 def fitting_batch(rehearse: Callable[[int], None], count: int, device: torch.device, agree: bool = True) -> int:

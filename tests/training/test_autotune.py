@@ -4,6 +4,7 @@ import contextlib
 import copy
 import math
 import sys
+import time
 from types import SimpleNamespace
 
 import pytest
@@ -16,6 +17,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import train
 from diffusion import DiffusionProcess
 from models import create_model
+from runtime import distributed
 from training import autotune
 from training.budget import Budget
 from training.cuda_graph import CudaGraph, QueuedSteps
@@ -274,6 +276,15 @@ def test_on_cuda_at_most_two_steps_are_queued(monkeypatch):
 def test_on_a_cpu_no_step_is_queued(monkeypatch):
     monkeypatch.setattr(torch.cuda, "Event", lambda: pytest.fail("a CPU has none"))
     Run(None, make_trainer(), Budget(math.inf, 60.0, 0.0), {}, "", 0.0).update()
+
+
+def test_processes_that_resume_between_two_agreements_agree_at_once(monkeypatch):
+    run = Run(None, make_trainer(), Budget(math.inf, 60.0, time.perf_counter() - 28.5), {}, "", 0.0)
+    run.trainer.step = 429
+    monkeypatch.setattr(distributed, "world_size", lambda: 2)
+    monkeypatch.setattr(distributed, "all_reduce_max", lambda numbers: numbers)
+    run.update()
+    assert run.progress == pytest.approx(0.5, abs=0.05)
 
 
 # A step that waits for the device, or for a copy to or from it, shows these.

@@ -10,8 +10,10 @@ from harness import tiny
 import train
 from data import DATASETS, ImageData
 from diffusion import DiffusionProcess
+from runtime import distributed
 from training import flags
-from training.flags import RECIPES, make_settings, resume_command
+from training.flags import RECIPES, make_settings
+from training.resume import OWN_FLAGS, resume_command
 
 DATA = ImageData("glyphs", "train", torch.zeros(2000, 1, 28, 28, dtype=torch.uint8), torch.zeros(2000).long(), ("0",))
 
@@ -63,13 +65,13 @@ def test_the_command_that_goes_on_names_what_a_checkpoint_does_not_know(own, mon
     args = flags.make_parser("").parse_args(argv)
     assert args.resume and {name: getattr(args, name) for name in given} == given
     assert len(argv) == 3 + 2 * len(own.keys() - {"output_dir"})
-    monkeypatch.setattr(flags.distributed, "world_size", lambda: 2)
+    monkeypatch.setattr(distributed, "world_size", lambda: 2)
     assert resume_command(SimpleNamespace(**given)).startswith("torchrun --nproc_per_node=2 train.py --resume ")
 
 
 def test_the_help_of_resume_names_what_is_not_taken_from_the_checkpoint():
     said = {action.dest: action.help for action in flags.make_parser("")._actions}
-    assert all(f"--{name}" in said["resume"] for name in flags.OWN_FLAGS if name != "resume")
+    assert all(f"--{name}" in said["resume"] for name in OWN_FLAGS if name != "resume")
     assert "the time used before" in said["budget"]
     assert "on CUDA it differs by rounding" in said["resume"] and "--epochs" in said["threads"]
 

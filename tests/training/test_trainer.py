@@ -379,7 +379,8 @@ def test_a_batch_size_that_is_told_fits(monkeypatch, data_dir, tmp_path):
 
 def test_where_no_image_fits_that_is_said(monkeypatch, data_dir, tmp_path, capfd):
     limit_memory(monkeypatch, 0, MemoryError())
-    for flags in ([], ["--batch_size", "auto"]):
+    monkeypatch.setattr("training.sizing.BATCH_SIZE", 4)  # what "auto" begins with
+    for flags in (["--batch_size", 2], ["--batch_size", "auto"]):
         assert train.main(tiny(data_dir, tmp_path, *flags)) == 1
         assert "out of memory even for one image" in capfd.readouterr().err.splitlines()[-1]
 

@@ -1,0 +1,115 @@
+"""A run that is resumed: its flags, the command for it, and whether what is asked for now goes with it."""
+
+import os
+import shlex
+from argparse import Namespace
+from pathlib import Path
+
+from runtime import distributed
+from runtime.errors import UserError
+from runtime.parser import PICTURE_FLAGS, SHARED_FLAGS, Parser
+from training.flags import FIXED_FLAGS, KEPT
+
+BEFORE_FLAGS = dict(level_code="linear")  # what versions that did not have these flags did
+OWN_FLAGS = ("output_dir", "data_dir", "device", "resume", "look", "init")  # not those of the run that is resumed
+
+
+def without_own_flags(config: dict) -> dict:
+    """The config of a checkpoint without what names folders and devices of the machine that trained it.
+
+    Those are OWN_FLAGS and, of a student, the file of its teacher.
+    """
+    training = {name: value for name, value in config["training"].items() if name not in (*OWN_FLAGS, "checkpoint")}
+    if not (pictures := config["data"].get("pictures")):
+        return config | dict(training=training)
+    training, pictures = training | dict(dataset=config["data"]["dataset"]), dict(pictures)
+    pictures.pop("path", None)
+    return config | dict(training=training, data=config["data"] | dict(pictures=pictures))
+
+
+def resume_command(args: Namespace) -> str:
+    """The command that resumes the run in args.output_dir, with the OWN_FLAGS that differ from the defaults."""
+    start = "python" if distributed.world_size() == 1 else f"torchrun --nproc_per_node={distributed.world_size()}"
+    own = [f"--{name} {shlex.quote(str(getattr(args, name)))}" for name in OWN_FLAGS[:3]
+           if name == "output_dir" or getattr(args, name) != SHARED_FLAGS[name]["default"]]
+    return " ".join([start, "train.py --resume", *own])
+
+
+def more_epochs(epochs: int) -> int:
+    """A larger number of epochs to suggest for a run that has had `epochs`."""
+    return max(20, 2 * epochs)
+
+
+def saved_flags(parser: Parser, args: Namespace, path: Path, checkpoint: dict) -> list[str]:
+    """The flags of a checkpoint's run as words of a command line, without OWN_FLAGS.
+
+    --epochs and --budget are left out where `args` gives one of them anew, --dataset where the user says where his own
+    pictures are now. UserError if they are not valid flags, or if the pictures are gone.
+    """
+    words, left_out = [], {*OWN_FLAGS, *(("epochs", "budget") if args.epochs or args.budget else ())}
+    training = BEFORE_FLAGS | checkpoint["config"]["training"]
+    if "pictures" in checkpoint["config"]["data"]:
+        if "dataset" in parser.typed:  # their new place
+            left_out.add("dataset")
+        elif not os.path.exists(place := str(training.get("dataset"))):
+            raise UserError(f"{path} learned from the pictures in {place}, which is not there: bring them back, or "
+                            f"give their new place with --dataset PATH")
+    saved = {name: training.get(name) for name in vars(args) if name not in left_out}
+    try:
+        for name, value in saved.items():
+            words += _flag_words(name, value)
+        parser.parse_args(words)
+    except UserError as error:
+        raise UserError(f"{path} holds flags that no run can have had: {error}") from error
+    return words
+
+
+def _flag_words(name: str, value) -> list[str]:
+    """A flag with its saved value as words of a command line."""
+    if value is None:
+        return []
+    if type(value) is bool:
+        return [f"--{name}" if value else f"--no-{name}"]
+    if type(value) is list and all(type(part) is int for part in value):
+        return [f"--{name}", *map(str, value or [0])]  # --attention 0 means none
+    if type(value) in (int, float, str):
+        return [f"--{name}={value}"]
+    raise UserError(f"--{name} is of type {type(value).__name__}")
+
+
+def check_resumable(checkpoint: dict, config: dict, command: str) -> None:
+    """UserError if a checkpoint has another network, process, data set or FIXED_FLAGS than the flags ask for.
+
+    config: that of the run, its part "training" included; command: what resumes the run as it was.
+    """
+    left_out = {"pictures"}
+    if "pictures" in config["data"] and "pictures" in checkpoint["config"]["data"]:
+        _check_pictures(checkpoint["config"]["data"], config["data"])
+        left_out.add("dataset")  # the name of their folder, which may have another one now
+    asked = config | dict(training={name: config["training"][name] for name in FIXED_FLAGS},
+                          data={name: value for name, value in config["data"].items() if name not in left_out})
+    for part, values in asked.items():
+        for name, value in sorted(values.items(), key=lambda item: item[0] in ("channel_mults", "attention")):
+            # A feature that the file does not know was off.
+            before = checkpoint["config"][part].get(name, KEPT.get(name, False))
+            if before != value:
+                raise UserError(f"the checkpoint was trained with {name} {before}, the flags ask for {value}: resume "
+                                f"it as it was with {command}, or start a new run without --resume")
+
+
+def _check_pictures(before: dict, now: dict) -> None:
+    """UserError if a run learned from other pictures of one's own, or read them in another way, than is asked for now.
+
+    before, now: the part "data" of two configs.
+    """
+    read, asked = ({name: data["pictures"][name] for name in PICTURE_FLAGS if name != "image_size"}
+                   | dict(image_size=data["shape"][1]) for data in (before, now))
+    for name, value in read.items():
+        if asked[name] != value:
+            raise UserError(f"the run read its pictures with --{name} {value}, not {asked[name]}: leave it out, or "
+                            f"start a new run without --resume")
+    before, now = before["pictures"], now["pictures"]
+    if before["digest"] != now["digest"]:
+        raise UserError(f"the checkpoint was trained on {before['count']:,} pictures, and {now['path']} now holds "
+                        f"others ({now['count']:,}): bring the old ones back to resume, or start a new run without "
+                        f"--resume, with --init and the checkpoint if it is to go on from there")
