@@ -128,14 +128,15 @@ class Restarted:
 
 
 class SmallSplits:
-    """A patch: evaluate.py looks at the first `count` images of each split."""
+    """A patch: evaluate.py looks at the first `count` images of each split, and takes less time for them."""
 
     def __init__(self, count: int):
         self.count = count
 
     def __call__(self):
         import evaluate
-        from evaluation import reference
+        from evaluation import metrics, reference, two_sample
+        metrics.GROUPS, two_sample.EPOCHS = 5, 2
         load = evaluate.load_dataset
         evaluate.load_dataset = reference.load_dataset = lambda *args: load(*args).first(self.count)
 

@@ -41,8 +41,10 @@ def make_context(folder, *argv):
 def report(data_dir, tmp_path_factory):
     """The folder and the JSON of a quick run of the parts that need no long training."""
     folder = tmp_path_factory.mktemp("benchmark")
-    assert call("scaling", "train", "peak", "--quick", "--contestants", "fast", "--dataset", "glyphs", "--data_dir",
-                data_dir, "--output_dir", folder, "--device", "cpu") == 0
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("OMP_NUM_THREADS", "1")  # the threads of its processes would wait for those of other tests
+        assert call("scaling", "train", "peak", "--quick", "--contestants", "fast", "--dataset", "glyphs", "--data_dir",
+                    data_dir, "--output_dir", folder, "--device", "cpu") == 0
     return folder, json.loads((folder / "benchmark.json").read_text())
 
 

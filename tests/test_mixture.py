@@ -7,6 +7,7 @@ import torch
 from torch.testing import assert_close
 
 from diffusion import SCHEDULES, DiffusionProcess
+from evaluation import mixture
 from evaluation.mixture import Mixture
 from samplers import SAMPLERS, churn, ddim, ddpm, final_image, heun, uniform_timesteps
 
@@ -33,8 +34,16 @@ def images(name, process, steps, x_T, **options):
                                                randn=noise_source(1), **options))
 
 
+@pytest.fixture(scope="module", autouse=True)
+def one_part():
+    """All images at a time: two centres take no memory."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(mixture, "PART", 10**6)
+        yield
+
+
 @pytest.fixture(scope="module")
-def limit():
+def limit(one_part):
     """Where noise leads along the ODE of the cosine schedule: heun with all 1,000 steps."""
     process = DiffusionProcess(1000, "cosine")
     x_T = torch.linspace(-2.5, 2.5, 41, dtype=torch.float64).view(-1, 1, 1, 1)

@@ -17,9 +17,10 @@ from benchmarks import pretrained
 from benchmarks.pretrained import RECORDS, packed
 from checkpoint import load_checkpoint, load_model, save_checkpoint
 from data import DATASETS, load_dataset
-from evaluation import reference
+from evaluation import metrics, reference, two_sample
 from evaluation.classifier import load_feature_network
 from evaluation.features import extract_features
+from evaluation.floors import floor_cache
 from runtime import checkpoints
 from runtime.files import file_digest
 from runtime.parser import SHARED_FLAGS
@@ -38,6 +39,9 @@ def run(data_dir, tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
         for module in (evaluate, reference):
             patch.setattr(module, "load_dataset", lambda *args: load_dataset(*args).first(600))
+        patch.setattr(reference, "floor_cache", lambda *args: floor_cache(*args)._replace(folder=folder / "floors"))
+        patch.setattr(two_sample, "EPOCHS", 1)
+        patch.setattr(metrics, "GROUPS", 5)
         assert evaluate.main(["--checkpoint", str(folder / "model_final.pt"), "--num_images", "260", "--steps", "2",
                               "--data_dir", str(data_dir), "--device", "cpu"]) == 0
     return folder

@@ -297,7 +297,7 @@ def test_without_terminal_signal_only_the_first_time_has_none(spacing, schedule)
 
 @pytest.mark.parametrize("name", SAMPLERS)
 def test_without_terminal_signal_images_are_finite_in_processes_of_every_length(name):
-    for T in range(1, 31):
+    for T in (*range(1, 13), 20, 30):
         process = DiffusionProcess(T, "cosine", prediction="v", zero_terminal_snr=True, data_std=0.6)
         for steps, spacing in product({1, 3, T // 2, T} & {*range(1, T + 1)}, SPACINGS):
             x_T, eta = torch.ones(1, 1, 1, 1), float(SAMPLERS[name].reads_eta)

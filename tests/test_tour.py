@@ -39,6 +39,22 @@ def test_tour_runs(path, monkeypatch):
             assert [output for output in made if "image/png" in output.get("data", {})], source
 
 
+def test_on_a_hosted_service_the_first_cell_brings_the_project(cells, root, tmp_path):
+    """In an empty folder, with the address of this repository: git clones it, and pip finds all that it needs."""
+    pytest.importorskip("IPython", reason="IPython is missing: pip install -r requirements-dev.txt")
+    if subprocess.run(["git", "-C", root, "rev-parse", "HEAD"], capture_output=True).returncode:
+        pytest.skip("there is no repository of git here")
+    first = "".join(next(cell["source"] for cell in cells if cell["cell_type"] == "code"))
+    (tmp_path / "empty").mkdir()
+    for address, said in (("", "set ADDRESS"), (str(root), f"{tmp_path}/tiny-diffusion/diffusion.py")):
+        code = first.replace('ADDRESS = ""', f"ADDRESS = {address!r}").replace("cd -q /tmp", f"cd -q {tmp_path}")
+        (tmp_path / "cell.ipy").write_text(f"{code}\nimport diffusion\nprint(diffusion.__file__)\n")
+        done = subprocess.run([sys.executable, "-m", "IPython", "--colors=NoColor", tmp_path / "cell.ipy"],
+                              cwd=tmp_path / "empty", capture_output=True, text=True, timeout=300)
+        assert said in done.stdout + done.stderr, done
+        assert (tmp_path / "tiny-diffusion/tour.ipynb").exists() == bool(address)
+
+
 def test_outputs_are_stripped(path, cells):
     kept = [cell["outputs"] for cell in cells if cell.get("outputs")]
     assert 1 <= len(kept) <= MAX_CELLS

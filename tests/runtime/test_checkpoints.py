@@ -19,7 +19,8 @@ import visualize_diffusion
 from benchmarks.pretrained import packed
 from checkpoint import load_checkpoint, save_checkpoint
 from data import load_dataset
-from evaluation import reference
+from evaluation import metrics, reference, two_sample
+from evaluation.floors import floor_cache
 from runtime import checkpoints
 from runtime.errors import UserError
 from training.budget import Budget
@@ -244,13 +245,16 @@ def test_two_processes_take_the_same_checkpoint(here, made):
 
 
 @pytest.fixture
-def little(monkeypatch, data_dir):
+def little(monkeypatch, data_dir, tmp_path):
     """Little data and two steps of training."""
     for module in (edit, evaluate, reference, distill, doctor):
         monkeypatch.setattr(module, "load_dataset",
                             lambda name, split, _: load_dataset(name, split, data_dir).first(600))
     monkeypatch.setattr(Budget, "progress", lambda budget, step, _: step / 2)
     monkeypatch.setattr(doctor, "examine_machine", lambda *_: iter(()))
+    monkeypatch.setattr(reference, "floor_cache", lambda *args: floor_cache(*args)._replace(folder=tmp_path / "floors"))
+    monkeypatch.setattr(two_sample, "EPOCHS", 1)
+    monkeypatch.setattr(metrics, "GROUPS", 5)
 
 
 FEW = {"sample": ["--num_images", 2, "--steps", 2], "edit": ["--num_images", 2, "--steps", 2],

@@ -30,11 +30,13 @@ from small import small_checkpoint
 from torch.distributed import TCPStore
 from torch.testing import assert_close
 
+import distill
 import evaluate
 import sample
 from checkpoint import load_checkpoint
 from data import load_dataset
-from evaluation import reference
+from evaluation import metrics as figures_of
+from evaluation import reference, two_sample
 from runtime import distributed
 from runtime.errors import UserError
 from training.run import AGREE_STEPS, newest_valid
@@ -149,6 +151,8 @@ def measured(tmp_path, data_dir, monkeypatch):
         folders = [tmp_path / name for name in ("one", "two")]
         for module in (evaluate, reference):
             monkeypatch.setattr(module, "load_dataset", lambda *args: load_dataset(*args).first(SPLIT))
+        monkeypatch.setattr(figures_of, "GROUPS", 5)
+        monkeypatch.setattr(two_sample, "EPOCHS", 2)
         assert evaluate.main([*argv, str(folders[0])]) == 0
         log = tmp_path / "log"
         assert run_together([*argv, str(folders[1])], log, SmallSplits(SPLIT), script="evaluate") == [0, 0]
@@ -278,6 +282,13 @@ def test_several_processes_without_the_variables_of_a_launcher_are_refused(monke
     path = small_checkpoint(tmp_path / "model.pt")
     argv = ["--checkpoint", str(path), "--device", "cpu", "--output", str(tmp_path / "x.png")]
     assert_refused(capfd, sample.main(argv), "WORLD_SIZE is 2", "MASTER_ADDR, MASTER_PORT", "torchrun")
+
+
+def test_distilling_by_several_processes_is_refused_in_one_line(tmp_path, monkeypatch, capfd):
+    set_environment(monkeypatch, LAUNCHED | dict(RANK="0", WORLD_SIZE="2", LOCAL_RANK="0"))
+    status = distill.main(["--checkpoint", "mnist", "--output_dir", str(tmp_path / "student")])
+    assert_refused(capfd, status, "one process", "without torchrun")
+    assert not (tmp_path / "student").exists()
 
 
 def set_environment(monkeypatch, variables):
