@@ -46,7 +46,7 @@ class Size(NamedTuple):
 
 
 def choose(images: int, budget: float | None, device: torch.device, speed: Callable[[int], float],
-           width: int | None = None) -> Size:
+           width: int | None = None, values: int = 1) -> Size:
     """The width and the batch size of a run. The rule:
 
         on a CPU with a budget   the widest of WIDTHS that sees enough images; batches of 64 instead of 128 if it sees
@@ -54,18 +54,23 @@ def choose(images: int, budget: float | None, device: torch.device, speed: Calla
         on a CPU without         24 channels: twenty epochs of MNIST in about ten minutes
         on other devices         64 channels
 
-    Below 2,000 training images it is at most 32 channels. Measured on digits (benchmarks/RECORDS.md).
+    Below 2,000 training images it is at most 32 channels. In all cases it is at least as wide as a patch has values:
+    through fewer channels the noise of single pixels cannot be seen, and stays in every image. Measured on digits and
+    scenes (benchmarks/RECORDS.md).
 
     images: the number of training images; budget: seconds, or None; speed(width): the images a second of the training
-    of such a network, asked from the narrowest on, as far as it is needed; width: that of the flags, which is kept.
+    of such a network, asked from the narrowest on, as far as it is needed; width: that of the flags, which is kept;
+    values: the numbers in a patch, such as 48 for 4 × 4 pixels in colour.
     """
     most = FEW_WIDTH if images < FEW_IMAGES else DEVICE_WIDTH
     if device.type != "cpu" or budget is None:
-        return Size(width or min(most, EPOCHS_WIDTH if device.type == "cpu" else DEVICE_WIDTH), BATCH_SIZE, None)
-    rows = [(width, 0)] if width else [row for row in WIDTHS if row[0] <= most]
+        narrow = min(most, EPOCHS_WIDTH) if device.type == "cpu" else most
+        return Size(width or max(narrow, values), BATCH_SIZE, None)
+    wide_enough = [row for row in WIDTHS if values <= row[0] <= most] or [(values, 0)]
+    rows, size = [(width, 0)] if width else wide_enough, None
     for channels, least in rows:
         seen = budget * speed(channels)
-        if seen < least:
+        if size and seen < least:
             break
         size = Size(channels, SMALL_BATCH_SIZE if seen < SMALL_BATCH_IMAGES else BATCH_SIZE, seen)
-    return size  # the first row asks for none
+    return size

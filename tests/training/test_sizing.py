@@ -44,6 +44,17 @@ def test_the_chosen_width_sees_enough_images_and_the_next_one_would_not(images):
     assert max(widths[:-2] or widths) <= (wider[0] if wider else size.base_channels)  # none that is wider was measured
 
 
+@pytest.mark.parametrize("values, width", [(4, 16), (12, 16), (16, 16), (48, 48), (192, 192)])
+def test_a_network_is_at_least_as_wide_as_a_patch_has_values(values, width):
+    speed, _ = asked(1e3)  # a slow machine
+    for images in (100, 50_000):
+        assert choose(images, 100.0, CPU, speed, values=values).base_channels == width
+        assert choose(images, None, CPU, pytest.fail, values=values).base_channels == max(width, sizing.EPOCHS_WIDTH)
+        assert choose(images, None, CUDA, pytest.fail, values=values).base_channels >= width
+    assert choose(50_000, 100.0, CPU, asked(1e9)[0], values=48).base_channels == 64
+    assert choose(50_000, 100.0, CPU, speed, width=8, values=48).base_channels == 8
+
+
 def test_a_run_of_few_steps_gets_smaller_batches():
     sizes = [choose(50_000, 100.0, CPU, asked(images)[0]) for images in (1e4, 1e5, 1e7, 1e8)]
     assert {size.batch_size for size in sizes} == {sizing.SMALL_BATCH_SIZE, sizing.BATCH_SIZE}
