@@ -174,7 +174,7 @@ def make_parser(description: str) -> Parser:
                             "2,000 images at most 32)")
     group.add_argument("--patch_size", type=int, choices=(1, 2, 4),
                        help="the side of the squares of pixels that become channels; 1: convolutions at full "
-                            "resolution (default: 2, above 32 pixels 4)")
+                            "resolution (default: 2, above 64 pixels 4)")
     group.add_argument("--channel_mults", type=number(int, 1, 64), nargs="+", metavar="N",
                        help="the numbers of channels at each resolution, in multiples of --base_channels (default: 1, "
                             "then 2 at each half of the resolution, down to about 8 × 8 positions)")
