@@ -61,7 +61,7 @@ def test_scenes_are_drawn_once_and_their_marks_keep_their_order(few):
 def test_training_takes_the_size_of_the_rule_and_keeps_the_names_of_the_classes(checkpoint):
     config = load_checkpoint(checkpoint)["config"]
     assert config["data"]["shape"] == [3, 64, 64] and config["data"]["class_names"] == ["one", "two", "three", "four"]
-    assert (config["model"]["patch_size"], config["model"]["channel_mults"]) == (4, [1, 2])
+    assert (config["model"]["patch_size"], config["model"]["channel_mults"]) == (2, [1, 2, 2])
     assert (config["model"]["attention"], config["model"]["num_classes"]) == ([8], 4)
 
 
