@@ -155,11 +155,12 @@ def describe(skipped: dict[str, str], shown: int = 3) -> str:
 
 def describe_others(others: dict[str, int], shown: int = 3) -> str:
     """"48 other files (45 .heic, 2 .mov, 1 without an ending)", and what to do with pictures that cannot be read."""
-    kinds = ", ".join(f"{count:,} {kind or 'without an ending'}" for kind, count in list(others.items())[:shown])
-    unread = [kind for kind in (".heic", ".heif", ".avif") if kind in others]
-    return (f"{sum(others.values()):,} other files{f' ({kinds}' if kinds else ''}"
-            f"{', ...' if len(others) > shown else ''}{')' if kinds else ''}"
-            f"{f'; save the {unread[0]} files as JPEG to use them, too' if unread else ''}")
+    kinds = [f"{count:,} {kind or 'without an ending'}" for kind, count in others.items()]
+    kinds = [*kinds[:shown], "..."] if len(kinds) > shown else kinds
+    said = f"{sum(others.values()):,} other files"
+    said += f" ({', '.join(kinds)})" if kinds else ""
+    unread = next((kind for kind in (".heic", ".heif", ".avif") if kind in others), None)
+    return f"{said}; save the {unread} files as JPEG to use them, too" if unread else said
 
 
 def _find_in_npz(path: Path) -> Found:

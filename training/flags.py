@@ -49,8 +49,7 @@ def init_defaults(args: Namespace) -> dict:
     config = load_checkpoint(find_checkpoint(args.init))["config"]
     if args.dataset in POINT_SETS or is_points(config["data"]["shape"]):
         raise UserError("--init is for images, not for points in the plane: leave it out")
-    return ({flag: config["model"][flag] or [0] if flag == "attention" else config["model"][flag]
-             for flag in MODEL_FLAGS["unet"] if flag in config["model"]}
+    return ({flag: config["model"][flag] for flag in MODEL_FLAGS["unet"] if flag in config["model"]}
             | {flag: config["diffusion"][name] for flag in INIT_PROCESS
                if (name := DIFFUSION_FLAGS[flag]) in config["diffusion"]})
 
@@ -171,7 +170,7 @@ def make_parser(description: str) -> Parser:
     group.add_argument("--base_channels", type=number(int, 1, 4096),
                        help="the number of channels at the highest resolution (default: on a CPU 24, or with a "
                             "--budget 16 to 64 by how many images it will see; on other devices 64; of fewer than "
-                            "2,000 images at most 32)")
+                            "2,000 images at most 32; never fewer than a patch has values)")
     group.add_argument("--patch_size", type=int, choices=(1, 2, 4),
                        help="the side of the squares of pixels that become channels; 1: convolutions at full "
                             "resolution (default: 2, above 64 pixels 4)")
