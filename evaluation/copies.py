@@ -57,8 +57,8 @@ def among_each_other(pictures: Tensor) -> Tensor:
 def by_heart(images: Tensor, pictures: Tensor) -> Tensor:
     """Which images (N, C, H, W) uint8 repeat a training picture (N,): not exactly, as a network never does.
 
-    Those that are less than a third as far from the nearest picture as from the second nearest different one: Yoon et
-    al. 2023, "Diffusion probabilistic models generalize when they fail to memorize"; Gu et al. 2025.
+    Those that are less than a third as far from the nearest picture as from the second nearest different one: Gu et
+    al. 2025, "On memorization in diffusion models" (also in their code, DiffMemorize), after Yoon et al. 2023.
     """
     different = torch.unique(pictures.flatten(1), dim=0)
     if len(different) < 2:

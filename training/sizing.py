@@ -55,9 +55,9 @@ def choose(images: int, budget: float | None, device: torch.device, speed: Calla
         on a CPU without         24 channels: twenty epochs of MNIST in about ten minutes
         on other devices         64 channels
 
-    Below 2,000 training images it is at most 32 channels. In all cases it is at least as wide as a patch has values:
-    through fewer channels the noise of single pixels cannot be seen, and stays in every image. Measured on digits and
-    scenes (benchmarks/RECORDS.md).
+    Below 2,000 training images it is at most 32 channels. In all cases it is at least as wide as a patch has values,
+    because fewer channels cannot hold the noise of each pixel. Measured on digits (benchmarks/RECORDS.md), but for this
+    last part.
 
     images: the number of training images; budget: seconds, or None; speed(width): the images a second of the training
     of such a network, asked from the narrowest on, as far as it is needed; width: that of the flags, which is kept;
