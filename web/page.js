@@ -34,8 +34,11 @@ const defaultsOf = ({class_names: names, defaults, alphas_cumprod: {length}}) =>
   t: Math.round((length - 1) / 2), told: null, keep: "left", drawing: null,
 });
 
+let address = null;  // as this page read or wrote it last
+
 function readAddress() {
-  const given = new URLSearchParams(location.hash.slice(1));
+  address = location.hash;
+  const given = new URLSearchParams(address.slice(1));
   const model = KEYS.model(given.get("model") ?? "0") ?? 0, entry = app.entries[model], state = defaultsOf(entry);
   for (const [key, read] of Object.entries(KEYS)) {
     const value = given.has(key) ? read(given.get(key), entry) : undefined;
@@ -55,9 +58,11 @@ let waitingToWrite = null;
 function writeAddress() {
   waitingToWrite ??= setTimeout(() => {
     waitingToWrite = null;
+    if (location.hash !== address) return;  // somebody has just given another one, which is about to be taken
     const words = Object.entries(app.state).filter(([key, value]) => value !== null || key === "label");
     history.replaceState(null, "", "#" + new URLSearchParams(words.map(([key, value]) =>
       [key, key === "drawing" ? packDrawing(value) : value ?? "any"])));
+    address = location.hash;
   }, 400);
 }
 

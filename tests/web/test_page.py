@@ -541,6 +541,19 @@ def test_an_address_closes_the_old_view(opened, exported):
     assert page.page.is_visible("#inside") and not page.page.is_visible("#compare")
 
 
+def test_an_address_counts_that_is_given_while_the_old_one_is_to_be_written(opened, exported):
+    page = opened(exported, "#steps=1&seed=1")
+    page.made()
+    page.wait("waitingToWrite === null")
+    page.page.evaluate("""() => {  // both timers are due when the busy one ends; the address is given first
+        setTimeout(() => { for (const start = Date.now(); Date.now() < start + 600;); }, 100);
+        setTimeout(() => { location.hash = "steps=2&seed=5"; }, 300);
+        app.setState({});
+    }""")
+    page.wait("app.state.seed === 5 && film.done && film.frames.length === 3")
+    page.wait("location.hash.includes('seed=5')")
+
+
 @pytest.mark.parametrize("view", TABS)
 def test_what_goes_wrong_is_told_in_every_view(view, opened, exported):
     page = opened(exported, f"#steps=1&view={view}")
