@@ -2,33 +2,22 @@
 
 import os
 import platform
-import re
 from datetime import datetime
 from importlib.metadata import PackageNotFoundError, version
-from pathlib import Path
 
 import torch
 
 from benchmarks.peers import PEERS
-from runtime.cores import available_cores
+from runtime.cores import available_cores, processor
 
 
 def describe_machine(device: str) -> dict:
     """Processor, cores, GPU, versions and date. "load": the load average of the last minute (None on Windows)."""
     return dict(date=datetime.now().astimezone().isoformat(timespec="seconds"), system=platform.platform(),
-                cpu=cpu_name(), cores=available_cores(), threads=torch.get_num_threads(),
+                cpu=processor(), cores=available_cores(), threads=torch.get_num_threads(),
                 load=os.getloadavg()[0] if hasattr(os, "getloadavg") else None, device=device,
                 gpu=torch.cuda.get_device_name() if device.startswith("cuda") else None,
                 python=platform.python_version(), **{name: package_version(name) for name in ("torch", *PEERS)})
-
-
-def cpu_name() -> str:
-    """The name of the processor's model."""
-    try:
-        names = re.findall(r"^model name\s*:\s*(.+)$", Path("/proc/cpuinfo").read_text(), re.MULTILINE)
-    except OSError:
-        names = []
-    return names[0] if names else platform.processor() or platform.machine()
 
 
 def package_version(package: str) -> str | None:

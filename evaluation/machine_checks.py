@@ -2,7 +2,6 @@
 
 import math
 import os
-import platform
 import shutil
 import sys
 import time
@@ -14,6 +13,7 @@ import torch
 from torch.nn import functional as F
 
 from evaluation.health_checks import Finding, check_versions, judge
+from runtime.cores import processor
 from utils import get_device, pick_precision
 
 GB = 1e9
@@ -33,7 +33,7 @@ def examine_machine(device_flag: str, folders: dict[str, Path]) -> Iterator[Find
 def check_device(device: torch.device, idle_gpu: bool) -> Finding:
     """The device that is used; idle_gpu: there is an NVIDIA driver, so that a CPU would be the wrong one."""
     idle = device.type == "cpu" and idle_gpu
-    name = torch.cuda.get_device_name(device) if device.type == "cuda" else f"{platform.machine()}, " + (
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else f"{processor()}, " + (
         f"{torch.get_num_threads()} of {os.cpu_count()} processors")
     return judge("device", idle, 0, 1, f"{device.type} ({name})" + ", although there is an NVIDIA driver" * idle,
                  "this torch does not use the GPU: install the CUDA build from pytorch.org, or update the driver")

@@ -6,7 +6,6 @@ So a number in a table is always the number that was measured.
 """
 
 import json
-import platform
 import re
 from collections.abc import Callable, Mapping, Sequence
 from datetime import date
@@ -14,7 +13,7 @@ from pathlib import Path
 
 import torch
 
-from runtime.cores import available_cores
+from runtime.cores import available_cores, processor
 from runtime.files import atomic_write, write_json
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -25,7 +24,7 @@ PLACE = re.compile(r"(<!-- table (\w+) -->\n).*?(<!-- end -->)", re.DOTALL)
 def machine() -> str:
     """The processor, as people say it, and the version of torch."""
     cores = available_cores()
-    return f"{cores} core{'s' * (cores > 1)} ({platform.machine()}), torch {torch.__version__.partition('+')[0]}"
+    return f"{cores} core{'s' * (cores > 1)} of {processor()}, torch {torch.__version__.partition('+')[0]}"
 
 
 def write(name: str, command: str, rows: Sequence[Mapping] | Mapping, folder: Path = MEASURED) -> Path:

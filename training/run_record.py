@@ -19,7 +19,7 @@ import numpy as np
 import torch
 
 from runtime import distributed
-from runtime.cores import available_cores
+from runtime.cores import available_cores, processor
 from runtime.files import one_line, write_json
 from runtime.version import __version__
 
@@ -77,8 +77,8 @@ def describe(run, script: str, argv: Sequence[str] | None) -> dict:
         began=_now(), ended=None, how=None, seed=run.trainer.seed, step=run.trainer.step,
         versions=dict(tiny_diffusion=__version__, python=platform.python_version(), torch=str(torch.__version__),
                       numpy=np.__version__),
-        machine=dict(system=platform.platform(), processor=platform.processor() or platform.machine(),
-                     cores=available_cores(), threads=torch.get_num_threads(), processes=processes,
+        machine=dict(system=platform.platform(), processor=processor(), cores=available_cores(),
+                     threads=torch.get_num_threads(), processes=processes,
                      device=torch.cuda.get_device_name(device) if device.type == "cuda" else str(device)),
         process=os.getpid(), launch=distributed.launch())
 

@@ -11,7 +11,7 @@ import torch
 from harness import StopAt, needs_fork, run, start, tiny, wait_until
 
 import train
-from runtime.cores import available_cores
+from runtime.cores import available_cores, processor
 from runtime.version import __version__
 from training import run_record
 
@@ -43,6 +43,7 @@ def test_every_sitting_of_a_run_is_kept_with_what_began_and_ended_it(data_dir, t
     assert "--resume" in second["command"] and first["seed"] == 7
     assert first["versions"]["tiny_diffusion"] == __version__ and first["versions"]["torch"] == str(torch.__version__)
     assert first["machine"]["cores"] == available_cores() and first["machine"]["device"] == "cpu"
+    assert first["machine"]["processor"] == processor() and torch.backends.cpu.get_cpu_capability() in processor()
 
 
 def no_room_for_checkpoints():
