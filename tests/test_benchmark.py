@@ -21,9 +21,8 @@ from torch import nn
 from torch.testing import assert_close
 
 import benchmark
-from benchmarks import busy, drawings, jobs, machine, peers, pictures, plots, processes, quality, scaling, speed, tables
+from benchmarks import busy, jobs, machine, peers, pictures, plots, processes, quality, scaling, speed, tables
 from benchmarks.context import OURS, Context
-from data import load_dataset
 from data_sources.cache import Pictures, cached
 from runtime.errors import RunFailed
 from training import flags
@@ -148,19 +147,6 @@ def test_many_pictures_are_different_and_each_is_decoded_and_read(tmp_path):
     assert jobs.decode_pictures(str(tmp_path / "many"))["values"] == 90 * 64 * 64 * 3
     found = jobs.read_pictures(str(tmp_path / "many"), str(tmp_path / "data"))
     assert json.loads((Path(found["cache"]) / "about.json").read_text())["count"] == 90 and found["seconds"] > 0
-
-
-def test_drawings_are_pictures_of_four_classes_and_the_same_for_the_same_seed(tmp_path, capsys):
-    def draw(name, *flags):
-        assert drawings.main([str(tmp_path / name), "--count", "16", *flags]) == 0
-        return {file.relative_to(tmp_path / name): file.read_bytes() for file in sorted((tmp_path / name).rglob("*.*"))}
-    first = draw("first")
-    assert draw("again") == first and not set(draw("other", "--seed", "1").values()) & set(first.values())
-    assert len(set(first.values())) == 16 and {path.suffix for path in first} == {".png", ".jpg"}
-    data = load_dataset(cached(Pictures(str(tmp_path / "first")), tmp_path / "data", quiet=True))
-    assert data.class_names == ("boat", "fish", "flower", "house") and data.images.shape == (16, 3, 32, 32)
-    assert (data.images.float().std((1, 2, 3)) > 20).all()
-    assert drawings.main([str(tmp_path / "first")]) == 2 and "not empty" in capsys.readouterr().err
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="what a process holds is told in /proc")

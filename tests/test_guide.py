@@ -20,6 +20,7 @@ import evaluate
 import train
 from checkpoint import load_checkpoint
 from data import code_of, load_dataset
+from data_sources import drawings
 from diffusion import DiffusionProcess
 from guide import experiments, figures, measure, quality, results
 from models import SimpleUNet
@@ -32,7 +33,7 @@ from training.flags import POINT_DEFAULTS, make_parser
 
 DOCUMENTS = ("README.md", "GUIDE.md", "guide/experiments.md")
 SNIPPET = re.compile(r"```python\n(.*?)```\n\n```text\n(.*?)```", re.DOTALL)
-MODULE = re.compile(r"python -m (guide\.\w+)([^`\n#]*)")
+MODULE = re.compile(r"python -m ((?:guide|data_sources)\.\w+)([^`\n#]*)")
 # How commands of the documents are shrunk: flags that are added to those of each script.
 TINY_NETWORK = ("--base_channels 8 --time_emb_dim 16 --patch_size 4 --middle_depth 1 --train_images 128 "
                 "--batch_size 64 --epochs 1 --sample_interval 0 --precision fp32 --layout nchw --threads 1")
@@ -76,7 +77,8 @@ def shrink(name, arguments, data_dir):
         if "--budget" in words:
             del words[words.index("--budget"):words.index("--budget") + 2]
         is_points = any(name in words for name in ("moons", "spirals"))
-        more = TINY_POINTS if is_points else f"--dataset glyphs {TINY_NETWORK}"
+        own_pictures = "outputs/drawings" in words
+        more = TINY_POINTS if is_points else TINY_NETWORK + " --dataset glyphs" * (not own_pictures)
     elif name == "edit":
         more = SHRUNK[name] + (" --num_images 2" if words[0] in ("inpaint", "vary") else "")
     else:
@@ -97,6 +99,7 @@ def work(tmp_path_factory):
     small_checkpoint(folder / "model_final.pt", conditional=True, num_timesteps=120)
     pretrained = pretrained_folder(folder, mnist=folder / "model_final.pt", fashion_mnist=folder / "model_final.pt",
                                    glyphs=folder / "model_final.pt")
+    drawings.draw_folder(folder / "outputs/drawings", 128)
     assert train.main(["--dataset", "moons", *TINY_POINTS.split(), "--output_dir", str(folder / "outputs/moons")]) == 0
     (folder / "model_final.pt").rename(folder / "outputs/model_final.pt")
     return folder, pretrained
@@ -117,7 +120,7 @@ def test_the_commands_of_the_documents_run(shown_command, work, data_dir, monkey
 def test_the_modules_of_the_guide_understand_their_commands(root):
     texts = [*((root / name).read_text() for name in DOCUMENTS), measure.__doc__, experiments.__doc__]
     found = {each for text in texts for each in MODULE.findall(text)}
-    assert {"guide.measure", "guide.experiments"} <= {name for name, _ in found}
+    assert {"guide.measure", "guide.experiments", "data_sources.drawings"} <= {name for name, _ in found}
     for name, arguments in found:
         importlib.import_module(name).parse_args(shlex.split(arguments))
 

@@ -35,7 +35,8 @@ def test_every_command_of_the_documents_is_understood(command, tmp_path, monkeyp
     monkeypatch.chdir(tmp_path)
     (tmp_path / "outputs").mkdir()
     (tmp_path / "outputs/model_final.pt").touch()
-    (tmp_path / "PATH").mkdir()  # what the README calls a folder of pictures
+    for folder in ("PATH", "outputs/drawings"):  # what the documents call a folder of pictures
+        (tmp_path / folder).mkdir()
     parse(*command)
 
 

@@ -1,6 +1,6 @@
 """Draw pictures as somebody with wax crayons might: boats, fish, flowers and houses on white paper.
 
-    python -m benchmarks.drawings FOLDER --count 400
+    python -m data_sources.drawings FOLDER --count 400
 
 They stand for a folder of one's own drawings where one is needed to measure with. Every drawing differs in size, file
 format, colours, proportions and place; its lines tremble, and its fillings miss the outline a little. The sub-folders
