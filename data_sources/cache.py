@@ -31,13 +31,13 @@ from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
-from filelock import FileLock, Timeout
 
 from data_sources.folder import Found, Source, describe, describe_others, find_pictures, unpack_array
 from data_sources.pictures import decode, open_image
 from runtime.cores import available_cores
 from runtime.errors import RunFailed, UserError
 from runtime.files import check_writable, one_line, write_json
+from runtime.locks import alone
 from runtime.progress import Bar
 
 VERSION = 2  # of what is read from a picture; part of the key
@@ -84,7 +84,7 @@ def cached(pictures: Pictures, data_dir: str | Path, small: bool = True, quiet: 
     folder = place / f"{name}-{key}"
     if not (folder / "about.json").exists():
         check_writable(place)
-        with _alone(place / f".{folder.name}.lock"):
+        with alone(place / f".{folder.name}.lock", "Another process is reading these pictures: waiting for it"):
             if not (folder / "about.json").exists():
                 _read_all(pictures, found, name, folder)
                 for line in _older(folder, pictures):
@@ -92,21 +92,6 @@ def cached(pictures: Pictures, data_dir: str | Path, small: bool = True, quiet: 
     if not quiet:
         print("\n".join(summary(about(folder))), flush=True)
     return folder
-
-
-@contextlib.contextmanager
-def _alone(path: Path) -> Iterator[None]:
-    """Hold a lock, which ends with the process; says so if another process has it."""
-    lock = FileLock(path)
-    try:
-        lock.acquire(timeout=0)
-    except Timeout:
-        print("Another process is reading these pictures: waiting for it", flush=True)
-        lock.acquire()
-    try:
-        yield
-    finally:
-        lock.release()
 
 
 def _older(folder: Path, pictures: Pictures) -> Iterator[str]:

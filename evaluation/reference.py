@@ -7,7 +7,6 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
-from filelock import FileLock
 from torch import Tensor, nn
 
 from data import ImageData, LevelCode, load_dataset
@@ -33,6 +32,7 @@ from evaluation.two_sample import two_sample_figures
 from learned_variance import bits_per_dim
 from runtime import threads
 from runtime.errors import UserError
+from runtime.locks import alone
 from runtime.progress import Bar, progress
 from utils import GREY, caption_line, generator_for, save_picture, tile
 
@@ -84,7 +84,8 @@ def open_networks(data: ImageData, features: str, count: int, device,
                             f"validation and test, and {data.name} has {held_out:,}: leave it out")
     if data.folder:
         check_image_count(count, FEW // 2)  # before networks are trained
-        with FileLock(data.folder / ".features.lock"):  # another process may train them just now
+        waiting = "Another process is training the networks that judge these pictures: waiting for it"
+        with alone(data.folder / ".features.lock", waiting):
             if not is_trained(dataset, SUFFIX):
                 print(train_second_network(dataset, data_dir, device, 0, progress("training the autoencoder", "steps")))
             if data.class_names and not is_trained(dataset):

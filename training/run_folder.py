@@ -17,6 +17,7 @@ from filelock import FileLock, Timeout
 from runtime import distributed
 from runtime.errors import UserError
 from runtime.files import check_writable, temporaries
+from runtime.locks import warn_of_no_locks
 from training import run_record
 
 # What a run writes into its folder. Everything else there is the user's and stays untouched.
@@ -62,7 +63,7 @@ def _lock(lock: FileLock, folder: Path) -> None:
     except Timeout as error:
         raise UserError(f"another run is writing to {folder}: wait for it, or choose another --output_dir") from error
     except NotImplementedError:
-        print(f"Warning: the disk of {folder} has no file locks: make sure that no second run writes there")
+        warn_of_no_locks(folder)
     delete_temporaries(folder)
 
 

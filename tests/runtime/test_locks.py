@@ -1,0 +1,42 @@
+"""Locks: one at a time, with a line for the one that waits; a disk without locks only gets a warning."""
+
+import threading
+import time
+
+import pytest
+
+from runtime import locks
+from runtime.locks import alone
+
+
+def test_the_second_waits_and_says_so(tmp_path, capsys):
+    order, inside = [], threading.Event()
+
+    def first():
+        with alone(tmp_path / ".lock", "not printed"):
+            inside.set()
+            time.sleep(0.2)
+            order.append("first")
+    thread = threading.Thread(target=first)
+    thread.start()
+    assert inside.wait(10)
+    with alone(tmp_path / ".lock", "waiting for it"):
+        order.append("second")
+    thread.join()
+    assert order == ["first", "second"] and capsys.readouterr().out == "waiting for it\n"
+
+
+def test_it_is_given_back_after_an_error(tmp_path, capsys):
+    with pytest.raises(ValueError, match="inside"), alone(tmp_path / ".lock", "waiting"):
+        raise ValueError("inside")
+    with alone(tmp_path / ".lock", "waiting"):
+        assert capsys.readouterr().out == ""
+
+
+def test_a_disk_without_locks_gets_a_warning(tmp_path, capsys, monkeypatch):
+    def acquire(*_, **__):
+        raise NotImplementedError
+    monkeypatch.setattr(locks.FileLock, "acquire", acquire)
+    with alone(tmp_path / ".lock", "waiting"):
+        said = capsys.readouterr().out
+    assert said.startswith(f"Warning: the disk of {tmp_path} has no file locks") and said.count("\n") == 1
