@@ -1,10 +1,13 @@
-"""Locks between processes: a file that one of them holds. A lock ends with its process."""
+"""Locks between processes: a file that one of them holds. The lock of a process ends with it."""
 
 import contextlib
+import errno
 from collections.abc import Iterator
 from pathlib import Path
 
 from filelock import FileLock, Timeout
+
+NO_LOCKS = {errno.ENOLCK, errno.ENOTSUP, errno.EOPNOTSUPP}  # what network disks without locks answer
 
 
 @contextlib.contextmanager
@@ -15,17 +18,22 @@ def alone(path: Path, waiting: str) -> Iterator[None]:
     """
     lock = FileLock(path)
     try:
-        lock.acquire(timeout=0)
+        acquire(lock)
     except Timeout:
         print(waiting, flush=True)
         lock.acquire()
-    except NotImplementedError:
-        warn_of_no_locks(path.parent)
     try:
         yield
     finally:
         lock.release()
 
 
-def warn_of_no_locks(folder: Path) -> None:
-    print(f"Warning: the disk of {folder} has no file locks: make sure that no second process writes there", flush=True)
+def acquire(lock: FileLock) -> None:
+    """Take a lock at once. Timeout if another process holds it; on a disk that has no locks a warning."""
+    try:
+        lock.acquire(timeout=0)
+    except OSError as error:  # Timeout, too
+        if error.errno not in NO_LOCKS:
+            raise
+        print(f"Warning: the disk of {lock.lock_file} has no file locks: make sure that no second process writes there",
+              flush=True)

@@ -17,7 +17,7 @@ from filelock import FileLock, Timeout
 from runtime import distributed
 from runtime.errors import UserError
 from runtime.files import check_writable, temporaries
-from runtime.locks import warn_of_no_locks
+from runtime.locks import acquire
 from training import run_record
 
 # What a run writes into its folder. Everything else there is the user's and stays untouched.
@@ -59,11 +59,9 @@ def _lock(lock: FileLock, folder: Path) -> None:
             raise UserError(f"{folder / name} is a file, and a run keeps a folder of that name: move it away, or "
                             f"choose another --output_dir")
     try:
-        lock.acquire(timeout=0)
+        acquire(lock)
     except Timeout as error:
         raise UserError(f"another run is writing to {folder}: wait for it, or choose another --output_dir") from error
-    except NotImplementedError:
-        warn_of_no_locks(folder)
     delete_temporaries(folder)
 
 

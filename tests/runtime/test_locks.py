@@ -1,12 +1,14 @@
 """Locks: one at a time, with a line for the one that waits; a disk without locks only gets a warning."""
 
+import errno
+import sys
 import threading
 import time
 
 import pytest
 
-from runtime import locks
 from runtime.locks import alone
+from training.run_folder import claim
 
 
 def test_the_second_waits_and_says_so(tmp_path, capsys):
@@ -33,10 +35,17 @@ def test_it_is_given_back_after_an_error(tmp_path, capsys):
         assert capsys.readouterr().out == ""
 
 
-def test_a_disk_without_locks_gets_a_warning(tmp_path, capsys, monkeypatch):
-    def acquire(*_, **__):
-        raise NotImplementedError
-    monkeypatch.setattr(locks.FileLock, "acquire", acquire)
+@pytest.mark.skipif(sys.platform == "win32", reason="other systems lock by flock")
+def test_a_disk_without_locks_gets_a_warning_and_other_errors_are_raised(tmp_path, capsys, monkeypatch):
+    def flock(*_):
+        raise OSError(number, "what the disk answers")
+    monkeypatch.setattr("fcntl.flock", flock)
+    number = errno.ENOLCK
     with alone(tmp_path / ".lock", "waiting"):
         said = capsys.readouterr().out
-    assert said.startswith(f"Warning: the disk of {tmp_path} has no file locks") and said.count("\n") == 1
+    assert said.startswith(f"Warning: the disk of {tmp_path}") and "no file locks" in said and said.count("\n") == 1
+    with claim(tmp_path / "run"):
+        assert "no file locks" in capsys.readouterr().out
+    number = errno.EIO
+    with pytest.raises(OSError, match="the disk answers"), alone(tmp_path / ".lock", "waiting"):
+        pass
