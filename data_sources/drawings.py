@@ -2,9 +2,10 @@
 
     python -m data_sources.drawings FOLDER --count 400
 
-They stand for a folder of one's own drawings where one is needed to measure with. Every drawing differs in size, file
-format, colours, proportions and place; its lines tremble, and its fillings miss the outline a little. The sub-folders
-boat, fish, flower and house hold as many each. The same seed gives the same files.
+They are for people who have no pictures of their own, and for measurements. The drawings differ in size, colours,
+proportions and place, and are PNG or JPEG files. Their lines tremble, and their fillings do not quite meet the outline.
+They go in turn into the sub-folders boat, fish, flower and house. The same seed gives the same files with the same
+versions of numpy and Pillow.
 """
 
 import argparse
@@ -16,19 +17,20 @@ import numpy as np
 from PIL import Image, ImageDraw
 
 from runtime.errors import UserError
+from runtime.files import atomic_write, check_writable
 from runtime.parser import Parser, number
 from runtime.script import script
 
 PENS = ("#c8372d", "#e07b1a", "#e9b90c", "#3c8d3f", "#2f6cc0", "#6d4a9c", "#8a5a33", "#38383c")
 SIDES = (240, 420)  # of the paper, in pixels
-FORMATS = ("png", "jpg")
+FORMATS = {"png": "PNG", "jpg": "JPEG"}
 TURN = np.linspace(0, 2 * np.pi, 24, endpoint=False)
 
 
 class Paper:
     """A sheet with coordinates from (0, 0) to (1, 1), on which the whole drawing is moved, turned and scaled a little.
 
-    pen(name) is the colour of a part of the drawing: chosen at random when it is first asked for.
+    pen(part) is the colour of a part of the drawing, chosen at random when it is first asked for.
     """
 
     def __init__(self, rng: np.random.Generator):
@@ -42,10 +44,15 @@ class Paper:
         self.width = self.side * rng.uniform(0.012, 0.022)
 
     def pen(self, part: str) -> str:
-        return self.pens.setdefault(part, str(self.rng.choice([pen for pen in PENS if pen not in self.pens.values()])))
+        if part not in self.pens:
+            self.pens[part] = str(self.rng.choice([pen for pen in PENS if pen not in self.pens.values()]))
+        return self.pens[part]
 
     def place(self, points, tremble: float) -> list[tuple[float, float]]:
-        """Points in pixels, with places between them that tremble around the line."""
+        """A line through points of the paper, in pixels, moved, turned and scaled with the paper.
+
+        It has four points a segment; each trembles with the standard deviation `tremble`, in sides of the paper.
+        """
         points = np.asarray(points, float)
         shares = np.linspace(0, 1, 5)[:-1, None]
         dense = np.concatenate([*(a + shares * (b - a) for a, b in itertools.pairwise(points)), points[-1:]])
@@ -132,14 +139,14 @@ DRAWINGS = {"boat": boat, "fish": fish, "flower": flower, "house": house}
 
 
 def draw_folder(folder: Path, count: int, seed: int = 0) -> None:
-    """Write drawings 0 to count - 1 of a seed below a folder, in turn of each class."""
+    """Write the drawings 0 to count - 1 of a seed into a folder; the classes take turns."""
     for k in range(count):
         rng = np.random.default_rng((seed, k))
         name, paper = list(DRAWINGS)[k % len(DRAWINGS)], Paper(rng)
         DRAWINGS[name](paper)
-        path = folder / name / f"{name} {k:05d}.{rng.choice(FORMATS)}"
-        path.parent.mkdir(parents=True, exist_ok=True)
-        paper.image.save(path, quality=90)
+        kind = str(rng.choice(list(FORMATS)))
+        with atomic_write(folder / name / f"{name} {k:05d}.{kind}") as path:
+            paper.image.save(path, FORMATS[kind], quality=90)
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
@@ -149,13 +156,14 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--seed", type=number(int, 0), default=0, help="another seed gives other drawings")
     args = parser.parse_args(argv)
     if args.folder.exists() and not (args.folder.is_dir() and not any(args.folder.iterdir())):
-        raise UserError(f"{args.folder} is there already, and not empty: name another folder")
+        raise UserError(f"{args.folder} is a file, or a folder that is not empty: name a new one, or delete it")
     return args
 
 
 @script
 def main(argv: list[str] | None = None) -> None:
     args = parse_args(argv)
+    check_writable(args.folder)
     draw_folder(args.folder, args.count, args.seed)
     print(f"Wrote {args.count:,} drawings to {args.folder}")
 

@@ -16,7 +16,10 @@ def available_cores() -> int:
 
 @functools.cache
 def processor() -> str:
-    """The processor's model, and the widest vector instructions that torch uses on it: "AMD EPYC (AVX512)"."""
+    """The processor's model, and the vector instructions of torch's own kernels: "AMD EPYC (AVX512)".
+
+    Whether it has bf16 is not in it: see `utils.has_bf16_instructions`.
+    """
     try:
         names = re.findall(r"^model name\s*:\s*(.+)$", Path("/proc/cpuinfo").read_text(), re.MULTILINE)
     except OSError:  # only Linux has this file

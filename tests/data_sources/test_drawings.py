@@ -20,5 +20,6 @@ def test_drawings_are_pictures_of_four_classes_and_the_same_for_the_same_seed(tm
 def test_nothing_is_drawn_among_other_files(tmp_path, capsys):
     (tmp_path / "mine.txt").write_text("mine")
     assert drawings.main([str(tmp_path)]) == 2 and "not empty" in capsys.readouterr().err
-    assert drawings.main([str(tmp_path / "mine.txt")]) == 2
+    for name in ("mine.txt", "mine.txt/inside"):
+        assert drawings.main([str(tmp_path / name)]) == 2 and capsys.readouterr().err.count("\n") == 1
     assert [file.name for file in tmp_path.iterdir()] == ["mine.txt"]
