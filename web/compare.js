@@ -35,7 +35,7 @@ function opening(job) {
 function showClasses() {
   const names = app.entry.class_names, job = jobOf(app.state);
   const jobs = names.length ? names.map((_, label) => ({...job, label, guidance: app.state.guidance}))
-    : Array.from({length: 10}, (_, i) => ({...job, seed: job.seed + i}));
+    : Array.from({length: 10}, (_, i) => ({...job, seed: (job.seed + i) % 1e9}));
   const canvases = jobs.map(opening);
   return makeMany("classes", jobs, () => $("classes").replaceChildren(...canvases.map((canvas, i) =>
     element("figure", {}, canvas, element("figcaption", {}, names.length ? names[i] : `seed ${jobs[i].seed}`)))),
@@ -107,18 +107,23 @@ const compareView = {
       makeImage();
       this.open();  // the rest of what was being made is overtaken
     });
-    $("share").addEventListener("input", onFrame(() => {
+    const redraw = onFrame(showShare);
+    $("share").addEventListener("input", () => {
       app.setState({share: Number($("share").value)});
-      showShare();
-    }));
+      redraw();
+    });
     for (const end of ["a", "b"])
-      $(`seed-${end}`).addEventListener("input", () => {
-        app.setState({[end]: wholeNumber($(`seed-${end}`))});
+      numberField($(`seed-${end}`), (seed) => {
+        app.setState({[end]: seed});
         showBetween();
       });
   },
 
   build({class_names: names}) {
+    for (const id of ["classes", "table", "between-strip"]) $(id).replaceChildren();
+    for (const id of ["end-a", "between", "end-b"]) $(id).width = $(id).width;  // this clears a canvas
+    for (const place of Object.keys(finished)) finished[place] = null;
+    Object.assign(between, {images: [], share: null});
     $("classes-title").textContent = names.length ? "One noise, all classes" : "Ten noises";
     $("classes-text").textContent = names.length ? "The same noise, with another label each time. What the images " +
       "have in common, such as slant or thickness, comes from the noise."
@@ -129,9 +134,10 @@ const compareView = {
       : "With many steps most samplers come to the same image; with few they differ.";
   },
 
-  show({a, b}) {
-    if (document.activeElement !== $("seed-a")) $("seed-a").value = a;
-    if (document.activeElement !== $("seed-b")) $("seed-b").value = b;
+  show({a, b, share}) {
+    setNumber($("seed-a"), a);
+    setNumber($("seed-b"), b);
+    $("share").value = share;
   },
 
   // Make what is not shown yet, from top to bottom.

@@ -24,6 +24,9 @@ async function makeImage({motion = false, step = null} = {}) {
   const done = await app.engine.ask("make", "make", {model: app.state.model, job}, ({t, x, x0}) => {
     if (x0) frames.at(-1).x0 = x0;
     frames.push({t, x, x0: t < 0 ? x : null});
+  }).catch((error) => {
+    if (film.frames === frames) stopFilm();
+    throw error;
   });
   if (!done) return;
   film.done = true;
@@ -69,7 +72,7 @@ function showFrame(index) {
   }
   markNow($("strip"), index);
   showMixture($("mixture"), t);
-  app.setState({step: index === last && film.done ? null : index});
+  app.setState({step: film.timer !== null || index === last && film.done ? null : index});
   app.views.inside.frameChanged();
 }
 
@@ -113,10 +116,10 @@ const makeView = {
       app.setState({seed: randomSeed()});
       makeImage({motion: true});
     });
-    $("seed").addEventListener("input", () => changeAndMake({seed: wholeNumber($("seed"))}));
+    numberField($("seed"), (seed) => changeAndMake({seed}));
     $("sampler").addEventListener("change", () => changeAndMake({sampler: $("sampler").value}));
     $("step").addEventListener("input", () => scrubTo(Number($("step").value)));
-    $("play").addEventListener("click", () => film.timer === null ? film.done && playFilm() : stopFilm());
+    $("play").addEventListener("click", () => film.timer === null ? film.done && playFilm() : scrubTo(film.at));
     $("copy").addEventListener("click", async () => {
       try {
         await navigator.clipboard.writeText($("command").textContent);
@@ -148,7 +151,7 @@ const makeView = {
     this.guidance.set(guidance);
     this.guidance.input.disabled = label === null;
     $("sampler").value = sampler;
-    if (document.activeElement !== $("seed")) $("seed").value = seed;
+    setNumber($("seed"), seed);
   },
 
   open() { if (film.frames.length && film.done) showFrame(film.at); },

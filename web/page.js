@@ -55,15 +55,16 @@ app.setState = (changes) => {
 
 // Browsers allow few changes of the address in a minute.
 let waitingToWrite = null;
-function writeAddress() {
-  waitingToWrite ??= setTimeout(() => {
-    waitingToWrite = null;
-    if (location.hash !== address) return;  // somebody has just given another one, which is about to be taken
-    const words = Object.entries(app.state).filter(([key, value]) => value !== null || key === "label");
-    history.replaceState(null, "", "#" + new URLSearchParams(words.map(([key, value]) =>
-      [key, key === "drawing" ? packDrawing(value) : value ?? "any"])));
-    address = location.hash;
-  }, 400);
+function writeAddress() { waitingToWrite ??= setTimeout(writeNow, 400); }
+
+function writeNow() {
+  clearTimeout(waitingToWrite);
+  waitingToWrite = null;
+  if (location.hash !== address) return;  // somebody has just given another one, which is about to be taken
+  const words = Object.entries(app.state).filter(([key, value]) => value !== null || key === "label");
+  history.replaceState(null, "", "#" + new URLSearchParams(words.map(([key, value]) =>
+    [key, key === "drawing" ? packDrawing(value) : value ?? "any"])));
+  address = location.hash;
 }
 
 // Show a view; `shown` is its name from then on.
@@ -84,6 +85,8 @@ app.open = (name) => {
 function takeAddress() {
   const state = readAddress(), entry = app.entries[state.model];
   app.state = state;
+  stopFilm();  // no view shall take the image of the old state for that of the new one
+  Object.assign(film, {frames: [], at: 0, done: false});
   if (app.entry !== entry) loadModel(entry, state.model);
   app.models.set(state.model);
   app.open(state.view);
@@ -92,11 +95,9 @@ function takeAddress() {
 
 // What the old model was asked for is dropped. The worker takes requests in turn: none has to wait here for the load.
 function loadModel(entry, model) {
-  stopFilm();
   app.engine.overtakeAll();
   Object.assign(app, {entry, code: new LevelCode(entry.levels),
                       process: new DiffusionProcess(entry.diffusion, entry.alphas_cumprod)});
-  Object.assign(film, {frames: [], at: 0, done: false});
   for (const view of Object.values(app.views)) view.build?.(entry);
   document.documentElement.style.setProperty("--aspect", entry.shape[2] / entry.shape[1]);
   $("parameters").textContent = entry.parameters.toLocaleString("en");
@@ -107,6 +108,7 @@ function loadModel(entry, model) {
 
 // Say what went wrong in this page or in its worker, above whichever view is shown.
 function complain(problem) {
+  if (!$("problem").hidden) return;  // what fails first says most
   $("problem").textContent = `This did not work: ${problem}. A newer browser may help.`;
   $("problem").hidden = false;
 }
@@ -122,6 +124,7 @@ function startPage() {
   for (const view of Object.values(app.views)) view.start();
   $("models").hidden = app.entries.length < 2;
   app.models = choices($("models"), app.entries.map((entry, i) => [i, chipOf(entry)]), (model) => {
+    writeNow();  // for the way back
     location.hash = new URLSearchParams({view: app.state.view, model});
   });
   for (const name of Object.keys(app.views)) $(`tab-${name}`).addEventListener("click", () => app.open(name));

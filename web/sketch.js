@@ -109,6 +109,7 @@ const sketchView = {
       return [(event.clientX - box.left) / box.width * pad.width, (event.clientY - box.top) / box.height * pad.height];
     };
     pad.addEventListener("pointerdown", (event) => {
+      if (event.button || !event.isPrimary) return;
       pad.setPointerCapture(event.pointerId);
       last = place(event);
       sketch.cursor = null;
@@ -116,13 +117,15 @@ const sketchView = {
       drawingChanged();
     });
     pad.addEventListener("pointermove", (event) => {
-      if (!last) return;
+      if (!last || !event.isPrimary) return;
+      if (!event.buttons) return void (last = null);  // lifted where the page could not see it
       for (const each of event.getCoalescedEvents?.() ?? [event]) drawLine(last, last = place(each));
       drawingChanged();
     });
-    for (const end of ["pointerup", "pointercancel"]) pad.addEventListener(end, () => { last = null; });
+    for (const end of ["pointerup", "pointercancel"])
+      pad.addEventListener(end, (event) => { if (event.isPrimary) last = null; });
     pad.addEventListener("keydown", (event) => this.key(event));
-    pad.addEventListener("blur", drawingChanged);
+    pad.addEventListener("blur", () => paint(pad, sketch.levels, app.entry.shape));  // without the mark of the pen
     $("clear").addEventListener("click", () => {
       sketch.levels.fill(0);
       drawingChanged();
@@ -137,7 +140,7 @@ const sketchView = {
   // Arrow keys move the pen by a pixel; the space bar lowers and lifts it.
   key(event) {
     const move = {ArrowLeft: [-1, 0], ArrowRight: [1, 0], ArrowUp: [0, -1], ArrowDown: [0, 1], " ": [0, 0]}[event.key];
-    if (!move) return;
+    if (!move || withModifier(event)) return;
     event.preventDefault();
     const [, height, width] = app.entry.shape, from = sketch.cursor ?? [width / 2 + 0.5, height / 2 + 0.5];
     const limit = (value, size) => Math.min(size - 0.5, Math.max(0.5, value));

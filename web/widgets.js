@@ -31,7 +31,7 @@ function slider(parent, {name, min, max, step = 1, value, shown = String}, chang
   const input = element("input", {type: "range", min, max, step, value, "aria-label": name});
   const set = (number) => {
     input.value = number;
-    output.textContent = shown(Number(input.value));
+    output.textContent = shown(Number(number));
     input.setAttribute("aria-valuetext", output.textContent);
   };
   input.addEventListener("input", () => {
@@ -61,13 +61,16 @@ function labelChoices(fieldset, names, none, changed) {
   return choices(fieldset, [[null, none], ...names.map((name, i) => [i, name])], changed);
 }
 
+// Whether a key belongs to the browser, as in Alt and the left arrow.
+const withModifier = ({altKey, ctrlKey, metaKey}) => altKey || ctrlKey || metaKey;
+
 // Arrow keys, Home and End go to another of the buttons in an element, and press it.
 function arrowKeys(parent) {
   parent.addEventListener("keydown", (event) => {
     const buttons = [...parent.querySelectorAll("button")], at = buttons.indexOf(document.activeElement);
     const [back, forth] = [at - 1, (at + 1) % buttons.length];
     const next = {ArrowLeft: back, ArrowUp: back, ArrowRight: forth, ArrowDown: forth, Home: 0, End: -1}[event.key];
-    if (next === undefined || at < 0) return;
+    if (next === undefined || at < 0 || withModifier(event)) return;
     event.preventDefault();
     const button = buttons.at(next);
     button.focus();
@@ -94,6 +97,17 @@ const randomSeed = () => Math.floor(Math.random() * 1e6);
 
 // A whole number from a field, within its bounds.
 const wholeNumber = (input) => Math.min(Number(input.max), Math.max(0, Math.floor(Number(input.value)) || 0));
+
+// Put a number into a field, unless what is typed there stands for it already.
+const setNumber = (input, number) => {
+  if (document.activeElement !== input || wholeNumber(input) !== number) input.value = number;
+};
+
+// Call changed(number) whenever something is typed into a field; what is left there at the end is the number.
+function numberField(input, changed) {
+  input.addEventListener("input", () => changed(wholeNumber(input)));
+  input.addEventListener("change", () => { input.value = wholeNumber(input); });
+}
 
 // Call `work` at most once for each picture of the screen, with the newest arguments.
 function onFrame(work) {

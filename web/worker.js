@@ -30,6 +30,7 @@ function trajectory({network, process, entry}, {label, sampler, steps, guidance,
 // Each task yields what is sent to the page, piece by piece.
 const TASKS = {
   * load({model, entry, weights, wasm}) {
+    if (loaded[model]) return;
     const tensors = unpackWeights(entry.tensors, bytesOf(weights), entry.precision);
     loaded[model] = {
       entry, process: new DiffusionProcess(entry.diffusion, entry.alphas_cumprod),

@@ -33,7 +33,13 @@ class Firefox:
         (profile / "user.js").write_text('user_pref("marionette.port", 0);')
         self.process = subprocess.Popen([FIREFOX, "--headless", "--marionette", "--profile", profile],
                                         stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-        port = profile / "MarionetteActivePort"
+        try:
+            self.connect(profile / "MarionetteActivePort")
+        except BaseException:
+            self.process.kill()
+            raise
+
+    def connect(self, port):
         wait(lambda: port.exists() and port.read_text())
         self.socket = socket.create_connection(("127.0.0.1", int(port.read_text())), timeout=PATIENCE)
         self.answers = self.socket.makefile("rb")

@@ -63,8 +63,12 @@ def slide(opened, selector, value):
 
 
 def address(opened):
-    opened.page.wait_for_timeout(700)  # it is written now and then
-    return opened.page.evaluate("location.hash")
+    return opened.wait("waitingToWrite === null && location.hash")  # it is written now and then
+
+
+def empty(opened, text):
+    """Empty a text that stands beside pictures: what is drawn next fills it again."""
+    opened.page.evaluate(f"$('{text}').textContent = ''")
 
 
 # ------------------------------------------------------------------------------------------------------------- make
@@ -138,7 +142,10 @@ def test_a_link_shows_the_same_drawing(opened, exported):
     click(first, "#clear")
     draw_a_stroke(first, [(0.3, 0.2), (0.6, 0.8)])
     slide(first, "#noise-slider input", 12)
+    first.wait("$('guess-told').textContent.startsWith('t = 12:')")
+    empty(first, "guess-told")
     choose(first, "sketch-labels", "4")
+    first.wait("$('guess-told').textContent")
     choose(first, "halves", "top")
     link = address(first)
     assert len(link) < 700
@@ -235,9 +242,9 @@ def test_a_drawing_is_noised_guessed_and_completed(opened, exported):
     page.wait("$('guess-told').textContent.startsWith('t = 0:')")
     assert np.abs(levels(page, "sketch-x") - drawing.reshape(-1)).mean() < np.abs(before - drawing.reshape(-1)).mean()
     guess = levels(page, "sketch-x0")
+    empty(page, "guess-told")
     choose(page, "sketch-labels", "4")
-    page.wait("app.state.told === 4")
-    page.page.wait_for_timeout(500)
+    assert page.wait("$('guess-told').textContent") and page.page.evaluate("app.state.told") == 4
     assert (levels(page, "sketch-x0") != guess).any()
     choose(page, "halves", "left")
     click(page, "#complete")
@@ -299,6 +306,52 @@ def test_pens_the_eraser_and_the_keyboard(opened, exported):
 # --------------------------------------------------------------------------------------------------- compare, inside
 
 
+def test_only_the_first_finger_and_the_main_button_draw(opened, exported):
+    page = opened(exported, "#view=sketch&steps=1")
+    page.made()
+    click(page, "#clear")
+    page.page.evaluate("() => { $('pad').focus(); app.setState({drawing: null}); $('pad').blur(); }")
+    assert page.page.evaluate("app.state.drawing") is None  # looking at the pad draws nothing
+    box = page.page.locator("#pad").bounding_box()
+    x, y = box["x"] + 0.4 * box["width"], box["y"] + 0.4 * box["height"]
+    page.page.mouse.move(x, y)
+    page.page.mouse.down(button="right")
+    page.page.mouse.move(x + 30, y)
+    page.page.mouse.up(button="right")
+    assert not levels(page, "pad").any()
+    page.page.mouse.down()
+    before = levels(page, "pad")
+    page.page.evaluate("([x, y]) => $('pad').dispatchEvent(new PointerEvent('pointermove', "
+                       "{clientX: x, clientY: y, isPrimary: false, buttons: 1, bubbles: true}))", [x + 60, y + 60])
+    assert before.any() and (levels(page, "pad") == before).all()
+    page.page.mouse.move(x, y + 30)
+    page.page.mouse.up()
+    assert (levels(page, "pad") != before).any()
+
+
+def test_keys_with_alt_belong_to_the_browser(opened, exported):
+    page = opened(exported, "#steps=1")
+    page.made()
+    page.page.focus("#tab-make")
+    page.page.keyboard.press("Alt+ArrowRight")
+    assert page.page.evaluate("app.state.view") == "make"
+    page.page.keyboard.press("ArrowRight")
+    assert page.page.evaluate("app.state.view") == "sketch"
+
+
+def test_fields_show_the_state(opened, exported):
+    page = opened(exported, "#steps=1&guidance=2.3")
+    page.made()
+    assert page.page.inner_text("#sliders label:nth-child(2) output") == "2.3"
+    page.page.fill("#seed", "-5")
+    page.wait("app.state.seed === 0 && film.done")
+    page.page.keyboard.press("Enter")
+    assert page.page.input_value("#seed") == "0"
+    page.page.evaluate("location.hash = 'steps=1&seed=9'")
+    page.wait("app.state.seed === 9 && film.done")
+    assert page.page.input_value("#seed") == "9"
+
+
 def test_compare_shows_classes_a_table_and_what_lies_between(opened, exported):
     page = opened(exported, "#view=compare&steps=3&seed=2&a=5&b=8&share=0")
     page.made()
@@ -308,7 +361,6 @@ def test_compare_shows_classes_a_table_and_what_lies_between(opened, exported):
     assert (levels(page, "between") == levels(page, "end-a")).all()
     slide(page, "#share", 100)
     page.wait("$('share-text').textContent.startsWith('100 %')")
-    page.page.wait_for_timeout(500)
     assert (levels(page, "between") == levels(page, "end-b")).all()
     page.page.locator("#between-strip canvas").nth(6).click()
     assert "50 %" in page.page.inner_text("#share-text")
@@ -388,8 +440,9 @@ def test_inside_shows_the_schedule_and_the_channels_of_every_block(opened, expor
         assert text in page.wait("$('channels-text').textContent")
         seen.add(levels(page, "channels").tobytes())
     assert len(seen) == 5 and "block=head" in address(page)
+    empty(page, "channels-text")
     slide(page, "#inside-step", 3)
-    page.page.wait_for_timeout(500)
+    page.wait("$('channels-text').textContent")
     assert levels(page, "channels").tobytes() not in seen and page.page.input_value("#step") == "3"
 
 
@@ -414,9 +467,21 @@ def test_the_keyboard_alone_is_enough(opened, exported):
     assert page.page.evaluate("app.state.block") == "ups.0"
 
 
+def open_everything(page):
+    """Open all views, and yield the name of each when all that it shows is there."""
+    for name in TABS:
+        click(page, f"#tab-{name}")
+        if name == "compare":
+            page.wait("finished.between && $('between-strip').childElementCount")
+        if name == "inside":
+            page.wait("$('channels-text').textContent")
+        yield name
+
+
 def test_everything_that_can_be_used_has_a_name(opened, exported):
     page = opened(exported, "#steps=2")
     page.made()
+    assert len([*open_everything(page)]) == 4
     nameless = page.page.evaluate("""[...document.querySelectorAll("button, input, select, [role=img]")].filter(
         (each) => !(each.textContent.trim() || each.getAttribute("aria-label") || each.labels?.length))""")
     assert nameless == []
@@ -428,8 +493,7 @@ def test_everything_that_can_be_used_has_a_name(opened, exported):
 def test_every_view_fits_the_width(opened, exported, options):
     page = opened(exported, "#steps=2", **options)
     page.made()
-    for name in TABS:
-        click(page, f"#tab-{name}")
+    for name in open_everything(page):
         assert page.page.evaluate("document.documentElement.scrollWidth <= document.documentElement.clientWidth"), name
 
 
@@ -541,6 +605,54 @@ def test_an_address_closes_the_old_view(opened, exported):
     assert page.page.is_visible("#inside") and not page.page.is_visible("#compare")
 
 
+def test_an_address_on_an_open_page_shows_its_own_step_and_image(opened, exported):
+    page = opened(exported, "#view=make&steps=3&seed=1")
+    page.made()
+    for given, shown in (("steps=5&step=2", 2), ("steps=4", 4), ("steps=3&step=1", 1), ("steps=2", 2)):
+        page.page.evaluate("given => { location.hash = given; }", given)
+        page.wait(f"film.done && film.frames.length === 1 + {given[6]}")
+        assert page.page.evaluate("film.at") == shown
+    before = levels(page, "make-x")
+    page.page.evaluate("location.hash = 'view=sketch&steps=2&seed=2'")
+    page.wait("app.state.seed === 2 && film.done && app.state.drawing")
+    assert (levels(page, "pad") == levels(page, "make-x")).all() and (levels(page, "pad") != before).any()
+
+
+def test_a_switch_leaves_no_picture_of_the_old_model_to_compare(opened):
+    two = model_for_page("two.pt", names=("a", "b", "c"), num_classes=3)
+    page = opened([model_for_page("one.pt", num_classes=2), two], "#view=compare&steps=1&share=90")
+    page.wait("finished.between")
+    assert page.page.input_value("#share") == "90"
+    shown = page.page.evaluate("""() => new Promise((resolve) => {  // at once, before the worker has answered
+        addEventListener("hashchange", () => resolve([
+            $("classes").childElementCount, $("table").childElementCount, $("between-strip").childElementCount,
+            between.images.length]));
+        location.hash = "model=1&view=compare&steps=1";
+    })""")
+    assert shown == [3, 0, 0, 0]
+    page.wait("app.entry.name === 'two.pt' && finished.between")
+
+
+def test_the_way_back_leads_to_what_was_asked_for_last(opened):
+    page = opened([model_for_page(name, num_classes=2) for name in ("one.pt", "two.pt")], "#steps=2&seed=1")
+    page.made()
+    page.page.evaluate("app.setState({seed: 77})")  # not written yet
+    choose(page, "models", "two.pt")
+    page.wait("app.entry.name === 'two.pt' && film.done")
+    page.page.evaluate("history.back()")
+    page.wait("app.entry.name === 'one.pt' && app.state.seed === 77 && film.done")
+
+
+def test_a_film_that_plays_is_no_step_of_the_address(opened, exported):
+    page = opened(exported, "#steps=8")
+    page.made()
+    click(page, "#play")
+    page.wait("film.timer !== null && film.at > 1 && film.at < 7")
+    assert page.page.evaluate("app.state.step") is None
+    click(page, "#play")
+    assert page.page.evaluate("film.timer === null && app.state.step === film.at")
+
+
 def test_an_address_counts_that_is_given_while_the_old_one_is_to_be_written(opened, exported):
     page = opened(exported, "#steps=1&seed=1")
     page.made()
@@ -563,6 +675,9 @@ def test_what_goes_wrong_is_told_in_every_view(view, opened, exported):
     assert "did not work" in page.wait("$('problem').textContent")
     assert page.page.is_visible("[role=alert]")
     page.complaints.clear()
+    first = page.page.inner_text("#problem")
+    page.page.evaluate("complain('what follows from it')")
+    assert page.page.inner_text("#problem") == first
     click(page, "#tab-make")
     assert not page.page.is_visible("#problem")
 
