@@ -636,8 +636,7 @@ def test_a_switch_leaves_no_picture_of_the_old_model_to_compare(opened):
 def test_the_way_back_leads_to_what_was_asked_for_last(opened):
     page = opened([model_for_page(name, num_classes=2) for name in ("one.pt", "two.pt")], "#steps=2&seed=1")
     page.made()
-    page.page.evaluate("app.setState({seed: 77})")  # not written yet
-    choose(page, "models", "two.pt")
+    page.page.evaluate("() => { app.setState({seed: 77}); document.querySelectorAll('#models input')[1].click(); }")
     page.wait("app.entry.name === 'two.pt' && film.done")
     page.page.evaluate("history.back()")
     page.wait("app.entry.name === 'one.pt' && app.state.seed === 77 && film.done")
