@@ -111,6 +111,7 @@ def find_checkpoint(args: Namespace) -> tuple[Path, dict] | None:
 def train(run: Run, validation: ImageData, settings: Namespace) -> None:
     """Train until the steps, the time or a signal end the run."""
     trainer, tuner = run.trainer, threads.ThreadTuner()
+    reported = None if run.losses else trainer.step
     with progress_bar(run):
         while run.progress < 1 and not run.stopped:
             with tuner:
@@ -118,13 +119,14 @@ def train(run: Run, validation: ImageData, settings: Namespace) -> None:
                 loss = trainer.train_step(x_0, labels, run.progress, 1 / run.budget.steps)  # ()
             run.losses.append(loss)
             step_of_epoch = trainer.step % trainer.steps_per_epoch
-            if step_of_epoch == 0:
+            if step_of_epoch == 0 and trainer.reports_now(settings.epochs is None):
                 end_epoch(run, validation, settings)
-            elif step_of_epoch % LOG_STEPS == 0:
+                reported = trainer.step
+            elif step_of_epoch and step_of_epoch % LOG_STEPS == 0:
                 run.record(run.speed())
             run.save_every(settings.checkpoint_minutes)
             run.update()
-        if run.losses and not run.stopped:  # the time ended within an epoch
+        if reported != trainer.step and not run.stopped:  # the time ended within an epoch
             end_epoch(run, validation, settings)
 
 

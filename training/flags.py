@@ -112,7 +112,9 @@ def make_parser(description: str) -> Parser:
                        help="the wall-clock time for everything, including start-up, saving and (with --resume) the "
                             "time used before, but not the reading of your own pictures: 90s, 10m, 1.5h (default: "
                             "10m for your own pictures without --epochs, else none)")
-    group.add_argument("--train_images", type=number(int, 1), help="learn from the first N training images only")
+    group.add_argument("--train_images", type=number(int, 1),
+                       help="learn from the first N training images only; with --budget and few of them samples, "
+                            "checkpoints and the validation loss come after each 8,000 images")
     group.add_argument("--sample_interval", type=number(int, 0), default=1,
                        help="write a grid of samples every N epochs; 0: never")
     group.add_argument("--save_interval", type=number(int, 0), default=5,

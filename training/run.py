@@ -102,7 +102,8 @@ class Run:
         speed: images a second.
         """
         trainer = self.trainer
-        finite = [loss for loss in torch.stack(self.losses).tolist() if math.isfinite(loss)]  # waits for the device
+        losses = torch.stack(self.losses).tolist() if self.losses else []  # waits for the device
+        finite = [loss for loss in losses if math.isfinite(loss)]
         self.records.append(dict(
             step=trainer.step, epoch=trainer.epoch, images_seen=trainer.images_seen,
             loss=sum(finite) / len(finite) if finite else None,

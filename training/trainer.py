@@ -85,6 +85,14 @@ class Trainer:
     def images_seen(self) -> int:
         return self.step * self.batch_size
 
+    def reports_now(self, by_time: bool) -> bool:
+        """Whether the epoch that has just ended is reported: every one; by time the first after each EPOCH_IMAGES.
+
+        Else the reports of a run on few --train_images would take most of its time.
+        """
+        epoch_images = self.steps_per_epoch * self.batch_size
+        return not by_time or self.images_seen // EPOCH_IMAGES > (self.images_seen - epoch_images) // EPOCH_IMAGES
+
     @property
     def lr(self) -> float:
         """AdamW's learning rate in the last step."""

@@ -223,6 +223,7 @@ def clock(monkeypatch):
     monkeypatch.setattr(Trainer, "train_step", lasting(1, Trainer.train_step))
     monkeypatch.setattr(train, "validation_loss", lasting(2, validation_loss))
     monkeypatch.setattr("training.trainer.VALIDATION_LOSS_IMAGES", 64)
+    monkeypatch.setattr("training.trainer.EPOCH_IMAGES", 1)
     return clock
 
 
@@ -248,6 +249,26 @@ def test_a_run_keeps_its_budget_and_ends_with_a_rate_near_0_and_a_validation(clo
     assert all(record["val_loss"] > 0 for record in run.records) and len(run.records) == math.ceil(steps / 4)
     peak = run.config["training"]["lr"]
     assert run.trainer.lr < 0.05 * peak < 0.5 * max(record["lr"] for record in run.records)
+
+
+def test_by_time_small_epochs_are_reported_now_and_then_and_the_end_always(monkeypatch, clock, data_dir, tmp_path):
+    """Epochs of 256 images, of which 600 are seen between two reports: at 768, 1,280 and so on."""
+    monkeypatch.setattr("training.trainer.EPOCH_IMAGES", 600)
+    run = sitting(data_dir, tmp_path / "a", 39)
+    images = [256 * epoch for epoch in range(1, 20) if 256 * epoch // 600 > 256 * (epoch - 1) // 600]
+    seen = [record["images_seen"] for record in run.records]
+    assert len(seen) > 2 and seen[:-1] == images[:len(seen) - 1] and seen[-1] == run.trainer.images_seen
+    assert all(record["val_loss"] > 0 for record in run.records)
+    monkeypatch.setattr(train, "LOG_STEPS", 1)
+    run = sitting(data_dir, tmp_path / "b", 42)
+    assert run.trainer.step % 4 and run.records[-1]["step"] == run.trainer.step  # also where one was just recorded
+    assert run.records[-1]["val_loss"] > 0 and run.records[-2]["val_loss"] is None
+
+
+def test_with_epochs_every_one_is_reported(data_dir, tmp_path):
+    assert train.main(tiny(data_dir, tmp_path, "--sample_interval", 0, "--save_interval", 0)) == 0
+    records = load_checkpoint(tmp_path / "model_final.pt")["history"]["records"]
+    assert [record["epoch"] for record in records if record["val_loss"]] == [1, 2]
 
 
 def test_a_machine_that_becomes_busy_before_the_end_is_allowed_for(monkeypatch, clock, data_dir, tmp_path):
