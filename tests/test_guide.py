@@ -179,6 +179,19 @@ def test_numbers_of_the_guide_are_those_of_the_code(guide):
     assert [phrase for phrase in numbers() if " ".join(phrase.split()) not in text] == []
 
 
+def test_the_spread_of_the_same_run_is_that_of_the_tables(root):
+    same = dict(length="--budget 3m", width="--base_channels 32", depth="--middle_depth 3",
+                guidance="--guidance_scale 1.5", images="--train_images 55000")
+    found = [row for name, flags in same.items() for row in results.read(f"experiment_digits_{name}")["rows"]
+             if row["flags"] == flags]
+    assert len(found) == len(same)
+    text = " ".join((root / "guide/experiments.md").read_text().split())
+    assert all(f"`{flags}`" in text for flags in same.values())
+    for name, words in (("frechet_distance", "Their Fréchet distances lie"), ("recall", "their recalls")):
+        values = [row[name]["mean"] for row in found]
+        assert f"{words} between {min(values):.3f} and {max(values):.3f}" in text
+
+
 def test_links_and_anchors_resolve(root):
     assert [broken_links(root, name) for name in ("GUIDE.md", "guide/experiments.md")] == [[], []]
 
