@@ -22,6 +22,8 @@ from checkpoint import load_checkpoint
 from data import code_of, load_dataset
 from data_sources import drawings
 from diffusion import DiffusionProcess
+from evaluation.classifier import load_feature_network
+from evaluation.metrics import check_image_count
 from guide import experiments, figures, measure, quality, results
 from models import SimpleUNet
 from runtime import checkpoints
@@ -115,6 +117,15 @@ def test_the_commands_of_the_documents_run(shown_command, work, data_dir, monkey
     newest = folder / "outputs" / ("moons/model_final.pt" if "field" in arguments else "model_final.pt")
     os.utime(newest)  # of those there, the one that a script takes without --checkpoint
     assert importlib.import_module(name).main(shrink(name, arguments, data_dir)) == 0
+
+
+def test_evaluations_of_the_documents_have_enough_images(root):
+    evaluations = [arguments for name in DOCUMENTS for script, arguments in commands((root / name).read_text())
+                   if script == "evaluate" and "--num_images" in arguments]
+    counts = [evaluate.parse_args(shlex.split(arguments)).num_images for arguments in evaluations]
+    assert len(counts) >= 2
+    for count in counts:
+        check_image_count(count, load_feature_network("mnist", "cpu").head.in_features)
 
 
 def test_the_modules_of_the_guide_understand_their_commands(root):
