@@ -32,8 +32,8 @@ def acquire(lock: FileLock) -> None:
     """Take a lock at once. Timeout if another process holds it; on a disk that has no locks a warning."""
     try:
         lock.acquire(timeout=0)
-    except OSError as error:  # Timeout, too
-        if error.errno not in NO_LOCKS:
+    except (OSError, NotImplementedError) as error:  # the second is what older versions of filelock raise
+        if isinstance(error, OSError) and error.errno not in NO_LOCKS:  # Timeout, too
             raise
         print(f"Warning: the disk of {lock.lock_file} has no file locks: make sure that no second process writes there",
               flush=True)
