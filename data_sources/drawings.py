@@ -21,7 +21,8 @@ from runtime.files import atomic_write, check_writable
 from runtime.parser import Parser, number
 from runtime.script import script
 
-PENS = ("#c8372d", "#e07b1a", "#e9b90c", "#3c8d3f", "#2f6cc0", "#6d4a9c", "#8a5a33", "#38383c")
+GREEN = "#3c8d3f"
+PENS = ("#c8372d", "#e07b1a", "#e9b90c", GREEN, "#2f6cc0", "#6d4a9c", "#8a5a33", "#38383c")
 SIDES = (240, 420)  # of the paper, in pixels
 FORMATS = {"png": "PNG", "jpg": "JPEG"}
 TURN = np.linspace(0, 2 * np.pi, 24, endpoint=False)
@@ -107,7 +108,7 @@ def fish(paper: Paper) -> None:
 def flower(paper: Paper) -> None:
     uniform, petals = paper.rng.uniform, int(paper.rng.integers(5, 9))
     x, y, reach = uniform(0.44, 0.56), uniform(0.28, 0.36), uniform(0.13, 0.18)
-    paper.pens["leaves"] = "#3c8d3f"
+    paper.pens["leaves"] = GREEN
     paper.line([(x, y), (x + uniform(-0.05, 0.05), 0.65), (x + uniform(-0.05, 0.05), 0.95)], "leaves")
     for way in (-1, 1)[:int(paper.rng.integers(1, 3))]:
         low = uniform(0.68, 0.85)
@@ -150,7 +151,7 @@ def draw_folder(folder: Path, count: int, seed: int = 0) -> None:
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
-    parser = Parser(description=__doc__.split("\n", 1)[0])
+    parser = Parser(__doc__)
     parser.add_argument("folder", type=Path, help="where to write them; it must not exist yet, or be empty")
     parser.add_argument("--count", type=number(int, 1), default=400, help="how many drawings")
     parser.add_argument("--seed", type=number(int, 0), default=0, help="another seed gives other drawings")

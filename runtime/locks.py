@@ -35,5 +35,5 @@ def acquire(lock: FileLock) -> None:
     except (OSError, NotImplementedError) as error:  # the second is what older versions of filelock raise
         if isinstance(error, OSError) and error.errno not in NO_LOCKS:  # Timeout, too
             raise
-        print(f"Warning: the disk of {lock.lock_file} has no file locks: make sure that no second process writes there",
-              flush=True)
+        print(f"Warning: the disk of {Path(lock.lock_file).parent} has no file locks: make sure that no second process "
+              f"writes there", flush=True)

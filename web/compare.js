@@ -2,13 +2,13 @@
 
 const STEPS_COLUMNS = [1, 2, 4, 8, 16], GUIDANCE_ROWS = [0, 1, 1.5, 3, 6], BETWEEN_FRAMES = 13;
 
-// What is shown complete in each place: the model and the jobs, as a text.
+// What is shown complete in each place: the jobs, as a text. Another model begins with nothing.
 const finished = {};
 
 // Show the images of jobs in a place, if it does not hold them: arrange() makes room, and receive(index, x) gets each
 // image. A promise of true when they are complete.
 async function makeMany(place, jobs, arrange, receive) {
-  const key = JSON.stringify([app.state.model, jobs]);
+  const key = JSON.stringify(jobs);
   if (finished[place] === key) return true;
   finished[place] = null;
   arrange();

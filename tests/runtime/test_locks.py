@@ -4,6 +4,7 @@ import errno
 import sys
 import threading
 import time
+from unittest.mock import Mock
 
 import pytest
 
@@ -46,6 +47,11 @@ def test_a_disk_without_locks_gets_a_warning_and_other_errors_are_raised(tmp_pat
     assert said.startswith(f"Warning: the disk of {tmp_path}") and "no file locks" in said and said.count("\n") == 1
     with claim(tmp_path / "run"):
         assert "no file locks" in capsys.readouterr().out
+    monkeypatch.setattr("filelock.FileLock.acquire", Mock(side_effect=NotImplementedError))  # of older versions
+    with alone(tmp_path / "a", "waiting"):
+        assert "no file locks" in capsys.readouterr().out
+    monkeypatch.undo()
+    monkeypatch.setattr("fcntl.flock", flock)
     number = errno.EIO
     with pytest.raises(OSError, match="the disk answers"), alone(tmp_path / ".lock", "waiting"):
         pass
