@@ -10,6 +10,7 @@ from collections.abc import Callable
 from data import DATASETS
 from data_sources.pictures import FITS
 from runtime.errors import UserError
+from runtime.script import called_as
 from samplers import (
     DEFAULT_GUIDANCE,
     DEFAULT_SAMPLER,
@@ -71,7 +72,7 @@ class Parser(argparse.ArgumentParser):
         return split
 
     def error(self, message: str):
-        raise UserError(f"{message} (python {self.prog} --help lists the flags)")
+        raise UserError(f"{message} (python {called_as()} --help lists the flags)")
 
 
 def number(kind: type, low: float = -math.inf, high: float = math.inf) -> Callable[[str], float]:

@@ -137,9 +137,15 @@ def _print_error(message, status: int) -> int:
     return status
 
 
+def called_as() -> str:
+    """What stands behind `python` in the command that was called: "train.py", or "-m guide.measure" for a module."""
+    name, spec = Path(sys.argv[0]).name, getattr(sys.modules["__main__"], "__spec__", None)
+    return f"-m {spec.name}" if spec and f"{spec.name.rpartition('.')[2]}.py" == name != "__main__.py" else name
+
+
 def _report_bug(argv: Sequence[str] | None) -> int:
     """Print the traceback of the exception that is being handled, the command, and a request."""
-    command = shlex.join(["python", Path(sys.argv[0]).name, *(sys.argv[1:] if argv is None else argv)])
+    command = shlex.join(["python", *called_as().split(), *(sys.argv[1:] if argv is None else argv)])
     progress.close_all()
     with contextlib.suppress(OSError):
         traceback.print_exc()

@@ -132,3 +132,9 @@ def test_warnings_are_shown_to_those_who_ask(root, tmp_path):
 def test_all_scripts_begin_in_this_way(name):
     main = importlib.import_module(name).main
     assert main.__wrapped__ and main.__code__ is script(lambda argv: None).__code__
+
+
+@pytest.mark.parametrize("called", ["-m data_sources.drawings", "sample.py"])
+def test_the_help_that_is_named_is_that_of_the_command(root, called):
+    done = subprocess.run([sys.executable, *called.split(), "--nonsense"], cwd=root, capture_output=True, text=True)
+    assert done.returncode == 2 and f"python {called} --help" in done.stderr and done.stderr.count("\n") == 1
