@@ -72,7 +72,8 @@ class Parser(argparse.ArgumentParser):
         return split
 
     def error(self, message: str):
-        raise UserError(f"{message} (python {called_as()} --help lists the flags)")
+        command = " ".join([called_as(), *self.prog.split()[1:]])  # with the sub-command, as in "edit.py vary"
+        raise UserError(f"{message} (python {command} --help lists the flags)")
 
 
 def number(kind: type, low: float = -math.inf, high: float = math.inf) -> Callable[[str], float]:
