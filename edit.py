@@ -186,8 +186,8 @@ class Editor:
                             f"teacher")
         self.shape, self.frames, self.titles = config["data"]["shape"], [], []  # a title for each frame
         self.code = code_of(config)
-        self.picture = chosen_images(args, checkpoint) if args.image or hasattr(args, "index") else None  # uint8
         self.mask = chosen_mask(args, self.shape) if hasattr(args, "mask") else None
+        self.picture = chosen_images(args, checkpoint) if args.image or hasattr(args, "index") else None  # uint8
         command = "invert" if args.command == "interpolate" and args.image else args.command
         steps = args.steps or min(DEFAULT_STEPS[command], num_timesteps)
         if command == "invert" and steps < 2:

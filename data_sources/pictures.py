@@ -15,6 +15,7 @@ from runtime.files import check_archive, one_line
 
 MAX_PIXELS = 2**27  # of one picture, which takes 400 MB; PIL refuses a third more
 FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF")  # of PIL; others can start programs
+BITS_PER_SAMPLE = 258  # the number of this tag of a TIFF
 MIN_BYTES, MAX_RATIO = 2**30, 100  # an archive may unpack to MIN_BYTES, or to MAX_RATIO times its own size
 
 
@@ -147,12 +148,13 @@ def _flat_image(file, background: str, side: int):
     from PIL import Image, ImageOps
 
     with open_image(file) as image:
+        bits = image.tag_v2.get(BITS_PER_SAMPLE, (1,))[0] if image.format == "TIFF" else 16
         image.draft(None, (side, side))
         image.load()
         with contextlib.suppress(Exception):  # damaged notes of a camera do not make a picture unreadable
             image = ImageOps.exif_transpose(image)
         if image.mode[0] in "IF":
-            return _to_8_bits(image), False
+            return _to_8_bits(image, bits), False
         if not image.has_transparency_data:
             return image.copy(), False
         image = image.convert("RGBA")
@@ -160,14 +162,14 @@ def _flat_image(file, background: str, side: int):
     return Image.alpha_composite(Image.new("RGBA", image.size, background), image), transparent
 
 
-def _to_8_bits(image):
-    """A grey image of PIL with 16 bits as one with 8: the nearest level. UserError for other numbers."""
+def _to_8_bits(image, bits: int):
+    """A grey image of PIL with up to 16 bits as one with 8: the nearest level. UserError for other numbers."""
     from PIL import Image
 
-    levels = np.asarray(image)
-    if levels.dtype.kind == "f" or levels.min() < 0 or levels.max() > 65535:
+    levels, highest = np.asarray(image), 2**bits - 1
+    if levels.dtype.kind == "f" or bits > 16 or levels.min() < 0 or levels.max() > highest:
         raise UserError("has numbers that are no levels of 16 bits: save it with 8 or 16 bits per channel")
-    return Image.fromarray(((levels.astype(np.uint32) * 255 + 32767) // 65535).astype(np.uint8))
+    return Image.fromarray(((levels.astype(np.uint32) * 255 + highest // 2) // highest).astype(np.uint8))
 
 
 def read_folder(folder: Path, channels: int) -> tuple[np.ndarray, None]:

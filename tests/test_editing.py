@@ -360,6 +360,7 @@ def test_pictures_that_do_not_fit_are_refused(call, tmp_path, capsys, flag, name
 
 @pytest.mark.parametrize("command, flags, words", [
     ("inpaint", ["--mask", "middle"], ["middle", "center"]),
+    ("inpaint", ["--mask", "middle", "--data_dir", "nowhere"], ["middle", "center"]),  # before data are read
     ("inpaint", ["--resample", 0], ["--resample"]),
     ("inpaint", ["--steps", 41], ["1..40", "41"]),
     ("vary", ["--strength", 1.5], ["--strength", "1.5"]),

@@ -5,6 +5,7 @@ import json
 import os
 import shutil
 import signal
+import struct
 import subprocess
 import sys
 import time
@@ -74,6 +75,30 @@ def test_16_bits_become_the_nearest_of_8(tmp_path):
     Image.fromarray(levels).save(tmp_path / "in/a.png")
     images, _ = read(tmp_path / "in", tmp_path / "data")
     assert (images.ravel() == np.arange(256)).all()
+
+
+def tiff_of_12_bits(levels):
+    """The bytes of a grey TIFF of 12 bits, which PIL reads and does not write, from levels (H, W), W even."""
+    height, width = levels.shape
+    first, second = levels.reshape(-1, 2).astype(int).T  # two levels in three bytes
+    strip = np.stack([first >> 4, (first & 15) << 4 | second >> 8, second & 255], 1).astype(np.uint8).tobytes()
+    tags = {256: width, 257: height, 258: 12, 259: 1, 262: 1, 273: 8, 277: 1, 278: height, 279: len(strip)}
+    entries = b"".join(struct.pack("<HHII", tag, 4, 1, value) for tag, value in tags.items())
+    return struct.pack("<2sHI", b"II", 42, 8 + len(strip)) + strip + struct.pack("<H", len(tags)) + entries + bytes(4)
+
+
+def test_12_bits_become_the_nearest_of_8(tmp_path):
+    (tmp_path / "in").mkdir()
+    (tmp_path / "in/a.tif").write_bytes(tiff_of_12_bits(np.linspace(0, 4095, 256).round().reshape(16, 16)))
+    images, _ = read(tmp_path / "in", tmp_path / "data")
+    assert (images.ravel() == np.arange(256)).all()
+
+
+def test_numbers_of_32_bits_whose_range_is_unknown_are_skipped_with_a_reason(tmp_path, capsys):
+    save(tmp_path / "in/a.png")
+    Image.fromarray(np.full((16, 16), 255, np.int32)).save(tmp_path / "in/b.tif")
+    images, _ = read(tmp_path / "in", tmp_path / "data", quiet=False)
+    assert len(images) == 1 and "b.tif (has numbers that are no levels of 16 bits" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("name, background, level", [("a.png", "white", 255), ("a.webp", "black", 0)])
