@@ -40,7 +40,7 @@ from runtime.files import check_writable, one_line, write_json
 from runtime.locks import alone
 from runtime.progress import Bar
 
-VERSION = 2  # of what is read from a picture; part of the key
+VERSION = 3  # of what is read from a picture; part of the key
 MIN_HELD_OUT, HELD_OUT = 200, 0.1  # of fewer different pictures none is held out; else these shares for two splits
 SIZES, LARGEST = (28, 32, 64), 512  # the sides that are chosen by themselves; the largest that can be asked for
 SIZED = 100  # pictures whose sizes are looked at
