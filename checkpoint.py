@@ -12,6 +12,7 @@
 
 import json
 import math
+import numbers
 import warnings
 from itertools import pairwise
 from pathlib import Path
@@ -296,6 +297,12 @@ def _wrong_weights(checkpoint: dict, expected: dict) -> str | None:
             if not bool(weight.isfinite().all()):
                 return f"the tensor {name!r} of {part} holds numbers that are not finite: its run diverged"
     return None
+
+
+def training_flag(checkpoint: dict, name: str, default):
+    """A numeric flag of the training; the default if it is missing or not a valid number."""
+    value = checkpoint["config"]["training"].get(name)
+    return value if isinstance(value, numbers.Real) and 0 <= value <= MAX_COUNT else default
 
 
 def data_mismatch(config: dict, data: ImageData) -> str | None:

@@ -14,7 +14,6 @@ begins.
 import copy
 import math
 import os
-import shlex
 import sys
 import time
 from argparse import Namespace
@@ -26,12 +25,13 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from checkpoint import data_mismatch, load_model
+from checkpoint import data_mismatch, load_model, training_flag
 from data import ImageData, code_of, load_dataset
 from diffusion import Denoise, DiffusionProcess, reduce_loss
 from runtime import distributed, threads
 from runtime.checkpoints import with_checkpoint
 from runtime.errors import UserError
+from runtime.files import quoted
 from runtime.parser import SHARED_FLAGS, Parser, add_shared_flags, duration, number
 from runtime.sampling import dataset_of, is_student, sampling_options
 from runtime.script import script
@@ -192,9 +192,9 @@ def make_run(args: Namespace, start: float) -> Run:
     data = data.coded(code_of(checkpoint["config"]))
     if problem := data_mismatch(checkpoint["config"], data):
         raise UserError(f"{problem}: give the --data_dir that it was trained on")
-    settings = Namespace(**vars(args) | dict(guidance_scale=guidance_scale))
-    trainer, settings = make_trainer(settings, teacher, process, data.to(device),
-                                     checkpoint["config"]["training"].get("hflip", False))
+    settings = Namespace(**vars(args) | dict(guidance_scale=guidance_scale,
+                                             hflip=bool(training_flag(checkpoint, "hflip", False))))
+    trainer, settings = make_trainer(settings, teacher, process, data.to(device))
     config = dict(model=teacher.config, diffusion=process.config, data=checkpoint["config"]["data"],
                   training=dict(vars(settings), student=True, teacher_images_seen=checkpoint["images_seen"]))
     budget = Budget(math.inf, args.budget, start, reserve=CLOSING_SECONDS)
@@ -214,8 +214,8 @@ def check_teacher(args: Namespace, process: DiffusionProcess, checkpoint: dict) 
                         f"another --output_dir")
 
 
-def make_trainer(settings: Namespace, teacher, process: DiffusionProcess, data: ImageData,
-                 hflip: bool) -> tuple[Trainer, Namespace]:
+def make_trainer(settings: Namespace, teacher, process: DiffusionProcess,
+                 data: ImageData) -> tuple[Trainer, Namespace]:
     """The trainer of a student that is still a copy of the teacher, and the settings with the measured precision."""
     student = copy.deepcopy(teacher).requires_grad_(True)
     consistency = Consistency(process, teacher, settings.teacher_steps, settings.guidance_scale,
@@ -226,8 +226,8 @@ def make_trainer(settings: Namespace, teacher, process: DiffusionProcess, data: 
     for network in (teacher, student):
         network.to(memory_format=autotune.LAYOUTS[layout])
     trainer = Trainer(data, student, consistency, batch_size=count, lr=settings.lr, muon_lr=settings.muon_lr,
-                      conditional=conditional, label_dropout=0.0, precision=precision, seed=settings.seed, hflip=hflip,
-                      cuda_graph=data.images.device.type == "cuda")
+                      conditional=conditional, label_dropout=0.0, precision=precision, seed=settings.seed,
+                      hflip=settings.hflip, cuda_graph=data.images.device.type == "cuda")
     return trainer, Namespace(**vars(settings) | dict(precision=precision))
 
 
@@ -255,7 +255,7 @@ def main(argv=None):
                     return 128 + run.stopped
                 path = run.save("model_final.pt")
                 save_samples(run)
-                print(f"Saved {path}: python sample.py --checkpoint {shlex.quote(str(path))}")
+                print(f"Saved {path}: python sample.py --checkpoint {quoted(path)}")
 
 
 if __name__ == "__main__":

@@ -11,7 +11,6 @@ Each line is OK, WARN or FAIL, with the likely cause and, below it, how to fix i
 import contextlib
 import json
 import math
-import numbers
 import sys
 from argparse import Namespace
 from collections.abc import Iterator, Sequence
@@ -20,13 +19,13 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from checkpoint import MAX_COUNT, data_mismatch, load_model
+from checkpoint import data_mismatch, load_model, training_flag
 from data import ImageData, code_of, load_dataset, refuse_points, to_model
 from data_sources.cache import MIN_HELD_OUT
 from diffusion import DiffusionProcess
 from evaluation.classifier import load_feature_network
 from evaluation.features import extract_features
-from evaluation.gaussian import MOST_VALUES, gaussian_bound
+from evaluation.gaussian import bound_images, gaussian_bound
 from evaluation.health_checks import (
     Finding,
     check_copies,
@@ -44,7 +43,7 @@ from evaluation.health_checks import (
     check_tensors,
 )
 from evaluation.machine_checks import examine_machine
-from evaluation.metrics import closeness, nearest
+from evaluation.metrics import closeness, nearest_version, versions
 from models import create_model
 from runtime.checkpoints import is_pretrained, pretrained_models, with_checkpoint
 from runtime.errors import UserError
@@ -57,7 +56,7 @@ from utils import generator_for, get_device
 
 SAMPLES, REAL = 64, 500  # generated images, and real images that they are compared with
 ERROR_IMAGES = 256  # for the error of x_0_hat
-BOUND_IMAGES, BOUND_RATIO = 5000, 5  # for the Gaussian bound: at least so many, and so many times as many as pixels
+BOUND_IMAGES = 5000  # for the Gaussian bound: at least so many
 LOG_SNRS = (4.0, 2.0, 0.0, -2.0, -4.0)  # where the error is measured, from little to much noise
 
 
@@ -91,12 +90,6 @@ def initial_weights(checkpoint: dict) -> dict[str, Tensor]:
         return create_model(**checkpoint["config"]["model"]).state_dict()
 
 
-def training_flag(checkpoint: dict, name: str, default):
-    """A numeric flag of the training; the default if it is missing or not a valid number."""
-    value = checkpoint["config"]["training"].get(name)
-    return value if isinstance(value, numbers.Real) and 0 <= value <= MAX_COUNT else default
-
-
 def command_to_resume(args, *more: str) -> str:
     """The command that resumes the run of --checkpoint; of a pretrained one, which cannot be resumed, its training."""
     if is_pretrained(args.checkpoint):
@@ -114,7 +107,7 @@ def examine_checkpoint(checkpoint: dict) -> Iterator[Finding]:
         yield check_tensors(checkpoint[part], initial, step, part)
     rows = "label_embedding.weight"
     if rows in initial:
-        yield check_label_rows(checkpoint["ema"][rows], initial[rows])
+        yield check_label_rows(checkpoint["ema"][rows], initial[rows], checkpoint["config"]["data"]["class_names"])
     records = checkpoint["history"].get("records", [])
     losses = [math.nan if record["loss"] is None else record["loss"] for record in records]  # None: not finite
     yield from check_history(losses, [r["val_loss"] for r in records if r.get("val_loss") is not None])
@@ -137,9 +130,8 @@ def examine_error(model, diffusion: DiffusionProcess, train: ImageData, unseen: 
     unseen = unseen.first(ERROR_IMAGES)
     x_0, labels = unseen.x_0(), unseen.labels.to(diffusion.device) if model.num_classes else None
     times = sorted({round(diffusion.time_of(log_snr)) for log_snr in LOG_SNRS})
-    values = train.images[0].numel()
-    count = max(BOUND_IMAGES, BOUND_RATIO * values if values <= MOST_VALUES else 0)
-    bound = gaussian_bound(train.first(count).x_0(), diffusion, times)
+    some = train.first(bound_images(BOUND_IMAGES, train.images[0].numel()))
+    bound = gaussian_bound(some.x_0(), diffusion, times)
     denoised = [denoise_at(model, diffusion, x_0, labels, t) for t in times]
     yield check_error(torch.stack([(x - x_0).double().square().mean() for x in denoised]), bound,
                       [diffusion.log_snr(t).item() for t in times], longer)
@@ -169,11 +161,11 @@ def examine_samples(model, diffusion: DiffusionProcess, train: ImageData, unseen
         more = train.code.decode(all_images(model, diffusion, shape, range(16), **twice).cpu())
         yield check_steps(to_model(generated[:16]), to_model(more), options["steps"])
     device = diffusion.device
-    distances = nearest(torch.cat([generated, real]).to(device), train.images)[0]
+    mirrored = bool(training_flag(checkpoint, "hflip", False))
+    distances = nearest_version(versions(torch.cat([generated, real]).to(device), mirrored), train.images)[0]
     yield check_copies(closeness(distances[:SAMPLES], distances[SAMPLES:]))
     if train.class_names:
-        yield from examine_by_classifier(generated, real, options["labels"], train.source, device,
-                                         mirrored=bool(training_flag(checkpoint, "hflip", False)))
+        yield from examine_by_classifier(generated, real, options["labels"], train.source, device, mirrored)
 
 
 def examine_by_classifier(images: Tensor, real: Tensor, labels: Tensor | None, dataset: str | Path, device,

@@ -35,8 +35,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from checkpoint import load_checkpoint, load_model
-from data import DATASETS, SPLITS, LevelCode, code_of, load_dataset
+from checkpoint import load_checkpoint, load_model, training_flag
+from data import DATASETS, SPLITS, ImageData, LevelCode, code_of, load_dataset
 from data_sources.pictures import read_images
 from diffusion import DiffusionProcess
 from evaluation.autoencoder_training import train_second_network
@@ -77,7 +77,7 @@ from runtime.script import script
 from samplers import SAMPLERS, STUDENT_SAMPLER, final_image, generate
 from utils import autocast, get_device, pick_precision
 
-SAMPLING_FLAGS = ("num_images", "use_ema", "sampler", "spacing", "steps", "eta", "guidance_interval", "batch_size")
+SAMPLING_FLAGS = ("use_ema", "sampler", "spacing", "steps", "eta", "guidance_interval", "batch_size")
 SWEEP_STEPS = (5, 10, 20, 50)
 RESULTS = ("evaluation.json", "nearest.png", "sweep.json", "sweep.png", "sweep_images.png", COMPARE_RESULT)
 
@@ -97,6 +97,9 @@ def parse_args(argv: Sequence[str] | None):
     group.add_argument("--runs", metavar="FOLDER",
                        help="list the runs below a folder with their flags, times and figures; writes FOLDER/runs.csv")
     group = parser.add_argument_group("how a checkpoint makes images")
+    group.add_argument("--num_images", **SHARED_FLAGS["num_images"] | dict(
+        default=5000, help="the number of images to make (default: 5000); of ready images, how many of the first are "
+                           "measured (default: all)"))
     add_shared_flags(group, *SAMPLING_FLAGS)
     group.add_argument("--guidance_scale", **SHARED_FLAGS["guidance_scale"], nargs="+", metavar="SCALE")
     group.add_argument("--sweep", type=number(int, 1), nargs="*", metavar="STEPS",
@@ -107,7 +110,7 @@ def parse_args(argv: Sequence[str] | None):
                        default=None, help="the data set of --images, or the path of your own pictures (of "
                                           "--checkpoint: its own)"))
     add_shared_flags(group, *PICTURE_FLAGS)
-    parser.set_defaults(num_images=5000, guidance_scale=[None], batch_size=250)
+    parser.set_defaults(guidance_scale=[None], batch_size=250)
     group.add_argument("--reference", choices=SPLITS,
                        help="the real images to compare with: test for results, validation for choices (default: "
                             "test; with --sweep: "
@@ -128,6 +131,7 @@ def parse_args(argv: Sequence[str] | None):
     add_shared_flags(group, "device", "precision", "threads", "seed")
     args = parser.parse_args(argv)
     check_flags(args, parser)
+    args.given_images = args.num_images if "num_images" in parser.typed else None
     return args
 
 
@@ -144,6 +148,8 @@ def check_flags(args, parser: Parser) -> None:
     if any(ready) and not args.dataset:
         parser.error(f"{'ready images need' if args.compare else '--images needs'} --dataset, the real images to "
                      f"compare with: {', '.join(DATASETS)}")
+    if args.train_features and "num_images" in parser.typed:
+        parser.error("--num_images changes nothing with --train_features: leave it out")
     for name in (*SAMPLING_FLAGS, "guidance_scale", "sweep"):
         if name in parser.typed and (all(ready) or not (measures_checkpoint(args) or args.compare)):
             parser.error(f"--{name} needs --checkpoint: it sets how a checkpoint makes images")
@@ -167,7 +173,10 @@ def check_flags(args, parser: Parser) -> None:
 
 
 class LoadedCheckpoint(NamedTuple):
-    """A network that makes images, and the arguments of samplers.generate for each set of images to measure."""
+    """A network that makes images, and the arguments of samplers.generate for each set of images to measure.
+
+    train_images, mirrored: it learned from so many training images (0: all), and from their mirror images, too
+    """
 
     model: nn.Module
     diffusion: DiffusionProcess
@@ -176,6 +185,8 @@ class LoadedCheckpoint(NamedTuple):
     shape: Sequence[int]
     labels: Tensor | None
     options: list[dict]
+    train_images: int
+    mirrored: bool
 
 
 def open_checkpoint(args: Namespace, device: torch.device, output: Path) -> LoadedCheckpoint:
@@ -197,7 +208,9 @@ def open_checkpoint(args: Namespace, device: torch.device, output: Path) -> Load
         interval = None if scale == 1 and len(args.guidance_scale) > 1 else args.guidance_interval
         flags = dict(sampler=sampler, guidance_scale=scale, steps=steps, guidance_interval=interval)
         options.append(sampling_options(config, Namespace(**vars(args) | flags), labels=labels))
-    return LoadedCheckpoint(model, diffusion, dataset, code_of(config), config["data"]["shape"], labels, options)
+    return LoadedCheckpoint(model, diffusion, dataset, code_of(config), config["data"]["shape"], labels, options,
+                            int(training_flag(checkpoint, "train_images", 0)),
+                            bool(training_flag(checkpoint, "hflip", False)))
 
 
 def make_images(args: Namespace, loaded: LoadedCheckpoint, options: dict, count: int) -> GeneratedImages:
@@ -244,7 +257,8 @@ def evaluate(args: Namespace, command: Sequence[str], reference: Reference, gene
     if args.likelihood:
         result["bits_per_dim"] = likelihood(loaded.model, loaded.diffusion, reference.data, loaded.code, args.seed)
     about = conditions(args, command, device, reference, len(images), loaded.options[0] if loaded else None)
-    memorised = memorisation(reference, images, features, args.data_dir, device, output / "nearest.png")
+    memorised = memorisation(reference, images, features, args.data_dir, device, output / "nearest.png",
+                             bool(loaded and loaded.mirrored))
     shares = {name: named_shares(reference.data.class_names, each.probabilities)
               for name, each in (("images", features), ("reference", reference.features))}
     print_heading(about)
@@ -295,8 +309,7 @@ def run_comparison(args: Namespace, command: Sequence[str], device: torch.device
         inputs = [load_inputs(side, device, output) for side in sides]
     _, _, data, floor_data, networks = inputs[0]
     counts = [len(floor.images) for *_, floor, _ in inputs]
-    check_comparable(args.compare, [data.name for _, _, data, _, _ in inputs],
-                     [data.source for _, _, data, _, _ in inputs], counts)
+    check_comparable(args.compare, [data for _, _, data, _, _ in inputs], counts)
     reference = None if distributed.rank() else make_reference(data, floor_data, *networks, args.data_dir)
     values, about = [], []
     for side, (loaded, generated, *_) in zip(sides, inputs, strict=True):
@@ -326,12 +339,23 @@ def output_folder(args: Namespace) -> Path:
 
 
 def fitting_count(args: Namespace) -> Namespace:
-    """The flags with as many images as the held-out pictures allow, for a checkpoint of one's own pictures."""
+    """The flags with as many images as the held-out pictures allow, for a checkpoint of one's own pictures.
+
+    A number that the user gives stays as it is.
+    """
     source = dataset_of(load_checkpoint(args.checkpoint), args.data_dir, args.dataset)
-    if not isinstance(source, Path):
+    if args.given_images or not isinstance(source, Path):
         return args
     held_out = min(len(load_dataset(source, split).images) for split in ("validation", "test"))
     return Namespace(**vars(args) | dict(num_images=min(args.num_images, held_out if held_out >= FEW else FEW)))
+
+
+def ready_images(args: Namespace, data: ImageData) -> GeneratedImages:
+    """The images of --images, or the first --num_images of them."""
+    images, labels = read_images(Path(args.images), data.images.shape[1:], len(data.class_names))
+    if (count := args.given_images or len(images)) > len(images):
+        raise UserError(f"{args.images} holds {len(images):,} images, fewer than --num_images {count}: leave it out")
+    return GeneratedImages(images[:count], None if labels is None else labels[:count], nfe=0, seconds=0)
 
 
 def load_inputs(args: Namespace, device: torch.device, output: Path):
@@ -344,8 +368,7 @@ def load_inputs(args: Namespace, device: torch.device, output: Path):
                         args.data_dir)
     generated = None
     if not loaded:
-        images, labels = read_images(Path(args.images), data.images.shape[1:], len(data.class_names))
-        generated = GeneratedImages(images, labels, nfe=0, seconds=0)
+        generated = ready_images(args, data)
     if args.cas and (loaded or generated).labels is None:
         raise UserError("--cas needs labels: a checkpoint trained with --conditional, or `labels` in the .npz")
     count = args.num_images if loaded else len(generated.images)
@@ -385,7 +408,9 @@ def main(argv=None):
     if networks is None:
         images, *_ = generated or make_images(args, loaded, loaded.options[0], count)
         if distributed.rank() == 0:
-            report_copies(images, data, command, output)
+            learned = load_dataset(data.source, "train", args.data_dir)
+            learned = learned.first(loaded.train_images or len(learned.images)) if loaded else learned
+            report_copies(images, learned, bool(loaded and loaded.mirrored), command, output)
         return distributed.destroy_process_group()
     reference = None if distributed.rank() else make_reference(data, floor_data, *networks, args.data_dir)
     if args.sweep is not None:

@@ -16,7 +16,6 @@ The last two need pip install -r requirements-export.txt.
 """
 
 import json
-import shlex
 import sys
 from argparse import Namespace
 from collections.abc import Sequence
@@ -29,7 +28,7 @@ from checkpoint import SAFETENSORS, load_model, save_safetensors, to_precision
 from evaluation.report import evaluation_of
 from runtime.checkpoints import folder_of_results, is_pretrained, pretrained_models, with_checkpoint
 from runtime.errors import RunFailed, UserError
-from runtime.files import atomic_write, check_output
+from runtime.files import atomic_write, check_output, quoted
 from runtime.parser import SHARED_FLAGS, Parser, add_shared_flags
 from runtime.sampling import sampling_options
 from runtime.script import script
@@ -71,7 +70,7 @@ def shown_name(path: Path) -> str:
     if is_pretrained(path):
         return path.stem
     whole = path.resolve()
-    return shlex.quote(str(whole.relative_to(Path.cwd())) if whole.is_relative_to(Path.cwd()) else path.name)
+    return quoted(whole.relative_to(Path.cwd()) if whole.is_relative_to(Path.cwd()) else path.name)
 
 
 # -------------------------------------------------------------------------------------------------------------- html
@@ -193,7 +192,7 @@ def model_card(checkpoint: dict, figures: dict[str, dict], folder: Path, paramet
         f"`{config['diffusion']['schedule']}` schedule with {config['diffusion']['num_timesteps']} timesteps.", "",
         "## Figures", "", *table, "", "## Licence", "",
         f"The program has the MIT licence. {LICENCES.get(data, 'The data are the user’s own: ask them.')}", "",
-        "## Use", "", "```sh", f"python sample.py --checkpoint {shlex.quote(folder.name)}", "```", "", "```python",
+        "## Use", "", "```sh", f"python sample.py --checkpoint {quoted(folder.name)}", "```", "", "```python",
         "import torch", "from checkpoint import load_model", "from data import code_of",
         "from samplers import all_images", "",
         f"model, diffusion, checkpoint = load_model({str(Path(folder.name) / SAFETENSORS)!r})",
@@ -215,7 +214,7 @@ def write_safetensors(path: Path, args: Namespace, output: Path) -> None:
     save_safetensors(output, weights, checkpoint)
     with atomic_write(output / "README.md") as file:
         file.write(card.encode())
-    print(f"Saved {output}: {SAFETENSORS}, config.json and README.md; python sample.py --checkpoint {output}")
+    print(f"Saved {output}: {SAFETENSORS}, config.json and README.md; python sample.py --checkpoint {quoted(output)}")
 
 
 @script

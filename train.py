@@ -11,7 +11,6 @@ training_loss.png, metrics.jsonl and run.json. Results of an older run there are
 
 import contextlib
 import math
-import shlex
 import sys
 import time
 from argparse import Namespace
@@ -26,7 +25,7 @@ from data import ImageData, load_dataset
 from evaluation.copies import copies, copies_line
 from runtime import distributed, threads
 from runtime.errors import UserError
-from runtime.files import check_output
+from runtime.files import check_output, quoted
 from runtime.memory import trim_heap
 from runtime.progress import say
 from runtime.sampling import chosen_dataset, is_student, sampling_options
@@ -191,7 +190,7 @@ def say_copies(run: Run) -> None:
     if is_few(run.trainer.data):
         pictures = preview(run)
         if distributed.rank() == 0:
-            print(copies_line(copies(pictures.cpu(), run.trainer.data)[0]))
+            print(copies_line(copies(pictures, run.trainer.data, run.trainer.hflip)[0]))
 
 
 def preview_work(trainer: Trainer) -> float:
@@ -321,7 +320,7 @@ def main(argv=None):
                 say_copies(run)
                 if distributed.rank() == 0:
                     plot_losses(run.records, folder / "training_loss.png")
-                print(f"Saved {path}: python sample.py --checkpoint {shlex.quote(str(path))}")
+                print(f"Saved {path}: python sample.py --checkpoint {quoted(path)}")
     distributed.destroy_process_group()
 
 

@@ -123,8 +123,8 @@ def show_images(rows: Sequence[Tensor], titles: Sequence[str], labels: Sequence[
 def draw_forward(args: Namespace):
     """x_t at increasing t: one row for each image."""
     diffusion = DiffusionProcess(args.timesteps, args.schedule)
-    data = load_dataset(chosen_dataset(Namespace(**vars(args) | dict(dataset=args.dataset or "mnist")), quiet=True),
-                        "test", args.data_dir)
+    data = load_dataset(chosen_dataset(Namespace(**vars(args) | dict(dataset=args.dataset or "mnist")),
+                                       get_device(args.device).type == "cpu", quiet=True), "test", args.data_dir)
     data = data if len(data.images) else load_dataset(data.source, "train", args.data_dir)
     generator = generator_for(args.seed)
     chosen = torch.randperm(len(data.images), generator=generator)[:args.num_images]

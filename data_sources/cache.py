@@ -4,7 +4,7 @@ data_dir/pictures/NAME-KEY holds for one folder of pictures and one way to read 
 
     images.npy    (N, C, H, W) uint8: the test split, then validation, then train, each in the order of hashes
     labels.npy    (N,) int64
-    about.json    what was read: see `_about`
+    about.json    what was read: see `_sort`
 
 A picture's split and place follow from a hash of its pixels, so that copies of one picture are always in the same
 split, and the files are the same on every machine, whatever the folder is called and in whichever order it is listed.
@@ -36,7 +36,7 @@ from data_sources.folder import Found, Source, describe, describe_others, find_p
 from data_sources.pictures import decode, open_image
 from runtime.cores import available_cores
 from runtime.errors import RunFailed, UserError
-from runtime.files import check_writable, one_line, write_json
+from runtime.files import check_writable, one_line, quoted, write_json
 from runtime.locks import alone
 from runtime.progress import Bar
 
@@ -45,10 +45,11 @@ MIN_HELD_OUT, HELD_OUT = 200, 0.1  # of fewer different pictures none is held ou
 SIZES, LARGEST = (28, 32, 64), 512  # the sides that are chosen by themselves; the largest that can be asked for
 SIZED = 100  # pictures whose sizes are looked at
 CHUNK, MIN_PARALLEL = 32, 256  # pictures that a process reads at a time; fewer are read without other processes
+MOST_PROCESSES = 61  # that Windows lets one process wait for
 PART = r"(train|test|val|dev|eval|pred)(?:ing|id|idation|uation|iction)?\d*"
 SPLIT_NAME = re.compile(rf"(?i)(?:.*[\W_])?{PART}(?:[\W_].*)?")  # of a part of a data set, such as seg_train
 CLEAR = 16  # levels between the channels of a pixel that make a colour clear; less may be the tint of a scan
-BLOCK = 4096  # pictures that are sorted into the final file at a time
+BLOCK = 2**26  # bytes of pictures that are sorted into the final file at a time
 
 
 class Pictures(NamedTuple):
@@ -102,7 +103,7 @@ def _older(folder: Path, pictures: Pictures) -> Iterator[str]:
             if other.parent != folder and {name: content.get(name) for name in Pictures._fields} == pictures._asdict():
                 size = sum(file.stat().st_size for file in other.parent.iterdir())
                 yield (f"These pictures were read before, and have changed: {other.parent} ({size:,} bytes) can be "
-                       f"deleted, unless a run with them is to be resumed")
+                       f"deleted, unless a checkpoint that learned from them is still to be used")
 
 
 def find_cached(key: str, digest: str, data_dir: str | Path) -> Path | None:
@@ -160,8 +161,15 @@ def summary(content: dict) -> Iterator[str]:
     if part := part_for_training(content["class_names"]):
         path = Path(content["path"])
         unpack = "" if path.is_dir() else "unpack the archive and "
+        such_as = (path.with_suffix("") if unpack else path) / content["shared"] / part
         yield (f"These look like parts for training and for testing, and not like classes: to learn the classes in one "
-               f"of them, {unpack}give it with --dataset, such as {(path.with_suffix('') if unpack else path) / part}")
+               f"of them, {unpack}give it with --dataset, such as {quoted(such_as)}")
+    if unlearned := [name for name, count in zip(content["class_names"], content["learned"], strict=True) if not count]:
+        yield (f"All pictures of {one_line(', '.join(unlearned), 300)} are held out, so that none is left to learn "
+               f"from: add some, or leave the class out")
+    if content["copies"]:
+        two = f", and {content['in_two_classes']:,} are in more than one class" if content["in_two_classes"] else ""
+        yield f"{content['copies']:,} are exact copies of others{two}"
     if content["mixed"]:
         yield "Some lie beside the sub-folders: for classes, move every picture into a sub-folder"
     if content["transparent"]:
@@ -297,7 +305,7 @@ def _begin(task: _Task, parent: int) -> None:
 @contextlib.contextmanager
 def _readers(task: _Task) -> Iterator[Executor | None]:
     """Processes that call `_read_rows`; None, for this process alone, where there is little to read."""
-    cores = available_cores()
+    cores = min(available_cores(), MOST_PROCESSES)
     if len(task.names) < MIN_PARALLEL or cores == 1:
         _share(task)
         try:
@@ -382,18 +390,24 @@ def _sort(scratch: np.ndarray, facts: Sequence, found: Found, pictures: Pictures
     channels = 1 if pictures.channels == "1" or (pictures.channels == "auto" and not counts["coloured"]) else 3
     images = np.lib.format.open_memmap(folder / "images.npy", "w+", np.uint8,
                                        (len(used), channels, *scratch.shape[1:3]))
-    for first in range(0, len(used), BLOCK):
-        rows = scratch[used[first:first + BLOCK]]
+    block = max(1, BLOCK // scratch[0].size)
+    for first in range(0, len(used), block):
+        rows = scratch[used[first:first + block]]
         images[first:first + len(rows)] = rows[..., :channels].transpose(0, 3, 1, 2)
     images.flush()
-    labels = np.array([found.labels[row] for row in used], np.int64)
-    np.save(folder / "labels.npy", labels)
-    class_names = list(found.class_names)
+    present, labels = np.unique([found.labels[row] for row in used], return_inverse=True)
+    np.save(folder / "labels.npy", labels := labels.astype(np.int64))
+    class_names = [found.class_names[label] for label in present] if len(present) > 1 else []
+    splits = _splits(hashes)
+    learned = np.bincount(labels[len(labels) - splits["train"]:], minlength=len(class_names))
+    different = len(set(hashes))
     digest = hashlib.sha256(b"".join(hashes) + labels.tobytes() + json.dumps([class_names, images.shape]).encode())
     return dict(count=len(used), shape=list(images.shape[1:]), class_names=class_names,
                 counts=np.bincount(labels, minlength=len(class_names)).tolist()[:len(class_names)],
-                splits=_splits(hashes), digest=digest.hexdigest(), others=found.others, mixed=found.mixed,
-                skipped=skipped, **counts, **pictures._asdict())
+                learned=learned.tolist()[:len(class_names)], splits=splits, copies=len(used) - different,
+                in_two_classes=len({*zip(hashes, labels.tolist(), strict=True)}) - different, digest=digest.hexdigest(),
+                others=found.others, mixed=found.mixed, shared=found.shared, skipped=skipped, **counts,
+                **pictures._asdict())
 
 
 def _splits(hashes: Sequence[bytes]) -> dict[str, int]:

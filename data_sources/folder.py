@@ -22,6 +22,7 @@ from runtime.files import check_archive, one_line
 
 SUFFIXES = (".png", ".jpg", ".jpeg", ".jfif", ".webp", ".gif", ".bmp", ".tif", ".tiff")
 MAX_BYTES = 2**28  # of one file
+UTF8_FLAG = 0x800  # of a file in a .zip: its name is in UTF-8, and else in code page 437
 HIDDEN = (".", "__MACOSX", "@eaDir", "#recycle", "$RECYCLE.BIN")  # how the names begin that are left out
 
 
@@ -33,6 +34,7 @@ class Found(NamedTuple):
     others        how many files of each ending are no pictures, most first: {".heic": 45, "": 1}
     listing       a sha256 of the names, sizes and dates (in an archive: checksums): it changes when a file does
     mixed         whether pictures lie beside sub-folders with pictures, so that there are no classes
+    shared        the folders that all pictures share, above those of the classes: "images/set"
     array         of a .npz the name of the array of pictures, else None; side and unpacked are for it
     side          the shorter side of the pictures
     unpacked      how many bytes they take
@@ -45,6 +47,7 @@ class Found(NamedTuple):
     others: dict[str, int]
     listing: str
     mixed: bool
+    shared: str = ""
     array: str | None = None
     side: int = 0
     unpacked: int = 0
@@ -77,8 +80,7 @@ def find_pictures(path: Path) -> Found:
     for entry in pictures:
         listing.update(repr(entry).encode(errors="surrogateescape"))
     names = [name for name, *_ in pictures]
-    labels, class_names, mixed = _classes(names)
-    return Found(names, labels, class_names, skipped, others, listing.hexdigest(), mixed)
+    return Found(names=names, skipped=skipped, others=others, listing=listing.hexdigest(), **_classes(names))
 
 
 def _files_of_folder(top: str, skipped: dict[str, str]) -> Iterator[tuple[str, int, int]]:
@@ -88,7 +90,7 @@ def _files_of_folder(top: str, skipped: dict[str, str]) -> Iterator[tuple[str, i
         inner = waiting.pop()
         try:
             about = os.stat(os.path.join(top, inner))
-            if (about.st_dev, about.st_ino) in seen:
+            if about.st_ino and (about.st_dev, about.st_ino) in seen:  # some network drives number nothing
                 continue
             seen.add((about.st_dev, about.st_ino))
             entries = sorted(os.scandir(os.path.join(top, inner)), key=lambda entry: entry.name)
@@ -119,22 +121,32 @@ def _files_of_archive(path: Path, skipped: dict[str, str]) -> Iterator[tuple[str
     except (zipfile.BadZipFile, OSError, NotImplementedError, ValueError) as error:
         raise UserError(f"{path} is damaged or no .zip of pictures: {one_line(error)}") from error
     for part in parts:
-        if ".." in PurePosixPath(part.filename).parts or part.filename.startswith("/"):
-            skipped[part.filename] = "its path leads out of the archive"
+        name = _archive_name(part)
+        if ".." in PurePosixPath(name).parts or name.startswith("/"):
+            skipped[name] = "its path leads out of the archive"
         elif not part.is_dir():
-            yield part.filename, part.file_size, part.CRC
+            yield name, part.file_size, part.CRC
 
 
-def _classes(names: Sequence[str]) -> tuple[list[int], tuple[str, ...], bool]:
-    """(labels, class names, mixed) of pictures by their first sub-folders, below the folders that all of them share."""
+def _archive_name(part: zipfile.ZipInfo) -> str:
+    """The name of a file in a .zip; some programs, such as the Finder, write UTF-8 and do not say so."""
+    with contextlib.suppress(UnicodeError):
+        if not part.flag_bits & UTF8_FLAG:
+            return part.filename.encode("cp437").decode()
+    return part.filename
+
+
+def _classes(names: Sequence[str]) -> dict:
+    """The labels, class_names, mixed and shared of `Found`: of pictures by their first sub-folders below `shared`."""
     parts = [name.split("/")[:-1] for name in names]
-    shared = sum(1 for _ in takewhile(lambda folders: len(set(folders)) == 1, zip(*parts, strict=False)))
-    tops = [_plain(folders[shared]) if len(folders) > shared else "" for folders in parts]
+    depth = sum(1 for _ in takewhile(lambda folders: len(set(folders)) == 1, zip(*parts, strict=False)))
+    tops, shared = [_plain(folders[depth]) if len(folders) > depth else "" for folders in parts], parts[0][:depth]
     class_names = sorted(set(tops), key=_by_number)
     if len(class_names) < 2 or "" in class_names:
-        return [0] * len(names), (), len(class_names) > 1
+        return dict(labels=[0] * len(names), class_names=(), mixed=len(class_names) > 1, shared="/".join(shared))
     numbers = {name: number for number, name in enumerate(class_names)}
-    return [numbers[top] for top in tops], tuple(class_names), False
+    return dict(labels=[numbers[top] for top in tops], class_names=tuple(class_names), mixed=False,
+                shared="/".join(shared))
 
 
 def _by_number(name: str) -> tuple:
@@ -191,7 +203,8 @@ def _find_in_npz(path: Path) -> Found:
     known, numbers = np.unique(values, return_inverse=True)
     return Found([str(k) for k in range(shape[0])], numbers.tolist(),
                  tuple(_plain(str(name)) for name in known) if len(known) > 1 else (), {}, {},
-                 hashlib.sha256(repr(contents).encode()).hexdigest(), False, name, min(shape[1:3]), int(np.prod(shape)))
+                 hashlib.sha256(repr(contents).encode()).hexdigest(), mixed=False, array=name, side=min(shape[1:3]),
+                 unpacked=int(np.prod(shape)))
 
 
 def _header(archive: zipfile.ZipFile, name: str) -> tuple[tuple[int, ...], np.dtype]:
@@ -233,11 +246,12 @@ class Source:
     """Opens the pictures of a folder, an archive or a .npy of pictures by their names."""
 
     def __init__(self, path: Path):
-        self.path, self.archive, self.array = path, None, None
+        self.path, self.archive, self.array, self.parts = path, None, None, {}
         if path.suffix == ".npy" and path.is_file():
             self.array = np.load(path, mmap_mode="r", allow_pickle=False)
         elif not path.is_dir():
             self.archive = zipfile.ZipFile(path)
+            self.parts = {_archive_name(part): part for part in self.archive.infolist()}
 
     def open(self, name: str):
         """A path or a file for PIL. ValueError for a file of more than MAX_BYTES."""
@@ -251,6 +265,6 @@ class Source:
             if os.path.getsize(path := os.path.join(self.path, name)) > MAX_BYTES:
                 raise ValueError(f"it has more than {MAX_BYTES:,} bytes")
             return path
-        if self.archive.getinfo(name).file_size > MAX_BYTES:
+        if self.parts[name].file_size > MAX_BYTES:
             raise ValueError(f"it has more than {MAX_BYTES:,} bytes")
-        return self.archive.open(name)
+        return self.archive.open(self.parts[name])

@@ -1,11 +1,13 @@
 """Two sets of images compared figure by figure, with the interval of each difference."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from torch import Tensor
 
 from checkpoint import SAFETENSORS
+from data import ImageData
+from data_sources.cache import about
 from evaluation.metrics import bounded_estimate, estimate
 from runtime.errors import UserError
 
@@ -18,16 +20,18 @@ def is_ready(path: str | Path) -> bool:
     return path.suffix == ".npz" or (path.is_dir() and not (path / SAFETENSORS).is_file())
 
 
-def check_comparable(paths, names, sources, counts) -> None:
+def check_comparable(paths: Sequence, data: Sequence[ImageData], counts: Sequence[int]) -> None:
     """UserError unless both sets are of one data set, read in one way, and have the same number of images.
 
-    names, sources: of the data sets, as `ImageData` has them.
+    paths, data, counts: of each set its name, the real images that it is compared with, and its number of images.
     """
-    if names[0] != names[1]:
-        raise UserError(f"{paths[0]} is of {names[0]} and {paths[1]} of {names[1]}: compare two of one data set")
-    if sources[0] != sources[1]:
+    first, second = data
+    pictures = [about(each.folder)["digest"] if each.folder else None for each in data]
+    if first.name != second.name and (pictures[0] != pictures[1] or not pictures[0]):
+        raise UserError(f"{paths[0]} is of {first.name} and {paths[1]} of {second.name}: compare two of one data set")
+    if pictures[0] != pictures[1]:
         raise UserError(f"{paths[0]} and {paths[1]} learned from different pictures, or from the same ones read in "
-                        f"different ways ({sources[0]} and {sources[1]}): compare two of one data set")
+                        f"different ways ({first.folder} and {second.folder}): compare two of one data set")
     if counts[0] != counts[1]:
         raise UserError(f"{paths[0]} has {counts[0]:,} images and {paths[1]} has {counts[1]:,}: figures depend on the "
                         f"number, so give as many of both (--num_images where a checkpoint makes them)")

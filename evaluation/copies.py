@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from data import ImageData, load_dataset
-from evaluation.metrics import closeness, nearest
+from evaluation.metrics import closeness, nearest_version, versions
 from runtime.errors import UserError
 from runtime.files import write_json
 from utils import save_images
@@ -21,6 +21,7 @@ from utils import save_images
 FEW = 256  # so many held-out pictures are needed for the other figures: twice the features of a `Classifier`
 ENOUGH = 3000  # of so many pictures each of the two tenths, whose sizes chance decides, has FEW nearly always
 PAIRS = 32  # in nearest.png
+VALUES = 2**24  # of pictures and of images, compared at a time: large ones would need much memory as float64
 
 
 def too_few(data: ImageData) -> bool:
@@ -37,45 +38,57 @@ def refuse_few(data: ImageData, args: Namespace) -> None:
                         f"{ENOUGH:,} different pictures give, and {data.name} has fewer: leave it out")
 
 
-def distances_to(pictures: Tensor, images: Tensor) -> Iterator[tuple[int, Tensor]]:
-    """For some images (N, C, H, W) uint8 at a time: the number of the first, and the distances (n, M) to pictures."""
-    flat = pictures.flatten(1).double() / 255
-    for first in range(0, len(images), 256):  # not by matrix products, which are inexact: copies are at distance 0
-        part = images[first:first + 256].flatten(1).double() / 255
-        yield first, torch.cdist(part, flat, compute_mode="donot_use_mm_for_euclid_dist")
+def distances_to(pictures: Tensor, images: Tensor, mirrored: bool = False) -> Iterator[tuple[int, Tensor]]:
+    """For some images (N, C, H, W) uint8 at a time: the number of the first, and the distances (n, M) to pictures.
+
+    mirrored: a picture's mirror image counts as the picture itself, for a network that has seen both.
+    """
+    def distances(part: Tensor) -> Tensor:
+        flat = part.flatten(1).double() / 255  # not by matrix products, which are inexact: copies are at distance 0
+        return torch.cat([torch.cdist(flat, some.flatten(1).double() / 255,
+                                      compute_mode="donot_use_mm_for_euclid_dist") for some in pictures.split(rows)], 1)
+
+    rows = max(1, min(256, VALUES // pictures[0].numel()))
+    for first in range(0, len(images), rows):
+        yield first, torch.stack([distances(part) for part in versions(images[first:first + rows], mirrored)]).amin(0)
 
 
-def among_each_other(pictures: Tensor) -> Tensor:
-    """The distance of each picture (N, C, H, W) uint8 to the nearest other one (N,); infinite for a single one."""
-    rows = []
-    for first, distances in distances_to(pictures, pictures):
+def among_each_other(pictures: Tensor, mirrored: bool = False) -> Tensor:
+    """The distance of each picture (N, C, H, W) uint8 to the nearest different one; infinite where there is none."""
+    pictures, rows = torch.unique(pictures, dim=0), []
+    for first, distances in distances_to(pictures, pictures, mirrored):
         distances.diagonal(first).fill_(torch.inf)
         rows.append(distances.amin(1))
     return torch.cat(rows)
 
 
-def by_heart(images: Tensor, pictures: Tensor) -> Tensor:
+def by_heart(images: Tensor, pictures: Tensor, mirrored: bool = False) -> Tensor:
     """Which images (N, C, H, W) uint8 repeat a training picture (N,): not exactly, as a network never does.
 
     Those that are less than a third as far from the nearest picture as from the second nearest different one: Gu et
     al. 2025, "On memorization in diffusion models" (also in their code, DiffMemorize), after Yoon et al. 2023.
     """
-    different = torch.unique(pictures.flatten(1), dim=0)
+    different = torch.unique(pictures, dim=0)
     if len(different) < 2:
         return torch.ones(len(images), dtype=torch.bool)
-    nearest_two = [distances.topk(2, largest=False).values for _, distances in distances_to(different, images)]
+    nearest_two = [distances.topk(2, largest=False).values
+                   for _, distances in distances_to(different, images, mirrored)]
     first, second = torch.cat(nearest_two).T
     return first < second / 3
 
 
-def copies(images: Tensor, data: ImageData) -> tuple[dict, Tensor]:
-    """(the report of `closeness`, with the share `by_heart`, the nearest training pictures) of uint8 images."""
-    train = load_dataset(data.folder).images
+def copies(images: Tensor, data: ImageData, mirrored: bool = False) -> tuple[dict, Tensor]:
+    """(the report of `closeness`, with the share `by_heart`, the nearest training pictures) of uint8 images.
+
+    data: the pictures that the network learned from; mirrored: whether it has seen them mirrored, too (--hflip).
+    """
+    images, train = images.cpu(), data.images.cpu()
     held_out = torch.cat([load_dataset(data.folder, split).images for split in ("validation", "test")])
-    distances, index = nearest(images.cpu(), train)
-    real = nearest(held_out, train)[0] if len(held_out) else among_each_other(train)
+    distances, index = nearest_version(versions(images, mirrored), train)
+    real = (nearest_version(versions(held_out, mirrored), train)[0] if len(held_out)
+            else among_each_other(train, mirrored))
     report = closeness(distances, real) | dict(
-        by_heart=by_heart(images.cpu(), train).double().mean().item(), training_images=len(train),
+        by_heart=by_heart(images, train, mirrored).double().mean().item(), training_images=len(train),
         real_images=len(held_out) or len(train), held_out=len(held_out), images=len(images))
     return report, train[index]
 
@@ -90,9 +103,9 @@ def copies_line(report: dict) -> str:
             f"of the {real}{to} {report['real_median']:.2f}")
 
 
-def report_copies(images: Tensor, data: ImageData, command: Sequence[str], output: Path) -> None:
-    """Print what can be said of images of few pictures; writes evaluation.json and nearest.png."""
-    report, pictures = copies(images, data)
+def report_copies(images: Tensor, data: ImageData, mirrored: bool, command: Sequence[str], output: Path) -> None:
+    """Print what can be said of images of few pictures; writes evaluation.json and nearest.png. As for `copies`."""
+    report, pictures = copies(images, data, mirrored)
     shown = slice(None, PAIRS)
     save_images(torch.stack([images[shown], pictures[shown]], 1).flatten(0, 1), output / "nearest.png", columns=8)
     print(f"{data.name}: too few pictures for the other figures, which need {FEW} held-out ones for each of validation "

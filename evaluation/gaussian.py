@@ -8,7 +8,14 @@ from torch import Tensor
 from diffusion import DiffusionProcess
 
 MOST_VALUES = 4096  # of an image, up to which the covariance of all pairs of its values is computed
+ENOUGH = 5  # images for each of their values, from which that covariance can be learned
+MOST_NUMBERS = 2**28  # in memory at once: a gigabyte of float32
 ROWS = 500  # images at a time in float64: all at once would need much memory
+
+
+def bound_images(least: int, values: int) -> int:
+    """How many images of so many values to give to `gaussian_bound`: at least `least`, fewer of very large ones."""
+    return min(max(least, ENOUGH * values if values <= MOST_VALUES else 0), MOST_NUMBERS // values)
 
 
 def gaussian_bound(images: Tensor, diffusion: DiffusionProcess, times: Tensor | Sequence[float]) -> Tensor:
@@ -20,12 +27,14 @@ def gaussian_bound(images: Tensor, diffusion: DiffusionProcess, times: Tensor | 
         c · sigma² / (alpha² c + sigma²),
 
     and the bound is its mean over the axes: 0 at t = -1, the variance of a pixel where alpha is 0. Images of more than
-    MOST_VALUES values have too many axes: there it is the best of the filters that treat every place alike, whose axes
-    are waves, C of each frequency. Its error is larger, unless the data look the same at every place.
-    images (N, C, H, W) in [-1, 1], N several times the number of pixels; times (K,); returns (K,) float64.
+    MOST_VALUES values have too many axes to be computed, and fewer than ENOUGH times as many images as values do not
+    show what varies along each: there it is the best of the filters that treat every place alike, whose axes are
+    waves, C of each frequency. Its error is larger, unless the data look the same at every place.
+    images (N, C, H, W) in [-1, 1], N several times C; times (K,); returns (K,) float64.
     """
-    images = images.cpu()
-    variances = (_variances if images[0].numel() <= MOST_VALUES else _wave_variances)(images).clamp(min=0)
+    images, values = images.cpu(), images[0].numel()
+    waves = values > MOST_VALUES or len(images) < ENOUGH * values
+    variances = (_wave_variances if waves else _variances)(images).clamp(min=0)
     log_snr = diffusion.log_snr(torch.as_tensor(times, dtype=torch.float64, device="cpu")).reshape(-1, 1)
     alpha2, sigma2 = torch.sigmoid(log_snr), torch.sigmoid(-log_snr)                        # (K, 1)
     return (variances * sigma2 / (alpha2 * variances + sigma2).clamp(min=1e-300)).mean(1)

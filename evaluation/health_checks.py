@@ -164,15 +164,15 @@ def check_tensors(weights: dict[str, Tensor], initial: dict[str, Tensor], step: 
                  "python train.py --lr 2e-3 --ema_decay 0.999")
 
 
-def check_label_rows(embedding: Tensor, initial: Tensor) -> Finding:
+def check_label_rows(embedding: Tensor, initial: Tensor, class_names: Sequence[str]) -> Finding:
     """Labels that never occurred keep their initial row of the embedding (classes + 1, D); the last is "no label"."""
     unchanged = (embedding == initial).all(1).tolist()
-    classes = [str(label) for label, missing in enumerate(unchanged[:-1]) if missing]
+    classes = [name for name, missing in zip(class_names, unchanged[:-1], strict=True) if missing]
     message = f"classes never trained on: {', '.join(classes)}" if classes else "all classes were trained on"
     message += ", but never without a label" * unchanged[-1]
     return judge("labels shown", 2 * bool(classes) + unchanged[-1], 0, 1, message,
-                 "labels were dropped for whole batches, or never (guidance needs a model without labels too): "
-                 "python train.py --conditional --label_dropout 0.1")
+                 "the training images have none of these classes, or labels were dropped for whole batches, or never "
+                 "(guidance needs a model without labels too): python train.py --conditional --label_dropout 0.1")
 
 
 def check_history(losses: Sequence[float], val_losses: Sequence[float]) -> list[Finding]:

@@ -395,6 +395,21 @@ def nearest(queries: Tensor, points: Tensor, progress: Progress = iter) -> tuple
     return torch.cat([(_flat(q).double() - _flat(p).double()).norm(dim=1) for q, p in pairs]), index
 
 
+def versions(images: Tensor, mirrored: bool) -> list[Tensor]:
+    """Images (N, C, H, W), and their mirror images if those count as the same: for networks that learned from both."""
+    return [images, images.flip(3)] if mirrored else [images]
+
+
+def nearest_version(queries: Sequence[Tensor], points: Tensor, progress: Progress = iter) -> tuple[Tensor, Tensor]:
+    """(distance, index) as `nearest`, of whichever version of each query is nearest to a point.
+
+    queries: versions (N, ...) of the same queries, such as those of `versions`.
+    """
+    distances, indices = map(torch.stack, zip(*(nearest(each, points, progress) for each in queries), strict=True))
+    smallest, which = distances.min(0)
+    return smallest, indices.gather(0, which[None])[0]
+
+
 def _flat(points: Tensor) -> Tensor:
     """(N, ...) -> (N, D) float32; uint8 levels 0..255 become 0..1."""
     return points.flatten(1).float().div_(255) if points.dtype == torch.uint8 else points.flatten(1)

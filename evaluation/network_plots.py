@@ -14,7 +14,7 @@ from torch.nn import functional as F
 
 from data import LINEAR, ImageData, LevelCode, to_uint8
 from diffusion import DiffusionProcess
-from evaluation.gaussian import gaussian_bound
+from evaluation.gaussian import bound_images, gaussian_bound
 from models.layers import Attention
 from runtime.errors import UserError
 from utils import generator_for, plain_log_ticks, pyplot
@@ -304,7 +304,8 @@ def draw_loss(model, diffusion: DiffusionProcess, unseen: ImageData, train: Imag
     x_0 = unseen.first(ERROR_IMAGES).x_0()
     labels = unseen.labels[:ERROR_IMAGES] if model.num_classes else None
     network = x_0_errors(model, diffusion, x_0, times, seed, labels)
-    bound = gaussian_bound(train.first(GAUSSIAN_IMAGES).x_0(), diffusion, times)
+    some = train.first(bound_images(GAUSSIAN_IMAGES, train.images[0].numel()))
+    bound = gaussian_bound(some.x_0(), diffusion, times)
     figure, (left, right) = pyplot().subplots(1, 2, figsize=(12, 4.2), layout="constrained")
     style = dict(marker="o", markersize=3)
     left.plot(times, bound, "--", color="tab:orange", label="Gaussian model of the data", **style)

@@ -25,8 +25,9 @@ from evaluation.metrics import (
     estimate,
     figures,
     jackknife_means,
-    nearest,
+    nearest_version,
     random_groups,
+    versions,
 )
 from evaluation.two_sample import two_sample_figures
 from learned_variance import bits_per_dim
@@ -190,10 +191,12 @@ def classification_accuracy_score(reference: Reference, images: Tensor, labels: 
     return with_floor(result, floor)["cas"]
 
 
-def memorisation(reference: Reference, images: Tensor, features: ImageFeatures, data_dir, device, path: Path) -> dict:
+def memorisation(reference: Reference, images: Tensor, features: ImageFeatures, data_dir, device, path: Path,
+                 mirrored: bool = False) -> dict:
     """How close images are to training images, compared with unseen real test images; draws pairs to `path`.
 
-    `path` shows image | nearest in pixels | nearest in features: first of the closest images, then of others.
+    mirrored: whether the network learned from mirror images, too. `path` shows image | nearest in pixels | nearest in
+    features: first of the closest images, then of others.
     """
     reference = reference._replace(autoencoder=None)  # its features are not compared here
     data = load_dataset(reference.data.source, "train", data_dir)
@@ -202,15 +205,18 @@ def memorisation(reference: Reference, images: Tensor, features: ImageFeatures, 
 
     def search(some: Tensor, their_features: Tensor, title: str) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """(distance, index) of the nearest training image in pixels, then in features."""
-        return (*nearest(some.to(device), train, adapting_bar(f"{title}: nearest in pixels")),
-                *nearest(their_features.to(device), train_features, adapting_bar(f"{title}: nearest in features")))
+        both = versions(some.to(device), mirrored)
+        their = [their_features, *(reference.extract(each, f"{title}, mirrored").features for each in both[1:])]
+        return (*nearest_version(both, train, adapting_bar(f"{title}: nearest in pixels")),
+                *nearest_version([each.to(device) for each in their], train_features,
+                                 adapting_bar(f"{title}: nearest in features")))
 
     def search_real() -> dict[str, Tensor]:
         pixels, _, features, _ = search(real.images, reference.extract(real.images, "test").features, "test")
         return dict(pixels=pixels, features=features)
 
     kept = reference.floors.tensors(f"distances_{reference.floors.networks['features']}", real, search_real,
-                                    train=described(data))
+                                    train=described(data), mirrored=mirrored)
     pixels, same_pixels, distance, same_features = search(images, features.features, "images")
     closest = pixels.argsort()[:PAIRS]
     shown = torch.cat([closest, torch.arange(min(PAIRS, len(images)))])

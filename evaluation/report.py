@@ -12,7 +12,7 @@ from evaluation.autoencoder import SUFFIX
 from evaluation.classifier import weights_digest
 from runtime import distributed
 from runtime.errors import UserError
-from runtime.files import file_digest
+from runtime.files import file_digest, quoted
 from runtime.version import __version__
 from utils import pick_precision
 
@@ -25,7 +25,7 @@ def evaluation_of(checkpoint: Path) -> dict | None:
     UserError if that file is damaged.
     """
     path = checkpoint.parent / "evaluation.json"
-    measure = f"measure the checkpoint with python evaluate.py --checkpoint {checkpoint}"
+    measure = f"measure the checkpoint with python evaluate.py --checkpoint {quoted(checkpoint)}"
     try:
         report = json.loads(path.read_text()) if path.is_file() else {}
         if report.get("checkpoint_sha256") != file_digest(checkpoint):

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from runtime.errors import UserError
-from runtime.files import atomic_write, check_output, one_line
+from runtime.files import atomic_write, check_output, one_line, quoted
 from runtime.parser import SHARED_FLAGS
 from training import run_record
 
@@ -168,7 +168,7 @@ def list_runs(top: Path) -> None:
         print(f"Skipped {_printable(note)}")
     if not runs:
         raise UserError(f"no run has written to {top} or to a folder below: start one with python train.py "
-                        f"--output_dir {shlex.quote(str(top))}")
+                        f"--output_dir {quoted(top)}")
     write_csv(runs, check_output(top / RESULT))
     print(f"Saved {top / RESULT}: {len(runs)} run{'' if len(runs) == 1 else 's'}")
 

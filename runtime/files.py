@@ -5,11 +5,13 @@ import hashlib
 import io
 import json
 import os
+import shlex
+import sys
 import tempfile
 import zipfile
 from collections.abc import Iterable, Iterator, Sequence
 from itertools import product
-from pathlib import Path
+from pathlib import Path, PurePath
 
 from runtime.errors import UserError
 
@@ -19,6 +21,12 @@ LONGEST_NAME = 240  # bytes of a file's name: most systems take 255, and `atomic
 def one_line(message: object, length: int | None = 120) -> str:
     """A message on one line, cut to `length` characters (None: not cut)."""
     return " ".join(str(message).split())[:length]
+
+
+def quoted(path: str | PurePath) -> str:
+    """A path as a word of a command line, in quotes where the shell of this system needs them."""
+    word = (Path(path) if isinstance(path, str) else path).as_posix()  # Windows takes /, too
+    return f'"{word}"' if sys.platform == "win32" and shlex.quote(word) != word else shlex.quote(word)
 
 
 def file_digest(path: str | Path) -> str:

@@ -64,6 +64,14 @@ def test_the_bound_is_the_error_of_a_linear_regression(t):
     assert_close(gaussian_bound(x_0, process, [t])[0], error.square().mean(), rtol=0.02, atol=0)
 
 
+def test_the_bound_of_few_images_lets_no_sound_network_seem_broken():
+    """Sixty images have at most 59 directions; the principal axes of 192 values cannot be learned from them."""
+    noise = normal(60, 3, 8, 8)
+    alone = 1 / (1 + math.exp(4))                                       # of independent values of variance 1, log-SNR 4
+    bound = gaussian_bound(noise, process := DiffusionProcess(), [process.time_of(4.0)])[0]
+    assert 0.9 * alone < bound < alone
+
+
 def test_the_bound_rises_from_0_to_the_variance():
     x_0 = normal(500, 1, 4, 4) * 0.5
     bound = gaussian_bound(x_0, DiffusionProcess(100, "cosine", prediction="v", zero_terminal_snr=True),

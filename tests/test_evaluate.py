@@ -562,12 +562,22 @@ def test_flags_that_do_not_go_together_are_refused(small, tmp_path, checkpoint, 
             (("--checkpoint", path, "--sweep", 5, "--steps", 5), "after --sweep"),
             (("--checkpoint", path, "--sweep", 5, "--likelihood"), "--likelihood and --sweep"),
             ((*ready, "--likelihood"), "--likelihood needs --checkpoint"),
-            *(((*ready, flag, 1), f"{flag} needs --checkpoint") for flag in ("--num_images", "--steps", "--batch_size",
-                                                                             "--eta", "--guidance_scale")),
+            *(((*ready, flag, 1), f"{flag} needs --checkpoint") for flag in ("--steps", "--batch_size", "--eta",
+                                                                             "--guidance_scale")),
+            ((*ready, "--num_images", COUNT + 1), f"holds {COUNT} images"),
+            (("--train_features", "glyphs", "--num_images", 1), "--num_images"),
             ((*ready, "--sampler", "ddim"), "--sampler needs --checkpoint"),
             ((*ready, "--no-use_ema"), "--use_ema needs --checkpoint"),
             (("--checkpoint", tmp_path / "none.pt"), "no checkpoint")):
         assert message in refused(small, capsys, *flags, *here)
+
+
+def test_the_first_of_ready_images_can_be_measured(small, tmp_path, data_dir):
+    images = load_dataset("glyphs", "train", data_dir).images[:COUNT + 40]
+    small("--images", write_npz(tmp_path / "x.npz", images), "--dataset", "glyphs", "--num_images", COUNT,
+          "--output_dir", tmp_path)
+    assert report(tmp_path)["num_images"] == COUNT
+    assert report(tmp_path)["images_sha256"] == hashlib.sha256(images[:COUNT].numpy().tobytes()).hexdigest()
 
 
 def test_what_is_not_installed_is_named(small, tmp_path, checkpoint, capsys, monkeypatch):

@@ -29,6 +29,7 @@ from data_sources.cache import Pictures, cached
 from evaluation import copies, metrics, reference, two_sample
 from evaluation.classifier_training import ClassifierRecipe
 from evaluation.network_plots import _plot_points
+from models import create_model
 from runtime.errors import UserError
 from runtime.sampling import dataset_of
 from training import flags as training_flags
@@ -203,11 +204,11 @@ def test_look_shows_the_pictures_and_stops(two, tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["look.png"]
 
 
-def test_copies_among_the_pictures_are_at_distance_0_of_each_other():
+def test_copies_among_the_pictures_count_as_one_picture():
     images = torch.randint(0, 256, (300, 3, 16, 16), generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
     images[290] = images[5]
     distances = copies.among_each_other(images)
-    assert distances[5] == distances[290] == 0 and (distances == 0).sum() == 2 and distances.isfinite().all()
+    assert len(distances) == 299 and bool((distances > 0).all()) and distances.isfinite().all()
 
 
 def test_what_was_learned_by_heart_is_found_though_it_is_no_exact_copy():
@@ -217,6 +218,28 @@ def test_what_was_learned_by_heart_is_found_though_it_is_no_exact_copy():
     assert copies.by_heart(torch.cat([nearly, between]), pictures).tolist() == [True] * 4 + [False] * 4
     twice = torch.cat([pictures, pictures])                                  # a picture and its copy are one
     assert copies.by_heart(nearly, twice).all() and copies.by_heart(between, pictures[:1].repeat(3, 1, 1, 1)).all()
+
+
+def test_mirror_images_are_copies_where_the_network_has_seen_them(monkeypatch):
+    pictures = torch.randint(0, 256, (20, 3, 8, 8), generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
+    data = ImageData("my_own", "train", pictures, torch.zeros(20, dtype=torch.long), (), folder=Path("x"))
+    monkeypatch.setattr(copies, "load_dataset", lambda *_: data.first(0))
+    images = torch.cat([pictures[:4], pictures[4:8].flip(3)])
+    for mirrored, share in ((False, 0.5), (True, 1.0)):
+        report, near = copies.copies(images, data, mirrored)
+        assert report["by_heart"] == report["copies"] == share
+        assert torch.equal(near[:4], pictures[:4]) and (not mirrored or torch.equal(near[4:], pictures[4:8]))
+    monkeypatch.setattr(copies, "VALUES", 400)  # two images at a time
+    assert copies.by_heart(images, pictures, True).all() and copies.copies(images, data)[0]["by_heart"] == 0.5
+
+
+def test_pictures_of_one_colour_are_refused_in_one_line(tmp_path, capsys):
+    pictures = draw(tmp_path / "in", dict(a=(255, 255, 255), b=(255, 255, 255)), 3)
+    for path in pictures.rglob("*.png"):
+        Image.new("RGBA", (16, 16), (255, 255, 255, 90)).save(path)
+    assert train.main(flags(pictures, tmp_path / "run")) == 2
+    said = capsys.readouterr().err
+    assert "one colour everywhere" in said and "--background" in said and said.count("\n") == 1
 
 
 def test_pictures_that_are_nowhere_are_missed_in_one_line_where_they_are_needed(checkpoint, tmp_path, capsys):
@@ -434,6 +457,26 @@ def test_init_takes_what_fits_and_names_the_rest(checkpoint, tmp_path, capsys, c
     config, before = (load_checkpoint(each)["config"] for each in (path, checkpoint))
     assert config["model"]["base_channels"] == before["model"]["base_channels"]
     assert config["diffusion"]["prediction"] == before["diffusion"]["prediction"]
+
+
+@pytest.mark.parametrize("before, now", [(2, 3), (2, None), (None, 3)])
+def test_a_network_with_other_classes_begins_as_the_old_one_without_a_label(before, now):
+    def network(classes):
+        torch.manual_seed(classes or 0)
+        model = create_model(network="unet", image_channels=3, base_channels=8, time_emb_dim=16, channel_mults=[1],
+                             num_classes=classes)
+        for parameter in model.parameters():
+            torch.nn.init.normal_(parameter, std=0.1)
+        return model
+    old, new = network(before), network(now)
+    weights, own = old.state_dict(), new.state_dict()
+    new.load_state_dict(own | {name: weight for name, weight in weights.items()
+                               if name in own and own[name].shape == weight.shape})
+    training_flags.begin_without_labels(new, weights)
+    x_t, t = torch.randn(3, 3, 16, 16), torch.tensor([1.0, 400.0, 900.0])
+    expected = old(x_t, t)
+    for labels in (None, *([torch.tensor([0, 1, 2])] if now else [])):
+        torch.testing.assert_close(new(x_t, t, labels), expected)
 
 
 def test_init_from_other_pictures_says_that_held_out_ones_may_be_known(two, checkpoint, tmp_path, capsys):

@@ -3,6 +3,8 @@
 from argparse import BooleanOptionalAction, Namespace
 from pathlib import Path
 
+import torch
+
 from checkpoint import load_checkpoint
 from data import DATASETS, LEVEL_CODES, ImageData, LevelCode, code_of, histogram_code, noise_level
 from data_sources.cache import MIN_HELD_OUT, about
@@ -70,10 +72,26 @@ def start_from(model, args: Namespace, data: ImageData) -> str:
     if not fits:
         raise UserError(f"no weight of {path} fits this network: leave out the flags that set another network")
     model.load_state_dict(own | fits)
+    begin_without_labels(model, weights)
     seen = data.folder and _may_know_held_out(checkpoint["config"]["data"], data)
     return (f"Starting from {len(fits)} of the {len(own)} tensors of {path}"
-            f"{f'; new, because they have another shape: {one_line(left, 300)}' if left else ''}"
+            f"{f'; new, because it has none of their shape: {one_line(left, 300)}' if left else ''}"
             f"{SEEN_BEFORE if seen else ''}")
+
+
+@torch.no_grad()
+def begin_without_labels(model, weights: dict) -> None:
+    """Let a network with other classes than `weights`, which it has got, begin as theirs does without a label.
+
+    The row of a class, or of "no label", is added to the embedding of the time. So all new rows begin as their row of
+    "no label", or as 0 where they have none; in a network that has no labels that row goes into the bias of the time.
+    """
+    before, bias = weights.get("label_embedding.weight"), model.time_embedding.mlp[-1].bias
+    row = before[-1] if before is not None and before.shape[1:] == bias.shape else torch.zeros_like(bias)  # (D,)
+    if model.label_embedding is None:
+        bias += row
+    elif before is None or before.shape != model.label_embedding.weight.shape:
+        model.label_embedding.weight.copy_(row.expand_as(model.label_embedding.weight))
 
 
 def _may_know_held_out(before: dict, data: ImageData) -> bool:
@@ -295,6 +313,9 @@ def make_config(settings: Namespace, data: ImageData, saved: dict | None = None)
         lowest_noise=DATASETS[data.name].lowest_noise if data.name in DATASETS and not data.code.is_linear else None)
     some = data.first(min(10_000, 2**25 // data.images[0].numel()))  # large images would need much memory as floats
     data_std = saved["diffusion"]["data_std"] if saved else round(some.x_0().std().item(), 3)
+    if not data_std:
+        raise UserError(f"the images of {data.name} have one colour everywhere, so that there is nothing to learn: "
+                        f"look at them with --look; transparent pictures may need another --background")
     network, flags = "mlp" if points else "unet", vars(settings) | dict(attention=attention)
     code = {} if data.code.is_linear else dict(level_code=data.code.points.tolist())
     return dict(

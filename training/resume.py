@@ -1,12 +1,12 @@
 """A run that is resumed: its flags, the command for it, and whether what is asked for now goes with it."""
 
 import os
-import shlex
 from argparse import Namespace
 from pathlib import Path
 
 from runtime import distributed
 from runtime.errors import UserError
+from runtime.files import quoted
 from runtime.parser import PICTURE_FLAGS, SHARED_FLAGS, Parser
 from training.flags import FIXED_FLAGS, KEPT
 
@@ -30,7 +30,7 @@ def without_own_flags(config: dict) -> dict:
 def resume_command(args: Namespace) -> str:
     """The command that resumes the run in args.output_dir, with the OWN_FLAGS that differ from the defaults."""
     start = "python" if distributed.world_size() == 1 else f"torchrun --nproc_per_node={distributed.world_size()}"
-    own = [f"--{name} {shlex.quote(str(getattr(args, name)))}" for name in OWN_FLAGS[:3]
+    own = [f"--{name} {quoted(getattr(args, name))}" for name in OWN_FLAGS[:3]
            if name == "output_dir" or getattr(args, name) != SHARED_FLAGS[name]["default"]]
     return " ".join([start, "train.py --resume", *own])
 

@@ -4,7 +4,6 @@ import contextlib
 import difflib
 import glob
 import os
-import shlex
 import shutil
 import signal
 import time
@@ -16,7 +15,7 @@ from filelock import FileLock, Timeout
 
 from runtime import distributed
 from runtime.errors import UserError
-from runtime.files import check_writable, temporaries
+from runtime.files import check_writable, quoted, temporaries
 from runtime.locks import acquire
 from training import run_record
 
@@ -139,7 +138,7 @@ def has_run(folder: Path) -> bool:
 
 def no_run_message(folder: Path) -> str:
     """What to type instead of --resume with a folder that no run has written to; names the runs nearby."""
-    nearby = [shlex.quote(str(path)) for path in runs_near(folder)[:3]]
+    nearby = [quoted(path) for path in runs_near(folder)[:3]]
     instead = f"give --output_dir {' or '.join(nearby)}, or " if nearby else ""
     return f"no run has written to {folder}: {instead}leave out --resume to start a new run there"
 

@@ -19,7 +19,7 @@ from PIL import Image
 
 from data import load_dataset
 from data_sources import cache
-from data_sources.cache import Pictures, about, cached, find_cached
+from data_sources.cache import MIN_HELD_OUT, Pictures, about, cached, find_cached
 from data_sources.folder import find_pictures
 from runtime.errors import UserError
 
@@ -354,6 +354,54 @@ def test_parts_for_training_and_testing_are_not_taken_for_classes_without_a_line
         said = capsys.readouterr().out
         assert ("look like parts for training" in said) == bool(part)
         assert not part or (words in said and f"such as {tmp_path / 'in' / part}\n" in said)
+
+
+def test_the_part_for_training_is_named_where_it_is(tmp_path, capsys):
+    for name in ("train", "val"):
+        noise(tmp_path / "in" / "all of it/images" / name / "cat/0.png", len(name))
+    read(tmp_path / "in", tmp_path / "data", quiet=False)
+    assert f"such as '{tmp_path}/in/all of it/images/train'\n" in capsys.readouterr().out
+
+
+def test_names_in_a_zip_are_right_though_it_does_not_say_that_they_are_utf_8(tmp_path):
+    noise(tmp_path / "a.png", 0)
+    with zipfile.ZipFile(tmp_path / "in.zip", "w") as archive:
+        for name in ("caf\u00e9/a.png", "th\u00e9/a.png"):
+            archive.write(tmp_path / "a.png", name)
+    content = (tmp_path / "in.zip").read_bytes()
+    for mark, place in ((b"PK\x03\x04", 6), (b"PK\x01\x02", 8)):  # the flags of a file, in both places of the archive
+        first = content.find(mark)
+        while first >= 0:
+            assert content[first + place + 1] & 8  # the flag for UTF-8
+            content = content[:first + place + 1] + b"\0" + content[first + place + 2:]
+            first = content.find(mark, first + 1)
+    (tmp_path / "in.zip").write_bytes(content)
+    images, data = read(tmp_path / "in.zip", tmp_path / "data")
+    assert data.class_names == ("caf\u00e9", "th\u00e9") and len(images) == 2
+
+
+def test_a_class_without_a_readable_picture_is_none(tmp_path):
+    for number, name in enumerate(("a", "c")):
+        noise(tmp_path / "in" / name / "0.png", number)
+    (tmp_path / "in/b").mkdir()
+    (tmp_path / "in/b/0.png").write_text("no picture")
+    _, data = read(tmp_path / "in", tmp_path / "data")
+    assert data.class_names == ("a", "c") and sorted(data.labels.tolist()) == [0, 1]
+    shutil.rmtree(tmp_path / "in/c")
+    assert read(tmp_path / "in", tmp_path / "data")[1].class_names == ()
+
+
+def test_copies_and_classes_of_which_nothing_is_learned_are_told(tmp_path, capsys):
+    for seed in range(MIN_HELD_OUT):
+        noise(tmp_path / "in/a" / f"{seed}.png", seed, side=16)
+    folder = cached(Pictures(str(tmp_path / "in"), 16), tmp_path / "data", quiet=True)
+    held_out = load_dataset(folder, "test").images[0].permute(1, 2, 0).numpy()
+    (tmp_path / "in/rare").mkdir()
+    Image.fromarray(held_out).save(tmp_path / "in/rare/0.png")
+    read(tmp_path / "in", tmp_path / "data", quiet=False)
+    said = capsys.readouterr().out
+    assert "All pictures of rare are held out" in said
+    assert "\n1 are exact copies of others, and 1 are in more than one class\n" in said
 
 
 def test_pictures_beside_sub_folders_have_no_classes_and_a_line_says_so(tmp_path, capsys):

@@ -1,10 +1,13 @@
 """The difference between two sets of images: its interval is that of paired values, and it covers what it should."""
 
 import math
+from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 
+from evaluation import compare
 from evaluation.compare import check_comparable, comparison, is_ready, paired_difference, print_comparison
 from evaluation.metrics import (
     GROUPS,
@@ -16,6 +19,7 @@ from evaluation.metrics import (
     kernel_distance,
     random_groups,
 )
+from runtime.errors import UserError
 
 pytest.importorskip("torchmetrics", reason="torchmetrics is missing: pip install -r requirements-eval.txt")
 D = 6
@@ -102,13 +106,20 @@ def test_the_mark_stands_where_the_interval_excludes_zero(capsys):
     assert lines["A:"].endswith("one.pt") and "0.5000" in lines["less"]
 
 
-def test_what_cannot_be_compared_is_refused():
-    for names, sources, counts, word in ((("mnist", "glyphs"), ("mnist", "glyphs"), (5, 5), "mnist"),
-                                         (("mnist", "mnist"), ("mnist", "mnist"), (5, 6), "--num_images"),
-                                         (("my_pets", "my_pets"), ("my_pets-1", "my_pets-2"), (5, 5), "different")):
-        with pytest.raises(ValueError, match=word):
-            check_comparable(("a.pt", "b.pt"), names, sources, counts)
-    check_comparable(("a.pt", "b.pt"), ("mnist", "mnist"), ("mnist", "mnist"), (5, 5))
+@pytest.mark.parametrize("names, digests, counts, word", [
+    (("mnist", "glyphs"), (None, None), (5, 5), "mnist"), (("mnist", "mnist"), (None, None), (5, 6), "--num_images"),
+    (("my_pets", "my_pets"), ("1", "2"), (5, 5), "different"), (("my_pets", "my_cars"), ("1", "2"), (5, 5), "my_cars"),
+    (("my_pets", "mnist"), ("1", None), (5, 5), "mnist"),
+    (("mnist", "mnist"), (None, None), (5, 5), None), (("my_pets", "my_copies"), ("1", "1"), (5, 5), None)])
+def test_what_cannot_be_compared_is_refused(monkeypatch, names, digests, counts, word):
+    """The same pictures in another folder, or read again, can be compared."""
+    monkeypatch.setattr(compare, "about", lambda folder: dict(digest=folder.name))
+    data = [SimpleNamespace(name=name, folder=digest and Path(digest))
+            for name, digest in zip(names, digests, strict=True)]
+    if word is None:
+        return check_comparable(("a.pt", "b.pt"), data, counts)
+    with pytest.raises(UserError, match=word):
+        check_comparable(("a.pt", "b.pt"), data, counts)
 
 
 def test_a_folder_and_an_npz_are_ready_images(tmp_path):

@@ -3,11 +3,12 @@
 import json
 import os
 import stat
+from pathlib import PurePosixPath, PureWindowsPath
 
 import pytest
 
 from runtime.errors import UserError
-from runtime.files import atomic_write, check_output, check_writable, write_json, write_json_lines
+from runtime.files import atomic_write, check_output, check_writable, quoted, write_json, write_json_lines
 
 
 def test_what_is_written_is_there_when_the_block_ends(tmp_path):
@@ -94,3 +95,12 @@ def test_json_is_read_back_whole_or_line_by_line(tmp_path):
     assert (tmp_path / "new" / "m.json").read_text().startswith('{\n  "records": [\n    {\n      "step": 1,')
     write_json_lines(records, tmp_path / "m.jsonl")
     assert [json.loads(line) for line in (tmp_path / "m.jsonl").read_text().splitlines()] == records
+
+
+@pytest.mark.parametrize("system, path, word", [
+    ("linux", PurePosixPath("outputs/a.pt"), "outputs/a.pt"), ("linux", PurePosixPath("a b/c.pt"), "'a b/c.pt'"),
+    ("win32", PureWindowsPath("outputs\\a.pt"), "outputs/a.pt"), ("win32", PureWindowsPath("C:\\a b"), '"C:/a b"')])
+def test_a_path_is_a_word_of_a_command(monkeypatch, system, path, word):
+    """cmd.exe does not know single quotes, and a backslash alone would need some elsewhere."""
+    monkeypatch.setattr("sys.platform", system)
+    assert quoted(path) == word
