@@ -98,8 +98,8 @@ def parse_args(argv: Sequence[str] | None):
                        help="list the runs below a folder with their flags, times and figures; writes FOLDER/runs.csv")
     group = parser.add_argument_group("how a checkpoint makes images")
     group.add_argument("--num_images", **SHARED_FLAGS["num_images"] | dict(
-        default=5000, help="the number of images to make (default: 5000); of ready images, how many of the first are "
-                           "measured (default: all)"))
+        default=5000, help="the number of images to make; of ready images, how many of the first are measured "
+                           "(default: 5000; all ready images)"))
     add_shared_flags(group, *SAMPLING_FLAGS)
     group.add_argument("--guidance_scale", **SHARED_FLAGS["guidance_scale"], nargs="+", metavar="SCALE")
     group.add_argument("--sweep", type=number(int, 1), nargs="*", metavar="STEPS",
@@ -354,7 +354,8 @@ def ready_images(args: Namespace, data: ImageData) -> GeneratedImages:
     """The images of --images, or the first --num_images of them."""
     images, labels = read_images(Path(args.images), data.images.shape[1:], len(data.class_names))
     if (count := args.given_images or len(images)) > len(images):
-        raise UserError(f"{args.images} holds {len(images):,} images, fewer than --num_images {count}: leave it out")
+        raise UserError(f"{args.images} holds {len(images):,} images, fewer than --num_images {count}: give "
+                        f"--num_images {len(images)}")
     return GeneratedImages(images[:count], None if labels is None else labels[:count], nfe=0, seconds=0)
 
 

@@ -24,6 +24,7 @@ import threading
 import time
 import warnings
 from argparse import Namespace
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Executor, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
@@ -40,7 +41,7 @@ from runtime.files import check_writable, one_line, quoted, write_json
 from runtime.locks import alone
 from runtime.progress import Bar
 
-VERSION = 3  # of what is read from a picture; part of the key
+VERSION = 4  # of what is read from a picture; part of the key
 MIN_HELD_OUT, HELD_OUT = 200, 0.1  # of fewer different pictures none is held out; else these shares for two splits
 SIZES, LARGEST = (28, 32, 64), 512  # the sides that are chosen by themselves; the largest that can be asked for
 SIZED = 100  # pictures whose sizes are looked at
@@ -161,15 +162,15 @@ def summary(content: dict) -> Iterator[str]:
     if part := part_for_training(content["class_names"]):
         path = Path(content["path"])
         unpack = "" if path.is_dir() else "unpack the archive and "
-        such_as = (path.with_suffix("") if unpack else path) / content["shared"] / part
+        such_as = (path.with_suffix("") if unpack else path) / one_line(content["shared"], None) / part
         yield (f"These look like parts for training and for testing, and not like classes: to learn the classes in one "
                f"of them, {unpack}give it with --dataset, such as {quoted(such_as)}")
     if unlearned := [name for name, count in zip(content["class_names"], content["learned"], strict=True) if not count]:
         yield (f"All pictures of {one_line(', '.join(unlearned), 300)} are held out, so that none is left to learn "
                f"from: add some, or leave the class out")
     if content["copies"]:
-        two = f", and {content['in_two_classes']:,} are in more than one class" if content["in_two_classes"] else ""
-        yield f"{content['copies']:,} are exact copies of others{two}"
+        two = f"; in more than one class: {content['in_two_classes']:,}" if content["in_two_classes"] else ""
+        yield f"Exact copies of others: {content['copies']:,}{two}"
     if content["mixed"]:
         yield "Some lie beside the sub-folders: for classes, move every picture into a sub-folder"
     if content["transparent"]:
@@ -400,12 +401,12 @@ def _sort(scratch: np.ndarray, facts: Sequence, found: Found, pictures: Pictures
     class_names = [found.class_names[label] for label in present] if len(present) > 1 else []
     splits = _splits(hashes)
     learned = np.bincount(labels[len(labels) - splits["train"]:], minlength=len(class_names))
-    different = len(set(hashes))
+    classes_of = Counter(digest for digest, _ in {*zip(hashes, labels.tolist(), strict=True)})  # of each picture
     digest = hashlib.sha256(b"".join(hashes) + labels.tobytes() + json.dumps([class_names, images.shape]).encode())
     return dict(count=len(used), shape=list(images.shape[1:]), class_names=class_names,
                 counts=np.bincount(labels, minlength=len(class_names)).tolist()[:len(class_names)],
-                learned=learned.tolist()[:len(class_names)], splits=splits, copies=len(used) - different,
-                in_two_classes=len({*zip(hashes, labels.tolist(), strict=True)}) - different, digest=digest.hexdigest(),
+                learned=learned.tolist()[:len(class_names)], splits=splits, copies=len(used) - len(classes_of),
+                in_two_classes=sum(count > 1 for count in classes_of.values()), digest=digest.hexdigest(),
                 others=found.others, mixed=found.mixed, shared=found.shared, skipped=skipped, **counts,
                 **pictures._asdict())
 

@@ -34,7 +34,7 @@ def check_comparable(paths: Sequence, data: Sequence[ImageData], counts: Sequenc
                         f"different ways ({first.folder} and {second.folder}): compare two of one data set")
     if counts[0] != counts[1]:
         raise UserError(f"{paths[0]} has {counts[0]:,} images and {paths[1]} has {counts[1]:,}: figures depend on the "
-                        f"number, so give as many of both (--num_images where a checkpoint makes them)")
+                        f"number, so give as many of both (with --num_images)")
 
 
 def paired_difference(a: Tensor, b: Tensor) -> dict[str, float]:

@@ -1,7 +1,7 @@
 """Whether few pictures were learned by heart: how close generated images are to training pictures, pixel by pixel.
 
 For pictures too few for the figures of `evaluation.metrics`. What is compared with are held-out pictures or, where none
-are held out, each training picture and the nearest other one.
+are held out, each training picture and the nearest different one.
 """
 
 import hashlib
@@ -53,9 +53,22 @@ def distances_to(pictures: Tensor, images: Tensor, mirrored: bool = False) -> It
         yield first, torch.stack([distances(part) for part in versions(images[first:first + rows], mirrored)]).amin(0)
 
 
+def different(pictures: Tensor, mirrored: bool) -> Tensor:
+    """The pictures (N, C, H, W) uint8 without copies and, if they count as the same, without mirror images of others.
+
+    Of a picture and its mirror image the one stays whose first values that differ are the lower.
+    """
+    if mirrored:
+        flat, flipped = pictures.flatten(1), pictures.flip(3).flatten(1)
+        first = (flat != flipped).int().argmax(1, keepdim=True)
+        lower = (flipped.gather(1, first) < flat.gather(1, first))[..., None, None]         # (N, 1, 1, 1)
+        pictures = torch.where(lower, pictures.flip(3), pictures)
+    return torch.unique(pictures, dim=0)
+
+
 def among_each_other(pictures: Tensor, mirrored: bool = False) -> Tensor:
     """The distance of each picture (N, C, H, W) uint8 to the nearest different one; infinite where there is none."""
-    pictures, rows = torch.unique(pictures, dim=0), []
+    pictures, rows = different(pictures, mirrored), []
     for first, distances in distances_to(pictures, pictures, mirrored):
         distances.diagonal(first).fill_(torch.inf)
         rows.append(distances.amin(1))
@@ -68,11 +81,11 @@ def by_heart(images: Tensor, pictures: Tensor, mirrored: bool = False) -> Tensor
     Those that are less than a third as far from the nearest picture as from the second nearest different one: Gu et
     al. 2025, "On memorization in diffusion models" (also in their code, DiffMemorize), after Yoon et al. 2023.
     """
-    different = torch.unique(pictures, dim=0)
-    if len(different) < 2:
+    pictures = different(pictures, mirrored)
+    if len(pictures) < 2:
         return torch.ones(len(images), dtype=torch.bool)
     nearest_two = [distances.topk(2, largest=False).values
-                   for _, distances in distances_to(different, images, mirrored)]
+                   for _, distances in distances_to(pictures, images, mirrored)]
     first, second = torch.cat(nearest_two).T
     return first < second / 3
 
@@ -87,9 +100,10 @@ def copies(images: Tensor, data: ImageData, mirrored: bool = False) -> tuple[dic
     distances, index = nearest_version(versions(images, mirrored), train)
     real = (nearest_version(versions(held_out, mirrored), train)[0] if len(held_out)
             else among_each_other(train, mirrored))
+    real = real if bool(real.isfinite().all()) else torch.zeros(1)  # all pictures are the same
     report = closeness(distances, real) | dict(
         by_heart=by_heart(images, train, mirrored).double().mean().item(), training_images=len(train),
-        real_images=len(held_out) or len(train), held_out=len(held_out), images=len(images))
+        real_images=len(real), held_out=len(held_out), images=len(images))
     return report, train[index]
 
 

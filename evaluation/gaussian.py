@@ -43,14 +43,14 @@ def gaussian_bound(images: Tensor, diffusion: DiffusionProcess, times: Tensor | 
 def _variances(images: Tensor) -> Tensor:
     """The variances along the principal axes of images (N, C, H, W): (C·H·W,) float64."""
     pixels = images.flatten(1)                                                              # (N, C·H·W)
-    mean = pixels.double().mean(0)
+    mean = pixels.mean(0, dtype=torch.float64)
     chunks = (part.double() - mean for part in pixels.split(ROWS))
     return torch.linalg.eigvalsh(sum(part.T @ part for part in chunks) / (len(pixels) - 1))
 
 
 def _wave_variances(images: Tensor) -> Tensor:
     """The same where the axes have to be waves: those of the C channels at each frequency, (C·H·W,) float64."""
-    mean = images.double().mean(0)
+    mean = images.mean(0, dtype=torch.float64)
     spectra = (torch.fft.fft2(part.double() - mean, norm="ortho") for part in images.split(ROWS))
     covariance = sum(torch.einsum("nchw,ndhw->hwcd", s, s.conj()) for s in spectra) / (len(images) - 1)
     return torch.linalg.eigvalsh(covariance).flatten()                                      # (H, W, C) before

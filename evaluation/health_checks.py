@@ -165,7 +165,10 @@ def check_tensors(weights: dict[str, Tensor], initial: dict[str, Tensor], step: 
 
 
 def check_label_rows(embedding: Tensor, initial: Tensor, class_names: Sequence[str]) -> Finding:
-    """Labels that never occurred keep their initial row of the embedding (classes + 1, D); the last is "no label"."""
+    """Labels that never occurred keep their initial row of the embedding (classes + 1, D); the last is "no label".
+
+    initial: those of the seed, so that nothing is found in a network that began with --init.
+    """
     unchanged = (embedding == initial).all(1).tolist()
     classes = [name for name, missing in zip(class_names, unchanged[:-1], strict=True) if missing]
     message = f"classes never trained on: {', '.join(classes)}" if classes else "all classes were trained on"

@@ -295,7 +295,7 @@ def check_image_count(count: int, num_features: int) -> None:
     needed = 2 * max(num_features, GROUPS * PRECISION_K)
     if count < needed:
         raise UserError(f"the figures need at least {needed} images (twice the number of features), not {count}: "
-                        f"give more, with --num_images where a checkpoint makes them")
+                        f"give more, or a larger --num_images")
 
 
 def figures(generated: ImageFeatures, reference: ImageFeatures, labels: Tensor | None = None,

@@ -154,6 +154,14 @@ def test_few_pictures_are_compared_with_their_copies(checkpoint, place, tmp_path
     assert "Skipped" not in capsys.readouterr().out and (tmp_path / "runs.csv").read_text().count("my_two") == 1
 
 
+def test_copies_are_looked_for_among_what_was_learned_from(two, data_dir, tmp_path, monkeypatch):
+    seen, look = [], copies.by_heart
+    monkeypatch.setattr(copies, "by_heart", lambda *given: seen.append(given) or look(*given))
+    path = train_on(two, tmp_path / "run", "--hflip", "--train_images", "8")
+    evaluate.main(["--checkpoint", str(path), "--num_images", "4", "--steps", "2", "--output_dir", str(tmp_path), *CPU])
+    assert [(len(pictures), mirrored) for _, pictures, mirrored in seen] == [(8, True), (8, True)]
+
+
 @pytest.mark.parametrize("flag", ["--sweep", "--likelihood", "--compare"])
 def test_figures_of_few_pictures_are_refused_in_one_line(checkpoint, place, tmp_path, capsys, flag):
     which = ["--compare", str(checkpoint), str(checkpoint)] if flag == "--compare" else [
@@ -229,6 +237,8 @@ def test_mirror_images_are_copies_where_the_network_has_seen_them(monkeypatch):
         report, near = copies.copies(images, data, mirrored)
         assert report["by_heart"] == report["copies"] == share
         assert torch.equal(near[:4], pictures[:4]) and (not mirrored or torch.equal(near[4:], pictures[4:8]))
+    both = torch.cat([pictures, pictures.flip(3)])                           # a picture and its mirror image are one
+    assert copies.by_heart(images, both, True).all() and len(copies.different(both, True)) == 20
     monkeypatch.setattr(copies, "VALUES", 400)  # two images at a time
     assert copies.by_heart(images, pictures, True).all() and copies.copies(images, data)[0]["by_heart"] == 0.5
 
@@ -459,24 +469,25 @@ def test_init_takes_what_fits_and_names_the_rest(checkpoint, tmp_path, capsys, c
     assert config["diffusion"]["prediction"] == before["diffusion"]["prediction"]
 
 
-@pytest.mark.parametrize("before, now", [(2, 3), (2, None), (None, 3)])
+@pytest.mark.parametrize("before, now", [("ab", "abc"), ("ab", "xy"), ("ab", ""), ("", "abc"), ("ab", "ba")])
 def test_a_network_with_other_classes_begins_as_the_old_one_without_a_label(before, now):
-    def network(classes):
-        torch.manual_seed(classes or 0)
+    def network(classes, seed):
+        torch.manual_seed(seed)
         model = create_model(network="unet", image_channels=3, base_channels=8, time_emb_dim=16, channel_mults=[1],
-                             num_classes=classes)
+                             num_classes=len(classes) or None)
         for parameter in model.parameters():
             torch.nn.init.normal_(parameter, std=0.1)
         return model
-    old, new = network(before), network(now)
+    old, new = network(before, 0), network(now, 1)
     weights, own = old.state_dict(), new.state_dict()
     new.load_state_dict(own | {name: weight for name, weight in weights.items()
                                if name in own and own[name].shape == weight.shape})
-    training_flags.begin_without_labels(new, weights)
-    x_t, t = torch.randn(3, 3, 16, 16), torch.tensor([1.0, 400.0, 900.0])
-    expected = old(x_t, t)
-    for labels in (None, *([torch.tensor([0, 1, 2])] if now else [])):
-        torch.testing.assert_close(new(x_t, t, labels), expected)
+    training_flags.begin_labels(new, weights, list(before), list(now))
+    x_t, t = torch.randn(1, 3, 16, 16), torch.tensor([400.0])
+    torch.testing.assert_close(new(x_t, t), old(x_t, t))
+    for label, name in enumerate(now):
+        expected = old(x_t, t, torch.tensor([before.index(name)]) if name in before else None)
+        torch.testing.assert_close(new(x_t, t, torch.tensor([label])), expected)
 
 
 def test_init_from_other_pictures_says_that_held_out_ones_may_be_known(two, checkpoint, tmp_path, capsys):

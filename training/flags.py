@@ -1,6 +1,7 @@
 """The flags of train.py, the recipes that set their defaults, and the config of a checkpoint that follows from them."""
 
 from argparse import BooleanOptionalAction, Namespace
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -72,26 +73,33 @@ def start_from(model, args: Namespace, data: ImageData) -> str:
     if not fits:
         raise UserError(f"no weight of {path} fits this network: leave out the flags that set another network")
     model.load_state_dict(own | fits)
-    begin_without_labels(model, weights)
+    before, now = checkpoint["config"]["data"]["class_names"], list(data.class_names)
+    if before != now or ("label_embedding.weight" in weights) != (model.label_embedding is not None):
+        begin_labels(model, weights, before, now)
     seen = data.folder and _may_know_held_out(checkpoint["config"]["data"], data)
     return (f"Starting from {len(fits)} of the {len(own)} tensors of {path}"
-            f"{f'; new, because it has none of their shape: {one_line(left, 300)}' if left else ''}"
+            f"{f'; new, because no tensor of that name has their shape: {one_line(left, 300)}' if left else ''}"
             f"{SEEN_BEFORE if seen else ''}")
 
 
 @torch.no_grad()
-def begin_without_labels(model, weights: dict) -> None:
-    """Let a network with other classes than `weights`, which it has got, begin as theirs does without a label.
+def begin_labels(model, weights: dict, before: Sequence[str], now: Sequence[str]) -> None:
+    """Let `model`, which has got `weights` of a network with other classes, do what that one does without a label.
 
-    The row of a class, or of "no label", is added to the embedding of the time. So all new rows begin as their row of
-    "no label", or as 0 where they have none; in a network that has no labels that row goes into the bias of the time.
+    The row of a class, or of "no label", is added to the embedding of the time. So the row of each new class begins as
+    the old row of "no label", or as 0 if there was none; a class that was there before keeps its own. A model that has
+    no labels gets the row of "no label" as a part of the time's bias.
+
+    before, now: the names of the classes of both networks.
     """
-    before, bias = weights.get("label_embedding.weight"), model.time_embedding.mlp[-1].bias
-    row = before[-1] if before is not None and before.shape[1:] == bias.shape else torch.zeros_like(bias)  # (D,)
+    rows, bias = weights.get("label_embedding.weight"), model.time_embedding.mlp[-1].bias
+    if rows is None or rows.shape[1:] != bias.shape:
+        rows, before = torch.zeros_like(bias)[None], ()
     if model.label_embedding is None:
-        bias += row
-    elif before is None or before.shape != model.label_embedding.weight.shape:
-        model.label_embedding.weight.copy_(row.expand_as(model.label_embedding.weight))
+        bias += rows[-1]
+    else:
+        known = [before.index(name) if name in before else -1 for name in now]
+        model.label_embedding.weight.copy_(rows[[*known, -1]])
 
 
 def _may_know_held_out(before: dict, data: ImageData) -> bool:
@@ -313,7 +321,7 @@ def make_config(settings: Namespace, data: ImageData, saved: dict | None = None)
         lowest_noise=DATASETS[data.name].lowest_noise if data.name in DATASETS and not data.code.is_linear else None)
     some = data.first(min(10_000, 2**25 // data.images[0].numel()))  # large images would need much memory as floats
     data_std = saved["diffusion"]["data_std"] if saved else round(some.x_0().std().item(), 3)
-    if not data_std:
+    if not data_std and not points:
         raise UserError(f"the images of {data.name} have one colour everywhere, so that there is nothing to learn: "
                         f"look at them with --look; transparent pictures may need another --background")
     network, flags = "mlp" if points else "unet", vars(settings) | dict(attention=attention)

@@ -401,7 +401,7 @@ def test_copies_and_classes_of_which_nothing_is_learned_are_told(tmp_path, capsy
     read(tmp_path / "in", tmp_path / "data", quiet=False)
     said = capsys.readouterr().out
     assert "All pictures of rare are held out" in said
-    assert "\n1 are exact copies of others, and 1 are in more than one class\n" in said
+    assert "\nExact copies of others: 1; in more than one class: 1\n" in said
 
 
 def test_pictures_beside_sub_folders_have_no_classes_and_a_line_says_so(tmp_path, capsys):
