@@ -42,7 +42,7 @@ LIMITS = {
               "channel_mults": (list, 8), "attention": (list, 8)},
     "diffusion": {"num_timesteps": (int, 100_000)},
 }
-MAX_IMAGE_SIDE, MAX_MULT, MAX_SIZE, MAX_COUNT = 1024, 64, 100_000, 2**53
+MAX_IMAGE_SIDE, MAX_MULT, MAX_SIZE, MAX_COUNT, MAX_GUIDANCE = 1024, 64, 100_000, 2**53, 100
 
 
 def save_checkpoint(path: str | Path, **fields) -> None:
@@ -243,6 +243,9 @@ def _wrong_data(config: dict) -> str | None:
         return "the pictures in its config are not described by their flags and digest"
     if "level_code" in config["data"] and not _is_level_code(config["data"]["level_code"]):
         return "the level_code in its config is no rising list of 256 numbers from -1 to 1"
+    guidance = config["data"].get("guidance_scale", 1.0)
+    if type(guidance) not in (int, float) or not 0 <= guidance <= MAX_GUIDANCE:
+        return f"the guidance_scale in its config is {_shown(guidance)}"
     if classes and classes != len(names):
         return f"its config has {classes} classes and {len(names)} class_names"
     return None

@@ -368,6 +368,7 @@ class DataSet(NamedTuple):
     code          of the data as they are read
     lowest_noise  where the samplers' noise levels end with a `histogram_code`, as `DiffusionProcess` has it; None: not
                   measured
+    guidance      the default strength of the guidance by a label; None: DEFAULT_GUIDANCE of the samplers
     """
 
     read: Callable[[Path, bool], tuple[Tensor, Tensor]]
@@ -376,6 +377,7 @@ class DataSet(NamedTuple):
     read_marks: Callable[[Path, bool], Tensor] | None = None
     code: LevelCode | Coordinates = LINEAR
     lowest_noise: float | None = None
+    guidance: float | None = None
 
 
 # To add a data set, add a row. Noise levels: measured (benchmarks/RECORDS.md); that of cifar10: Karras et al. 2022; of
@@ -385,7 +387,7 @@ DATASETS = {
                      lowest_noise=0.3),
     "fashion_mnist": DataSet(partial(_mnist, "FashionMNIST", FASHION_FILES), FASHION, noise_level=(0.0, 1.2),
                              lowest_noise=0.1),
-    "cifar10": DataSet(_cifar10, CIFAR),
+    "cifar10": DataSet(_cifar10, CIFAR, guidance=2.0),
     "glyphs": DataSet(_glyphs, DIGITS, noise_level=(0.7, 0.9), lowest_noise=0.3),
     "scenes": DataSet(_scenes, OBJECTS, noise_level=(0.2, 1.2), read_marks=_scene_marks),
     **{name: DataSet(READERS[name], row.class_names, code=COORDINATES) for name, row in POINT_SETS.items()},

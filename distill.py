@@ -63,7 +63,7 @@ def parse_args(argv: Sequence[str] | None):
                        help="the order of the teacher's steps: 1 is ddim; 2 evaluates it twice and is more exact")
     group.add_argument("--guidance_scale", **SHARED_FLAGS["guidance_scale"] | dict(
         help="the strength of the teacher's guidance; the student then makes guided images with one evaluation a step "
-             f"(default: {DEFAULT_GUIDANCE} where there are labels)"))
+             f"(default: {DEFAULT_GUIDANCE} where there are labels, 2 for cifar10)"))
     group = parser.add_argument_group("optimiser")
     group.add_argument("--batch_size", type=number(int, 1), default=128, help="the number of images in a step")
     group.add_argument("--lr", type=number(float, 0), default=5e-4, help="the peak learning rate of AdamW")

@@ -107,7 +107,7 @@ def add_command(commands, name: str, text: str, pictures: int = 1) -> Parser:
     add_shared_flags(sub, "label")
     sub.add_argument("--guidance_scale", **SHARED_FLAGS["guidance_scale"] | dict(
         help="the strength of the guidance by --label: 1 is none, more gives clearer and less varied images (default: "
-             f"{DEFAULT_GUIDANCE})"))
+             f"{DEFAULT_GUIDANCE}, for cifar10 2)"))
     which = sub.add_mutually_exclusive_group()
     if pictures == 2:
         which.add_argument("--image", nargs=2, metavar=("A", "B"),

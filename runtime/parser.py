@@ -186,8 +186,8 @@ SHARED_FLAGS = {
                        "such as 0-9, or several with commas"),
     "guidance_scale": dict(type=number(float, 0, 100),
                            help="the strength of the guidance by the label: 1 is none, more gives clearer and less "
-                                f"varied images (default: {DEFAULT_GUIDANCE} where there are labels; for a student: "
-                                "1)"),
+                                f"varied images (default: {DEFAULT_GUIDANCE} where there are labels, 2 for cifar10; "
+                                "for a student: 1)"),
     "guidance_interval": dict(type=number(float, 0), nargs=2, metavar=("LOW", "HIGH"), action=LowAndHigh,
                               help="use guidance only at times t from LOW to HIGH (default: at all times)"),
     "batch_size": dict(type=number(int, 1), default=64, help="the number of images made at the same time; it does "

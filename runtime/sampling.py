@@ -49,7 +49,7 @@ def sampling_options(config: dict, args: Namespace = NO_FLAGS, count: int = 0, *
         raise UserError("--guidance_scale needs --label, the class to ask for" if config["model"].get("num_classes")
                         else f"{NO_LABELS}: leave --guidance_scale out, or {TRAIN_LABELS}")
     if scale is None:
-        scale = 1.0 if labels is None or student else DEFAULT_GUIDANCE
+        scale = 1.0 if labels is None or student else config["data"].get("guidance_scale", DEFAULT_GUIDANCE)
     if eta is not None and not SAMPLERS[sampler].reads_eta:
         readers = " and ".join(name for name, row in SAMPLERS.items() if row.reads_eta)
         raise UserError(f"--eta is read by --sampler {readers} only: choose one, or leave it out")

@@ -215,6 +215,8 @@ DATA_CONFIGS = [{"shape": [1, 10**9, 10**9]}, {"shape": [1, 28]}, {"shape": "1,2
                 {"shape": [3, 28, 28]}, {"shape": [1, -28, 28]}, {"shape": [1, 27, 28]}, {"shape": endless()},
                 {"level_code": None}, {"level_code": 3}, {"level_code": endless()}, {"level_code": [0.0] * 256},
                 {"level_code": [-1.0, *[0.0] * 254, 1.0]}, {"level_code": ["a"] * 256}, {"level_code": [-1.0, 1.0]},
+                {"guidance_scale": "2"}, {"guidance_scale": float("nan")}, {"guidance_scale": -1},
+                {"guidance_scale": []},
                 {"dataset": 3}, {"dataset": None}, {"class_names": 3}, {"class_names": "0123456789"},
                 {"class_names": [1, 2]}, {"class_names": None}, {"class_names": endless()}, {"class_names": {"a": 1}}]
 CONFIGS = [(part, change) for part, changes in [("model", MODEL_CONFIGS), ("diffusion", DIFFUSION_CONFIGS),

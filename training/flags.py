@@ -254,6 +254,7 @@ TRAINER_FLAGS = ("batch_size", "optimizer", "lr", "muon_lr", "lr_schedule", "war
                  "ema_decay", "conditional", "label_dropout", "precision", "seed", "hflip")
 # What a process has without flags, in checkpoints that do not know it; the shares are for lognormal times.
 KEPT = dict(last_share=0.0, low_share=0.0, lowest_noise=None)
+GUIDANCE = "guidance_scale"  # in a config, where the data set has a default of its own
 LAST_SHARE, POINTS_LOW_SHARE = 0.01, 0.05  # nearly clean times help points, and make images worse: RECORDS.md
 FIXED_FLAGS = ("train_images", "batch_size", "optimizer")  # besides network and data: what --resume cannot change
 
@@ -315,10 +316,10 @@ def make_config(settings: Namespace, data: ImageData, saved: dict | None = None)
     saved    the config of the checkpoint that is resumed: its data_std, else measured, and what is KEPT
     """
     attention = settings.attention and [factor for factor in settings.attention if factor]
-    points = is_points(data.images.shape[1:])
+    points, row = is_points(data.images.shape[1:]), DATASETS.get(data.name)
     kept = {name: saved["diffusion"].get(name, before) for name, before in KEPT.items()} if saved else dict(
         last_share=LAST_SHARE, low_share=POINTS_LOW_SHARE if points else 0.0,
-        lowest_noise=DATASETS[data.name].lowest_noise if data.name in DATASETS and not data.code.is_linear else None)
+        lowest_noise=row.lowest_noise if row and not data.code.is_linear else None)
     some = data.first(min(10_000, 2**25 // data.images[0].numel()))  # large images would need much memory as floats
     data_std = saved["diffusion"]["data_std"] if saved else round(some.x_0().std().item(), 3)
     if not data_std and not points:
@@ -326,6 +327,7 @@ def make_config(settings: Namespace, data: ImageData, saved: dict | None = None)
                         f"look at them with --look; transparent pictures may need another --background")
     network, flags = "mlp" if points else "unet", vars(settings) | dict(attention=attention)
     code = {} if data.code.is_linear else dict(level_code=data.code.points.tolist())
+    guidance = saved["data"].get(GUIDANCE) if saved else row and row.guidance
     return dict(
         model=dict({name: flags[name] for name in MODEL_FLAGS[network]}, network=network,
                    image_channels=data.images.shape[1],
@@ -333,7 +335,7 @@ def make_config(settings: Namespace, data: ImageData, saved: dict | None = None)
         diffusion=dict({ours: getattr(settings, flag) for flag, ours in DIFFUSION_FLAGS.items()}, data_std=data_std,
                        **kept),
         data=dict(dataset=data.name, shape=list(data.images.shape[1:]), class_names=list(data.class_names), **code,
-                  **_pictures(data)))
+                  **({GUIDANCE: guidance} if guidance else {}), **_pictures(data)))
 
 
 PICTURES = ("path", "fit", "channels", "background", "key", "digest", "count")  # of about.json, in a config

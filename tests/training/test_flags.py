@@ -11,6 +11,8 @@ import train
 from data import DATASETS, ImageData
 from diffusion import DiffusionProcess
 from runtime import distributed
+from runtime.sampling import sampling_options
+from samplers import DEFAULT_GUIDANCE
 from training import flags
 from training.flags import RECIPES, make_settings
 from training.resume import OWN_FLAGS, resume_command
@@ -105,6 +107,19 @@ def test_what_a_process_has_without_flags_is_what_was_measured(name, more, low_s
     data = data.coded(flags.make_code(settings, data))
     process = flags.make_config(settings, data)["diffusion"]
     assert (process["last_share"], process["low_share"], process["lowest_noise"]) == (0.01, low_share, lowest)
+
+
+def test_the_guidance_of_a_data_set_is_kept_in_its_checkpoints():
+    """A run that began before a data set had one goes on without it, and draws as before."""
+    data = ImageData("cifar10", "train", torch.arange(256, dtype=torch.uint8).view(4, 1, 8, 8),
+                     torch.zeros(4, dtype=torch.long), ("a", "b"))
+    settings = make_settings(parsed("--dataset", "cifar10"), data)
+    config = flags.make_config(settings, data)
+    assert DATASETS["cifar10"].guidance != DEFAULT_GUIDANCE
+    assert sampling_options(config, count=2)["guidance_scale"] == DATASETS["cifar10"].guidance
+    del config["data"]["guidance_scale"]
+    assert flags.make_config(settings, data, config) == config
+    assert sampling_options(config, count=2)["guidance_scale"] == DEFAULT_GUIDANCE
 
 
 def test_a_resumed_run_takes_a_flag_whose_condition_its_checkpoint_holds(data_dir, tmp_path, capfd):
