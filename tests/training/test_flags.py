@@ -114,11 +114,11 @@ def test_the_guidance_of_a_data_set_is_kept_in_its_checkpoints():
     data = ImageData("cifar10", "train", torch.arange(256, dtype=torch.uint8).view(4, 1, 8, 8),
                      torch.zeros(4, dtype=torch.long), ("a", "b"))
     settings = make_settings(parsed("--dataset", "cifar10"), data)
-    config = flags.make_config(settings, data)
+    config = flags.make_config(settings, data) | dict(training=vars(settings))
     assert DATASETS["cifar10"].guidance != DEFAULT_GUIDANCE
     assert sampling_options(config, count=2)["guidance_scale"] == DATASETS["cifar10"].guidance
     del config["data"]["guidance_scale"]
-    assert flags.make_config(settings, data, config) == config
+    assert flags.make_config(settings, data, config)["data"] == config["data"]
     assert sampling_options(config, count=2)["guidance_scale"] == DEFAULT_GUIDANCE
 
 
