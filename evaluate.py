@@ -24,27 +24,29 @@ images away. The floors of a reference, and the features of real images, are kep
 
 import hashlib
 import sys
-import time
 from argparse import Namespace
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from functools import partial
-from itertools import product
 from pathlib import Path
-from typing import NamedTuple
 
 import torch
-from torch import Tensor, nn
 
-from checkpoint import load_checkpoint, load_model, training_flag
-from data import DATASETS, SPLITS, ImageData, LevelCode, code_of, load_dataset
-from data_sources.pictures import read_images
-from diffusion import DiffusionProcess
+from checkpoint import load_checkpoint
+from data import DATASETS, SPLITS, load_dataset
 from evaluation.autoencoder_training import train_second_network
 from evaluation.classifier_training import train_feature_network
 from evaluation.compare import RESULT as COMPARE_RESULT
 from evaluation.compare import check_comparable, comparison, is_ready, print_comparison
 from evaluation.copies import FEW, refuse_few, report_copies, too_few
 from evaluation.features import extract_features
+from evaluation.images import (
+    SWEEP_STEPS,
+    GeneratedImages,
+    LoadedCheckpoint,
+    make_images,
+    open_checkpoint,
+    ready_images,
+)
 from evaluation.metrics import figure_values, named_shares, torchmetrics_image
 from evaluation.reference import (
     LIKELIHOOD_IMAGES,
@@ -62,23 +64,20 @@ from evaluation.reference import (
 )
 from evaluation.report import conditions, print_classes, print_figures, print_heading, print_memorisation
 from evaluation.runs import list_runs
-from evaluation.sweep import GeneratedImages, plot_cells, plot_sweep, print_table_header, print_table_row, sweep
+from evaluation.sweep import plot_cells, plot_sweep, print_table_header, print_table_row, sweep
 from evaluation.two_sample import two_sample_values
 from evaluation.verdict import verdict
 from runtime import distributed, threads
 from runtime.checkpoints import folder_of_results, with_checkpoint
 from runtime.errors import UserError
 from runtime.files import check_outputs, write_json
-from runtime.memory import run_or_suggest_batch_size
 from runtime.parser import PICTURE_FLAGS, SHARED_FLAGS, Parser, add_shared_flags, number, refuse_picture_flags
 from runtime.progress import Bar, progress
-from runtime.sampling import chosen_dataset, dataset_of, is_student, sampling_options
+from runtime.sampling import chosen_dataset, dataset_of
 from runtime.script import script
-from samplers import SAMPLERS, STUDENT_SAMPLER, final_image, generate
-from utils import autocast, get_device, pick_precision
+from utils import get_device, pick_precision
 
 SAMPLING_FLAGS = ("use_ema", "sampler", "spacing", "steps", "eta", "guidance_interval", "batch_size")
-SWEEP_STEPS = (5, 10, 20, 50)
 RESULTS = ("evaluation.json", "nearest.png", "sweep.json", "sweep.png", "sweep_images.png", COMPARE_RESULT)
 
 
@@ -167,79 +166,6 @@ def check_flags(args, parser: Parser) -> None:
         parser.error("--steps and --sweep cannot be combined: give the step counts after --sweep")
     if len(args.guidance_scale) > 1 and args.sweep is None:
         parser.error("several values of --guidance_scale need --sweep")
-
-
-# ------------------------------------------------------------------------------------------------- making images
-
-
-class LoadedCheckpoint(NamedTuple):
-    """A network that makes images, and the arguments of samplers.generate for each set of images to measure.
-
-    train_images, mirrored: it learned from so many training images (0: all), and from their mirror images, too
-    """
-
-    model: nn.Module
-    diffusion: DiffusionProcess
-    dataset: str | Path
-    code: LevelCode
-    shape: Sequence[int]
-    labels: Tensor | None
-    options: list[dict]
-    train_images: int
-    mirrored: bool
-
-
-def open_checkpoint(args: Namespace, device: torch.device, output: Path) -> LoadedCheckpoint:
-    """Load --checkpoint. UserError if it cannot do what the flags ask for, or if `output` cannot be written."""
-    model, diffusion, checkpoint = load_model(args.checkpoint, device, args.use_ema)
-    config, dataset, labels = checkpoint["config"], dataset_of(checkpoint, args.data_dir, args.dataset), None
-    if distributed.rank() == 0:
-        check_outputs([output / name for name in RESULTS], [args.checkpoint])  # before data are downloaded or drawn
-    if model.num_classes:  # image k gets the label of training image k: the shares of the classes are the data's
-        known = load_dataset(dataset, "train", args.data_dir).labels
-        labels = known[torch.arange(args.num_images) % len(known)]
-    samplers, step_counts = [args.sampler], [args.steps]
-    if args.sweep is not None:
-        suitable = [name for name in SAMPLERS if (name == STUDENT_SAMPLER) == is_student(config)]
-        samplers = [args.sampler] if args.sampler else suitable
-        step_counts = args.sweep or sorted({min(steps, diffusion.num_timesteps) for steps in SWEEP_STEPS})
-    options = []
-    for sampler, scale, steps in product(samplers, args.guidance_scale, step_counts):
-        interval = None if scale == 1 and len(args.guidance_scale) > 1 else args.guidance_interval
-        flags = dict(sampler=sampler, guidance_scale=scale, steps=steps, guidance_interval=interval)
-        options.append(sampling_options(config, Namespace(**vars(args) | flags), labels=labels))
-    return LoadedCheckpoint(model, diffusion, dataset, code_of(config), config["data"]["shape"], labels, options,
-                            int(training_flag(checkpoint, "train_images", 0)),
-                            bool(training_flag(checkpoint, "hflip", False)))
-
-
-def make_images(args: Namespace, loaded: LoadedCheckpoint, options: dict, count: int) -> GeneratedImages:
-    """`count` images made by the checkpoint, a part of them by each process. UserError if they are not finite."""
-    evaluations, device, mine = [], loaded.diffusion.device, range(count)[distributed.rank_slice(count)]
-    counter = loaded.model.register_forward_hook(lambda _, inputs, __: evaluations.append(len(inputs[0])))
-    start, total = time.perf_counter(), -(-len(mine) // args.batch_size) * options["steps"]
-    with (Bar(f"{count:,} images by {options['sampler']}", total, "steps", hidden=distributed.rank() > 0) as bar,
-          autocast(device, pick_precision(args.precision, device))):
-        images = run_or_suggest_batch_size(partial(to_uint8_batches, loaded.code, bar), lambda batch_size: generate(
-            loaded.model, loaded.diffusion, loaded.shape, mine, **options | dict(batch_size=batch_size)),
-            args.batch_size, device)
-    counter.remove()
-    if not distributed.all_gather(torch.tensor([images is not None])).all():
-        raise UserError(f"{args.checkpoint} makes images that are not finite numbers: train it again")
-    images = distributed.all_gather(torch.cat([torch.empty(0, *loaded.shape, dtype=torch.uint8), *images]))
-    evaluated = distributed.all_gather(torch.tensor([sum(evaluations)])).sum().item()
-    return GeneratedImages(images, loaded.labels, evaluated / count, time.perf_counter() - start)
-
-
-def to_uint8_batches(code: LevelCode, bar: Bar, batches: Iterator) -> list[Tensor] | None:
-    """The final images of each batch as uint8, as in files; None as soon as one is not finite."""
-    images, tuner = [], threads.ThreadTuner(threads.PATIENCE)
-    for _, trajectory in batches:
-        x = final_image(bar.track(tuner.steps(trajectory)))
-        if not x.isfinite().all():
-            return None
-        images.append(code.decode(x).cpu())
-    return images
 
 
 # -------------------------------------------------------------------------------------------------------- measuring
@@ -350,26 +276,15 @@ def fitting_count(args: Namespace) -> Namespace:
     return Namespace(**vars(args) | dict(num_images=min(args.num_images, held_out if held_out >= FEW else FEW)))
 
 
-def ready_images(args: Namespace, data: ImageData) -> GeneratedImages:
-    """The images of --images, or the first --num_images of them."""
-    images, labels = read_images(Path(args.images), data.images.shape[1:], len(data.class_names))
-    if (count := args.given_images or len(images)) > len(images):
-        raise UserError(f"{args.images} holds {len(images):,} images, fewer than --num_images {count}: give "
-                        f"--num_images {len(images)}")
-    return GeneratedImages(images[:count], None if labels is None else labels[:count], nfe=0, seconds=0)
-
-
 def load_inputs(args: Namespace, device: torch.device, output: Path):
     """(checkpoint or None, ready images or None, the reference's images, those of the floor, the feature networks)."""
-    loaded = open_checkpoint(args, device, output) if args.checkpoint else None
-    if not loaded:
-        check_outputs([output / name for name in RESULTS], [args.images])
+    if distributed.rank() == 0:  # before data are downloaded or drawn
+        check_outputs([output / name for name in RESULTS], [args.checkpoint or args.images])
+    loaded = open_checkpoint(args, device) if args.checkpoint else None
     split = args.reference or ("test" if args.sweep is None else "validation")
     data = load_dataset(loaded.dataset if loaded else chosen_dataset(args, device.type == "cpu", quiet=True), split,
                         args.data_dir)
-    generated = None
-    if not loaded:
-        generated = ready_images(args, data)
+    generated = None if loaded else ready_images(args, data)
     if args.cas and (loaded or generated).labels is None:
         raise UserError("--cas needs labels: a checkpoint trained with --conditional, or `labels` in the .npz")
     count = args.num_images if loaded else len(generated.images)

@@ -1,23 +1,14 @@
 """Quality against cost: samplers at several step counts, all from the same starting noise."""
 
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
 
 from torch import Tensor
 
+from evaluation.images import GeneratedImages
 from utils import plain_log_ticks, pyplot, save_figure, tile
 
 CELL_IMAGES, CELL_COLUMNS = 16, 4
 TABLE_FIGURES = ("kernel_distance", "precision", "recall", "coverage", "confident")
-
-
-class GeneratedImages(NamedTuple):
-    """Images (N, C, H, W) uint8, the requested labels (N,) or None, NFE of one image, and seconds of all."""
-
-    images: Tensor
-    labels: Tensor | None
-    nfe: float
-    seconds: float
 
 
 def sweep(options: Sequence[dict], make: Callable[[dict], GeneratedImages],

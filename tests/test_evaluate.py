@@ -17,9 +17,11 @@ import evaluate
 import sample
 from checkpoint import FIELDS, load_checkpoint, load_model, save_checkpoint
 from data import ImageData, load_dataset, to_model
+from data_sources.pictures import read_images
 from data_sources.scenes import COLOURS, draw_scenes, marks
 from diffusion import DiffusionProcess
 from evaluation import autoencoder_training, classifier, classifier_training, metrics, reference, two_sample
+from evaluation import images as evaluated
 from evaluation.autoencoder import SUFFIX, load_autoencoder
 from evaluation.classifier import load_feature_network
 from evaluation.classifier_training import ClassifierRecipe
@@ -51,7 +53,7 @@ def first_images(*args):
 @pytest.fixture
 def small(monkeypatch, data_dir, floors):
     """Splits of SPLIT images, so that a whole evaluation takes a second; returns run(*flags) -> exit status."""
-    for module in (evaluate, reference, classifier_training, autoencoder_training):
+    for module in (evaluate, evaluated, reference, classifier_training, autoencoder_training):
         monkeypatch.setattr(module, "load_dataset", first_images)
     monkeypatch.setattr(reference, "floor_cache", lambda *args: floor_cache(*args)._replace(folder=floors))
     monkeypatch.setattr(two_sample, "EPOCHS", 1)
@@ -247,11 +249,11 @@ def test_the_floor_has_as_many_images_as_the_figure_or_the_measurement_is_refuse
     """Also before any image is made; the validation split, as the reference, has the larger test split as its floor."""
     path = write_npz(tmp_path / "x.npz", load_dataset("glyphs", "train", data_dir).images[:COUNT + 40])
     sizes = {"train": SPLIT, "validation": COUNT, "test": SPLIT}
-    for module in (evaluate, reference):
+    for module in (evaluate, evaluated, reference):
         monkeypatch.setattr(module, "load_dataset", lambda name, split, *where: load_dataset(name, split, *where).first(
             sizes[split]))
     ready = ["--images", path, "--dataset", "glyphs", "--output_dir", tmp_path / "out"]
-    monkeypatch.setattr(evaluate, "generate", None)
+    monkeypatch.setattr(evaluated, "generate", None)
     for flags in (ready, ["--checkpoint", checkpoint(), "--num_images", COUNT + 40, "--output_dir", tmp_path / "out"]):
         assert small(*flags) == 2
         error = capsys.readouterr().err
@@ -279,7 +281,7 @@ def test_a_conditional_checkpoint_is_asked_for_the_classes_of_the_data(small, ch
 
 
 def test_a_sweep_compares_samplers_step_counts_and_scales(small, checkpoint, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(evaluate, "SAMPLERS", {name: evaluate.SAMPLERS[name] for name in ("ddim", "heun")})
+    monkeypatch.setattr(evaluated, "SAMPLERS", {name: evaluated.SAMPLERS[name] for name in ("ddim", "heun")})
     assert small("--checkpoint", checkpoint(10), "--num_images", COUNT, "--sweep", 1, 3, "--guidance_scale", 1, 2,
                  "--output_dir", tmp_path) == 0
     result, out = json.loads((tmp_path / "sweep.json").read_text()), capsys.readouterr().out
@@ -337,10 +339,10 @@ def test_folders_of_pngs_grey_or_grey_in_colour(tmp_path, data_dir):
     images = load_dataset("glyphs", "test", data_dir).images[:4]
     for i, image in enumerate(images):
         Image.fromarray(image[0].numpy()).save(tmp_path / f"{i}.png")
-    assert torch.equal(evaluate.read_images(tmp_path, (1, 28, 28), 10)[0], images)
+    assert torch.equal(read_images(tmp_path, (1, 28, 28), 10)[0], images)
     for i, image in enumerate(images):
         Image.fromarray(image[0].numpy()).convert("RGB").save(tmp_path / f"{i}.png")
-    assert torch.equal(evaluate.read_images(tmp_path, (1, 28, 28), 10)[0], images)
+    assert torch.equal(read_images(tmp_path, (1, 28, 28), 10)[0], images)
 
 
 def test_cas_is_the_accuracy_of_a_classifier_that_saw_only_the_images(small, tmp_path, data_dir, monkeypatch):
@@ -498,7 +500,7 @@ def test_wrong_arrays_are_refused_in_one_line(small, tmp_path, capsys, array, me
 def test_an_npz_may_call_its_images_images(tmp_path):
     images = torch.arange(2 * 784, dtype=torch.uint8).view(2, 1, 28, 28)
     np.savez(tmp_path / "x.npz", images=images.permute(0, 2, 3, 1).numpy(), labels=np.arange(2))
-    read, labels = evaluate.read_images(tmp_path / "x.npz", (1, 28, 28), 10)
+    read, labels = read_images(tmp_path / "x.npz", (1, 28, 28), 10)
     assert torch.equal(read, images) and labels.tolist() == [0, 1]
 
 
@@ -528,7 +530,7 @@ def test_wrong_labels_are_refused(tmp_path):
     images = torch.zeros(5, 1, 28, 28, dtype=torch.uint8)
     for labels in (np.arange(4), np.full(5, 10), np.full(5, -1), np.zeros(5), np.zeros((5, 1), int)):
         with pytest.raises(ValueError, match="labels"):
-            evaluate.read_images(write_npz(tmp_path / "x.npz", images, labels=labels), (1, 28, 28), 10)
+            read_images(write_npz(tmp_path / "x.npz", images, labels=labels), (1, 28, 28), 10)
 
 
 def test_files_that_are_missing_empty_or_damaged_are_refused(small, tmp_path, capsys):
@@ -637,7 +639,7 @@ def test_where_fewer_at_a_time_would_not_help_that_is_said(checkpoint, tmp_path,
 
 
 def test_images_that_are_not_numbers_are_refused(small, checkpoint, tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr(evaluate, "final_image", lambda trajectory: torch.full((COUNT, 1, 28, 28), float("nan")))
+    monkeypatch.setattr(evaluated, "final_image", lambda trajectory: torch.full((COUNT, 1, 28, 28), float("nan")))
     assert small("--checkpoint", checkpoint(), "--num_images", COUNT, "--batch_size", COUNT,
                  "--output_dir", tmp_path) == 2
     assert "not finite" in capsys.readouterr().err
