@@ -422,7 +422,8 @@ def examine_samples(memory, process, train, unseen, **settings):
 
 def checkpoint_of(model):
     """As much of a checkpoint as the examination of samples reads."""
-    return dict(config=dict(training={}, diffusion=dict(num_timesteps=1000), model=dict(num_classes=model.num_classes)))
+    return dict(config=dict(training={}, diffusion=dict(num_timesteps=1000), data={},
+                            model=dict(num_classes=model.num_classes)))
 
 
 def only(data, images, labels=None):
