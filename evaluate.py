@@ -39,7 +39,7 @@ from evaluation.compare import RESULT as COMPARE_RESULT
 from evaluation.compare import check_comparable, comparison, is_ready, print_comparison
 from evaluation.copies import FEW, refuse_few, report_copies, too_few
 from evaluation.features import extract_features
-from evaluation.images import (
+from evaluation.inputs import (
     SWEEP_STEPS,
     GeneratedImages,
     LoadedCheckpoint,
@@ -278,9 +278,8 @@ def fitting_count(args: Namespace) -> Namespace:
 
 def load_inputs(args: Namespace, device: torch.device, output: Path):
     """(checkpoint or None, ready images or None, the reference's images, those of the floor, the feature networks)."""
-    if distributed.rank() == 0:  # before data are downloaded or drawn
-        check_outputs([output / name for name in RESULTS], [args.checkpoint or args.images])
-    loaded = open_checkpoint(args, device) if args.checkpoint else None
+    check = partial(check_outputs, [output / name for name in RESULTS], [args.checkpoint or args.images])
+    loaded = open_checkpoint(args, device, check) if args.checkpoint else check()  # None
     split = args.reference or ("test" if args.sweep is None else "validation")
     data = load_dataset(loaded.dataset if loaded else chosen_dataset(args, device.type == "cpu", quiet=True), split,
                         args.data_dir)

@@ -4,7 +4,7 @@ from collections.abc import Callable, Sequence
 
 from torch import Tensor
 
-from evaluation.images import GeneratedImages
+from evaluation.inputs import GeneratedImages
 from utils import plain_log_ticks, pyplot, save_figure, tile
 
 CELL_IMAGES, CELL_COLUMNS = 16, 4

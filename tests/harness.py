@@ -135,10 +135,10 @@ class SmallSplits:
 
     def __call__(self):
         import evaluate
-        from evaluation import images, metrics, reference, two_sample
+        from evaluation import inputs, metrics, reference, two_sample
         metrics.GROUPS, two_sample.EPOCHS = 5, 2
         load = evaluate.load_dataset
-        for module in (evaluate, images, reference):
+        for module in (evaluate, inputs, reference):
             module.load_dataset = lambda *args: load(*args).first(self.count)
 
 

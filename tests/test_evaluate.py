@@ -20,8 +20,7 @@ from data import ImageData, load_dataset, to_model
 from data_sources.pictures import read_images
 from data_sources.scenes import COLOURS, draw_scenes, marks
 from diffusion import DiffusionProcess
-from evaluation import autoencoder_training, classifier, classifier_training, metrics, reference, two_sample
-from evaluation import images as evaluated
+from evaluation import autoencoder_training, classifier, classifier_training, inputs, metrics, reference, two_sample
 from evaluation.autoencoder import SUFFIX, load_autoencoder
 from evaluation.classifier import load_feature_network
 from evaluation.classifier_training import ClassifierRecipe
@@ -53,7 +52,7 @@ def first_images(*args):
 @pytest.fixture
 def small(monkeypatch, data_dir, floors):
     """Splits of SPLIT images, so that a whole evaluation takes a second; returns run(*flags) -> exit status."""
-    for module in (evaluate, evaluated, reference, classifier_training, autoencoder_training):
+    for module in (evaluate, inputs, reference, classifier_training, autoencoder_training):
         monkeypatch.setattr(module, "load_dataset", first_images)
     monkeypatch.setattr(reference, "floor_cache", lambda *args: floor_cache(*args)._replace(folder=floors))
     monkeypatch.setattr(two_sample, "EPOCHS", 1)
@@ -249,11 +248,11 @@ def test_the_floor_has_as_many_images_as_the_figure_or_the_measurement_is_refuse
     """Also before any image is made; the validation split, as the reference, has the larger test split as its floor."""
     path = write_npz(tmp_path / "x.npz", load_dataset("glyphs", "train", data_dir).images[:COUNT + 40])
     sizes = {"train": SPLIT, "validation": COUNT, "test": SPLIT}
-    for module in (evaluate, evaluated, reference):
+    for module in (evaluate, inputs, reference):
         monkeypatch.setattr(module, "load_dataset", lambda name, split, *where: load_dataset(name, split, *where).first(
             sizes[split]))
     ready = ["--images", path, "--dataset", "glyphs", "--output_dir", tmp_path / "out"]
-    monkeypatch.setattr(evaluated, "generate", None)
+    monkeypatch.setattr(inputs, "generate", None)
     for flags in (ready, ["--checkpoint", checkpoint(), "--num_images", COUNT + 40, "--output_dir", tmp_path / "out"]):
         assert small(*flags) == 2
         error = capsys.readouterr().err
@@ -281,7 +280,7 @@ def test_a_conditional_checkpoint_is_asked_for_the_classes_of_the_data(small, ch
 
 
 def test_a_sweep_compares_samplers_step_counts_and_scales(small, checkpoint, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(evaluated, "SAMPLERS", {name: evaluated.SAMPLERS[name] for name in ("ddim", "heun")})
+    monkeypatch.setattr(inputs, "SAMPLERS", {name: inputs.SAMPLERS[name] for name in ("ddim", "heun")})
     assert small("--checkpoint", checkpoint(10), "--num_images", COUNT, "--sweep", 1, 3, "--guidance_scale", 1, 2,
                  "--output_dir", tmp_path) == 0
     result, out = json.loads((tmp_path / "sweep.json").read_text()), capsys.readouterr().out
@@ -639,7 +638,7 @@ def test_where_fewer_at_a_time_would_not_help_that_is_said(checkpoint, tmp_path,
 
 
 def test_images_that_are_not_numbers_are_refused(small, checkpoint, tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr(evaluated, "final_image", lambda trajectory: torch.full((COUNT, 1, 28, 28), float("nan")))
+    monkeypatch.setattr(inputs, "final_image", lambda trajectory: torch.full((COUNT, 1, 28, 28), float("nan")))
     assert small("--checkpoint", checkpoint(), "--num_images", COUNT, "--batch_size", COUNT,
                  "--output_dir", tmp_path) == 2
     assert "not finite" in capsys.readouterr().err

@@ -26,6 +26,7 @@ import sample
 import train
 import visualize_diffusion
 from checkpoint import load_checkpoint
+from evaluation import inputs
 from samplers import SAMPLERS, SPACINGS
 from training.budget import Budget
 
@@ -128,7 +129,7 @@ def small(data_dir):
             raise ValueError("there is no such data set in this test")
         return loaded[split]
     with pytest.MonkeyPatch.context() as patch:
-        for module in (train, visualize_diffusion, edit, evaluate, doctor, benchmark, distill):
+        for module in (train, visualize_diffusion, edit, evaluate, inputs, doctor, benchmark, distill):
             patch.setattr(module, "load_dataset", load)
         progress = Budget.progress
         patch.setattr(Budget, "progress", lambda budget, step, time_share: (  # two steps where the time alone limits

@@ -17,7 +17,7 @@ from benchmarks import pretrained
 from benchmarks.pretrained import RECORDS, packed
 from checkpoint import load_checkpoint, load_model, save_checkpoint
 from data import DATASETS, load_dataset
-from evaluation import metrics, reference, two_sample
+from evaluation import inputs, metrics, reference, two_sample
 from evaluation.classifier import load_feature_network
 from evaluation.features import extract_features
 from evaluation.floors import floor_cache
@@ -37,7 +37,7 @@ def run(data_dir, tmp_path_factory):
     folder = tmp_path_factory.mktemp("run")
     assert train.main(tiny(data_dir, folder, "--sample_interval", 0)) == 0
     with pytest.MonkeyPatch.context() as patch:
-        for module in (evaluate, reference):
+        for module in (evaluate, inputs, reference):
             patch.setattr(module, "load_dataset", lambda *args: load_dataset(*args).first(600))
         patch.setattr(reference, "floor_cache", lambda *args: floor_cache(*args)._replace(folder=folder / "floors"))
         patch.setattr(two_sample, "EPOCHS", 1)

@@ -19,7 +19,7 @@ import visualize_diffusion
 from benchmarks.pretrained import packed
 from checkpoint import load_checkpoint, save_checkpoint
 from data import load_dataset
-from evaluation import metrics, reference, two_sample
+from evaluation import inputs, metrics, reference, two_sample
 from evaluation.floors import floor_cache
 from runtime import checkpoints
 from runtime.errors import UserError
@@ -67,7 +67,7 @@ def chosen(here, monkeypatch, capsys):
             paths.append(path)
             raise UserError("enough")
         with monkeypatch.context() as patch:
-            patch.setattr(module, "load_model", load)
+            patch.setattr(inputs if module is evaluate else module, "load_model", load)
             patch.setattr(doctor, "examine_machine", lambda *_: iter(()))
             status = module.main([*argv, *map(str, flags), "--device", "cpu"])
         said = capsys.readouterr()
@@ -247,7 +247,7 @@ def test_two_processes_take_the_same_checkpoint(here, made):
 @pytest.fixture
 def little(monkeypatch, data_dir, tmp_path):
     """Little data and two steps of training."""
-    for module in (edit, evaluate, reference, distill, doctor):
+    for module in (edit, evaluate, inputs, reference, distill, doctor):
         monkeypatch.setattr(module, "load_dataset",
                             lambda name, split, _: load_dataset(name, split, data_dir).first(600))
     monkeypatch.setattr(Budget, "progress", lambda budget, step, _: step / 2)

@@ -35,8 +35,8 @@ import evaluate
 import sample
 from checkpoint import load_checkpoint
 from data import load_dataset
+from evaluation import inputs, reference, two_sample
 from evaluation import metrics as figures_of
-from evaluation import reference, two_sample
 from runtime import distributed
 from runtime.errors import UserError
 from training.run import AGREE_STEPS, newest_valid
@@ -149,7 +149,7 @@ def measured(tmp_path, data_dir, monkeypatch):
         argv = list(map(str, ["--checkpoint", path, "--num_images", COUNT, "--data_dir", data_dir, "--device", "cpu",
                               "--precision", "fp32", *flags, "--output_dir"]))
         folders = [tmp_path / name for name in ("one", "two")]
-        for module in (evaluate, reference):
+        for module in (evaluate, inputs, reference):
             monkeypatch.setattr(module, "load_dataset", lambda *args: load_dataset(*args).first(SPLIT))
         monkeypatch.setattr(figures_of, "GROUPS", 5)
         monkeypatch.setattr(two_sample, "EPOCHS", 2)

@@ -2,7 +2,7 @@
 
 import time
 from argparse import Namespace
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from itertools import product
 from pathlib import Path
@@ -52,10 +52,16 @@ class LoadedCheckpoint(NamedTuple):
     mirrored: bool
 
 
-def open_checkpoint(args: Namespace, device: torch.device) -> LoadedCheckpoint:
-    """Load --checkpoint. UserError if it cannot do what the flags ask for."""
+def open_checkpoint(args: Namespace, device: torch.device, check: Callable[[], None]) -> LoadedCheckpoint:
+    """Load --checkpoint. UserError if it cannot do what the flags ask for.
+
+    check(): whether the results can be written. It is called once the network is there, on rank 0, and before data are
+    downloaded or drawn.
+    """
     model, diffusion, checkpoint = load_model(args.checkpoint, device, args.use_ema)
     config, dataset, labels = checkpoint["config"], dataset_of(checkpoint, args.data_dir, args.dataset), None
+    if distributed.rank() == 0:
+        check()
     if model.num_classes:  # image k gets the label of training image k: the shares of the classes are the data's
         known = load_dataset(dataset, "train", args.data_dir).labels
         labels = known[torch.arange(args.num_images) % len(known)]
