@@ -51,8 +51,8 @@ def parse_args(argv: Sequence[str] | None):
     parser = Parser(__doc__)
     group = parser.add_argument_group("run")
     group.add_argument("--checkpoint", help="the teacher: a file of train.py, or a pretrained model by its name: "
-                                            "mnist, fashion_mnist or glyphs (default: the newest model_final.pt of "
-                                            "train.py below outputs/, else mnist)")
+                                            "mnist, fashion_mnist, glyphs or cifar10 (default: the newest "
+                                            "model_final.pt of train.py below outputs/, else mnist)")
     group.add_argument("--budget", type=duration, default="5m", metavar="TIME",
                        help="the wall-clock time for everything, including start-up and saving: 90s, 10m, 1.5h")
     add_shared_flags(group, "data_dir", "output_dir", "device", "precision", "threads", "seed")

@@ -64,8 +64,8 @@ def parse_args(argv: Sequence[str] | None):
     parser = Parser(__doc__)
     group = parser.add_argument_group("what to examine")
     group.add_argument("--checkpoint", help="a file of train.py or distill.py, or a pretrained model by its name "
-                                            "(mnist, fashion_mnist or glyphs): also examine its schedule, data and "
-                                            "images (default: none)")
+                                            "(mnist, fashion_mnist, glyphs or cifar10): also examine its schedule, "
+                                            "data and images (default: none)")
     group.add_argument("--dataset", **SHARED_FLAGS["dataset"] | dict(
                        default=None, help="the data set to examine, or the path of your own pictures (default: that "
                                           "of --checkpoint, else none)"))

@@ -93,9 +93,9 @@ def parse_args(argv: Sequence[str] | None) -> Namespace:
 def add_command(commands, name: str, text: str, pictures: int = 1) -> Parser:
     """The parser of a command, with the flags that all commands share."""
     sub = commands.add_parser(name, description=text, help=text)
-    sub.add_argument("--checkpoint", help="a file of train.py, or a pretrained model by its name: mnist, fashion_mnist "
-                                          "or glyphs (default: the newest model_final.pt of train.py below outputs/, "
-                                          "else mnist)")
+    sub.add_argument("--checkpoint", help="a file of train.py, or a pretrained model by its name: mnist, "
+                                          "fashion_mnist, glyphs or cifar10 (default: the newest model_final.pt of "
+                                          "train.py below outputs/, else mnist)")
     sub.add_argument("--output", default=f"outputs/{name}.png", help="the .png file to write")
     sub.add_argument("--gif", action="store_true", help="also write an animation of the steps beside the output")
     sub.add_argument("--columns", **SHARED_FLAGS["columns"] | dict(help="pictures in a row (default: 16)"))

@@ -211,8 +211,9 @@ def open_data(args: Namespace, device: torch.device) -> ImageData:
     """The training images; of your own pictures it also says what was read."""
     data = load_dataset(chosen_dataset(args, small=device.type == "cpu"), "train", args.data_dir, points=True)
     if is_few(data) and not args.init:
-        print(f"Fewer than {FEW_IMAGES:,} pictures to learn from: what may help are --init FILE, a checkpoint of more "
-              f"pictures, and a shorter --budget; the end of the run says whether they were learned by heart",
+        known = "cifar10" if data.images.shape[1] == 3 else "mnist"
+        print(f"Fewer than {FEW_IMAGES:,} pictures to learn from: what may help are --init {known}, or another "
+              f"checkpoint, and a shorter --budget; the end of the run says whether they were learned by heart",
               flush=True)
     letters = any(len(name) == 1 for name in data.class_names)
     if data.folder and data.images.shape[1] == 3 and not letters and not args.hflip:

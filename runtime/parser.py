@@ -167,8 +167,8 @@ SHARED_FLAGS = {
                          "that it can be repeated bit for bit)"),
     # for scripts that make images with a checkpoint
     "checkpoint": dict(help="a file of train.py or distill.py, a folder of export.py --format safetensors, or a "
-                            "pretrained model by its name: mnist, fashion_mnist or glyphs (default: the newest "
-                            "model_final.pt below outputs/, else mnist)"),
+                            "pretrained model by its name: mnist, fashion_mnist, glyphs or cifar10 (default: the "
+                            "newest model_final.pt below outputs/, else mnist)"),
     "use_ema": dict(action=argparse.BooleanOptionalAction, default=True,
                     help="use the moving average of the weights, which makes better images; --no-use_ema: the weights "
                          "after the last step"),

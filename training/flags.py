@@ -160,8 +160,9 @@ def make_parser(description: str) -> Parser:
                             "ends with the bits of one that was not interrupted, given the same number of threads; on "
                             "CUDA it differs by rounding, because cuDNN chooses its algorithms by timing them")
     group.add_argument("--init", metavar="FILE",
-                       help="start from the weights of this checkpoint, or of a pretrained model by its name, with its "
-                            "network and process: the best that few pictures can get; what does not fit is named")
+                       help="start from the weights of this checkpoint, or of a pretrained model by its name (cifar10 "
+                            "for colour), with its network and process: the best that few pictures can get; what does "
+                            "not fit is named")
     group = parser.add_argument_group("your own pictures (--dataset PATH)")
     add_shared_flags(group, *PICTURE_FLAGS)
     group.add_argument("--hflip", action=BooleanOptionalAction, default=False,
