@@ -32,11 +32,11 @@ from runtime import distributed, threads
 from runtime.checkpoints import with_checkpoint
 from runtime.errors import UserError
 from runtime.files import quoted
-from runtime.parser import SHARED_FLAGS, Parser, add_shared_flags, duration, number
+from runtime.parser import GUIDANCE_DEFAULTS, PRETRAINED_NAMES, SHARED_FLAGS, Parser, add_shared_flags, duration, number
 from runtime.sampling import dataset_of, is_student, sampling_options
 from runtime.script import script
 from runtime.startup import seconds_since_start
-from samplers import DEFAULT_GUIDANCE, all_images, ddim_step, guide, spaced_timesteps
+from samplers import all_images, ddim_step, guide, spaced_timesteps
 from training import autotune, run_folder, run_record
 from training.budget import Budget
 from training.run import CLOSING_SECONDS, LOG_STEPS, Run, print_summary, progress_bar
@@ -51,8 +51,8 @@ def parse_args(argv: Sequence[str] | None):
     parser = Parser(__doc__)
     group = parser.add_argument_group("run")
     group.add_argument("--checkpoint", help="the teacher: a file of train.py, or a pretrained model by its name: "
-                                            "mnist, fashion_mnist, glyphs or cifar10 (default: the newest "
-                                            "model_final.pt of train.py below outputs/, else mnist)")
+                                            f"{PRETRAINED_NAMES} (default: the newest model_final.pt of train.py below "
+                                            "outputs/, else mnist)")
     group.add_argument("--budget", type=duration, default="5m", metavar="TIME",
                        help="the wall-clock time for everything, including start-up and saving: 90s, 10m, 1.5h")
     add_shared_flags(group, "data_dir", "output_dir", "device", "precision", "threads", "seed")
@@ -63,7 +63,7 @@ def parse_args(argv: Sequence[str] | None):
                        help="the order of the teacher's steps: 1 is ddim; 2 evaluates it twice and is more exact")
     group.add_argument("--guidance_scale", **SHARED_FLAGS["guidance_scale"] | dict(
         help="the strength of the teacher's guidance; the student then makes guided images with one evaluation a step "
-             f"(default: {DEFAULT_GUIDANCE} where there are labels, 2 for cifar10)"))
+             f"(default: {GUIDANCE_DEFAULTS}, where there are labels)"))
     group = parser.add_argument_group("optimiser")
     group.add_argument("--batch_size", type=number(int, 1), default=128, help="the number of images in a step")
     group.add_argument("--lr", type=number(float, 0), default=5e-4, help="the peak learning rate of AdamW")

@@ -47,7 +47,14 @@ from evaluation.metrics import closeness, nearest_version, versions
 from models import create_model
 from runtime.checkpoints import is_pretrained, pretrained_models, with_checkpoint
 from runtime.errors import UserError
-from runtime.parser import PICTURE_FLAGS, SHARED_FLAGS, Parser, add_shared_flags, refuse_picture_flags
+from runtime.parser import (
+    PICTURE_FLAGS,
+    PRETRAINED_NAMES,
+    SHARED_FLAGS,
+    Parser,
+    add_shared_flags,
+    refuse_picture_flags,
+)
 from runtime.sampling import chosen_dataset, dataset_of, is_student, sampling_options
 from runtime.script import script
 from samplers import all_images
@@ -64,8 +71,8 @@ def parse_args(argv: Sequence[str] | None):
     parser = Parser(__doc__)
     group = parser.add_argument_group("what to examine")
     group.add_argument("--checkpoint", help="a file of train.py or distill.py, or a pretrained model by its name "
-                                            "(mnist, fashion_mnist, glyphs or cifar10): also examine its schedule, "
-                                            "data and images (default: none)")
+                                            f"({PRETRAINED_NAMES}): also examine its schedule, data and images "
+                                            "(default: none)")
     group.add_argument("--dataset", **SHARED_FLAGS["dataset"] | dict(
                        default=None, help="the data set to examine, or the path of your own pictures (default: that "
                                           "of --checkpoint, else none)"))

@@ -27,12 +27,11 @@ from editing import ddim_inversion, inpaint, slerp
 from runtime.checkpoints import with_checkpoint
 from runtime.errors import UserError
 from runtime.files import check_inputs_stay, check_outputs
-from runtime.parser import SHARED_FLAGS, Parser, add_shared_flags, number
+from runtime.parser import GUIDANCE_DEFAULTS, PRETRAINED_NAMES, SHARED_FLAGS, Parser, add_shared_flags, number
 from runtime.progress import Bar
 from runtime.sampling import dataset_of, is_student, sampling_options
 from runtime.script import script
 from samplers import (
-    DEFAULT_GUIDANCE,
     SAMPLERS,
     ddim,
     dpmpp_2m,
@@ -93,9 +92,9 @@ def parse_args(argv: Sequence[str] | None) -> Namespace:
 def add_command(commands, name: str, text: str, pictures: int = 1) -> Parser:
     """The parser of a command, with the flags that all commands share."""
     sub = commands.add_parser(name, description=text, help=text)
-    sub.add_argument("--checkpoint", help="a file of train.py, or a pretrained model by its name: mnist, "
-                                          "fashion_mnist, glyphs or cifar10 (default: the newest model_final.pt of "
-                                          "train.py below outputs/, else mnist)")
+    sub.add_argument("--checkpoint", help="a file of train.py, or a pretrained model by its name: "
+                                          f"{PRETRAINED_NAMES} (default: the newest model_final.pt of train.py below "
+                                          "outputs/, else mnist)")
     sub.add_argument("--output", default=f"outputs/{name}.png", help="the .png file to write")
     sub.add_argument("--gif", action="store_true", help="also write an animation of the steps beside the output")
     sub.add_argument("--columns", **SHARED_FLAGS["columns"] | dict(help="pictures in a row (default: 16)"))
@@ -107,7 +106,7 @@ def add_command(commands, name: str, text: str, pictures: int = 1) -> Parser:
     add_shared_flags(sub, "label")
     sub.add_argument("--guidance_scale", **SHARED_FLAGS["guidance_scale"] | dict(
         help="the strength of the guidance by --label: 1 is none, more gives clearer and less varied images (default: "
-             f"{DEFAULT_GUIDANCE}, for cifar10 2)"))
+             f"{GUIDANCE_DEFAULTS})"))
     which = sub.add_mutually_exclusive_group()
     if pictures == 2:
         which.add_argument("--image", nargs=2, metavar=("A", "B"),

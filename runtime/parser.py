@@ -21,6 +21,10 @@ from samplers import (
     STUDENT_STEPS,
 )
 
+PRETRAINED_NAMES = "mnist, fashion_mnist, glyphs or cifar10"  # in help texts; the files are in models/pretrained
+GUIDANCE_DEFAULTS = ", ".join([str(DEFAULT_GUIDANCE), *(f"for {name} {row.guidance:g}" for name, row in DATASETS.items()
+                                                        if row.guidance)])  # the same
+
 
 class Parser(argparse.ArgumentParser):
     """An argument parser that shows every default and raises UserError, one line, for what it cannot read.
@@ -167,8 +171,8 @@ SHARED_FLAGS = {
                          "that it can be repeated bit for bit)"),
     # for scripts that make images with a checkpoint
     "checkpoint": dict(help="a file of train.py or distill.py, a folder of export.py --format safetensors, or a "
-                            "pretrained model by its name: mnist, fashion_mnist, glyphs or cifar10 (default: the "
-                            "newest model_final.pt below outputs/, else mnist)"),
+                            f"pretrained model by its name: {PRETRAINED_NAMES} (default: the newest model_final.pt "
+                            "below outputs/, else mnist)"),
     "use_ema": dict(action=argparse.BooleanOptionalAction, default=True,
                     help="use the moving average of the weights, which makes better images; --no-use_ema: the weights "
                          "after the last step"),
@@ -186,8 +190,8 @@ SHARED_FLAGS = {
                        "such as 0-9, or several with commas"),
     "guidance_scale": dict(type=number(float, 0, 100),
                            help="the strength of the guidance by the label: 1 is none, more gives clearer and less "
-                                f"varied images (default: {DEFAULT_GUIDANCE} where there are labels, 2 for cifar10; "
-                                "for a student: 1)"),
+                                f"varied images (default: {GUIDANCE_DEFAULTS}, where there are labels; for a "
+                                "student: 1)"),
     "guidance_interval": dict(type=number(float, 0), nargs=2, metavar=("LOW", "HIGH"), action=LowAndHigh,
                               help="use guidance only at times t from LOW to HIGH (default: at all times)"),
     "batch_size": dict(type=number(int, 1), default=64, help="the number of images made at the same time; it does "

@@ -19,7 +19,7 @@ import edit
 import evaluate
 import train
 from checkpoint import load_checkpoint
-from data import code_of, load_dataset
+from data import DATASETS, code_of, load_dataset
 from data_sources import drawings
 from diffusion import DiffusionProcess
 from evaluation.classifier import load_feature_network
@@ -175,7 +175,7 @@ def numbers():
         f"(of points, which are simpler, {POINT_DEFAULTS['label_dropout']:.0%})".replace("%", " %"),
         f"`python evaluate.py` makes {evaluate.parse_args([]).num_images:,} and",
         f"{flags.label_dropout:.0%} of the images (`--label_dropout`)".replace("%", " %"),
-        f"The default is {DEFAULT_GUIDANCE}",
+        f"The default is {DEFAULT_GUIDANCE}, and {DATASETS['cifar10'].guidance:g} for `cifar10`.",
         f"{DEFAULT_STEPS} steps of a network".replace("10", "Ten"),
         f"({sizing.SMALL_BATCH_SIZE} or {sizing.BATCH_SIZE} by default)",
         f"- `{DEFAULT_SAMPLER}`",

@@ -255,7 +255,6 @@ TRAINER_FLAGS = ("batch_size", "optimizer", "lr", "muon_lr", "lr_schedule", "war
                  "ema_decay", "conditional", "label_dropout", "precision", "seed", "hflip")
 # What a process has without flags, in checkpoints that do not know it; the shares are for lognormal times.
 KEPT = dict(last_share=0.0, low_share=0.0, lowest_noise=None)
-GUIDANCE = "guidance_scale"  # in a config, where the data set has a default of its own
 LAST_SHARE, POINTS_LOW_SHARE = 0.01, 0.05  # nearly clean times help points, and make images worse: RECORDS.md
 FIXED_FLAGS = ("train_images", "batch_size", "optimizer")  # besides network and data: what --resume cannot change
 
@@ -328,7 +327,7 @@ def make_config(settings: Namespace, data: ImageData, saved: dict | None = None)
                         f"look at them with --look; transparent pictures may need another --background")
     network, flags = "mlp" if points else "unet", vars(settings) | dict(attention=attention)
     code = {} if data.code.is_linear else dict(level_code=data.code.points.tolist())
-    guidance = saved["data"].get(GUIDANCE) if saved else row and row.guidance
+    guidance = saved["data"].get("guidance_scale") if saved else row and row.guidance
     return dict(
         model=dict({name: flags[name] for name in MODEL_FLAGS[network]}, network=network,
                    image_channels=data.images.shape[1],
@@ -336,7 +335,7 @@ def make_config(settings: Namespace, data: ImageData, saved: dict | None = None)
         diffusion=dict({ours: getattr(settings, flag) for flag, ours in DIFFUSION_FLAGS.items()}, data_std=data_std,
                        **kept),
         data=dict(dataset=data.name, shape=list(data.images.shape[1:]), class_names=list(data.class_names), **code,
-                  **({GUIDANCE: guidance} if guidance else {}), **_pictures(data)))
+                  **(dict(guidance_scale=guidance) if guidance else {}), **_pictures(data)))
 
 
 PICTURES = ("path", "fit", "channels", "background", "key", "digest", "count")  # of about.json, in a config
