@@ -15,7 +15,7 @@ from checkpoint import FIELDS, load_model, save_checkpoint
 from data import ImageData, load_dataset, to_model, to_uint8
 from diffusion import DiffusionProcess
 from evaluation import gaussian, health_checks, machine_checks
-from evaluation.gaussian import gaussian_bound
+from evaluation.gaussian import MOST_NUMBERS, bound_images, gaussian_bound
 from evaluation.health_checks import check_history, check_samples, check_schedule, check_versions
 from models import create_model
 from runtime.errors import UserError
@@ -111,6 +111,11 @@ def test_large_images_are_bounded_by_the_best_filter_that_treats_every_place_ali
     waves = gaussian_bound(somewhere, DiffusionProcess(), [300, 600])
     monkeypatch.undo()
     assert bool((waves > gaussian_bound(somewhere, DiffusionProcess(), [300, 600])).all())
+
+
+@pytest.mark.parametrize("values, count", [(784, 5 * 784), (3 * 64 * 64, 1000), (3 * 512 * 512, 341)])
+def test_the_bound_takes_as_many_images_as_it_needs_and_the_memory_allows(values, count):
+    assert bound_images(1000, values) == count and count * values <= MOST_NUMBERS
 
 
 @pytest.mark.parametrize("shape, count", [((1, 28, 28), 5000), ((3, 32, 32), 15_360), ((3, 64, 64), 5000)], ids=str)

@@ -201,6 +201,16 @@ def test_a_copying_generator_is_caught(small, tmp_path, data_dir, capsys):
     assert "copies: 100.00%" in out and "100 % of them are copies" in out and (tmp_path / "nearest.png").exists()
 
 
+def test_mirrored_copies_are_caught_where_the_network_has_seen_them(small, tmp_path, data_dir, monkeypatch):
+    path = write_npz(tmp_path / "x.npz", load_dataset("glyphs", "train", data_dir).images[:COUNT].flip(3))
+    look, caught = evaluate.memorisation, []
+    for mirrored in (False, True):
+        monkeypatch.setattr(evaluate, "memorisation", lambda *given, seen=mirrored: look(*given[:-1], seen))
+        assert small("--images", path, "--dataset", "glyphs", "--output_dir", tmp_path) == 0
+        caught.append([report(tmp_path)["memorisation"][space]["copies"] for space in ("pixels", "features")])
+    assert max(caught[0]) < 0.5 and min(caught[1]) > 0.99
+
+
 def test_unseen_images_are_not_accused_and_have_all_figures(small, tmp_path, data_dir, capsys):
     data = load_dataset("glyphs", "validation", data_dir)
     path = write_npz(tmp_path / "x.npz", data.images[-COUNT:], labels=data.labels[-COUNT:].numpy())

@@ -218,6 +218,19 @@ def test_loops_of_links_end_and_links_to_nothing_are_named(tmp_path, capsys):
     assert "self.png" in capsys.readouterr().out
 
 
+def test_folders_that_a_drive_does_not_number_are_all_read(tmp_path, monkeypatch):
+    noise(tmp_path / "in/cat/a.png", 0)
+    noise(tmp_path / "in/dog/b.png", 1)
+    look = os.stat
+
+    def unnumbered(path, **options):
+        about = look(path, **options)
+        return os.stat_result((about[0], 0, 0, *about[3:]))
+    with monkeypatch.context() as patched:
+        patched.setattr(os, "stat", unnumbered)
+        assert find_pictures(tmp_path / "in").names == ["cat/a.png", "dog/b.png"]
+
+
 @pytest.mark.parametrize("make, words", [
     (lambda path: path.mkdir(), "holds no pictures"), (lambda path: path.write_text("x"), "no folder, no .zip"),
     (lambda path: (path.mkdir(), (path / "a.png").write_text("x")), "no picture that can be read")])
@@ -456,6 +469,19 @@ def test_the_same_folder_gives_the_same_bytes_in_one_process_and_in_several(tmp_
     for name in ("images.npy", "labels.npy"):
         assert (parallel / name).read_bytes() == (alone / name).read_bytes()
     assert about(parallel)["digest"] == about(alone)["digest"]
+
+
+def test_no_more_processes_read_than_windows_can_wait_for(tmp_path, monkeypatch):
+    asked = []
+
+    class Few(cache.ProcessPoolExecutor):
+        def __init__(self, cores, *rest):
+            asked.append(cores)
+            super().__init__(2, *rest)
+    monkeypatch.setattr(cache, "available_cores", lambda: 96)
+    monkeypatch.setattr(cache, "ProcessPoolExecutor", Few)
+    cached(Pictures(str(many(tmp_path / "in", 270)), 16), tmp_path / "data", quiet=True)
+    assert asked == [61]
 
 
 @pytest.mark.parametrize("count", [3, 270])
