@@ -72,7 +72,8 @@ def check_range(images: Tensor) -> Finding:
     """Whether the levels fill 0..255."""
     low, high = images.min().item(), images.max().item()
     return judge("value range", 255 - (high - low), 127, 253, f"levels {low} to {high} of 0 to 255",
-                 "the images were scaled before they became uint8: multiply by 255 in data.py, then round")
+                 "the images were scaled before they became uint8: multiply by 255 in data.py, then round (your own "
+                 "pictures: save them with more contrast)")
 
 
 def check_channels(images: Tensor) -> Finding:
@@ -82,7 +83,8 @@ def check_channels(images: Tensor) -> Finding:
     what = f"{len(images):,} images of {channels} × {images.shape[2]} × {images.shape[3]}"
     return judge("channels", 2 if channels not in (1, 3) else float(grey), 0, 1,
                  what + (", all grey in three equal channels" if grey else ""),
-                 "in data.py, keep one channel of grey images; 1 or 3 channels are possible")
+                 "in data.py, keep one channel of grey images; 1 or 3 channels are possible (your own pictures: "
+                 "--channels 1)")
 
 
 def check_classes(labels: Tensor, class_names: Sequence[str]) -> Finding:
@@ -208,7 +210,7 @@ def check_error(error: Tensor, bound: Tensor, log_snr: Sequence[float], longer: 
     return judge("error against t", math.nan if any(map(math.isnan, ratios)) else max(ratios), 1.1, 1.5,
                  f"times the Gaussian bound, by log-SNR: {listed}",
                  f"a network worse than a linear filter is broken or hardly trained: train longer ({longer}), or with "
-                 f"a lower --lr and on images in the range of data.py")
+                 f"a lower --lr and on images in [-1, 1]")
 
 
 def check_labels_used(right: Tensor, wrong: Tensor, x_0: Tensor) -> Finding:
@@ -217,7 +219,8 @@ def check_labels_used(right: Tensor, wrong: Tensor, x_0: Tensor) -> Finding:
     gain = ((wrong - x_0).square().mean() / (right - x_0).square().mean()).item()
     if change > 0.05 and gain < 1:
         return Finding("labels used", "FAIL", f"wrong labels make the error smaller, by {1 - gain:.1%}",
-                       "the labels do not match the images: check that data.py keeps their order")
+                       "the labels do not match the images: check that data.py keeps their order (your own pictures: "
+                       "that each lies in the folder of its class)")
     return judge("labels used", 1 - change, 0.95, 0.99, f"another label changes x_0_hat by {change:.1%} of the images' "
                  f"standard deviation, and makes its error {gain:.2f} times as large",
                  "labels are ignored: python train.py --conditional --label_dropout 0.1, and train longer")
