@@ -99,8 +99,9 @@ class DiffusionProcess:
                          of x_0_hat has weight min(SNR, snr_gamma) (Hang et al. 2023)
     zero_terminal_snr    no signal is left at T - 1 (`zero_terminal`); not possible with "eps". With "min_snr" nothing
                          is learned at T - 1, where its weight is 0
-    lowest_noise         the lowest sigma / alpha / data_std of the samplers' noise levels (`samplers.noise_range`);
-                         None: that of checkpoints from before it was kept here
+    lowest_noise, highest_noise
+                         the ends of the samplers' noise levels sigma / alpha / data_std (`samplers.noise_range`);
+                         None: those of checkpoints from before they were kept here
 
     betas, alphas, alphas_cumprod: (T,) float64 on the CPU. ValueError for names and numbers outside these.
     """
@@ -109,12 +110,14 @@ class DiffusionProcess:
                  beta_end: float = 0.02, prediction: str = "eps", data_std: float = 1.0,
                  timestep_sampling: str = "uniform", noise_mean: float = -0.5, noise_std: float = 1.2,
                  loss_weight: str = "target", snr_gamma: float = 5.0, zero_terminal_snr: bool = False,
-                 last_share: float = 0.0, low_share: float = 0.0, lowest_noise: float | None = None):
+                 last_share: float = 0.0, low_share: float = 0.0, lowest_noise: float | None = None,
+                 highest_noise: float | None = None):
         self.config = dict(num_timesteps=num_timesteps, schedule=schedule, beta_start=beta_start,
                            beta_end=beta_end, prediction=prediction, data_std=data_std,
                            timestep_sampling=timestep_sampling, noise_mean=noise_mean, noise_std=noise_std,
                            loss_weight=loss_weight, snr_gamma=snr_gamma, zero_terminal_snr=bool(zero_terminal_snr),
-                           last_share=last_share, low_share=low_share, lowest_noise=lowest_noise)
+                           last_share=last_share, low_share=low_share, lowest_noise=lowest_noise,
+                           highest_noise=highest_noise)
         _check_config(**self.config)
         self.num_timesteps, self.prediction, self.data_std = num_timesteps, prediction, data_std
         self.snr_gamma = snr_gamma if loss_weight == "min_snr" else None
@@ -382,7 +385,8 @@ def _check_choice(what: str, value, allowed) -> None:
 
 
 def _check_config(num_timesteps, schedule, beta_start, beta_end, prediction, data_std, timestep_sampling, noise_mean,
-                  noise_std, loss_weight, snr_gamma, zero_terminal_snr, last_share, low_share, lowest_noise) -> None:
+                  noise_std, loss_weight, snr_gamma, zero_terminal_snr, last_share, low_share, lowest_noise,
+                  highest_noise) -> None:
     _check_choice("schedule", schedule, SCHEDULES)
     _check_choice("prediction", prediction, PREDICTIONS)
     _check_choice("timestep_sampling", timestep_sampling, TIMESTEP_SAMPLING)
@@ -393,8 +397,9 @@ def _check_config(num_timesteps, schedule, beta_start, beta_end, prediction, dat
     if not (last_share >= 0 and low_share >= 0 and last_share + low_share <= 1):
         raise ValueError(f"last_share and low_share must be at least 0 and together at most 1, not {last_share} and "
                          f"{low_share}")
-    if lowest_noise is not None and not 0 < lowest_noise < math.inf:
-        raise ValueError(f"lowest_noise must be a positive number or None, not {lowest_noise}")
+    for name, value in dict(lowest_noise=lowest_noise, highest_noise=highest_noise).items():
+        if value is not None and not 0 < value < math.inf:
+            raise ValueError(f"{name} must be a positive number or None, not {value}")
     if not 0 < snr_gamma < math.inf:
         raise ValueError(f"snr_gamma must be a positive number, not {snr_gamma}")
     if not isinstance(num_timesteps, int) or isinstance(num_timesteps, bool) or num_timesteps < 1:

@@ -251,14 +251,26 @@ HIGHEST_NOISE, LOWEST_NOISE, KARRAS_RHO = 20.0, 0.1, 3  # measured: benchmarks/R
 LOWEST_TRAINED_NOISE = 0.05  # in place of LOWEST_NOISE where a low_share of the training looks at nearly clean data
 
 
+def highest_noise(shape: Sequence[int]) -> float:
+    """The highest sigma / alpha / data_std that the samplers need for images of this shape (C, H, W).
+
+    HIGHEST_NOISE up to (1, 28, 28), above it in proportion to sqrt(C·H·W). The mean of all values of x_t has a noise of
+    only sigma / sqrt(C·H·W), so the brightness of a large image still shows through noise that hides its forms. The
+    first step goes from pure noise to this level at once. If brightness shows through there, that step should have
+    chosen it, but can only take the mean of all images: the images come out pale, and alike in brightness. Hoogeboom et
+    al. 2023, section 3.1, shift the noise of training by the same argument. Measured: benchmarks/RECORDS.md.
+    """
+    return HIGHEST_NOISE * max(1.0, math.sqrt(math.prod(shape)) / 28)
+
+
 def noise_range(diffusion: DiffusionProcess) -> tuple[float, float]:
     """The lowest and the highest sigma/alpha of `noise_level_timesteps`, within what the schedule has.
 
-    data_std times HIGHEST_NOISE, and times the process's lowest_noise or, where it has none, LOWEST_NOISE or
-    LOWEST_TRAINED_NOISE. The last step goes from the lowest to the clean image at once.
+    data_std times the process's lowest_noise and highest_noise or, where it has none, LOWEST_NOISE or
+    LOWEST_TRAINED_NOISE, and HIGHEST_NOISE. The last step goes from the lowest to the clean image at once.
     """
     levels = [math.exp(-diffusion.log_snr(t).item() / 2) for t in (diffusion.num_timesteps - 1, 0)]
-    high = min(HIGHEST_NOISE * diffusion.data_std, levels[0])
+    high = min((diffusion.config["highest_noise"] or HIGHEST_NOISE) * diffusion.data_std, levels[0])
     lowest = diffusion.config["lowest_noise"] or (
         LOWEST_TRAINED_NOISE if diffusion.config["low_share"] else LOWEST_NOISE)
     return min(high, max(lowest * diffusion.data_std, levels[1])), high
@@ -268,8 +280,8 @@ def noise_level_timesteps(diffusion: DiffusionProcess, steps: int, rho: float = 
     """T-1, then `steps` - 1 real times at which (sigma/alpha)^(1/rho) falls evenly (Karras et al. 2022, eq. 5).
 
     The even levels lie in `noise_range`; T-1 takes the place of the highest. rho = inf: log(sigma/alpha), and with it
-    the log-SNR, is evenly spaced. Starts at HIGHEST_NOISE or at a few times that make worse images than a start at T-1
-    (benchmarks/RECORDS.md): x_T is pure noise, and images with so much noise are not.
+    the log-SNR, is evenly spaced. Starts at the highest level or at a few times that make worse images than a start at
+    T-1 (benchmarks/RECORDS.md): x_T is pure noise, and images with so much noise are not.
     """
     low, high = noise_range(diffusion)
     share = np.linspace(0, 1, steps)

@@ -19,6 +19,7 @@ from torch.testing import assert_close
 from diffusion import SCHEDULES, DiffusionProcess
 from models import create_model
 from samplers import (
+    HIGHEST_NOISE,
     SAMPLERS,
     SPACINGS,
     ddim,
@@ -27,8 +28,10 @@ from samplers import (
     final_image,
     generate,
     heun,
+    highest_noise,
     image_noise,
     ipndm,
+    noise_range,
     spaced_timesteps,
     uniform_timesteps,
 )
@@ -342,6 +345,33 @@ def test_the_last_step_begins_at_the_lowest_noise_of_the_process(kept, lowest):
     for spacing in ("karras", "log_snr"):
         last = spaced_timesteps(process, 10, spacing)[-1]
         assert math.exp(-process.log_snr(last).item() / 2) == pytest.approx(lowest * 0.5, rel=1e-3)
+
+
+def test_the_first_noise_level_is_the_highest_of_the_process_and_fits_the_size():
+    assert highest_noise((1, 28, 28)) == highest_noise((2, 1, 1)) == HIGHEST_NOISE
+    assert highest_noise((3, 64, 64)) == pytest.approx(2 * highest_noise((3, 32, 32)))
+    for kept, highest in ((dict(), HIGHEST_NOISE), (dict(highest_noise=60.0), 60)):
+        process = DiffusionProcess(1000, "cosine", data_std=0.5, **kept)
+        assert noise_range(process)[1] == pytest.approx(highest * 0.5)
+        levels = [-process.log_snr(t).item() / 2 for t in spaced_timesteps(process, 10, "log_snr")]
+        assert 2 * levels[1] - levels[2] == pytest.approx(math.log(highest * 0.5), rel=1e-3)
+
+
+@pytest.mark.parametrize("highest, low, high", [(None, 0, 0.4), (highest_noise((3, 64, 64)), 0.7, 1)])
+def test_the_brightness_of_large_images_varies_as_it_should(highest, low, high):
+    """Brightness has a quarter of the variance, as in photographs; drawn in ten steps with the exact denoiser."""
+    shape, std = (3, 64, 64), 0.5
+    process = DiffusionProcess(1000, "cosine", prediction="edm", data_std=std, highest_noise=highest)
+    bright, rest = std**2 / 4, 3 * std**2 / 4  # variances of the mean of an image and of the pixels around it
+
+    def denoise(x, t):
+        alpha, sigma = process.alpha(t[0]), process.sigma(t[0])
+        mean = x.mean((1, 2, 3), keepdim=True)
+        return (mean * alpha * bright / (alpha**2 * bright + sigma**2 / math.prod(shape))
+                + (x - mean) * alpha * rest / (alpha**2 * rest + sigma**2))
+    x_T = torch.randn(200, *shape, generator=torch.Generator().manual_seed(0))
+    images = final_image(dpmpp_2m(denoise, x_T, spaced_timesteps(process, 10, "karras"), process))
+    assert low < images.mean((1, 2, 3)).std() / bright**0.5 < high
 
 
 def test_unknown_spacings_and_impossible_numbers_are_refused():

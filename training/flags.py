@@ -17,6 +17,7 @@ from runtime.checkpoints import find_checkpoint
 from runtime.errors import UserError
 from runtime.files import one_line
 from runtime.parser import PICTURE_FLAGS, Parser, add_shared_flags, duration, number
+from samplers import highest_noise
 from training.autotune import LAYOUTS
 from training.learning_rate import LR_SCHEDULES
 from training.sizing import network_stages
@@ -254,7 +255,7 @@ DIFFUSION_FLAGS = {"timesteps": "num_timesteps"} | {name: name for name in (
 TRAINER_FLAGS = ("batch_size", "optimizer", "lr", "muon_lr", "lr_schedule", "warmup", "weight_decay", "max_grad_norm",
                  "ema_decay", "conditional", "label_dropout", "precision", "seed", "hflip")
 # What a process has without flags, in checkpoints that do not know it; the shares are for lognormal times.
-KEPT = dict(last_share=0.0, low_share=0.0, lowest_noise=None)
+KEPT = dict(last_share=0.0, low_share=0.0, lowest_noise=None, highest_noise=None)
 LAST_SHARE, POINTS_LOW_SHARE = 0.01, 0.05  # nearly clean times help points, and make images worse: RECORDS.md
 FIXED_FLAGS = ("train_images", "batch_size", "optimizer")  # besides network and data: what --resume cannot change
 
@@ -319,7 +320,8 @@ def make_config(settings: Namespace, data: ImageData, saved: dict | None = None)
     points, row = is_points(data.images.shape[1:]), DATASETS.get(data.name)
     kept = {name: saved["diffusion"].get(name, before) for name, before in KEPT.items()} if saved else dict(
         last_share=LAST_SHARE, low_share=POINTS_LOW_SHARE if points else 0.0,
-        lowest_noise=row.lowest_noise if row and not data.code.is_linear else None)
+        lowest_noise=row.lowest_noise if row and not data.code.is_linear else None,
+        highest_noise=round(highest_noise(data.images.shape[1:]), 1))
     some = data.first(min(10_000, 2**25 // data.images[0].numel()))  # large images would need much memory as floats
     data_std = saved["diffusion"]["data_std"] if saved else round(some.x_0().std().item(), 3)
     if not data_std and not points:

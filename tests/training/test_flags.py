@@ -12,7 +12,7 @@ from data import DATASETS, ImageData
 from diffusion import DiffusionProcess
 from runtime import distributed
 from runtime.sampling import sampling_options
-from samplers import DEFAULT_GUIDANCE
+from samplers import DEFAULT_GUIDANCE, highest_noise
 from training import flags
 from training.flags import RECIPES, make_settings
 from training.resume import OWN_FLAGS, resume_command
@@ -107,6 +107,17 @@ def test_what_a_process_has_without_flags_is_what_was_measured(name, more, low_s
     data = data.coded(flags.make_code(settings, data))
     process = flags.make_config(settings, data)["diffusion"]
     assert (process["last_share"], process["low_share"], process["lowest_noise"]) == (0.01, low_share, lowest)
+    assert process["highest_noise"] == 20
+
+
+def test_samplers_of_larger_images_begin_with_more_noise():
+    images = torch.arange(4, dtype=torch.uint8).view(4, 1, 1, 1).expand(4, 3, 64, 64)
+    data = ImageData("scenes", "train", images, torch.zeros(4, dtype=torch.long), ("a", "b"))
+    made = flags.make_config(make_settings(parsed("--dataset", "scenes"), data), data)
+    assert made["diffusion"]["highest_noise"] == pytest.approx(highest_noise((3, 64, 64)), abs=0.1)
+    del made["diffusion"]["highest_noise"]  # a run from before it was kept is continued as it began
+    again = flags.make_config(make_settings(parsed("--dataset", "scenes"), data), data, saved=made)
+    assert again["diffusion"]["highest_noise"] is None
 
 
 def test_the_guidance_of_a_data_set_is_kept_in_its_checkpoints():
