@@ -28,6 +28,7 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Executor, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
+from functools import reduce
 from pathlib import Path
 from typing import NamedTuple
 
@@ -272,10 +273,19 @@ def _read_rows(rows: range) -> list[_Fact]:
             result.append(_Fact(why=_why(error, task.pictures.path)))
         else:
             written[row] = pixels
-            tint = int(np.ptp(pixels.astype(np.int16), axis=2).max())
+            tint = _tint(pixels)
             in_colour = np.ascontiguousarray(np.broadcast_to(pixels, (*pixels.shape[:2], 3)))
             result.append(_Fact(hashlib.sha256(in_colour.data).digest(), tint > 0, tint >= CLEAR, transparent))
     return result
+
+
+def _tint(pixels: np.ndarray) -> int:
+    """The most that the channels of a pixel differ, in levels; pixels (H, W, C) uint8.
+
+    By whole channels: reductions of numpy over an axis of three values took a third of the time of reading.
+    """
+    channels = [pixels[..., channel] for channel in range(pixels.shape[2])]
+    return int((reduce(np.maximum, channels) - reduce(np.minimum, channels)).max())
 
 
 def _why(error: Exception, folder: str) -> str:
