@@ -4,6 +4,7 @@ import contextlib
 import hashlib
 import io
 import os
+import re
 import shutil
 import stat
 import unicodedata
@@ -23,7 +24,7 @@ from runtime.files import check_archive, one_line
 SUFFIXES = (".png", ".jpg", ".jpeg", ".jfif", ".webp", ".gif", ".bmp", ".tif", ".tiff")
 MAX_BYTES = 2**28  # of one file
 UTF8_FLAG = 0x800  # of a file in a .zip: its name is in UTF-8, and else in code page 437
-HIDDEN = (".", "__MACOSX", "@eaDir", "#recycle", "$RECYCLE.BIN")  # how the names begin that are left out
+HIDDEN = re.compile(r"(?:^|/)(?:\.|__MACOSX|@eaDir|#recycle|\$RECYCLE\.BIN)")  # names that begin so are left out
 
 
 class Found(NamedTuple):
@@ -68,7 +69,7 @@ def find_pictures(path: Path) -> Found:
         files = list(_files_of_archive(path, skipped))
     else:
         raise UserError(f"{path} is no folder, no .zip and no .npz: give the folder that holds your pictures")
-    files = sorted(entry for entry in files if not any(part.startswith(HIDDEN) for part in entry[0].split("/")))
+    files = sorted(entry for entry in files if not HIDDEN.search(entry[0]))
     pictures = [entry for entry in files if entry[0].lower().endswith(SUFFIXES)]
     others = dict(Counter(PurePosixPath(_plain(name)).suffix.lower() for name, *_ in files
                           if not name.lower().endswith(SUFFIXES)).most_common())
@@ -138,15 +139,16 @@ def _archive_name(part: zipfile.ZipInfo) -> str:
 
 def _classes(names: Sequence[str]) -> dict:
     """The labels, class_names, mixed and shared of `Found`: of pictures by their first sub-folders below `shared`."""
-    parts = [name.split("/")[:-1] for name in names]
-    depth = sum(1 for _ in takewhile(lambda folders: len(set(folders)) == 1, zip(*parts, strict=False)))
-    tops, shared = [_plain(folders[depth]) if len(folders) > depth else "" for folders in parts], parts[0][:depth]
-    class_names = sorted(set(tops), key=_by_number)
+    folders = [name.rpartition("/")[0] for name in names]
+    parts = {folder: folder.split("/") if folder else [] for folder in folders}
+    depth = sum(1 for _ in takewhile(lambda level: len(set(level)) == 1, zip(*parts.values(), strict=False)))
+    tops = {folder: _plain(part[depth]) if len(part) > depth else "" for folder, part in parts.items()}
+    class_names, shared = sorted(set(tops.values()), key=_by_number), "/".join(parts[folders[0]][:depth])
     if len(class_names) < 2 or "" in class_names:
-        return dict(labels=[0] * len(names), class_names=(), mixed=len(class_names) > 1, shared="/".join(shared))
+        return dict(labels=[0] * len(names), class_names=(), mixed=len(class_names) > 1, shared=shared)
     numbers = {name: number for number, name in enumerate(class_names)}
-    return dict(labels=[numbers[top] for top in tops], class_names=tuple(class_names), mixed=False,
-                shared="/".join(shared))
+    return dict(labels=[numbers[tops[folder]] for folder in folders], class_names=tuple(class_names), mixed=False,
+                shared=shared)
 
 
 def _by_number(name: str) -> tuple:
