@@ -102,7 +102,8 @@ def decode(file, shape: Sequence[int], fit: str = "crop",
 
     channels, height, width = shape
     image, transparent = _flat_image(file, background, 2 * max(height, width))
-    image = image.convert("L" if channels == 1 else "RGB")
+    if image.mode != (mode := "L" if channels == 1 else "RGB"):
+        image = image.convert(mode)
     if image.size != (width, height):
         if fit == "pad" and max(image.size) > max(width, height) * min(image.size):
             raise NarrowPicture(f"has {image.width}×{image.height} pixels, too narrow for --fit pad: choose --fit crop "
@@ -152,11 +153,11 @@ def _flat_image(file, background: str, side: int):
         image.draft(None, (side, side))
         image.load()
         with contextlib.suppress(Exception):  # damaged notes of a camera do not make a picture unreadable
-            image = ImageOps.exif_transpose(image)
+            ImageOps.exif_transpose(image, in_place=True)
         if image.mode[0] in "IF":
             return _to_8_bits(image, bits), False
         if not image.has_transparency_data:
-            return image.copy(), False
+            return image, False
         image = image.convert("RGBA")
     transparent = image.getchannel("A").getextrema()[0] < 255  # many files only have a channel for it
     return Image.alpha_composite(Image.new("RGBA", image.size, background), image), transparent
