@@ -13,6 +13,7 @@ split, and the files are the same on every machine, whatever the folder is calle
 import contextlib
 import hashlib
 import json
+import math
 import multiprocessing
 import os
 import re
@@ -25,10 +26,10 @@ import time
 import warnings
 from argparse import Namespace
 from collections import Counter
-from collections.abc import Iterator, Sequence
-from concurrent.futures import Executor, ProcessPoolExecutor
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
-from functools import reduce
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -231,7 +232,7 @@ class _Task(NamedTuple):
     place: Path
     shape: tuple[int, int, int]
     names: Sequence[str]
-    scratch: Path
+    scratch: Path  # N pictures (C, H, W) uint8, without a header
 
 
 class _Fact(NamedTuple):
@@ -245,47 +246,41 @@ class _Fact(NamedTuple):
 
 
 def _read_rows(rows: range) -> list[_Fact]:
-    """Read pictures into their rows of the scratch file; returns what is known of each.
-
-    UserError if the system cannot read one: it may be able to later, so this must not be kept.
-    """
-    task, source, written = _shared
+    """Read pictures into their rows of the scratch file; returns what is known of each."""
+    task, source = _shared
     if source is None:
-        source = Source(task.place)
-        written = np.load(task.scratch, mmap_mode="r+")
-        _shared[1:] = source, written
-    result = []
-    for row in rows:
-        try:
-            with warnings.catch_warnings():
-                warnings.simplefilter("ignore")
-                pixels, transparent = decode(source.open(task.names[row]), task.shape, task.pictures.fit,
-                                             task.pictures.background)
-        except MemoryError as error:
-            raise UserError(f"there is too little memory for {task.names[row]}: close other programs, or move it out "
-                            f"of {task.pictures.path}") from error
-        except FileNotFoundError:  # the next listing differs, and is read anew
-            result.append(_Fact(why="it was deleted meanwhile"))
-        except Exception as error:  # PIL raises different errors for damaged files
-            if isinstance(error, OSError) and error.errno:
-                raise UserError(f"{task.names[row]} cannot be read ({error.strerror}): run again, or mend that, or "
-                                f"move it out of {task.pictures.path}") from error
-            result.append(_Fact(why=_why(error, task.pictures.path)))
-        else:
-            written[row] = pixels
-            tint = _tint(pixels)
-            in_colour = np.ascontiguousarray(np.broadcast_to(pixels, (*pixels.shape[:2], 3)))
-            result.append(_Fact(hashlib.sha256(in_colour.data).digest(), tint > 0, tint >= CLEAR, transparent))
-    return result
+        _shared[1] = source = Source(task.place)
+    pictures = np.zeros((len(rows), *task.shape), np.uint8)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        facts = [_read(task, source, task.names[row], picture) for row, picture in zip(rows, pictures, strict=True)]
+    with task.scratch.open("r+b") as file:
+        file.seek(rows.start * pictures[0].size)
+        file.write(pictures)
+    return facts
 
 
-def _tint(pixels: np.ndarray) -> int:
-    """The most that the channels of a pixel differ, in levels; pixels (H, W, C) uint8.
+def _read(task: _Task, source: Source, name: str, picture: np.ndarray) -> _Fact:
+    """Read one picture into `picture` (C, H, W).
 
-    By whole channels: reductions of numpy over an axis of three values took a third of the time of reading.
+    UserError if the system cannot read it: it may be able to later, so this must not be kept.
     """
-    channels = [pixels[..., channel] for channel in range(pixels.shape[2])]
-    return int((reduce(np.maximum, channels) - reduce(np.minimum, channels)).max())
+    try:
+        pixels, transparent = decode(source.open(name), task.shape, task.pictures.fit, task.pictures.background)
+    except MemoryError as error:
+        raise UserError(f"there is too little memory for {name}: close other programs, or move it out of "
+                        f"{task.pictures.path}") from error
+    except FileNotFoundError:  # the next listing differs, and is read anew
+        return _Fact(why="it was deleted meanwhile")
+    except Exception as error:  # PIL raises different errors for damaged files
+        if isinstance(error, OSError) and error.errno:
+            raise UserError(f"{name} cannot be read ({error.strerror}): run again, or mend that, or move it out of "
+                            f"{task.pictures.path}") from error
+        return _Fact(why=_why(error, task.pictures.path))
+    picture[:] = pixels.transpose(2, 0, 1)
+    tint = int((picture.max(0) - picture.min(0)).max())  # the most that the channels of a pixel differ, in levels
+    in_colour = pixels if pixels.shape[2] == 3 else np.repeat(pixels, 3, 2)
+    return _Fact(hashlib.sha256(in_colour.data).digest(), tint > 0, tint >= CLEAR, transparent)
 
 
 def _why(error: Exception, folder: str) -> str:
@@ -295,11 +290,11 @@ def _why(error: Exception, folder: str) -> str:
     return one_line(str(error).replace(f"{folder}/", "")) or "damaged"
 
 
-_shared: list = [None, None, None]  # of a reading process: its _Task, Source, and the scratch file mapped into memory
+_shared: list = [None, None]  # of a reading process: its _Task and Source
 
 
 def _share(task: _Task | None) -> None:
-    _shared[:] = task, None, None
+    _shared[:] = task, None
 
 
 def _begin(task: _Task, parent: int) -> None:
@@ -314,13 +309,13 @@ def _begin(task: _Task, parent: int) -> None:
 
 
 @contextlib.contextmanager
-def _readers(task: _Task) -> Iterator[Executor | None]:
-    """Processes that call `_read_rows`; None, for this process alone, where there is little to read."""
+def _readers(task: _Task) -> Iterator[Callable]:
+    """The map of processes for `_read_rows` and `_place`; where there is little to read, of this process alone."""
     cores = min(available_cores(), MOST_PROCESSES)
     if len(task.names) < MIN_PARALLEL or cores == 1:
         _share(task)
         try:
-            yield None
+            yield map
         finally:
             _share(None)
     else:  # fork starts at once; outside Linux it is not safe beside the system's own threads
@@ -328,7 +323,14 @@ def _readers(task: _Task) -> Iterator[Executor | None]:
         with warnings.catch_warnings(), ProcessPoolExecutor(
                 cores, multiprocessing.get_context(method), _begin, (task, os.getpid())) as executor:
             warnings.simplefilter("ignore", DeprecationWarning)  # of fork beside threads: the readers use none
-            yield executor
+            try:
+                yield executor.map
+            except BrokenProcessPool as error:
+                raise RunFailed("a process that reads pictures was killed, perhaps because memory ran out: close other "
+                                "programs and run again") from error
+            except BaseException:
+                executor.shutdown(wait=False, cancel_futures=True)
+                raise
 
 
 def _read_all(pictures: Pictures, found: Found, name: str, folder: Path) -> None:
@@ -337,16 +339,16 @@ def _read_all(pictures: Pictures, found: Found, name: str, folder: Path) -> None
     shutil.rmtree(temporary, ignore_errors=True)  # of a process that was killed
     place = temporary / "unpacked.npy" if found.array else Path(pictures.path)
     task = _Task(pictures, place, (1 if pictures.channels == "1" else 3, side, side), found.names,
-                 temporary / "scratch.npy")
+                 temporary / "scratch")
     _check_space(folder.parent, 2 * len(found.names) * task.shape[0] * side * side + found.unpacked)
     try:
         temporary.mkdir()
         if found.array:
             unpack_array(Path(pictures.path), found.array, place)
-        scratch = np.lib.format.open_memmap(task.scratch, "w+", np.uint8, (len(found.names), side, side, task.shape[0]))
-        facts = _read_in_parallel(task)
-        content = _sort(scratch, facts, found, pictures, temporary)
-        del scratch  # some systems do not delete a file that is mapped
+        task.scratch.touch()
+        with _readers(task) as mapped:
+            facts = _read_in_parallel(task, mapped)
+            content = _sort(task, facts, found, mapped)
         task.scratch.unlink()
         if found.array:
             place.unlink()
@@ -364,32 +366,23 @@ def _check_space(folder: Path, size: int) -> None:
                         f"another --data_dir, or a smaller --image_size")
 
 
-def _read_in_parallel(task: _Task) -> list[_Fact]:
+def _read_in_parallel(task: _Task, mapped: Callable) -> list[_Fact]:
     """What `_read_rows` returns for all pictures, with a bar."""
     chunks = [range(first, min(first + CHUNK, len(task.names))) for first in range(0, len(task.names), CHUNK)]
-    with _readers(task) as executor:
-        results = executor.map(_read_rows, chunks) if executor else map(_read_rows, chunks)
-        facts: list = []
-        try:
-            with Bar("reading pictures", len(task.names), "pictures") as bar:
-                for part in results:
-                    facts += part
-                    bar.update(len(part))
-        except BrokenProcessPool as error:
-            raise RunFailed("a process that reads pictures was killed, perhaps because memory ran out: close other "
-                            "programs and run again") from error
-        except BaseException:
-            if executor:
-                executor.shutdown(wait=False, cancel_futures=True)
-            raise
+    facts: list = []
+    with Bar("reading pictures", len(task.names), "pictures") as bar:
+        for part in mapped(_read_rows, chunks):
+            facts += part
+            bar.update(len(part))
     return facts
 
 
-def _sort(scratch: np.ndarray, facts: Sequence, found: Found, pictures: Pictures, folder: Path) -> dict:
-    """Write images.npy and labels.npy in `folder` from what was read; returns what about.json says of them.
+def _sort(task: _Task, facts: Sequence[_Fact], found: Found, mapped: Callable) -> dict:
+    """Write images.npy and labels.npy beside the scratch file; returns what about.json says of them.
 
     UserError if no picture could be read.
     """
+    pictures, folder = task.pictures, task.scratch.parent
     skipped = found.skipped | {name: fact.why for name, fact in zip(found.names, facts, strict=True) if fact.why}
     used = [row for row, fact in enumerate(facts) if not fact.why]
     if not used:
@@ -399,13 +392,12 @@ def _sort(scratch: np.ndarray, facts: Sequence, found: Found, pictures: Pictures
     hashes.sort()
     counts = {name: sum(getattr(facts[row], name) for row in used) for name in ("coloured", "clear", "transparent")}
     channels = 1 if pictures.channels == "1" or (pictures.channels == "auto" and not counts["coloured"]) else 3
-    images = np.lib.format.open_memmap(folder / "images.npy", "w+", np.uint8,
-                                       (len(used), channels, *scratch.shape[1:3]))
-    block = max(1, BLOCK // scratch[0].size)
-    for first in range(0, len(used), block):
-        rows = scratch[used[first:first + block]]
-        images[first:first + len(rows)] = rows[..., :channels].transpose(0, 3, 1, 2)
-    images.flush()
+    shape = (channels, *task.shape[1:])
+    images = np.lib.format.open_memmap(folder / "images.npy", "w+", np.uint8, (len(used), *shape))
+    size = max(1, BLOCK // math.prod(task.shape))
+    blocks = [(used[first:first + size], images.offset + first * math.prod(shape))
+              for first in range(0, len(used), size)]
+    list(mapped(partial(_place, target=folder / "images.npy", channels=channels), blocks))
     present, labels = np.unique([found.labels[row] for row in used], return_inverse=True)
     np.save(folder / "labels.npy", labels := labels.astype(np.int64))
     class_names = [found.class_names[label] for label in present] if len(present) > 1 else []
@@ -419,6 +411,18 @@ def _sort(scratch: np.ndarray, facts: Sequence, found: Found, pictures: Pictures
                 in_two_classes=sum(count > 1 for count in classes_of.values()), digest=digest.hexdigest(),
                 others=found.others, mixed=found.mixed, shared=found.shared, skipped=skipped, **counts,
                 **pictures._asdict())
+
+
+def _place(block: tuple[Sequence[int], int], target: Path, channels: int) -> None:
+    """Write pictures into images.npy: (their rows in the scratch file, where in `target` they begin, in bytes)."""
+    rows, first = block
+    task, _ = _shared
+    scratch = np.memmap(task.scratch, np.uint8, "r", shape=(len(task.names), *task.shape))
+    with target.open("r+b") as file:
+        file.seek(first)
+        file.write(np.ascontiguousarray(scratch[rows, :channels]))
+        file.flush()
+        os.fsync(file.fileno())  # about.json must not be on the disk before the pictures
 
 
 def _splits(hashes: Sequence[bytes]) -> dict[str, int]:
