@@ -11,6 +11,7 @@ import contextlib
 import hashlib
 import math
 import re
+import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache, partial
@@ -166,7 +167,10 @@ def load_dataset(name: str | Path, split: str = "train", data_dir: str | Path = 
     """
     if isinstance(name, Path):
         images, labels, about = open_split(name, split)
-        return ImageData(about["name"], split, torch.from_numpy(images), torch.from_numpy(labels),
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of a very large file: that it cannot be written to
+            images = torch.from_numpy(images)
+        return ImageData(about["name"], split, images, torch.from_numpy(labels),
                          tuple(about["class_names"]), folder=name)
     if name not in DATASETS:
         raise UserError(f"unknown dataset {name!r}: choose one of {', '.join(DATASETS)}")

@@ -58,6 +58,7 @@ from evaluation.reference import (
     make_reference,
     memorisation,
     open_networks,
+    reference_images,
     two_sample_bars,
     two_sample_floor,
     two_sample_test,
@@ -281,8 +282,8 @@ def load_inputs(args: Namespace, device: torch.device, output: Path):
     check = partial(check_outputs, [output / name for name in RESULTS], [args.checkpoint or args.images])
     loaded = open_checkpoint(args, device, check) if args.checkpoint else check()  # None
     split = args.reference or ("test" if args.sweep is None else "validation")
-    data = load_dataset(loaded.dataset if loaded else chosen_dataset(args, device.type == "cpu", quiet=True), split,
-                        args.data_dir)
+    dataset = loaded.dataset if loaded else chosen_dataset(args, device.type == "cpu", quiet=True)
+    data = reference_images(dataset, split, args.data_dir)
     generated = None if loaded else ready_images(args, data)
     if args.cas and (loaded or generated).labels is None:
         raise UserError("--cas needs labels: a checkpoint trained with --conditional, or `labels` in the .npz")

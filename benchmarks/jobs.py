@@ -29,6 +29,7 @@ from data import ImageData, code_of, load_dataset
 from learned_variance import create_process
 from models import create_model
 from runtime import threads
+from runtime.children import end_with
 from runtime.files import atomic_write
 from runtime.script import script as entry_point
 from samplers import final_image, generate
@@ -45,6 +46,8 @@ ARITHMETIC = ("conv", "mm", "gemm", "matmul", "attention", "flash", "cutlass", "
 def run(text: str) -> dict:
     """Run the job that a JSON text describes."""
     fields = json.loads(text)
+    if parent := fields.pop("parent", None):
+        end_with(parent)
     result = JOBS[fields.pop("job")](**fields)
     if torch.cuda.is_available() and torch.cuda.is_initialized():
         result["peak_gpu_mb"] = torch.cuda.max_memory_allocated() / 1e6

@@ -1,6 +1,7 @@
 """Run each measurement in a process of its own."""
 
 import json
+import os
 import re
 import subprocess
 import sys
@@ -32,7 +33,7 @@ def run_sample(argv: Sequence[str]) -> dict:
 
 def run_job(job: str, **fields) -> dict:
     """Run a job of benchmarks/jobs.py and return what it measured. Paths among the fields must be absolute."""
-    result = _run(["-m", "benchmarks.jobs", json.dumps(dict(job=job, **fields))], folder=ROOT)
+    result = _run(["-m", "benchmarks.jobs", json.dumps(dict(job=job, parent=os.getpid(), **fields))], folder=ROOT)
     return json.loads(result["output"].splitlines()[-1])
 
 

@@ -11,6 +11,7 @@ split, and the files are the same on every machine, whatever the folder is calle
 """
 
 import contextlib
+import errno
 import hashlib
 import json
 import math
@@ -21,8 +22,6 @@ import shutil
 import signal
 import statistics
 import sys
-import threading
-import time
 import warnings
 from argparse import Namespace
 from collections import Counter
@@ -37,10 +36,11 @@ import numpy as np
 
 from data_sources.folder import Found, Source, describe, describe_others, find_pictures, unpack_array
 from data_sources.pictures import decode, open_image
+from runtime.children import end_with
 from runtime.cores import available_cores
 from runtime.errors import RunFailed, UserError
 from runtime.files import check_writable, one_line, quoted, write_json
-from runtime.locks import alone
+from runtime.locks import alone, if_free
 from runtime.progress import Bar
 
 VERSION = 4  # of what is read from a picture; part of the key
@@ -52,7 +52,7 @@ MOST_PROCESSES = 61  # that Windows lets one process wait for
 PART = r"(train|test|val|dev|eval|pred)(?:ing|id|idation|uation|iction)?\d*"
 SPLIT_NAME = re.compile(rf"(?i)(?:.*[\W_])?{PART}(?:[\W_].*)?")  # of a part of a data set, such as seg_train
 CLEAR = 16  # levels between the channels of a pixel that make a colour clear; less may be the tint of a scan
-BLOCK = 2**26  # bytes of pictures that are sorted into the final file at a time
+BLOCK = 2**22  # bytes of pictures that are sorted into the final file at a time
 
 
 class Pictures(NamedTuple):
@@ -134,19 +134,29 @@ def about(folder: Path) -> dict:
 def open_split(folder: Path, split: str) -> tuple[np.ndarray, np.ndarray, dict]:
     """(images (N, C, H, W) uint8 mapped from the file, labels (N,) int64, about.json) of a split; N may be 0."""
     content = about(folder)
-    try:  # "c": changes of the array are not written to the file
-        images, labels = (np.load(folder / f"{name}.npy", mmap_mode="c") for name in ("images", "labels"))
+    try:
+        images, labels = _mapped(folder / "images.npy"), np.load(folder / "labels.npy")
         if images.dtype != np.uint8 or images.ndim != 4 or not len(images) == len(labels) == content["count"]:
             raise ValueError("other arrays than about.json says")
-    except (OSError, ValueError, KeyError) as error:
+    except (OSError, ValueError, KeyError, EOFError) as error:
         raise UserError(f"{folder} is damaged ({one_line(error)}): delete it, then the pictures are read "
                         f"again") from error
     first = 0
     for name, count in content["splits"].items():
         if name == split:
-            return images[first:first + count], np.array(labels[first:first + count]), content
+            return images[first:first + count], labels[first:first + count].copy(), content
         first += count
     raise KeyError(split)
+
+
+def _mapped(path: Path) -> np.ndarray:
+    """An array mapped from its file, which changes of the array do not reach."""
+    try:
+        return np.load(path, mmap_mode="c")
+    except OSError as error:
+        if error.errno != errno.ENOMEM:
+            raise
+        return np.load(path, mmap_mode="r")  # Linux has no "c" for files larger than the memory
 
 
 def summary(content: dict) -> Iterator[str]:
@@ -248,8 +258,6 @@ class _Fact(NamedTuple):
 def _read_rows(rows: range) -> list[_Fact]:
     """Read pictures into their rows of the scratch file; returns what is known of each."""
     task, source = _shared
-    if source is None:
-        _shared[1] = source = Source(task.place)
     pictures = np.zeros((len(rows), *task.shape), np.uint8)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
@@ -270,7 +278,9 @@ def _read(task: _Task, source: Source, name: str, picture: np.ndarray) -> _Fact:
     except MemoryError as error:
         raise UserError(f"there is too little memory for {name}: close other programs, or move it out of "
                         f"{task.pictures.path}") from error
-    except FileNotFoundError:  # the next listing differs, and is read anew
+    except FileNotFoundError as error:  # the next listing differs, and is read anew
+        if not task.place.exists():
+            raise UserError(f"{task.pictures.path} is no longer there: run again when it is") from error
         return _Fact(why="it was deleted meanwhile")
     except Exception as error:  # PIL raises different errors for damaged files
         if isinstance(error, OSError) and error.errno:
@@ -293,19 +303,14 @@ def _why(error: Exception, folder: str) -> str:
 _shared: list = [None, None]  # of a reading process: its _Task and Source
 
 
-def _share(task: _Task | None) -> None:
-    _shared[:] = task, None
+def _begin(task: _Task, source: Source | None, parent: int) -> None:
+    """Begin a reading process: Ctrl-C is for its parent, whose end, even by a kill, is its own.
 
-
-def _begin(task: _Task, parent: int) -> None:
-    """Begin a reading process: Ctrl-C is for its parent, whose end, even by a kill, is its own."""
-    def watch():
-        while os.getppid() == parent:
-            time.sleep(1)
-        os._exit(1)
-    _share(task)
+    source: of the parent, if this is a fork of it: the list of a large archive is then in memory once.
+    """
+    _shared[:] = task, source.reopen() if source else Source(task.place)
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    threading.Thread(target=watch, daemon=True).start()
+    end_with(parent)
 
 
 @contextlib.contextmanager
@@ -313,15 +318,16 @@ def _readers(task: _Task) -> Iterator[Callable]:
     """The map of processes for `_read_rows` and `_place`; where there is little to read, of this process alone."""
     cores = min(available_cores(), MOST_PROCESSES)
     if len(task.names) < MIN_PARALLEL or cores == 1:
-        _share(task)
+        _shared[:] = task, Source(task.place)
         try:
             yield map
         finally:
-            _share(None)
+            _shared[:] = None, None
     else:  # fork starts at once; outside Linux it is not safe beside the system's own threads
         method = "fork" if sys.platform == "linux" else "spawn"
+        source = Source(task.place) if method == "fork" else None
         with warnings.catch_warnings(), ProcessPoolExecutor(
-                cores, multiprocessing.get_context(method), _begin, (task, os.getpid())) as executor:
+                cores, multiprocessing.get_context(method), _begin, (task, source, os.getpid())) as executor:
             warnings.simplefilter("ignore", DeprecationWarning)  # of fork beside threads: the readers use none
             try:
                 yield executor.map
@@ -336,7 +342,10 @@ def _readers(task: _Task) -> Iterator[Callable]:
 def _read_all(pictures: Pictures, found: Found, name: str, folder: Path) -> None:
     """Read the pictures and write the folder of their cache, whole or not at all."""
     temporary, side = folder.with_name(f".{folder.name}.tmp"), pictures.image_size
-    shutil.rmtree(temporary, ignore_errors=True)  # of a process that was killed
+    for left in {temporary, *folder.parent.glob(f".{name}-*.tmp")}:  # of processes that were killed
+        with if_free(left.with_suffix(".lock")) if left != temporary else contextlib.nullcontext(True) as free:
+            if free:
+                shutil.rmtree(left, ignore_errors=True)
     place = temporary / "unpacked.npy" if found.array else Path(pictures.path)
     task = _Task(pictures, place, (1 if pictures.channels == "1" else 3, side, side), found.names,
                  temporary / "scratch")
@@ -369,9 +378,9 @@ def _check_space(folder: Path, size: int) -> None:
 def _read_in_parallel(task: _Task, mapped: Callable) -> list[_Fact]:
     """What `_read_rows` returns for all pictures, with a bar."""
     chunks = [range(first, min(first + CHUNK, len(task.names))) for first in range(0, len(task.names), CHUNK)]
-    facts: list = []
+    facts, parts = [], mapped(_read_rows, chunks)  # which forks, before the bar has a thread
     with Bar("reading pictures", len(task.names), "pictures") as bar:
-        for part in mapped(_read_rows, chunks):
+        for part in parts:
             facts += part
             bar.update(len(part))
     return facts
@@ -393,13 +402,17 @@ def _sort(task: _Task, facts: Sequence[_Fact], found: Found, mapped: Callable) -
     counts = {name: sum(getattr(facts[row], name) for row in used) for name in ("coloured", "clear", "transparent")}
     channels = 1 if pictures.channels == "1" or (pictures.channels == "auto" and not counts["coloured"]) else 3
     shape = (channels, *task.shape[1:])
-    images = np.lib.format.open_memmap(folder / "images.npy", "w+", np.uint8, (len(used), *shape))
+    images = np.lib.format.open_memmap((images_file := folder / "images.npy"), "w+", np.uint8, (len(used), *shape))
     size = max(1, BLOCK // math.prod(task.shape))
     blocks = [(used[first:first + size], images.offset + first * math.prod(shape))
               for first in range(0, len(used), size)]
-    list(mapped(partial(_place, target=folder / "images.npy", channels=channels), blocks))
+    for _ in mapped(partial(_place, target=images_file, channels=channels), blocks):
+        pass
     present, labels = np.unique([found.labels[row] for row in used], return_inverse=True)
     np.save(folder / "labels.npy", labels := labels.astype(np.int64))
+    for name in ("images.npy", "labels.npy"):  # about.json must not be on the disk before them
+        with (folder / name).open("r+b") as file:
+            os.fsync(file.fileno())
     class_names = [found.class_names[label] for label in present] if len(present) > 1 else []
     splits = _splits(hashes)
     learned = np.bincount(labels[len(labels) - splits["train"]:], minlength=len(class_names))
@@ -421,8 +434,6 @@ def _place(block: tuple[Sequence[int], int], target: Path, channels: int) -> Non
     with target.open("r+b") as file:
         file.seek(first)
         file.write(np.ascontiguousarray(scratch[rows, :channels]))
-        file.flush()
-        os.fsync(file.fileno())  # about.json must not be on the disk before the pictures
 
 
 def _splits(hashes: Sequence[bytes]) -> dict[str, int]:

@@ -101,7 +101,7 @@ def _files_of_folder(top: str, skipped: dict[str, str]) -> Iterator[tuple[str, i
         for entry in entries:
             name = f"{inner}/{entry.name}" if inner else entry.name
             try:
-                if entry.name.startswith("."):
+                if HIDDEN.match(entry.name):
                     continue
                 if entry.is_dir():
                     waiting.append(name)
@@ -130,11 +130,16 @@ def _files_of_archive(path: Path, skipped: dict[str, str]) -> Iterator[tuple[str
 
 
 def _archive_name(part: zipfile.ZipInfo) -> str:
-    """The name of a file in a .zip; some programs, such as the Finder, write UTF-8 and do not say so."""
+    """The name of a file in a .zip, in UTF-8 and with /, even if the program that wrote it had other habits.
+
+    The Finder does not say that it writes UTF-8, tar begins names with ./, and some programs of Windows write \\.
+    """
+    name = part.filename
     with contextlib.suppress(UnicodeError):
         if not part.flag_bits & UTF8_FLAG:
-            return part.filename.encode("cp437").decode()
-    return part.filename
+            name = part.filename.encode("cp437").decode()
+    name = name.replace("\\", "/")
+    return name.removeprefix("./")
 
 
 def _classes(names: Sequence[str]) -> dict:
@@ -254,6 +259,12 @@ class Source:
         elif not path.is_dir():
             self.archive = zipfile.ZipFile(path)
             self.parts = {_archive_name(part): part for part in self.archive.infolist()}
+
+    def reopen(self) -> "Source":
+        """This source in a forked process, with a place of its own in the archive."""
+        if self.archive:
+            self.archive.fp = io.FileIO(self.path)
+        return self
 
     def open(self, name: str):
         """A path or a file for PIL. ValueError for a file of more than MAX_BYTES."""

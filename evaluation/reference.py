@@ -37,6 +37,7 @@ from runtime.locks import alone
 from runtime.progress import Bar, progress
 from utils import GREY, caption_line, generator_for, save_picture, tile
 
+MOST_REFERENCE = 10_000  # pictures of one's own that others are compared with
 PAIRS = 16  # in nearest.png: as many of the closest images, and as many others
 LIKELIHOOD_IMAGES, LIKELIHOOD_DRAWS = 2000, 4  # real images of bits_per_dim, and random times for each of them
 LIKELIHOOD_BATCH = 100  # images at a time; fixed, because the random times depend on it
@@ -62,6 +63,15 @@ class Reference(NamedTuple):
 def adapting_bar(title: str) -> Callable:
     """A progress bar for a loop of equal steps, which also chooses the number of threads meanwhile."""
     return lambda items: threads.ThreadTuner(threads.PATIENCE).steps(progress(title)(items))
+
+
+def reference_images(source: str | Path, split: str, data_dir) -> ImageData:
+    """The images that others are compared with: a split, or MOST_REFERENCE random ones of many pictures of your own.
+
+    As many as other data sets have in test: some figures take a time that grows with the square of this number.
+    """
+    data = load_dataset(source, split, data_dir)
+    return random_subset(data, MOST_REFERENCE) if data.folder and len(data.images) > MOST_REFERENCE else data
 
 
 def random_subset(data: ImageData, count: int) -> ImageData:

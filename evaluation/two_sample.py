@@ -49,21 +49,22 @@ def two_sample_values(generated: Tensor, real: Tensor, device="cpu",
     """
     values = {}
     for name, view in VIEWS.items():
-        right = two_sample(view(generated).to(device), view(real).to(device), progress=show(name.split("_")[-1]))
+        right = two_sample(generated, real, progress=show(name.split("_")[-1]), view=view, device=device)
         values[name] = jackknife_means(right.cpu(), random_groups(len(right)))
     return values
 
 
-def two_sample(generated: Tensor, real: Tensor, seed: int = 0, progress: Progress = iter) -> Tensor:
+def two_sample(generated: Tensor, real: Tensor, seed: int = 0, progress: Progress = iter,
+               view: Callable[[Tensor], Tensor] = lambda images: images, device="cpu") -> Tensor:
     """Whether the network is right on each held-out image, (K,) bool: the generated ones first, then as many real.
 
-    generated (N, C, H, W) and real (M, C, H, W): uint8. As many of both are used, the smaller of N and M. In float32
-    on their device; the same seed and images give the same result, but for rounding. Torch's own random state stays
-    as it is.
+    generated (N, C, H, W) and real (M, C, H, W): uint8. As many of both are used, the smaller of N and M, as `view`
+    shows them, in float32 on `device`. The same seed and images give the same result, but for rounding. Torch's own
+    random state stays as it is.
     """
     count = min(len(generated), len(real))
     half, generator = count // 2, torch.Generator().manual_seed(seed)
-    real, generated = (images[torch.randperm(len(images), generator=generator)[:count].to(images.device)]
+    real, generated = (view(images[torch.randperm(len(images), generator=generator)[:count]]).to(device)
                        for images in (real, generated))
     with torch.random.fork_rng(), cudnn.flags(enabled=True, allow_tf32=False):
         torch.manual_seed(seed)

@@ -88,9 +88,10 @@ class SimpleUNet(ConditionedNetwork):
     def _check(self, x: Tensor, t: Tensor, labels: Tensor | None) -> None:
         self.check_inputs(x, t, labels)
         if x.shape[2] % self.divisor or x.shape[3] % self.divisor:
+            nearest = [self.divisor * max(1, round(side / self.divisor)) for side in x.shape[2:]]
             raise ValueError(f"image height and width must be divisible by {self.divisor} (patch_size and "
-                             f"down-sampling together), got {x.shape[2]}×{x.shape[3]}: choose another image size, "
-                             f"patch_size or channel_mults")
+                             f"down-sampling together), got {x.shape[2]}×{x.shape[3]}: choose another image size (the "
+                             f"nearest is {nearest[0]}×{nearest[1]}), patch_size or channel_mults")
 
 
 def _check_arguments(image_channels: int, patch_size: int) -> None:

@@ -85,7 +85,7 @@ def check_writable(folder: str | Path) -> Path:
         folder.mkdir(parents=True, exist_ok=True)
         with atomic_write(folder / f".probe-{os.getpid()}") as file:
             file.write(b"probe")
-        (folder / f".probe-{os.getpid()}").unlink()
+        (folder / f".probe-{os.getpid()}").unlink(missing_ok=True)
     except OSError as error:
         raise UserError(f"cannot write to {folder} ({error.strerror}): choose another folder") from error
     return folder

@@ -28,6 +28,21 @@ def alone(path: Path, waiting: str) -> Iterator[None]:
         lock.release()
 
 
+@contextlib.contextmanager
+def if_free(path: Path) -> Iterator[bool]:
+    """Hold the lock `path` if no process has it: yields whether. False on a disk that has no locks."""
+    lock = FileLock(path)
+    try:
+        lock.acquire(timeout=0)
+    except (OSError, NotImplementedError):  # Timeout, too
+        yield False
+        return
+    try:
+        yield True
+    finally:
+        lock.release()
+
+
 def acquire(lock: FileLock) -> None:
     """Take a lock at once. Timeout if another process holds it; on a disk that has no locks a warning."""
     try:

@@ -429,3 +429,13 @@ def test_a_peer_has_the_textbooks_size_and_makes_images(name):
     for sampler in ("few", "ddpm"):
         images = made.sample(2, sampler, 2, kept)
         assert images.shape == (2, 1, 28, 28) and images.dtype == torch.uint8
+
+
+def test_a_job_ends_with_the_benchmark_that_started_it(monkeypatch):
+    given, parents = [], []
+    monkeypatch.setattr(processes, "_run", lambda argv, **_: given.append(argv[-1]) or dict(output="{}"))
+    processes.run_job("imports")
+    monkeypatch.setattr(jobs, "end_with", parents.append)
+    monkeypatch.setitem(jobs.JOBS, "imports", dict)
+    jobs.run(given[0])
+    assert parents == [os.getpid()]

@@ -31,6 +31,7 @@ from evaluation.classifier_training import ClassifierRecipe
 from evaluation.network_plots import _plot_points
 from models import create_model
 from runtime.errors import UserError
+from runtime.files import file_digest
 from runtime.sampling import dataset_of
 from training import flags as training_flags
 from training import trainer
@@ -61,6 +62,11 @@ def short_epochs():
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(trainer, "EPOCH_IMAGES", 24)
         yield
+
+
+def learn_briefly():
+    """The same for processes of their own."""
+    trainer.EPOCH_IMAGES = 24
 
 
 def flags(pictures, output, *more):
@@ -207,9 +213,29 @@ def test_a_student_is_distilled_and_exported(checkpoint, place, tmp_path, monkey
     assert export.main(["--checkpoint", str(checkpoint), "--output", str(tmp_path / "a.html")]) == 0
 
 
-def test_look_shows_the_pictures_and_stops(two, tmp_path):
+def test_look_shows_the_pictures_and_stops(two, tmp_path, capsys):
     assert train.main(flags(two, tmp_path, "--look")) == 0
     assert [path.name for path in tmp_path.iterdir()] == ["look.png"]
+    assert "2 classes: blue 6, red 6" in capsys.readouterr().out
+    with Image.open(tmp_path / "look.png") as image:
+        shown = {colour for _, colour in image.convert("RGB").getcolors()}
+    assert {RED, BLUE} <= shown
+
+
+@needs_fork
+def test_two_processes_learn_a_folder_as_one_does(two, tmp_path):
+    argv = flags(two, tmp_path / "both", "--data_dir", str(tmp_path / "data"))
+    assert run_together(argv, tmp_path / "log", learn_briefly) == [0, 0]
+    weights = [load_checkpoint(path)["model"] for path in (
+        tmp_path / "both/model_final.pt", train_on(two, tmp_path / "alone"))]
+    for name, weight in weights[1].items():
+        torch.testing.assert_close(weights[0][name], weight, rtol=1e-3, atol=1e-4)
+
+
+def test_a_network_of_ones_own_pictures_interpolates(checkpoint, tmp_path):
+    assert edit.main(["interpolate", "--checkpoint", str(checkpoint), "--steps", "2", "--output",
+                      str(tmp_path / "a.png"), *CPU]) == 0
+    assert (tmp_path / "a.png").exists()
 
 
 def test_copies_among_the_pictures_count_as_one_picture():
@@ -282,7 +308,7 @@ def many(request, tmp_path_factory):
         yield request.param, train_on(folder / "grey.npz", folder / "run"), folder / "data"
 
 
-def test_the_figures_of_many_pictures_come_from_networks_of_their_own(many, tmp_path, capsys):
+def test_the_figures_of_many_pictures_come_from_networks_of_their_own(many, tmp_path, capsys, monkeypatch):
     kind, checkpoint, data_dir = many
     classes = kind == "with classes"
     flags = ["--checkpoint", str(checkpoint), "--data_dir", str(data_dir), "--output_dir", str(tmp_path), *CPU]
@@ -296,8 +322,12 @@ def test_the_figures_of_many_pictures_come_from_networks_of_their_own(many, tmp_
     assert trained == ["features.pt", "features_autoencoder.pt"][not classes:]
     assert capsys.readouterr().out.count("features") >= len(trained)
 
+    digests = [report[f"{name}_sha256"] for name in ("feature_network", "autoencoder")]
+    assert set(digests) == {file_digest(next(data_dir.glob(f"pictures/*/{name}"))) for name in trained}
+    monkeypatch.setattr(reference, "MOST_REFERENCE", 36)
     for split in ("train", "test", "train"):  # what is kept of the features of one is not taken for the other
         assert evaluate.main([*flags, "--steps", "1", "--reference", split]) == 0
+        assert json.loads((tmp_path / "evaluation.json").read_text())["reference"] == dict(split=split, n=36)
 
     next(data_dir.glob("pictures/*/features*.pt")).unlink()  # a run that was killed between the two
     assert evaluate.main([*flags, "--sweep", "1", "--sampler", "ddim"]) == 0
@@ -469,6 +499,13 @@ def test_init_takes_what_fits_and_names_the_rest(checkpoint, tmp_path, capsys, c
     assert config["diffusion"]["prediction"] == before["diffusion"]["prediction"]
 
 
+def test_init_with_a_size_that_its_network_cannot_divide_names_the_nearest(two, tmp_path, capsys):
+    first = train_on(two, tmp_path / "first", "--channel_mults", "1", "2", "2")
+    assert train.main(flags(two, tmp_path / "second", "--init", str(first), "--image_size", "28")) == 2
+    said = capsys.readouterr().err
+    assert "the nearest is 32×32" in said and said.count("\n") == 1
+
+
 @pytest.mark.parametrize("before, now", [("ab", "abc"), ("ab", "xy"), ("ab", ""), ("", "abc"), ("ab", "ba")])
 def test_a_network_with_other_classes_begins_as_the_old_one_without_a_label(before, now):
     def network(classes, seed):
@@ -543,4 +580,4 @@ def test_flags_of_pictures_with_a_checkpoint_are_refused_in_one_line(checkpoint,
 def test_the_benchmark_refuses_a_folder_in_one_line(two, tmp_path, capsys):
     assert benchmark.main(["train", "--quick", "--dataset", str(two), "--output_dir", str(tmp_path), *CPU]) == 2
     said = capsys.readouterr().err
-    assert "not with your own pictures" in said and said.count("\n") == 1
+    assert "choose from 'mnist'" in said and said.count("\n") == 1

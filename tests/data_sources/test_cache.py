@@ -1,5 +1,6 @@
 """Your own pictures: every kind of file is read right or named in one line, and the cache is whole or not there."""
 
+import errno
 import io
 import json
 import os
@@ -9,18 +10,22 @@ import struct
 import subprocess
 import sys
 import time
+import warnings
 import zipfile
+import zlib
 from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
 from data import load_dataset
 from data_sources import cache
 from data_sources.cache import MIN_HELD_OUT, Pictures, about, cached, find_cached
 from data_sources.folder import find_pictures
+from data_sources.pictures import decode
 from runtime.errors import UserError
 
 RED = (200, 0, 0)
@@ -62,11 +67,39 @@ def test_every_format_of_a_red_picture_comes_out_red(tmp_path, name):
     assert abs(images.astype(int) - np.array(RED)[None, :, None, None]).max() <= 3
 
 
+@pytest.mark.parametrize("ending", ["tif", "jpg"])
 @pytest.mark.parametrize("mode", ["1", "L", "P", "RGB", "CMYK"])
-def test_every_mode_keeps_its_white(tmp_path, mode):
-    save(tmp_path / "in/a.tif", (255, 255, 255), mode=mode)
+def test_every_mode_keeps_its_white(tmp_path, mode, ending):
+    if (mode, ending) == ("P", "jpg"):
+        ending = "png"  # a JPEG has no palette
+    save(tmp_path / f"in/a.{ending}", (255, 255, 255), mode=mode)
     images, _ = read(tmp_path / "in", tmp_path / "data")
     assert images.shape[1] == 1 and images.min() >= 254
+
+
+@pytest.mark.parametrize("ending", ["tif", "jpg"])
+def test_cmyk_keeps_its_colour(tmp_path, ending):
+    save(tmp_path / f"in/a.{ending}", RED, mode="CMYK")
+    images, _ = read(tmp_path / "in", tmp_path / "data")
+    assert abs(images[0, :, 8, 8].astype(int) - RED).max() <= 3
+
+
+def png_of_16_bits(pixels):
+    """The bytes of a colour PNG of 16 bits, which PIL reads and does not write, from pixels (H, W, 3) uint16."""
+    height, width, _ = pixels.shape
+    rows = b"".join(b"\0" + row.astype(">u2").tobytes() for row in pixels)
+    parts = ((b"IHDR", struct.pack(">IIBBBBB", width, height, 16, 2, 0, 0, 0)), (b"IDAT", zlib.compress(rows)),
+             (b"IEND", b""))
+    return b"\x89PNG\r\n\x1a\n" + b"".join(struct.pack(">I", len(part)) + kind + part + struct.pack(
+        ">I", zlib.crc32(kind + part)) for kind, part in parts)
+
+
+def test_16_bits_of_colour_become_8(tmp_path):
+    (tmp_path / "in").mkdir()
+    pixels = np.broadcast_to(np.array(RED, np.uint16) * 257, (16, 16, 3))
+    (tmp_path / "in/a.png").write_bytes(png_of_16_bits(pixels))
+    images, _ = read(tmp_path / "in", tmp_path / "data")
+    assert (images == np.array(RED)[:, None, None]).all()
 
 
 def test_16_bits_become_the_nearest_of_8(tmp_path):
@@ -158,7 +191,7 @@ def test_what_is_broken_is_named_in_one_line_and_the_rest_is_read(tmp_path, caps
     for seed in range(3):
         noise(folder / f"{seed}.png", seed)
     noise(folder / "half.jpg", 9)
-    (folder / "half.jpg").write_bytes((folder / "half.jpg").read_bytes()[:300])
+    (folder / "half.jpg").write_bytes((folder / "half.jpg").read_bytes()[:300])  # within its tables
     (folder / "text.png").write_text("no picture")
     (folder / "notes.txt").write_text("left alone")
     (folder / ".hidden.png").write_text("not looked at")
@@ -172,6 +205,17 @@ def test_what_is_broken_is_named_in_one_line_and_the_rest_is_read(tmp_path, caps
     assert len(images) == 3
     assert all(word in first for word in ("3 pictures used", "3 skipped", "half.jpg", "text.png (it is no picture",
                                           "bomb", "1 other files (1 .txt)"))
+
+
+@pytest.mark.parametrize("share", [0.5, 0.9])
+@pytest.mark.parametrize("name", ["a.jpg", "a.png", "a.webp", "a.tif"])
+def test_a_picture_that_ends_too_early_is_skipped(tmp_path, name, share):
+    noise(tmp_path / "in/b.png", 0)
+    noise(path := tmp_path / "in" / name, 1, side=200)
+    content = path.read_bytes()
+    path.write_bytes(content[:int(share * len(content))])
+    images, data = read(tmp_path / "in", tmp_path / "data")
+    assert len(images) == 1 and list(about(data.folder)["skipped"]) == [name]
 
 
 def test_kinds_of_other_files_are_named_and_what_to_do_with_those_of_telephones(tmp_path, capsys):
@@ -205,6 +249,14 @@ def test_a_picture_that_is_deleted_while_they_are_read_is_left_out(tmp_path, mon
     monkeypatch.setattr(cache, "find_pictures", lambda _: found)
     images, data = read(tmp_path / "in", tmp_path / "data")
     assert len(images) == 1 and "deleted" in about(data.folder)["skipped"]["b.png"]
+
+
+def test_a_drive_that_goes_away_while_pictures_are_read_is_named_and_leaves_no_cache(tmp_path, monkeypatch):
+    noise(tmp_path / "in/a.png", 0)
+    monkeypatch.setattr(cache, "decode", lambda *given: (shutil.move(tmp_path / "in", tmp_path / "b"), decode(*given)))
+    with pytest.raises(UserError, match="in is no longer there"):
+        read(tmp_path / "in", tmp_path / "data")
+    assert not list((tmp_path / "data").glob("pictures/my*"))
 
 
 def test_loops_of_links_end_and_links_to_nothing_are_named(tmp_path, capsys):
@@ -267,6 +319,24 @@ def test_an_archive_reads_as_its_folder_and_paths_that_lead_out_are_named(tmp_pa
     assert "1 skipped: ../evil.png" in capsys.readouterr().out
     shutil.rmtree(tmp_path / "data")
     assert snapshot(tmp_path) == before  # nothing was written anywhere else
+
+
+@pytest.mark.parametrize("written", ["./top/{}", "top\\{}"])
+def test_names_in_a_zip_of_tar_and_of_windows_are_understood(tmp_path, written):
+    with zipfile.ZipFile(tmp_path / "in.zip", "w") as archive:
+        for seed, name in enumerate(("cat/a.png", "dog/b.png")):
+            noise(tmp_path / "in" / name, seed)
+            written_name = written.format(name).replace("/", written[-3])
+            archive.writestr(zipfile.ZipInfo(written_name), (tmp_path / "in" / name).read_bytes())
+    images, data = read(tmp_path / "in.zip", tmp_path / "data")
+    assert data.class_names == ("cat", "dog") and np.array_equal(images, read(tmp_path / "in", tmp_path / "data")[0])
+
+
+def test_several_processes_read_an_archive_as_its_folder(tmp_path):
+    folder = many(tmp_path / "in", cache.MIN_PARALLEL + 14)
+    archive = shutil.make_archive(str(tmp_path / "in"), "zip", folder)
+    found = [about(read(path, tmp_path / "data")[1].folder) for path in (folder, archive)]
+    assert found[0]["count"] == cache.MIN_PARALLEL + 14 and found[0]["digest"] == found[1]["digest"]
 
 
 def test_an_archive_that_would_unpack_to_too_much_is_refused(tmp_path, monkeypatch):
@@ -552,8 +622,23 @@ def test_changes_of_the_tensor_do_not_reach_the_file(tmp_path):
     assert (data.folder / "images.npy").read_bytes() == before
 
 
-@pytest.mark.parametrize("count", [20, 270])  # by itself, and by reading processes
-def test_killed_while_reading_the_next_run_starts_clean(tmp_path, count):
+def test_a_file_too_large_for_a_mapping_that_can_be_changed_is_mapped_all_the_same(tmp_path, monkeypatch):
+    noise(tmp_path / "in/a.png", 0)
+    expected, data = read(tmp_path / "in", tmp_path / "data")
+    load = np.load
+
+    def without_memory(path, mmap_mode=None):
+        if mmap_mode == "c":
+            raise OSError(errno.ENOMEM, "Cannot allocate memory")
+        return load(path, mmap_mode=mmap_mode)
+    monkeypatch.setattr(np, "load", without_memory)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert torch.equal(load_dataset(data.folder).images, torch.from_numpy(expected))
+
+
+@pytest.mark.parametrize("count, added", [(20, False), (270, False), (20, True)])  # 270: by reading processes
+def test_killed_while_reading_the_next_run_starts_clean(tmp_path, count, added):
     folder = many(tmp_path / "in", count)
     slow = (f"import os, time\nfrom data_sources import cache\n"
             f"cache.decode = lambda *_: (os.write(1, f'reading {{os.getpid()}}\\n'.encode()), time.sleep(60))\n"
@@ -571,16 +656,19 @@ def test_killed_while_reading_the_next_run_starts_clean(tmp_path, count):
         time.sleep(0.1)
     left = list((tmp_path / "data/pictures").glob(".*.tmp"))
     assert left and not list((tmp_path / "data/pictures").glob("my_*"))
+    if added:
+        noise(folder / "one more.png", count)
     start = time.monotonic()
     _, data = read(folder, tmp_path / "data")
-    assert about(data.folder)["count"] == count and time.monotonic() - start < 30
+    assert about(data.folder)["count"] == count + added and time.monotonic() - start < 30
     assert not list((tmp_path / "data/pictures").glob(".*.tmp"))
 
 
 @pytest.mark.parametrize("damage", [
     lambda folder: (folder / "images.npy").write_bytes(b"x"), lambda folder: (folder / "about.json").write_text("{"),
     lambda folder: (folder / "about.json").write_text(json.dumps(dict(splits=3))),
-    lambda folder: np.save(folder / "labels.npy", np.zeros(1))])
+    lambda folder: np.save(folder / "labels.npy", np.zeros(1)), lambda folder: (folder / "labels.npy").write_bytes(b""),
+    lambda folder: (folder / "images.npy").write_bytes(b"")])
 def test_a_damaged_cache_is_one_line(tmp_path, damage):
     for seed in range(3):
         noise(tmp_path / f"in/{seed}.png", seed)

@@ -1,14 +1,16 @@
 """Locks: one at a time, with a line for the one that waits; a disk without locks only gets a warning."""
 
+import contextlib
 import errno
 import sys
 import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 from unittest.mock import Mock
 
 import pytest
 
-from runtime.locks import alone
+from runtime.locks import alone, if_free
 from training.run_folder import claim
 
 
@@ -27,6 +29,13 @@ def test_the_second_waits_and_says_so(tmp_path, capsys):
         order.append("second")
     thread.join()
     assert order == ["first", "second"] and capsys.readouterr().out == "waiting for it\n"
+
+
+def test_a_lock_is_taken_if_it_is_free(tmp_path):
+    for held in (False, True):
+        holding = alone(tmp_path / ".lock", "waiting") if held else contextlib.nullcontext()
+        with holding, ThreadPoolExecutor(1) as pool:
+            assert pool.submit(lambda: if_free(tmp_path / ".lock").__enter__()).result() != held
 
 
 def test_it_is_given_back_after_an_error(tmp_path, capsys):
@@ -50,6 +59,8 @@ def test_a_disk_without_locks_gets_a_warning_and_other_errors_are_raised(tmp_pat
     monkeypatch.setattr("filelock.FileLock.acquire", Mock(side_effect=NotImplementedError))  # of older versions
     with alone(tmp_path / "a", "waiting"):
         assert "no file locks" in capsys.readouterr().out
+    with if_free(tmp_path / "a") as free:
+        assert not free
     monkeypatch.undo()
     monkeypatch.setattr("fcntl.flock", flock)
     number = errno.EIO
