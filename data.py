@@ -87,6 +87,7 @@ LINEAR_POINTS = torch.arange(256, dtype=torch.float64) / 127.5 - 1
 LINEAR = LevelCode(LINEAR_POINTS)
 LEVEL_CODES = ("histogram", "linear")
 CODE_SHARE, CODE_POWER = 0.95, 0.6  # of `histogram_code`; measured: benchmarks/RECORDS.md
+COMMON_NOISE = 0.8  # of `noise_level`
 CODE_VALUES = 2**29  # it looks at the first images with so many numbers: reading all of a large file takes long
 
 
@@ -98,14 +99,19 @@ def histogram_code(images: Tensor, share: float = CODE_SHARE, power: float = COD
     all of it on their only side. The sum of all w_k is 1. share = 0 gives the linear code. Where all levels are about
     as common, as in photographs, the code is nearly linear.
     """
-    images = images[:max(1, CODE_VALUES // images[0].numel())]
-    weight = images.flatten().bincount(minlength=256).double().pow(power)
+    weight = _level_shares(images).pow(power)
     weight = weight / weight.sum()
     beside = (weight[1:] + weight[:-1]) / 2                                                 # (255,)
     beside[0], beside[-1] = beside[0] + weight[0] / 2, beside[-1] + weight[-1] / 2
     gaps = (1 - share) / 255 + share * beside
     points = torch.cat([gaps.new_zeros(1), gaps.cumsum(0)]) * 2 - 1
     return LevelCode(points.round(decimals=6))  # as it stands in a checkpoint, so that a resumed run has the same
+
+
+def _level_shares(images: Tensor) -> Tensor:
+    """The share of each of the 256 levels among the values of the first images (N, C, H, W): (256,) float64."""
+    counts = images[:max(1, CODE_VALUES // images[0].numel())].flatten().bincount(minlength=256).double()
+    return counts / counts.sum()
 
 
 def code_of(config: dict) -> LevelCode | Coordinates:
@@ -199,10 +205,16 @@ def _part(split: str) -> slice:
 
 
 def noise_level(name: str, data: ImageData) -> tuple[float, float]:
-    """Mean and standard deviation of log(sigma / alpha / data_std) in training; of your own pictures by their size."""
+    """Mean and standard deviation of log(sigma / alpha / data_std) in training.
+
+    Of your own pictures the mean is log(side / 32) + 0.8 · (the share of the most common level among their values):
+    twice the side needs twice the noise, and where one level fills most of a picture, as around digits, forms still
+    show through more noise. Measured on drawings and digits (benchmarks/RECORDS.md, "Noise for pictures of one's own").
+    """
     if data.folder is None:
         return DATASETS[name].noise_level
-    return round(math.log(max(data.images.shape[2:]) / 32) - 0.5, 2), 1.2  # as for cifar10 and scenes below
+    share = max(_level_shares(data.images).tolist())
+    return round(math.log(max(data.images.shape[2:]) / 32) + COMMON_NOISE * share, 2), 1.2
 
 
 def refuse_points(name: str | Path | None, what: str = "") -> None:

@@ -5,6 +5,7 @@ import shutil
 import socket
 import subprocess
 import sys
+from pathlib import Path
 from urllib.error import HTTPError, URLError
 
 import numpy as np
@@ -20,10 +21,12 @@ from data import (
     LINEAR,
     MNIST_FILES,
     SPLITS,
+    ImageData,
     LevelCode,
     code_of,
     histogram_code,
     load_dataset,
+    noise_level,
     to_model,
     to_uint8,
 )
@@ -103,6 +106,14 @@ def test_a_checkpoint_keeps_its_code_and_old_ones_are_linear():
     code = histogram_code(pixels({0: 90, 255: 10}))
     assert torch.equal(code_of({"data": {"shape": [1, 2, 2], "level_code": code.points.tolist()}}).points, code.points)
     assert code_of({"data": {"shape": [1, 2, 2]}}) is LINEAR
+
+
+@pytest.mark.parametrize("levels, side, mean", [
+    (range(256), 32, 0.0), (range(256), 64, 0.7), ([0] * 8 + [255, 9], 28, 0.51), ([255] * 5 + [*range(5)], 28, 0.27)])
+def test_the_noise_of_ones_own_pictures_follows_from_their_size_and_their_paper(levels, side, mean):
+    values = np.resize(np.array(levels, np.uint8), (10, 3, side, side))
+    own = ImageData("my_own", "train", torch.from_numpy(values), torch.zeros(10), (), folder=Path("x"))
+    assert noise_level(own.name, own) == (pytest.approx(mean, abs=0.01), 1.2)
 
 
 def test_a_split_is_encoded_by_its_code(splits):
