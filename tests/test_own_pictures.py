@@ -33,8 +33,8 @@ from models import create_model
 from runtime.errors import UserError
 from runtime.files import file_digest
 from runtime.sampling import dataset_of
+from training import autotune, trainer
 from training import flags as training_flags
-from training import trainer
 from training.budget import Budget
 from training.setup import check_gpu_memory
 from training.trainer import Trainer
@@ -65,8 +65,8 @@ def short_epochs():
 
 
 def learn_briefly():
-    """The same for processes of their own."""
-    trainer.EPOCH_IMAGES = 24
+    """The same for processes of their own, which evaluate two images at a time."""
+    trainer.EPOCH_IMAGES, autotune.PART_VALUES = 24, 2 * 3 * 16 * 16
 
 
 def flags(pictures, output, *more):

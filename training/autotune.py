@@ -9,7 +9,7 @@ import time
 from collections.abc import Callable
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from data import ImageData
 from diffusion import DiffusionProcess
@@ -20,6 +20,7 @@ from runtime.memory import out_of_memory
 from utils import autocast, pick_precision
 
 LAYOUTS = {"nchw": torch.contiguous_format, "channels_last": torch.channels_last}
+PART_VALUES = 128 * 3 * 32 * 32  # of the images of a step on a CPU: 128 photographs of 32×32, or 32 scenes of 64×64
 # One row for each round of the race: the share of the batch that is measured (the whole batch in fp32 could take more
 # memory than the training), and the share of the best speed that an option needs to stay in the race.
 ROUNDS = ((1 / 8, 0.02), (1 / 8, 0.25), (1 / 2, 0.5), (1 / 2, 0.8), (1 / 2, 0.8))
@@ -39,14 +40,32 @@ def now(device: torch.device) -> float:
     return time.perf_counter()
 
 
+def loss_and_gradient(network: nn.Module, diffusion: DiffusionProcess, x_0: Tensor, t: Tensor, noise: Tensor,
+                      labels: Tensor | None, precision: str) -> Tensor:
+    """The loss () of a batch (B, C, H, W); its gradient is added to those of the weights.
+
+    On a CPU large images are taken in parts of at most PART_VALUES numbers, which fit its caches better: the gradient
+    is the same, in less time and memory (benchmarks/RECORDS.md, "Large images in parts").
+    """
+    count = 1 if x_0.device.type != "cpu" else min(len(x_0), -(-x_0.numel() // PART_VALUES))
+    parts = zip(x_0.chunk(count), t.chunk(count), noise.chunk(count),
+                [None] * count if labels is None else labels.chunk(count), strict=False)  # chunk may make fewer
+    total = torch.zeros((), device=x_0.device)
+    for some, *more in parts:
+        with autocast(x_0.device, precision):
+            loss = diffusion.loss(network, some, *more) * (len(some) / len(x_0))
+        loss.backward()
+        total += loss.detach()
+    return total
+
+
 def forward_backward(network: nn.Module, diffusion: DiffusionProcess, data: ImageData, conditional: bool,
                      precision: str, count: int) -> None:
     """The forward and the backward pass of a step with `count` images; it changes no weight and draws no noise."""
     chosen = torch.arange(count, device=data.images.device) % len(data.images)
     x_0, t = data.x_0(chosen), torch.zeros_like(chosen)
     try:
-        with autocast(chosen.device, precision):
-            diffusion.loss(network, x_0, t, x_0, data.labels[chosen] if conditional else None).backward()
+        loss_and_gradient(network, diffusion, x_0, t, x_0, data.labels[chosen] if conditional else None, precision)
     finally:
         network.zero_grad()
 

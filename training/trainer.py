@@ -139,10 +139,8 @@ class Trainer:
     def _learn(self, x_0: Tensor, t: Tensor, noise: Tensor, labels: Tensor | None) -> Tensor:
         """Loss, gradient, clipping, and the optimisers' step. On a GPU nothing here waits for the device."""
         self.model.zero_grad()
-        with autocast(self.device, self.precision):
-            loss = self.diffusion.loss(self.network, x_0, t, noise, labels)
-        loss.backward()
-        loss = distributed.all_reduce_mean(loss.detach())
+        loss = autotune.loss_and_gradient(self.network, self.diffusion, x_0, t, noise, labels, self.precision)
+        loss = distributed.all_reduce_mean(loss)
         norm = nn.utils.clip_grad_norm_(self.model.parameters(), self.max_grad_norm)
         bad = (~(torch.isfinite(norm) & torch.isfinite(loss))).float()
         self.skipped.copy_(torch.stack([self.skipped[0] + bad, (self.skipped[1] + bad) * bad]))

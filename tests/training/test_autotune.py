@@ -310,7 +310,7 @@ class Watch(TorchDispatchMode):
 def waits_of_a_step(monkeypatch, **flags):
     """What a training step on a GPU would wait for: done on tensors of a device that has no numbers, only shapes."""
     monkeypatch.setattr("training.trainer.generator_for", lambda *_, **__: None)
-    monkeypatch.setattr("training.trainer.autocast", lambda *_: contextlib.nullcontext())
+    monkeypatch.setattr("training.autotune.autocast", lambda *_: contextlib.nullcontext())
     monkeypatch.setattr(CudaGraph, "_call_on_side_stream", lambda recorded, inputs: recorded.function(*inputs))
     monkeypatch.setattr(sys.modules["torch.optim.adam"], "_device_dtype_check_for_fused", lambda *_, **__: None)
     monkeypatch.setattr(torch, "_fused_adamw_", lambda *_, **__: None)  # one kernel, which this device does not have
@@ -339,3 +339,26 @@ def test_a_step_that_waits_is_found(monkeypatch, planted):
         return loss
     monkeypatch.setattr(Trainer, "_learn", waiting)
     assert waits_of_a_step(monkeypatch)
+
+
+@pytest.mark.parametrize("conditional", [False, True])
+@pytest.mark.parametrize("values, parts", [(78_400, [7]), (28 * 28 * 3, [3, 3, 1]), (28 * 28, [1] * 7), (1, [1] * 7)])
+def test_a_batch_in_parts_has_the_loss_and_the_gradient_of_the_whole(monkeypatch, conditional, values, parts):
+    torch.manual_seed(0)
+    model = create_model(base_channels=8, time_emb_dim=8, patch_size=2, num_classes=3 if conditional else None)
+    for weight in model.parameters():
+        torch.nn.init.normal_(weight, std=0.2)
+    x_0, noise, t = torch.randn(7, 1, 28, 28), torch.randn(7, 1, 28, 28), torch.arange(7) * 100
+    labels, process, sizes = torch.arange(7) % 3 if conditional else None, DiffusionProcess(1000), []
+
+    def result():
+        model.zero_grad()
+        loss = autotune.loss_and_gradient(model, process, x_0, t, noise, labels, "fp32")
+        return loss, [weight.grad.clone() for weight in model.parameters() if weight.grad is not None]
+    expected = process.loss(model, x_0, t, noise, labels)
+    whole = result()
+    assert_close(whole[0], expected)
+    monkeypatch.setattr(autotune, "PART_VALUES", values)
+    model.register_forward_pre_hook(lambda _, given: sizes.append(len(given[0])))
+    assert_close(result(), whole, rtol=1e-3, atol=1e-5)
+    assert sizes == parts
