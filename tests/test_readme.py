@@ -80,7 +80,7 @@ def test_files_that_the_documents_name_exist(root, name):
 
 def test_contributing_names_tests_and_tables_that_there_are(root):
     text = (root / "CONTRIBUTING.md").read_text()
-    folders = (".", "evaluation", "guide", "models", "training", "tests", "tests/evaluation", "tests/models")
+    folders = (".", "evaluation", "guide", "models", "runtime", "training", "tests", "tests/evaluation", "tests/models")
     source = "\n".join(path.read_text() for folder in folders for path in (root / folder).glob("*.py"))
     named = re.findall(r"`(test_\w+|[A-Z]{2,}(?:_[A-Z]+)*|[a-z]+(?:_[a-z]+)+)[`(]", text)
     named = [name for name in named if f"self.{name}" not in source]  # attributes of a network
