@@ -46,6 +46,7 @@ from runtime.parser import Parser, add_shared_flags, duration, number
 from runtime.script import script
 from utils import get_device
 
+IMAGE_SETS = tuple(name for name in DATASETS if name not in POINT_SETS)
 PARTS = {"train": speed.measure_train, "sample": speed.measure_sample, "memory": speed.measure_memory,
          "scaling": scaling.measure_scaling, "busy": busy.measure_busy, "peak": scaling.measure_peak,
          "quality": quality.measure_quality, "pictures": pictures.measure_pictures, "gpu": quality.measure_gpu}
@@ -91,9 +92,8 @@ def parse_args(argv: Sequence[str] | None):
     parser.add_argument("--quick", action="store_true",
                         help="take tiny networks and few steps, to test that everything works; the numbers mean "
                              "nothing")
-    parser.add_argument("--dataset", choices=tuple(name for name in DATASETS if name not in POINT_SETS),
-                        default="mnist", metavar="NAME", help="the images to learn from: mnist, fashion_mnist, "
-                        "cifar10, glyphs or scenes")
+    parser.add_argument("--dataset", choices=IMAGE_SETS, default="mnist", metavar="NAME",
+                        help=f"the images to learn from: {', '.join(IMAGE_SETS)}")
     add_shared_flags(parser, "data_dir", "output_dir", "device", "seed")
     parser.set_defaults(output_dir="outputs/benchmark")
     args = parser.parse_args(argv)

@@ -87,7 +87,7 @@ LINEAR_POINTS = torch.arange(256, dtype=torch.float64) / 127.5 - 1
 LINEAR = LevelCode(LINEAR_POINTS)
 LEVEL_CODES = ("histogram", "linear")
 CODE_SHARE, CODE_POWER = 0.95, 0.6  # of `histogram_code`; measured: benchmarks/RECORDS.md
-COMMON_NOISE = 0.8  # of `noise_level`
+COMMON_NOISE, LEVEL_IMAGES = 0.8, 10_000  # of `noise_level`
 CODE_VALUES = 2**29  # it looks at the first images with so many numbers: reading all of a large file takes long
 
 
@@ -207,13 +207,14 @@ def _part(split: str) -> slice:
 def noise_level(name: str, data: ImageData) -> tuple[float, float]:
     """Mean and standard deviation of log(sigma / alpha / data_std) in training.
 
-    Of your own pictures the mean is log(side / 32) + 0.8 · (the share of the most common level among their values):
-    twice the side needs twice the noise, and where one level fills most of a picture, as around digits, forms still
-    show through more noise. Measured on drawings and digits (benchmarks/RECORDS.md, "Noise for pictures of one's own").
+    Of your own pictures the mean is log(side / 32) + 0.8 · (the share of the most common level among their values).
+    Twice the side needs twice the noise, as for `scenes` below; and where one level fills most of a picture, as around
+    digits, forms still show through more noise, which was measured (benchmarks/RECORDS.md, "Noise for pictures of
+    one's own").
     """
     if data.folder is None:
         return DATASETS[name].noise_level
-    share = max(_level_shares(data.images).tolist())
+    share = max(_level_shares(data.images[:LEVEL_IMAGES]).tolist())
     return round(math.log(max(data.images.shape[2:]) / 32) + COMMON_NOISE * share, 2), 1.2
 
 

@@ -87,7 +87,7 @@ class DenoisingDiffusionPytorch:
 
     The Trainer's defaults: Adam 1e-4 (0.9, 0.99), gradients clipped at 1, an EMA of decay 0.995 every 10 steps, half
     of the images mirrored; grey ones are not, because mirrored digits are wrong. dim 28 and dim_mults (1, 2, 4),
-    because 28 pixels can be halved only twice; with more, it would see fewer images in the same time. Samplers: its
+    because 28 pixels can be halved only twice; a wider network would see fewer images in the same time. Samplers: its
     DDIM ("few") and its p_sample_loop ("ddpm").
     """
 

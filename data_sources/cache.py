@@ -150,7 +150,7 @@ def open_split(folder: Path, split: str) -> tuple[np.ndarray, np.ndarray, dict]:
 
 
 def _mapped(path: Path) -> np.ndarray:
-    """An array mapped from its file, which changes of the array do not reach."""
+    """An array mapped from its file, which changes of the array do not reach; a very large one must not be changed."""
     try:
         return np.load(path, mmap_mode="c")
     except OSError as error:
@@ -308,9 +308,9 @@ def _begin(task: _Task, source: Source | None, parent: int) -> None:
 
     source: of the parent, if this is a fork of it: the list of a large archive is then in memory once.
     """
-    _shared[:] = task, source.reopen() if source else Source(task.place)
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     end_with(parent)
+    _shared[:] = task, source.reopen() if source else Source(task.place)
 
 
 @contextlib.contextmanager
@@ -342,8 +342,9 @@ def _readers(task: _Task) -> Iterator[Callable]:
 def _read_all(pictures: Pictures, found: Found, name: str, folder: Path) -> None:
     """Read the pictures and write the folder of their cache, whole or not at all."""
     temporary, side = folder.with_name(f".{folder.name}.tmp"), pictures.image_size
-    for left in {temporary, *folder.parent.glob(f".{name}-*.tmp")}:  # of processes that were killed
-        with if_free(left.with_suffix(".lock")) if left != temporary else contextlib.nullcontext(True) as free:
+    shutil.rmtree(temporary, ignore_errors=True)  # of a process that was killed, as those of other keys:
+    for left in folder.parent.glob(f".{name}-*.tmp"):
+        with if_free(left.with_suffix(".lock")) as free:
             if free:
                 shutil.rmtree(left, ignore_errors=True)
     place = temporary / "unpacked.npy" if found.array else Path(pictures.path)

@@ -125,7 +125,7 @@ def _files_of_archive(path: Path, skipped: dict[str, str]) -> Iterator[tuple[str
         name = _archive_name(part)
         if ".." in PurePosixPath(name).parts or name.startswith("/"):
             skipped[name] = "its path leads out of the archive"
-        elif not part.is_dir():
+        elif not name.endswith("/"):
             yield name, part.file_size, part.CRC
 
 

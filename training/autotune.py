@@ -3,6 +3,7 @@
 Nothing here changes what is learned, except for rounding.
 """
 
+import contextlib
 import copy
 import logging
 import time
@@ -20,7 +21,7 @@ from runtime.memory import out_of_memory
 from utils import autocast, pick_precision
 
 LAYOUTS = {"nchw": torch.contiguous_format, "channels_last": torch.channels_last}
-PART_VALUES = 128 * 3 * 32 * 32  # of the images of a step on a CPU: 128 photographs of 32×32, or 32 scenes of 64×64
+LARGE, PART = 3 * 32 * 32, 32  # larger images, which a step on a CPU takes so many at a time
 # One row for each round of the race: the share of the batch that is measured (the whole batch in fp32 could take more
 # memory than the training), and the share of the best speed that an option needs to stay in the race.
 ROUNDS = ((1 / 8, 0.02), (1 / 8, 0.25), (1 / 2, 0.5), (1 / 2, 0.8), (1 / 2, 0.8))
@@ -44,17 +45,22 @@ def loss_and_gradient(network: nn.Module, diffusion: DiffusionProcess, x_0: Tens
                       labels: Tensor | None, precision: str) -> Tensor:
     """The loss () of a batch (B, C, H, W); its gradient is added to those of the weights.
 
-    On a CPU large images are taken in parts of at most PART_VALUES numbers, which fit its caches better: the gradient
-    is the same, in less time and memory (benchmarks/RECORDS.md, "Large images in parts").
+    On a CPU, images of more than LARGE numbers are taken PART at a time: the gradient is the same, in less memory and
+    not slower (measured at 64×64: benchmarks/RECORDS.md, "Large images in parts"). Several processes exchange their
+    gradients after the last part only.
     """
-    count = 1 if x_0.device.type != "cpu" else min(len(x_0), -(-x_0.numel() // PART_VALUES))
-    parts = zip(x_0.chunk(count), t.chunk(count), noise.chunk(count),
-                [None] * count if labels is None else labels.chunk(count), strict=False)  # chunk may make fewer
+    in_parts = x_0.device.type == "cpu" and x_0[0].numel() > LARGE
+    rows = torch.arange(len(x_0), device=x_0.device).chunk(-(-len(x_0) // PART)) if in_parts else [slice(None)]
     total = torch.zeros((), device=x_0.device)
-    for some, *more in parts:
-        with autocast(x_0.device, precision):
-            loss = diffusion.loss(network, some, *more) * (len(some) / len(x_0))
-        loss.backward()
+    for chosen in rows:
+        more_follow = hasattr(network, "no_sync") and chosen is not rows[-1]
+        with network.no_sync() if more_follow else contextlib.nullcontext():
+            with autocast(x_0.device, precision):
+                loss = diffusion.loss(network, x_0[chosen], t[chosen], noise[chosen],
+                                      None if labels is None else labels[chosen])
+            if in_parts:
+                loss = loss * (len(chosen) / len(x_0))
+            loss.backward()
         total += loss.detach()
     return total
 

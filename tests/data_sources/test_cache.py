@@ -13,12 +13,14 @@ import time
 import warnings
 import zipfile
 import zlib
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
+from filelock import FileLock
 from PIL import Image
 
 from data import load_dataset
@@ -662,6 +664,16 @@ def test_killed_while_reading_the_next_run_starts_clean(tmp_path, count, added):
     _, data = read(folder, tmp_path / "data")
     assert about(data.folder)["count"] == count + added and time.monotonic() - start < 30
     assert not list((tmp_path / "data/pictures").glob(".*.tmp"))
+
+
+def test_what_another_process_reads_in_another_size_stays(tmp_path):
+    noise(tmp_path / "in/a.png", 0)
+    place = tmp_path / "data/pictures"
+    for key in ("0" * 16, "1" * 16):
+        (place / f".my_in-{key}.tmp").mkdir(parents=True)
+    with ThreadPoolExecutor(1) as other, FileLock(place / f".my_in-{'1' * 16}.lock"):
+        other.submit(read, tmp_path / "in", tmp_path / "data").result()
+    assert [path.name for path in place.glob(".*.tmp")] == [f".my_in-{'1' * 16}.tmp"]
 
 
 @pytest.mark.parametrize("damage", [
