@@ -210,11 +210,11 @@ def copies_work(trainer: Trainer) -> float:
 def open_data(args: Namespace, device: torch.device) -> ImageData:
     """The training images; of your own pictures it also says what was read."""
     data = load_dataset(chosen_dataset(args, small=device.type == "cpu"), "train", args.data_dir, points=True)
-    if is_few(data) and not args.init:
+    if is_few(data):
         known = "cifar10" if data.images.shape[1] == 3 else "mnist"
-        print(f"Fewer than {FEW_IMAGES:,} pictures to learn from: what may help are --init {known}, or another "
-              f"checkpoint, and a shorter --budget; the end of the run says whether they were learned by heart",
-              flush=True)
+        advice = "" if args.init else f"--init {known} may give clearer ones and fewer copies, as it did of drawings; "
+        print(f"Fewer than {FEW_IMAGES:,} pictures to learn from: {advice}the end of the run says whether they were "
+              f"learned by heart", flush=True)
     letters = any(len(name) == 1 for name in data.class_names)
     if data.folder and data.images.shape[1] == 3 and not letters and not args.hflip:
         print("If these are photographs or the like, in which left and right do not matter, add --hflip", flush=True)

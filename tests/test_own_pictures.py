@@ -106,7 +106,7 @@ def test_an_archive_of_few_pictures_is_learned_and_the_run_says_what_to_know_and
     path = train_on(archive, tmp_path / "run")
     said = capsys.readouterr().out
     assert all(line in said for line in (
-        "12 pictures used", "2 classes: blue 6, red 6", "Fewer than 2,000 pictures to learn from",
+        "12 pictures used", "2 classes: blue 6, red 6", "Fewer than 2,000 pictures to learn from: --init cifar10 may",
         "With fewer than 200 different pictures none is held out", " of 64 new images: they are less than a third",
         f"Saved {path}: python sample.py --checkpoint {path}"))
     assert load_checkpoint(path)["config"]["data"]["class_names"] == ["blue", "red"]
@@ -492,7 +492,9 @@ def test_pictures_that_do_not_fit_into_the_memory_of_a_gpu_are_refused(two, plac
 def test_init_takes_what_fits_and_names_the_rest(checkpoint, tmp_path, capsys, colours, mode, more, new):
     pictures = draw(tmp_path / "in", colours, 3, mode)
     path = train_on(pictures, tmp_path / "run", "--init", str(checkpoint), *more)
-    line = next(line for line in capsys.readouterr().out.splitlines() if line.startswith("Starting from"))
+    said = capsys.readouterr().out
+    assert "pictures to learn from: the end of the run" in said
+    line = next(line for line in said.splitlines() if line.startswith("Starting from"))
     assert str(checkpoint) in line and (new in line if new else "new," not in line)
     config, before = (load_checkpoint(each)["config"] for each in (path, checkpoint))
     assert config["model"]["base_channels"] == before["model"]["base_channels"]
