@@ -124,7 +124,9 @@ def test_work_of_seconds_leaves_no_line_in_a_log(monkeypatch):
 def test_a_log_gets_a_few_whole_lines(monkeypatch):
     lines = lines_of(36_000, monkeypatch)
     assert 20 <= len(lines) <= 40
-    assert all(re.fullmatch(r"sampling: +\d+%, \d+/100 steps, [\d:]+, [\d:]+ left", line) for line in lines[:-1]), lines
+    begun = [line for line in lines[:-1] if "  0%, 0/" not in line]  # before, a busy machine may write a few
+    assert len(begun) >= 10
+    assert all(re.fullmatch(r"sampling: +\d+%, \d+/100 steps, [\d:]+, [\d:]+ left", line) for line in begun), lines
     assert re.fullmatch(r"sampling: 100%, 100/100 steps, 10:00:\d\d", lines[-1])
 
 
