@@ -113,8 +113,8 @@ def parse_args(argv: Sequence[str] | None):
     parser.set_defaults(guidance_scale=[None], batch_size=250)
     group.add_argument("--reference", choices=SPLITS,
                        help="the real images to compare with: test for results, validation for choices (default: "
-                            "test; with --sweep: "
-                            "validation)")
+                            "test; with --sweep: validation); of more than 10,000 pictures of your own, 10,000 random "
+                            "ones")
     group.add_argument("--features", choices=("own", "inception"), default="own",
                        help="the network whose features are compared: own, the data set's classifier; inception, "
                             "Inception v3, which is slow and needs torch-fidelity")

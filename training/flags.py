@@ -293,7 +293,8 @@ def check_effect(parser: Parser, args: Namespace, typed: set[str]) -> None:
 
 def make_settings(args: Namespace, data: ImageData) -> Namespace:
     """A copy of the flags in which those that depend on the data have their values; the width and the batch may not."""
-    mean, std = noise_level(args.dataset, data)
+    given = args.noise_mean, args.noise_std
+    mean, std = noise_level(args.dataset, data) if None in given else given  # which looks at one's own pictures
     stages = network_stages(data.images.shape[1:], args.patch_size)
     open_flags = {name: getattr(args, name) or value for name, value in stages.items()} | dict(
         epochs=20 if args.epochs is None and args.budget is None else args.epochs,

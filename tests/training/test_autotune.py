@@ -363,3 +363,25 @@ def test_a_batch_in_parts_has_the_loss_and_the_gradient_of_the_whole(monkeypatch
     model.register_forward_pre_hook(lambda _, given: sizes.append(len(given[0])))
     assert_close(result(), whole, rtol=1e-3, atol=1e-5)
     assert sizes == parts
+
+
+def test_processes_exchange_gradients_after_the_last_part_only(monkeypatch):
+    events = []
+
+    class Parallel(torch.nn.Module):
+        network = create_model(base_channels=8, time_emb_dim=8, patch_size=2)
+
+        def forward(self, x, *more):
+            events.append(len(x))
+            return self.network(x, *more)
+
+        @contextlib.contextmanager
+        def no_sync(self):
+            events.append("alone")
+            yield
+            events.append("together")
+    monkeypatch.setattr(autotune, "LARGE", 0)
+    monkeypatch.setattr(autotune, "PART", 3)
+    x_0, t = torch.randn(7, 1, 28, 28), torch.arange(7)
+    autotune.loss_and_gradient(Parallel(), DiffusionProcess(1000), x_0, t, x_0, None, "fp32")
+    assert events == ["alone", 3, "together", "alone", 3, "together", 1]
