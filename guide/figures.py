@@ -329,7 +329,7 @@ def costs_table() -> str:
     rows = [(f"{row['size']}×{row['size']}", "grey" if row["channels"] == 1 else "colour", row["patch_size"],
              f"{row['parameters']:,}", f"{row['multiplications'] / 1e6:,.0f} million", f"{row['kept'] / 2**20:.1f} MiB")
             for row in found["rows"] if row["width"] == 48]
-    return results.table(("image", "channels", "`--patch_size`", "parameters", "multiplications", "memory"),
+    return results.table(("image", "colours", "`--patch_size`", "parameters", "multiplications", "memory"),
                          rows) + results.source(found)
 
 

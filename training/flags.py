@@ -162,8 +162,8 @@ def make_parser(description: str) -> Parser:
                             "CUDA it differs by rounding, because cuDNN chooses its algorithms by timing them")
     group.add_argument("--init", metavar="FILE",
                        help="start from the weights of this checkpoint, or of a pretrained model by its name (cifar10 "
-                            "for colour), with its network and process: of few pictures fewer are then learned by "
-                            "heart; what does not fit is named")
+                            "for colour), with its network and process: with few pictures, fewer are then copied; "
+                            "what does not fit is named")
     group = parser.add_argument_group("your own pictures (--dataset PATH)")
     add_shared_flags(group, *PICTURE_FLAGS)
     group.add_argument("--hflip", action=BooleanOptionalAction, default=False,
