@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from runtime.errors import UserError
-from runtime.files import atomic_write, check_output, one_line, quoted
+from runtime.files import atomic_write, check_output, file_digest, one_line, quoted
 from runtime.parser import SHARED_FLAGS
 from training import run_record
 
@@ -127,8 +127,15 @@ def _read_metrics(path: Path, run: FoundRun) -> None:
 
 
 def _read_evaluation(path: Path, run: FoundRun) -> None:
-    """evaluation.json: the value of each figure. Its command counts only where there is no run.json."""
+    """evaluation.json: the value of each figure. Its command counts only where there is no run.json.
+
+    ValueError if it is of an earlier state of the checkpoint, as after --resume.
+    """
     content = _load_json(path)
+    name = Path(_text(content.get("checkpoint")) or "").name
+    for file in (path.parent / name, path.parent / "checkpoints" / name):
+        if file.is_file() and content.get("checkpoint_sha256") != file_digest(file):
+            raise ValueError(f"it is of an earlier {name}: run evaluate.py again")
     values = {_text(name): _number(figure["value"]) for name, figure in content["figures"].items()}
     run.figures = {name: value for name, value in values.items() if value is not None}
     run.dataset, run.num_images = _text(content.get("dataset")) or run.dataset, _number(content.get("num_images"))

@@ -22,6 +22,8 @@ from training import run_record
 # What a run writes into its folder. Everything else there is the user's and stays untouched.
 WRITTEN = ("samples/epoch_*.png", "checkpoints/model_*.pt", "model_final.pt", "training_loss.png", "metrics.jsonl",
            "samples.png", "tensorboard/events.out.tfevents.*", run_record.NAME)
+# What evaluate.py writes beside a checkpoint: it goes where the run goes that it judges.
+JUDGED = ("evaluation.json", "nearest.png", "sweep.json", "sweep.png", "sweep_images.png", "compare.json")
 ONE_KEYPRESS = 1.0  # seconds after the first signal in which another one says nothing new
 
 
@@ -157,7 +159,10 @@ def runs_near(folder: Path) -> list[Path]:
 
 
 def set_aside(folder: Path) -> Path | None:
-    """Move an older run's results to previous/<time>/ in the folder; returns that place, or None without results."""
+    """Move an older run's results to previous/<time>/ in the folder; returns that place, or None without results.
+
+    What evaluate.py wrote of them goes along.
+    """
     old = results(folder)
     if not old:
         return None
@@ -165,7 +170,7 @@ def set_aside(folder: Path) -> Path | None:
     place = folder / "previous" / time.strftime("%Y-%m-%d_%H-%M-%S", time.localtime(newest))
     while place.exists():
         place = place.with_name(place.name + "+")
-    for path in old:
+    for path in [*old, *(path for path in map(folder.joinpath, JUDGED) if path.is_file())]:
         target = place / path.relative_to(folder)
         target.parent.mkdir(parents=True, exist_ok=True)
         os.replace(path, target)

@@ -4,11 +4,13 @@ import csv
 import json
 import os
 import time
+from pathlib import Path
 
 import pytest
 
 import evaluate
 from evaluation.runs import LAST_BYTES, find_runs, list_runs, split_command
+from runtime.files import file_digest
 
 
 def write_run(folder, command="python train.py --dataset glyphs --output_dir x", how="completed", images=256,
@@ -67,6 +69,23 @@ def test_a_run_is_told_with_command_end_images_time_and_figures(tmp_path, capsys
         "seconds": "3.0", "num_images": "500", "reference": "test", "frechet_distance": "1.25", "recall": "0.5",
         "two_sample": "0.75"}
     assert rows["b"]["dataset"] == "glyphs" and rows["b"]["frechet_distance"] == ""
+
+
+@pytest.mark.parametrize("name", ["model_final.pt", "checkpoints/model_epoch_001.pt"])
+def test_figures_of_an_earlier_checkpoint_are_not_those_of_the_run(tmp_path, capsys, name):
+    folder = write_run(tmp_path / "a")
+    (folder / name).parent.mkdir(exist_ok=True)
+    (folder / name).write_bytes(b"before")
+    write_evaluation(folder, frechet_distance=1.25)
+    content = json.loads((folder / "evaluation.json").read_text())
+    content |= dict(checkpoint=f"/elsewhere/{name}", checkpoint_sha256=file_digest(folder / name))
+    (folder / "evaluation.json").write_text(json.dumps(content))
+    assert find_runs(tmp_path)[0][0].figures == dict(frechet_distance=1.25)
+    (folder / name).write_bytes(b"after it was resumed")
+    assert evaluate.main(["--runs", str(tmp_path)]) == 0
+    out = capsys.readouterr().out
+    assert "1.25" not in out and "completed" in out
+    assert f"evaluation.json: it is of an earlier {Path(name).name}: run evaluate.py again" in out
 
 
 def test_flags_that_all_runs_of_a_script_share_are_told_once(tmp_path, capsys):

@@ -311,6 +311,15 @@ def test_a_new_run_keeps_the_old_ones_results_and_touches_nothing_else(whole, da
     assert not list(folder.rglob("*.abcdefgh.tmp"))
 
 
+def test_what_judges_a_run_is_moved_with_it_and_stays_without_one(tmp_path):
+    (tmp_path / "evaluation.json").write_text("of a checkpoint elsewhere")
+    assert run_folder.set_aside(tmp_path) is None and (tmp_path / "evaluation.json").exists()
+    (tmp_path / "model_final.pt").touch()
+    place = run_folder.set_aside(tmp_path)
+    assert sorted(path.name for path in place.iterdir()) == ["evaluation.json", "model_final.pt"]
+    assert not (tmp_path / "evaluation.json").exists()
+
+
 @needs_fork
 def test_a_second_live_process_is_refused_and_the_lock_dies_with_the_first(data_dir, tmp_path, capfd):
     folder, log = tmp_path / "run", tmp_path / "log"
