@@ -3,8 +3,8 @@
 const PENS = {thin: 0.8, medium: 1.3, thick: 2.2};  // radius in pixels of an image 28 pixels high
 const PROPOSALS = 4, COMPLETE_STEPS = 20, RESAMPLE = 5, NOISE_SEED = 1;
 
-// levels: the drawing; cursor, down: the pen of the keyboard. What else there is stands in the state of the page.
-const sketch = {levels: null, pen: "medium", cursor: null, down: false};
+// levels: the drawing; paper: the level where nothing is drawn; cursor, down: the pen of the keyboard. What else there is stands in the state of the page.
+const sketch = {levels: null, paper: 0, pen: "medium", cursor: null, down: false};
 
 // The parts that can be kept: whether a pixel belongs to it.
 const HALVES = {
@@ -16,9 +16,11 @@ const HALVES = {
 
 // Draw a line with round ends from one point to another, each [x, y] in pixels, with a soft edge.
 function drawLine([x0, y0], [x1, y1]) {
-  const [channels, height, width] = app.entry.shape, {levels, pen} = sketch, erase = pen === "eraser";
+  const [channels, height, width] = app.entry.shape, {levels, pen, paper} = sketch;
   const radius = (PENS[pen] ?? 2 * PENS.thick) * height / 28, length = (x1 - x0) ** 2 + (y1 - y0) ** 2;
-  const ink = channels === 1 ? [255] : [1, 3, 5].map((i) => parseInt($("ink").value.slice(i, i + 2), 16));
+  const erase = pen === "eraser", apart = (level) => Math.abs(level - paper);
+  const chosen = [1, 3, 5].map((i) => parseInt($("ink").value.slice(i, i + 2), 16));
+  const ink = channels > 1 ? chosen : [paper < 128 ? 255 : 0];
   for (let y = 0; y < height; y++)
     for (let x = 0; x < width; x++) {
       const [px, py] = [x + 0.5 - x0, y + 0.5 - y0];
@@ -26,8 +28,11 @@ function drawLine([x0, y0], [x1, y1]) {
       const distance = Math.hypot(px - along * (x1 - x0), py - along * (y1 - y0));
       const cover = Math.min(1, Math.max(0, radius + 0.5 - distance));
       for (let c = 0, i = y * width + x; cover && c < channels; c++, i += width * height) {
-        const colour = erase ? 0 : ink[c], mixed = Math.round(levels[i] + cover * (colour - levels[i]));
-        levels[i] = channels > 1 || erase ? mixed : Math.max(Math.round(255 * cover), levels[i]);
+        const over = (level, colour) => Math.round(level + cover * (colour - level));
+        const stroke = over(paper, ink[c]);
+        if (erase) levels[i] = over(levels[i], paper);
+        else if (channels > 1) levels[i] = over(levels[i], ink[c]);
+        else if (apart(stroke) > apart(levels[i])) levels[i] = stroke;  // the soft edges of a stroke do not add up
       }
     }
 }
@@ -127,7 +132,7 @@ const sketchView = {
     pad.addEventListener("keydown", (event) => this.key(event));
     pad.addEventListener("blur", () => paint(pad, sketch.levels, app.entry.shape));  // without the mark of the pen
     $("clear").addEventListener("click", () => {
-      sketch.levels.fill(0);
+      sketch.levels.fill(sketch.paper);
       drawingChanged();
     });
     $("take").addEventListener("click", () => this.take());
@@ -158,7 +163,9 @@ const sketchView = {
   },
 
   build({shape: [channels, height, width], class_names: names, student}) {
-    sketch.levels = new Uint8Array(channels * height * width);
+    sketch.paper = app.code.paper();
+    sketch.levels = new Uint8Array(channels * height * width).fill(sketch.paper);
+    $("ink").value = sketch.paper < 128 ? "#ffffff" : "#000000";
     $("ink-field").hidden = channels === 1;
     $("completion").hidden = student;  // a student only makes images from pure noise
     this.told = labelChoices($("sketch-labels"), names, "nothing", (told) => {

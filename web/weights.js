@@ -28,6 +28,8 @@ function unpackWeights(tensors, bytes, precision) {
   }));
 }
 
+const PAPER_GAP = 0.1;  // of the range of 2, of which a level has 0.008 in a linear code
+
 // LevelCode of data.py: the number in [-1, 1] that the network sees for each of the 256 levels of a pixel.
 class LevelCode {
   constructor(points) {
@@ -38,6 +40,14 @@ class LevelCode {
   encode(levels) { return Float32Array.from(levels, (level) => this.points[level]); }
 
   decode(x) { return Uint8Array.from(x, (value) => this.level(value)); }
+
+  // The level of the paper, which most pixels have: it has wide gaps beside it. 0 where no level is that common.
+  paper() {
+    const gap = (k) => this.points[k + 1] - this.points[k];
+    const widths = Array.from(this.points, (_, k) => k % 255 ? 2 * Math.min(gap(k - 1), gap(k)) : gap(k ? 254 : 0));
+    const widest = widths.indexOf(Math.max(...widths));
+    return widths[widest] > PAPER_GAP ? widest : 0;
+  }
 
   // The level of the nearest point: the number of edges below the value, by bisection.
   level(value) {

@@ -13,6 +13,7 @@ from test_engine import draw, drawn
 import export
 import sample
 from checkpoint import load_checkpoint, load_model, save_checkpoint
+from data import LINEAR, histogram_code
 from diffusion import DiffusionProcess
 from evaluation.classifier import load_feature_network
 from evaluation.features import extract_features
@@ -526,12 +527,14 @@ def test_words_of_a_checkpoint_become_neither_markup_nor_script(opened, tmp_path
     assert "'<b>model'\"'\"'s.pt'" in page.page.inner_text("#command")
 
 
-def model_for_page(name="x.pt", shape=(1, 28, 28), names=("0", "1"), training=None, dataset=None, **config):
+def model_for_page(name="x.pt", shape=(1, 28, 28), names=("0", "1"), training=None, dataset=None, code=LINEAR,
+                   **config):
     model = small_model(image_channels=shape[0], **config)
     process = DiffusionProcess(50, prediction="edm")
     return page_model(name, model, process, dict(
         model=model.config, diffusion=process.config, training=training or {},
-        data=dict(dataset=dataset or name, shape=list(shape), class_names=list(names))))
+        data=dict(dataset=dataset or name, shape=list(shape), class_names=list(names),
+                  level_code=code.points.tolist())))
 
 
 def test_colours_without_labels(opened):
@@ -547,6 +550,23 @@ def test_colours_without_labels(opened):
         click(page, f"#tab-{name}")
     click(page, "#tab-make")
     assert "--label" not in page.page.inner_text("#command") and not page.page.is_visible("#labels")
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+@pytest.mark.parametrize("paper, ink", [(255, 0), (230, 0), (0, 255)])
+def test_a_model_of_drawings_on_paper_is_drawn_for_on_such_paper(opened, channels, paper, ink):
+    images = torch.randint(0, 256, (40, channels, 32, 32), generator=torch.Generator().manual_seed(0)).to(torch.uint8)
+    images[:, :, 8:] = paper
+    page = opened([model_for_page(shape=(channels, 32, 32), code=histogram_code(images))], "#view=sketch&steps=2")
+    page.made()
+    click(page, "#clear")
+    assert (levels(page, "pad") == paper).all()
+    draw_a_stroke(page, [(0.5, 0.2), (0.5, 0.8)])
+    drawing = levels(page, "pad").reshape(32, 32)
+    assert drawing[16, 16] == ink and (drawing[:, :8] == paper).all()
+    choose(page, "pens", "eraser")
+    draw_a_stroke(page, [(0.5, 0.1), (0.5, 0.9)])
+    assert (levels(page, "pad") == paper).all()
 
 
 def test_a_student_draws_by_its_own_sampler(opened):
