@@ -173,13 +173,16 @@ def _to_8_bits(image, bits: int):
     return Image.fromarray(((levels.astype(np.uint32) * 255 + highest // 2) // highest).astype(np.uint8))
 
 
+PLAIN = {"P": "RGB", "1": "L"}  # instead of modes whose numbers are not the levels
+
+
 def read_folder(folder: Path, channels: int) -> tuple[np.ndarray, None]:
     """The PNGs of a folder in the order of their names, (N, H, W, C); colour PNGs of grey pixels count as grey."""
     images = []
     for path in sorted(folder.glob("*.png")):
         try:
             with open_image(path) as image:
-                pixels = np.array(image)
+                pixels = np.array(image.convert(PLAIN.get(image.mode, image.mode)))
         except Exception as error:
             raise UserError(f"{path} is damaged or not a PNG: {str(error)[:120]}") from error
         pixels = pixels[..., None] if pixels.ndim == 2 else pixels                          # (H, W, C)
