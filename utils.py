@@ -166,7 +166,8 @@ def save_gif(frames: Sequence[Tensor], path: str | Path, columns: int = 8, secon
     if captions:
         grids = [np.concatenate([caption_line([text], grid.shape[1]), grid])
                  for text, grid in zip(captions, grids, strict=True)]
-    pictures = [Image.fromarray(grid).quantize(64) for grid in grids]
+    colours = 64 if frames[0].shape[1] == 1 else 256
+    pictures = [Image.fromarray(grid).quantize(colours) for grid in grids]
     each = max(20, round(1000 * seconds / len(pictures)))  # milliseconds; viewers show 20 at the least
     with atomic_write(path) as file:
         pictures[0].save(file, format="GIF", save_all=True, append_images=pictures[1:], loop=0, optimize=True,
