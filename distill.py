@@ -40,6 +40,7 @@ from samplers import all_images, ddim_step, guide, spaced_timesteps
 from training import autotune, run_folder, run_record
 from training.budget import Budget
 from training.run import CLOSING_SECONDS, LOG_STEPS, Run, print_summary, progress_bar
+from training.setup import check_gpu_memory
 from training.trainer import Trainer, memory_advice, repeats_of
 from utils import autocast, get_device, save_images
 
@@ -189,7 +190,9 @@ def make_run(args: Namespace, start: float) -> Run:
     guidance_scale = sampling_options(checkpoint["config"], Namespace(guidance_scale=args.guidance_scale),
                                       1)["guidance_scale"]
     data = load_dataset(dataset_of(checkpoint, args.data_dir), "train", args.data_dir)
+    data = data.first(int(training_flag(checkpoint, "train_images", 0)) or len(data.images))
     data = data.coded(code_of(checkpoint["config"]))
+    check_gpu_memory(data, device)
     if problem := data_mismatch(checkpoint["config"], data):
         raise UserError(f"{problem}: give the --data_dir that it was trained on")
     settings = Namespace(**vars(args) | dict(guidance_scale=guidance_scale,

@@ -84,6 +84,8 @@ def parse_args(argv: Sequence[str] | None):
     args = parser.parse_args(argv)
     if args.checkpoint is not None:
         refuse_picture_flags(parser)
+    elif args.dataset is None and (given := [name for name in PICTURE_FLAGS if name in parser.typed]):
+        parser.error(f"--{given[0]} is for your own pictures: add --dataset PATH, or leave it out")
     return args
 
 

@@ -76,10 +76,10 @@ from runtime.parser import PICTURE_FLAGS, SHARED_FLAGS, Parser, add_shared_flags
 from runtime.progress import Bar, progress
 from runtime.sampling import chosen_dataset, dataset_of
 from runtime.script import script
+from training.run_folder import JUDGED
 from utils import get_device, pick_precision
 
 SAMPLING_FLAGS = ("use_ema", "sampler", "spacing", "steps", "eta", "guidance_interval", "batch_size")
-RESULTS = ("evaluation.json", "nearest.png", "sweep.json", "sweep.png", "sweep_images.png", COMPARE_RESULT)
 
 
 def parse_args(argv: Sequence[str] | None):
@@ -185,7 +185,7 @@ def evaluate(args: Namespace, command: Sequence[str], reference: Reference, gene
         result["bits_per_dim"] = likelihood(loaded.model, loaded.diffusion, reference.data, loaded.code, args.seed)
     about = conditions(args, command, device, reference, len(images), loaded.options[0] if loaded else None)
     memorised = memorisation(reference, images, features, args.data_dir, device, output / "nearest.png",
-                             bool(loaded and loaded.mirrored))
+                             bool(loaded and loaded.mirrored), loaded.train_images if loaded else 0)
     shares = {name: named_shares(reference.data.class_names, each.probabilities)
               for name, each in (("images", features), ("reference", reference.features))}
     print_heading(about)
@@ -279,7 +279,7 @@ def fitting_count(args: Namespace) -> Namespace:
 
 def load_inputs(args: Namespace, device: torch.device, output: Path):
     """(checkpoint or None, ready images or None, the reference's images, those of the floor, the feature networks)."""
-    check = partial(check_outputs, [output / name for name in RESULTS], [args.checkpoint or args.images])
+    check = partial(check_outputs, [output / name for name in JUDGED], [args.checkpoint or args.images])
     loaded = open_checkpoint(args, device, check) if args.checkpoint else check()  # None
     split = args.reference or ("test" if args.sweep is None else "validation")
     dataset = loaded.dataset if loaded else chosen_dataset(args, device.type == "cpu", quiet=True)

@@ -61,19 +61,22 @@ from training.trainer import VALIDATION_LOSS_IMAGES, Trainer, memory_advice, val
 from utils import autocast, evenly_spaced, get_device, grid_layout, plot_losses, save_images, tile
 
 PREVIEW_IMAGES = 64
+RISEN = 1.05  # a validation loss that is so many times the lowest one has risen
+REPORT_SHARE = 0.01  # of a --budget between two reports, at least: on a GPU an epoch may take less than a second
 
 
 def parse_args(argv: Sequence[str] | None) -> tuple[Namespace, dict | None]:
     """The flags and, with --resume, the checkpoint to continue from; its flags are the defaults then."""
     parser = make_parser(__doc__)
     args = parser.parse_args(argv)
-    parser.set_defaults(**defaults(args))
-    args = parser.parse_args(argv)
-    check_flags_of_data(parser, args)
-    typed = parser.typed
     if args.resume and "init" in parser.typed:
         parser.error("--init starts a new run: leave out --resume")
     found = find_checkpoint(args) if args.resume or distributed.is_launched() else None
+    # A run that torchrun restarts needs --init no more; it may have moved that file to previous/.
+    parser.set_defaults(**defaults(args, init=None if found else args.init))
+    args = parser.parse_args(argv)
+    check_flags_of_data(parser, args)
+    typed = parser.typed
     if not found:
         check_effect(parser, args, typed)
         return args, None
@@ -109,8 +112,8 @@ def find_checkpoint(args: Namespace) -> tuple[Path, dict] | None:
 
 def train(run: Run, validation: ImageData, settings: Namespace) -> None:
     """Train until the steps, the time or a signal end the run."""
-    trainer, tuner = run.trainer, threads.ThreadTuner()
-    reported = None if run.losses else trainer.step
+    trainer, tuner, by_time = run.trainer, threads.ThreadTuner(), settings.epochs is None
+    reported, progress, epoch = None if run.losses else trainer.step, run.progress, trainer.epoch
     with progress_bar(run):
         while run.progress < 1 and not run.stopped:
             with tuner:
@@ -118,36 +121,48 @@ def train(run: Run, validation: ImageData, settings: Namespace) -> None:
                 loss = trainer.train_step(x_0, labels, run.progress, 1 / run.budget.steps)  # ()
             run.losses.append(loss)
             step_of_epoch = trainer.step % trainer.steps_per_epoch
-            if step_of_epoch == 0 and trainer.reports_now(settings.epochs is None):
-                end_epoch(run, validation, settings)
-                reported = trainer.step
+            if (step_of_epoch == 0 and trainer.reports_now(by_time)
+                    and (not by_time or run.progress - progress >= REPORT_SHARE)):
+                epoch = end_epoch(run, validation, settings, epoch)
+                reported, progress = trainer.step, run.progress
             elif step_of_epoch and step_of_epoch % LOG_STEPS == 0:
                 run.record(run.speed())
             run.save_every(settings.checkpoint_minutes)
             run.update()
         if reported != trainer.step and not run.stopped:  # the time ended within an epoch
-            end_epoch(run, validation, settings)
+            end_epoch(run, validation, settings, epoch)
 
 
-def end_epoch(run: Run, validation: ImageData, settings: Namespace) -> None:
-    """Validate, print a line, and write the samples and the checkpoint that are due after this epoch."""
+def end_epoch(run: Run, validation: ImageData, settings: Namespace, before: int) -> int:
+    """Validate, print a line, and write the samples and the checkpoint that are due; returns the number of the epoch.
+
+    before: the epoch of the last report.
+    """
     speed, start, trainer = run.speed(), time.perf_counter(), run.trainer
     trim_heap()
     val_loss = validation_loss(trainer, validation)
     run.record(speed, val_loss)
     epoch = -(-trainer.step // trainer.steps_per_epoch)  # an epoch that the budget cut short counts
     say(epoch_summary(run.records, epoch, (epoch - 1) * trainer.steps_per_epoch, val_loss))
-    if settings.sample_interval and epoch % settings.sample_interval == 0:
+    drawn = is_due(settings.sample_interval, epoch, before)
+    if drawn:
         save_preview(run, run.folder / f"samples/epoch_{epoch:03d}.png")
     with warn_of_failed_writes():
-        if settings.save_interval and epoch % settings.save_interval == 0:
+        if is_due(settings.save_interval, epoch, before):
             run.save(f"checkpoints/model_epoch_{epoch:03d}.pt")
         elif distributed.rank() == 0:
             run.save_records()
     if speed:
-        run.closing_images = (time.perf_counter() - start) * speed + copies_work(trainer)
+        not_drawn = 0.0 if drawn or not settings.sample_interval else preview_work(trainer)  # the last report may
+        run.closing_images = (time.perf_counter() - start) * speed + not_drawn + copies_work(trainer)
         run.set_reserve(speed)
     run.mark()
+    return epoch
+
+
+def is_due(interval: int, epoch: int, before: int) -> bool:
+    """Whether what is done every `interval` epochs (0: never) is due, after a report of epoch `before`."""
+    return interval > 0 and epoch // interval > before // interval
 
 
 def epoch_summary(records: Sequence[dict], epoch: int, first_step: int, val_loss: float) -> str:
@@ -186,11 +201,27 @@ def is_few(data: ImageData) -> bool:
 
 
 def say_copies(run: Run) -> None:
-    """For few pictures of one's own: print whether samples of the finished network are copies of them."""
+    """For few pictures of one's own: print whether samples of the finished network are copies of them.
+
+    And whether the validation loss was lower before, which is what learning by heart does to it.
+    """
     if is_few(run.trainer.data):
         pictures = preview(run)
         if distributed.rank() == 0:
             print(copies_line(copies(pictures, run.trainer.data, run.trainer.hflip)[0]))
+            print(earlier_end(run.records), end="")
+
+
+def earlier_end(records: Sequence[dict]) -> str:
+    """A line with the time at which the validation loss was lowest, if it has risen since; else an empty text."""
+    known = [record for record in records if record.get("val_loss")]
+    if not known:
+        return ""
+    lowest, last = min(known, key=lambda record: record["val_loss"]), known[-1]
+    if last["val_loss"] < RISEN * lowest["val_loss"]:
+        return ""
+    return (f"The loss on held-out pictures was lowest after {lowest['seconds']:.0f} s ({lowest['val_loss']:.4f}) and "
+            f"is now {last['val_loss']:.4f}: a shorter --budget may give fewer copies\n")
 
 
 def preview_work(trainer: Trainer) -> float:
@@ -208,11 +239,13 @@ def copies_work(trainer: Trainer) -> float:
 
 
 def open_data(args: Namespace, device: torch.device) -> ImageData:
-    """The training images; of your own pictures it also says what was read."""
+    """The images to learn from; of your own pictures it also says what was read."""
     data = load_dataset(chosen_dataset(args, small=device.type == "cpu"), "train", args.data_dir, points=True)
+    data = data.first(args.train_images or len(data.images))
     if is_few(data):
         known = "cifar10" if data.images.shape[1] == 3 else "mnist"
-        advice = "" if args.init else f"--init {known} may give clearer ones and fewer copies, as it did of drawings; "
+        advice = "" if args.init or args.resume else (f"--init {known} may give clearer ones and fewer copies, as it "
+                                                      f"did of drawings; ")
         print(f"Fewer than {FEW_IMAGES:,} pictures to learn from: {advice}the end of the run says whether they were "
               f"learned by heart", flush=True)
     letters = any(len(name) == 1 for name in data.class_names)
@@ -240,7 +273,7 @@ def make_run(args: Namespace, checkpoint: dict | None, start: float) -> tuple[Ru
     autotune.set_up_cuda(device)
     reading = time.perf_counter()
     with distributed.local_rank_0_first():
-        data = open_data(args, device).first(args.train_images or sys.maxsize)
+        data = open_data(args, device)
     if data.folder:  # the first reading of many pictures may take longer than the budget, and is done once
         start += time.perf_counter() - reading
     check_gpu_memory(data, device)
@@ -260,8 +293,8 @@ def make_run(args: Namespace, checkpoint: dict | None, start: float) -> tuple[Ru
     config |= dict(model=model.config, diffusion=diffusion.config, training=vars(settings))
     steps = settings.epochs * trainer.steps_per_epoch if settings.epochs else math.inf
     budget = Budget(steps, args.budget, start, checkpoint["seconds"] if checkpoint else 0.0)
-    closing_images = (min(VALIDATION_LOSS_IMAGES, len(validation.images)) / 3 + preview_work(trainer)
-                      + copies_work(trainer))
+    closing_images = (min(VALIDATION_LOSS_IMAGES, len(validation.images)) / 3 + copies_work(trainer)
+                      + (preview_work(trainer) if settings.sample_interval else 0.0))
     run = Run(Path(args.output_dir), trainer, budget, config, advice(settings), closing_images, args.keep_checkpoints)
     if checkpoint:
         check_resumable(checkpoint, config, resume_command(args))

@@ -54,14 +54,14 @@ def train_autoencoder(data: ImageData, recipe: AutoencoderRecipe, device, seed: 
                   shrink=recipe.shrink)
     torch.manual_seed(seed)
     model = Autoencoder(**config).to(device, memory_format=torch.channels_last).train()
-    generator, images = torch.Generator(device).manual_seed(seed), data.images.to(device)
+    generator, images = torch.Generator(device).manual_seed(seed), data.images
     optimizer = torch.optim.AdamW(model.parameters(), recipe.lr, weight_decay=recipe.weight_decay)
     steps = max(1, len(images) // recipe.batch_size)  # of an epoch: all images but the last few of a random order
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, recipe.lr, recipe.epochs * steps, pct_start=0.2)
     batches = (rows for _ in range(recipe.epochs) for rows in torch.randperm(
         len(images), generator=generator, device=device)[:steps * recipe.batch_size].split(recipe.batch_size))
     for _, rows in zip(progress(range(schedule.total_steps)), batches, strict=True):
-        clean = to_model(images[rows]).contiguous(memory_format=torch.channels_last)
+        clean = to_model(images[rows.to(images.device)].to(device)).contiguous(memory_format=torch.channels_last)
         loss = F.mse_loss(model(noised(clean, recipe.largest_noise, generator)), clean)
         optimizer.zero_grad()
         loss.backward()

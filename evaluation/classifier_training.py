@@ -127,7 +127,7 @@ def train_classifier(model: Classifier, images: Tensor, labels: Tensor, recipe: 
     """
     device, batch_size = next(model.parameters()).device, recipe.batch_size
     generator = torch.Generator(device).manual_seed(seed)
-    images, labels = images.to(device), labels.to(device)
+    labels = labels.to(device)
     model.to(memory_format=torch.channels_last).train()
     optimizer = torch.optim.SGD(model.parameters(), recipe.lr, momentum=0.9, nesterov=True,
                                 weight_decay=recipe.weight_decay)
@@ -135,7 +135,7 @@ def train_classifier(model: Classifier, images: Tensor, labels: Tensor, recipe: 
                                                    total_steps=recipe.epochs * math.ceil(len(images) / batch_size))
     batches = shuffled_batches(len(images), batch_size, generator)
     for _, chosen in zip(progress(range(schedule.total_steps)), batches, strict=False):
-        batch = to_model(images[chosen])
+        batch = to_model(images[chosen.to(images.device)].to(device))  # all of them may not fit on a GPU
         batch = recipe.augment(batch, generator) if recipe.augment else batch
         with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
             features = model.features(batch.contiguous(memory_format=torch.channels_last))

@@ -32,7 +32,9 @@ def too_few(data: ImageData) -> bool:
 
 def refuse_few(data: ImageData, args: Namespace) -> None:
     """UserError for flags of evaluate.py that ask for figures, of which so few pictures have none."""
-    asked = [name for name in ("compare", "sweep", "cas", "likelihood") if getattr(args, name) not in (None, False)]
+    asked = [name for name in ("compare", "sweep", "cas", "likelihood", "reference")
+             if getattr(args, name) not in (None, False)]
+    asked += ["features"] if args.features == "inception" else []
     if asked:
         raise UserError(f"--{asked[0]} needs {FEW} held-out pictures for each of validation and test, which "
                         f"{ENOUGH:,} different pictures give, and {data.name} has fewer: leave it out")
@@ -113,8 +115,8 @@ def copies_line(report: dict) -> str:
     real, to = ("held-out pictures", "") if held_out else ("training pictures", " to another")
     return (f"Learned by heart? {report['by_heart']:.1%} of {report['images']:,} new images: they are less than a "
             f"third as far from one training picture as from every other. {report['closer_than_99_percent']:.1%} are "
-            f"closer to one than 99% of the {real} are{to} (1% is expected); median distance {report['median']:.2f}, "
-            f"of the {real}{to} {report['real_median']:.2f}")
+            f"closer to one than 99% of the {real} are{to} ({report['expected']:.1%} is expected); median distance "
+            f"{report['median']:.2f}, of the {real}{to} {report['real_median']:.2f}")
 
 
 def report_copies(images: Tensor, data: ImageData, mirrored: bool, command: Sequence[str], output: Path) -> None:

@@ -327,7 +327,7 @@ def check_pattern(images: Tensor, real: Tensor) -> Finding:
 
 
 def check_copies(closeness: dict[str, float]) -> Finding:
-    """Memorised training images; closeness: that of metrics.closeness. 1 % closer than 99 % is expected."""
+    """Memorised training images; closeness: that of metrics.closeness."""
     share, copies = closeness["closer_than_99_percent"], closeness["copies"]
     return judge("copies", max(share, 10 * copies), 0.25, 0.6, f"{share:.0%} are closer to a training image than 99 % "
                  f"of unseen real ones, {copies:.0%} are exact copies",

@@ -419,13 +419,17 @@ def closeness(generated: Tensor, real: Tensor) -> dict[str, float]:
     """Distances to the nearest training image: of generated images (N,), compared with unseen real images (M,).
 
         closer_than_any_real    share of generated images closer than the closest real one: 0 expected
-        closer_than_99_percent  share closer than 99 % of the real ones: 0.01 expected, 1 if all are copies
+        closer_than_99_percent  share closer than 99 % of the real ones: 1 if all are copies
+        expected                what this share is on average if both sets are alike: a little more than 0.01
         copies, real_copies     share at distance 0 of both
         median, real_median     of both sets of distances
     """
     def share(condition: Tensor) -> float:
         return condition.double().mean().item()
+    # The quantile lies at the (0.01 (M - 1) + 1)th of the M real distances, the jth of which is above j / (M + 1) of
+    # all that could be drawn, on average.
+    expected = (0.01 * (len(real) - 1) + 1) / (len(real) + 1)
     return dict(closer_than_any_real=share(generated < real.min()),
-                closer_than_99_percent=share(generated < real.quantile(0.01)),
+                closer_than_99_percent=share(generated < real.quantile(0.01)), expected=expected,
                 copies=share(generated == 0), real_copies=share(real == 0),
                 median=generated.median().item(), real_median=real.median().item())

@@ -95,17 +95,30 @@ def open_networks(data: ImageData, features: str, count: int, device,
                             f"validation and test, and {data.name} has {held_out:,}: leave it out")
     if data.folder:
         check_image_count(count, FEW // 2)  # before networks are trained
-        waiting = "Another process is training the networks that judge these pictures: waiting for it"
-        with alone(data.folder / ".features.lock", waiting):
-            if not is_trained(dataset, SUFFIX):
-                print(train_second_network(dataset, data_dir, device, 0, progress("training the autoencoder", "steps")))
-            if data.class_names and not is_trained(dataset):
-                print(train_feature_network(dataset, data_dir, device, 0, False, progress("training", "steps")))
+        _train_missing_networks(data, device, data_dir)
     autoencoder = load_autoencoder(dataset, device)
     classifier = load_feature_network(dataset, device) if data.class_names else Unlabelled(autoencoder)
     inception = load_inception().to(device) if features == "inception" else None
     check_image_count(count, INCEPTION_FEATURES if inception else classifier.head.in_features)
     return classifier, inception, autoencoder if data.class_names or inception else None
+
+
+def _train_missing_networks(data: ImageData, device, data_dir) -> None:
+    """Train the networks that judge your own pictures, those that are not there; a folder with all is only read."""
+    def missing() -> list[str]:
+        needed = (SUFFIX, "") if data.class_names else (SUFFIX,)
+        return [suffix for suffix in needed if not is_trained(data.source, suffix)]
+
+    if not missing():
+        return
+    waiting = "Another process is training the networks that judge these pictures: waiting for it"
+    with alone(data.folder / ".features.lock", waiting):
+        train = {SUFFIX: lambda: train_second_network(data.source, data_dir, device, 0,
+                                                      progress("training the autoencoder", "steps")),
+                 "": lambda: train_feature_network(data.source, data_dir, device, 0, False,
+                                                   progress("training", "steps"))}
+        for suffix in missing():
+            print(train[suffix]())
 
 
 def choose_floor_data(data: ImageData, count: int, data_dir) -> ImageData:
@@ -202,14 +215,15 @@ def classification_accuracy_score(reference: Reference, images: Tensor, labels: 
 
 
 def memorisation(reference: Reference, images: Tensor, features: ImageFeatures, data_dir, device, path: Path,
-                 mirrored: bool = False) -> dict:
+                 mirrored: bool = False, train_images: int = 0) -> dict:
     """How close images are to training images, compared with unseen real test images; draws pairs to `path`.
 
-    mirrored: whether the network learned from mirror images, too. `path` shows image | nearest in pixels | nearest in
-    features: first of the closest images, then of others.
+    mirrored: whether the network learned from mirror images, too; train_images: from how many images (0: all).
+    `path` shows image | nearest in pixels | nearest in features: first of the closest images, then of others.
     """
     reference = reference._replace(autoencoder=None)  # its features are not compared here
     data = load_dataset(reference.data.source, "train", data_dir)
+    data = data.first(train_images or len(data.images))
     real, train = random_subset(load_dataset(reference.data.source, "test", data_dir), len(images)), data.images
     train_features = kept_features(reference.floors, data, False, lambda: reference.extract(train, "train")).features
 

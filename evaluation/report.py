@@ -97,6 +97,6 @@ def print_memorisation(report: dict) -> None:
           f"{report['real_images']:,} real test images:")
     for space in ("pixels", "features"):
         r = report[space]
-        print(f"  in {space:8}  closer than 99 % of them: {r['closer_than_99_percent']:.2%} (1 % is expected), "
-              f"than any of them: {r['closer_than_any_real']:.2%}, copies: {r['copies']:.2%}; "
+        print(f"  in {space:8}  closer than 99 % of them: {r['closer_than_99_percent']:.2%} ({r['expected']:.1%} is "
+              f"expected), than any of them: {r['closer_than_any_real']:.2%}, copies: {r['copies']:.2%}; "
               f"median distance {r['median']:.3f}, of the real images {r['real_median']:.3f}")

@@ -558,6 +558,7 @@ def test_data_that_cannot_be_opened_is_a_finding(run, monkeypatch):
 def test_flags_that_cannot_be_are_refused(run, tmp_path):
     save_checkpoint(tmp_path / "model.pt", **make_checkpoint())
     for flags, message in ((("--checkpoint", tmp_path / "none.pt"), "no checkpoint"), (("--dataset", "x"), "mnist"),
+                           (("--fit", "pad"), "--fit is for your own pictures: add --dataset PATH"),
                            (("--checkpoint", tmp_path / "model.pt", "--dataset", "mnist"), "leave out --dataset")):
         status, err = run(*flags)
         assert status == 2 and message in err and err.count("\n") == 1

@@ -56,6 +56,7 @@ def small(monkeypatch, data_dir, floors):
         monkeypatch.setattr(module, "load_dataset", first_images)
     monkeypatch.setattr(reference, "floor_cache", lambda *args: floor_cache(*args)._replace(folder=floors))
     monkeypatch.setattr(two_sample, "EPOCHS", 1)
+    monkeypatch.setattr(two_sample, "CHANNELS", (8, 8, 8, 8))
     monkeypatch.setattr(metrics, "GROUPS", 5)  # each figure is computed 6 times instead of 21
 
     def run(*flags):
@@ -205,7 +206,7 @@ def test_mirrored_copies_are_caught_where_the_network_has_seen_them(small, tmp_p
     path = write_npz(tmp_path / "x.npz", load_dataset("glyphs", "train", data_dir).images[:COUNT].flip(3))
     look, caught = evaluate.memorisation, []
     for mirrored in (False, True):
-        monkeypatch.setattr(evaluate, "memorisation", lambda *given, seen=mirrored: look(*given[:-1], seen))
+        monkeypatch.setattr(evaluate, "memorisation", lambda *given, seen=mirrored: look(*given[:6], seen))
         assert small("--images", path, "--dataset", "glyphs", "--output_dir", tmp_path) == 0
         caught.append([report(tmp_path)["memorisation"][space]["copies"] for space in ("pixels", "features")])
     assert max(caught[0]) < 0.5 and min(caught[1]) > 0.99
@@ -352,6 +353,21 @@ def test_folders_of_pngs_grey_or_grey_in_colour(tmp_path, data_dir):
     for i, image in enumerate(images):
         Image.fromarray(image[0].numpy()).convert("RGB").save(tmp_path / f"{i}.png")
     assert torch.equal(read_images(tmp_path, (1, 28, 28), 10)[0], images)
+
+
+def test_folders_of_pngs_with_a_palette_or_one_bit_are_read_as_they_look(tmp_path):
+    from PIL import Image
+
+    pixels = np.random.default_rng(0).integers(0, 4, (28, 28)).astype(np.uint8)
+    palette = Image.fromarray(pixels).convert("P")
+    palette.putpalette([200, 200, 200, 10, 10, 10, 90, 90, 90, 255, 255, 255] + 252 * [0, 0, 0])
+    palette.save(tmp_path / "0.png")
+    Image.fromarray(255 * (pixels > 1).astype(np.uint8)).convert("1").save(tmp_path / "1.png")
+    with Image.open(tmp_path / "0.png") as image:
+        assert image.mode == "P"
+    images = read_images(tmp_path, (1, 28, 28), 10)[0]
+    assert np.array_equal(images[0, 0], np.array([200, 10, 90, 255])[pixels])
+    assert np.array_equal(images[1, 0], 255 * (pixels > 1))
 
 
 def test_cas_is_the_accuracy_of_a_classifier_that_saw_only_the_images(small, tmp_path, data_dir, monkeypatch):

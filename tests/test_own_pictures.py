@@ -58,9 +58,10 @@ def draw(folder, colours, count=6, mode="RGB"):
 
 @pytest.fixture(scope="module", autouse=True)
 def short_epochs():
-    """Epochs of 24 images instead of 8,000."""
+    """Epochs of 24 images instead of 8,000, and eight samples at the end instead of 64."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(trainer, "EPOCH_IMAGES", 24)
+        patch.setattr(train, "PREVIEW_IMAGES", 8)
         yield
 
 
@@ -107,9 +108,17 @@ def test_an_archive_of_few_pictures_is_learned_and_the_run_says_what_to_know_and
     said = capsys.readouterr().out
     assert all(line in said for line in (
         "12 pictures used", "2 classes: blue 6, red 6", "Fewer than 2,000 pictures to learn from: --init cifar10 may",
-        "With fewer than 200 different pictures none is held out", " of 64 new images: they are less than a third",
+        "With fewer than 200 different pictures none is held out", " of 8 new images: they are less than a third",
         f"Saved {path}: python sample.py --checkpoint {path}"))
     assert load_checkpoint(path)["config"]["data"]["class_names"] == ["blue", "red"]
+
+
+@pytest.mark.parametrize("losses, said", [
+    ([3.0, 2.0, 1.0], ""), ([1.0, 1.04], ""), ([None, None], ""), ([], ""),
+    ([3.0, 1.0, None, 2.0], "lowest after 20 s (1.0000) and is now 2.0000: a shorter --budget may give fewer copies")])
+def test_a_loss_of_held_out_pictures_that_has_risen_is_told_of(losses, said):
+    line = train.earlier_end([dict(val_loss=loss, seconds=10.0 * i) for i, loss in enumerate(losses, 1)])
+    assert said in line if said else line == ""
 
 
 def test_classes_are_not_to_be_had_from_a_folder_without_sub_folders(tmp_path, capsys):
@@ -117,6 +126,8 @@ def test_classes_are_not_to_be_had_from_a_folder_without_sub_folders(tmp_path, c
     assert train.main(flags(tmp_path / "in", tmp_path / "run", "--conditional")) == 2
     said = capsys.readouterr().err
     assert "--conditional needs two classes or more" in said and said.count("\n") == 1
+    assert train.main(flags(tmp_path / "in", tmp_path / "run", "--label_dropout", "0.3")) == 2
+    assert "--label_dropout needs two classes or more" in capsys.readouterr().err
 
 
 def test_the_classes_of_the_folder_are_asked_for_by_name(checkpoint, tmp_path):
@@ -168,14 +179,15 @@ def test_copies_are_looked_for_among_what_was_learned_from(two, data_dir, tmp_pa
     assert [(len(pictures), mirrored) for _, pictures, mirrored in seen] == [(8, True), (8, True)]
 
 
-@pytest.mark.parametrize("flag", ["--sweep", "--likelihood", "--compare"])
+@pytest.mark.parametrize("flag", ["--sweep", "--likelihood", "--compare", "--reference=validation",
+                                  "--features=inception"])
 def test_figures_of_few_pictures_are_refused_in_one_line(checkpoint, place, tmp_path, capsys, flag):
     which = ["--compare", str(checkpoint), str(checkpoint)] if flag == "--compare" else [
         flag, "--checkpoint", str(checkpoint)]
     assert evaluate.main([*which, "--num_images", "8", "--data_dir", str(place / "data"), "--output_dir",
                           str(tmp_path), *CPU]) == 2
     said = capsys.readouterr().err
-    assert f"{flag} needs" in said and "my_two" in said and said.count("\n") == 1
+    assert f"{flag.split('=')[0]} needs" in said and "my_two" in said and said.count("\n") == 1
     assert not any(tmp_path.iterdir())
 
 
@@ -304,6 +316,8 @@ def many(request, tmp_path_factory):
         for module in (metrics, reference):
             patch.setattr(module, "check_image_count", lambda *_: None)
         patch.setattr(two_sample, "EPOCHS", 1)
+        patch.setattr(two_sample, "CHANNELS", (8, 8, 8, 8))
+        patch.setattr(metrics, "GROUPS", 5)
         patch.setattr(ClassifierRecipe.__init__, "__defaults__", (8, 1, *ClassifierRecipe.__init__.__defaults__[2:]))
         yield request.param, train_on(folder / "grey.npz", folder / "run"), folder / "data"
 
@@ -321,6 +335,12 @@ def test_the_figures_of_many_pictures_come_from_networks_of_their_own(many, tmp_
     trained = sorted(path.name for path in data_dir.glob("pictures/*/features*.pt"))
     assert trained == ["features.pt", "features_autoencoder.pt"][not classes:]
     assert capsys.readouterr().out.count("features") >= len(trained)
+
+    def refuse(*_):
+        raise PermissionError(13, "Permission denied")
+    monkeypatch.setattr(reference, "alone", refuse)  # as in a --data_dir of someone else, which is only read now
+    data = load_dataset(dataset_of(load_checkpoint(checkpoint), data_dir), "test")
+    assert reference.open_networks(data, "own", 128, torch.device("cpu"), data_dir)[0]
 
     digests = [report[f"{name}_sha256"] for name in ("feature_network", "autoencoder")]
     assert set(digests) == {file_digest(next(data_dir.glob(f"pictures/*/{name}"))) for name in trained}
@@ -458,6 +478,21 @@ def test_a_run_that_would_write_among_its_pictures_is_refused(two, capsys, insid
     assert sorted(two.rglob("*")) == before
 
 
+def test_a_checkpoint_knows_where_its_pictures_are_now_and_not_where_they_were_read(two, tmp_path):
+    for name in ("first", "second"):
+        shutil.copytree(two, tmp_path / name, copy_function=shutil.copy2)
+        path = train_on(tmp_path / name, tmp_path / "run")
+        assert load_checkpoint(path)["config"]["data"]["pictures"]["path"] == str(tmp_path / name)
+
+
+def test_a_restart_by_torchrun_needs_the_file_of_init_no_more(two, tmp_path, monkeypatch):
+    path = train_on(two, tmp_path / "run")
+    monkeypatch.setattr(train.distributed, "is_launched", lambda: True)
+    monkeypatch.setattr(train, "find_checkpoint", lambda _: (path, load_checkpoint(path)))
+    args, found = train.parse_args(flags(two, tmp_path / "run", "--init", str(tmp_path / "moved.pt")))
+    assert found["step"] == load_checkpoint(path)["step"] and args.base_channels == 8
+
+
 def test_reading_the_pictures_takes_nothing_of_the_budget(two, data_dir, tmp_path, monkeypatch):
     read = train.open_data
 
@@ -476,7 +511,7 @@ def test_pictures_that_do_not_fit_into_the_memory_of_a_gpu_are_refused(two, plac
     check_gpu_memory(data, torch.device("cpu"))
     with pytest.raises(UserError, match="--train_images 4,"):
         check_gpu_memory(data, torch.device("cuda"))
-    check_gpu_memory(data.first(6), torch.device("cuda"))
+    check_gpu_memory(data.first(4), torch.device("cuda"))
 
 
 # -------------------------------------------------------------------------------------------------------------- --init

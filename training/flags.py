@@ -39,18 +39,18 @@ POINT_DEFAULTS = dict(base_channels=128, depth=3, time_emb_dim=64, label_dropout
 PICTURES_BUDGET = 600.0  # seconds, of your own pictures without --epochs and --budget
 
 
-def defaults(args: Namespace) -> dict:
-    """The defaults that the recipe and the data set of these flags give to others."""
+def defaults(args: Namespace, init: str | None) -> dict:
+    """The defaults that the recipe, the data set and the checkpoint `init`, if any, give to other flags."""
     own_pictures = args.dataset not in DATASETS and not (args.epochs or args.budget or args.resume)
     return (RECIPES[args.recipe] | (POINT_DEFAULTS if args.dataset in POINT_SETS else {})
-            | (dict(budget=PICTURES_BUDGET) if own_pictures else {}) | init_defaults(args))
+            | (dict(budget=PICTURES_BUDGET) if own_pictures else {}) | init_defaults(args, init))
 
 
-def init_defaults(args: Namespace) -> dict:
+def init_defaults(args: Namespace, init: str | None) -> dict:
     """The network and the process of --init, whose weights fit nothing else: defaults for their flags."""
-    if not args.init:
+    if not init:
         return {}
-    config = load_checkpoint(find_checkpoint(args.init))["config"]
+    config = load_checkpoint(find_checkpoint(init))["config"]
     if args.dataset in POINT_SETS or is_points(config["data"]["shape"]):
         raise UserError("--init is for images, not for points in the plane: leave it out")
     return ({flag: config["model"][flag] for flag in MODEL_FLAGS["unet"] if flag in config["model"]}
@@ -143,7 +143,8 @@ def make_parser(description: str) -> Parser:
                        help="learn from the first N training images only; with --budget and few of them samples, "
                             "checkpoints and the validation loss come after each 8,000 images")
     group.add_argument("--sample_interval", type=number(int, 0), default=1,
-                       help="write a grid of samples every N epochs; 0: never")
+                       help="write a grid of samples every N epochs (with --budget at most every hundredth of "
+                            "it); 0: never")
     group.add_argument("--save_interval", type=number(int, 0), default=5,
                        help="write a checkpoint every N epochs, besides model_final.pt at the end; 0: never")
     group.add_argument("--checkpoint_minutes", type=number(float, 0), default=5.0,
@@ -263,9 +264,10 @@ FIXED_FLAGS = ("train_images", "batch_size", "optimizer")  # besides network and
 def check_flags_of_data(parser: Parser, args: Namespace) -> None:
     """UserError for flags that change nothing for points in the plane, and for classes of pictures that have none."""
     own = args.dataset not in DATASETS
-    if own and "conditional" in parser.typed and args.conditional and not find_pictures(Path(args.dataset)).class_names:
-        parser.error(f"--conditional needs two classes or more, and {args.dataset} has none: put the pictures of each "
-                     f"class into a sub-folder of its name, or leave it out")
+    of_classes = [name for name in ("conditional", "label_dropout") if name in parser.typed and args.conditional]
+    if own and of_classes and not find_pictures(Path(args.dataset)).class_names:
+        parser.error(f"--{of_classes[0]} needs two classes or more, and {args.dataset} has none: put the pictures of "
+                     f"each class into a sub-folder of its name, or leave it out")
     if own and Path(args.dataset).is_dir() and Path(args.output_dir).resolve().is_relative_to(
             Path(args.dataset).resolve()):
         parser.error(f"--output_dir {args.output_dir} lies among the pictures in {args.dataset}, which the run would "
@@ -338,15 +340,18 @@ def make_config(settings: Namespace, data: ImageData, saved: dict | None = None)
         diffusion=dict({ours: getattr(settings, flag) for flag, ours in DIFFUSION_FLAGS.items()}, data_std=data_std,
                        **kept),
         data=dict(dataset=data.name, shape=list(data.images.shape[1:]), class_names=list(data.class_names), **code,
-                  **(dict(guidance_scale=guidance) if guidance else {}), **_pictures(data)))
+                  **(dict(guidance_scale=guidance) if guidance else {}), **_pictures(data, settings.dataset)))
 
 
-PICTURES = ("path", "fit", "channels", "background", "key", "digest", "count")  # of about.json, in a config
+PICTURES = ("fit", "channels", "background", "key", "digest", "count")  # of about.json, in a config
 
 
-def _pictures(data: ImageData) -> dict:
-    """What a checkpoint says of your own pictures, so that its scripts find them again and know them; else nothing."""
+def _pictures(data: ImageData, path: str) -> dict:
+    """What a checkpoint says of your own pictures, so that its scripts find them again and know them; else nothing.
+
+    path: where they are now. They may have been read at another place.
+    """
     if data.folder is None:
         return {}
     content = about(data.folder)
-    return dict(pictures={name: content[name] for name in PICTURES})
+    return dict(pictures=dict(path=str(Path(path).absolute()), **{name: content[name] for name in PICTURES}))

@@ -26,6 +26,7 @@ from utils import count_parameters
 LOG_STEPS = 50  # steps between two records
 AGREE_STEPS = 10  # steps after which several processes agree on the time and on a signal
 MAX_BAD_STEPS = 20  # a run fails after so many steps in a row without a finite gradient
+FIRST_STEPS = 5  # of a sitting: after them its speed is known for the first time
 CLOSING_SECONDS = 1.5  # time to write the last checkpoint and the plot
 
 
@@ -55,6 +56,7 @@ class Run:
         self.signal, self.stopped, self.progress, self.agreed = None, None, 0.0, None
         self.reported, self.fastest = 0.0, 0.0  # skipped steps that the user was told of; images a second
         self.last_save = self.step_time = time.perf_counter()
+        self.first_step = trainer.step  # of this sitting
         self.queued = QueuedSteps(trainer.device)
         self.mark()
 
@@ -64,6 +66,7 @@ class Run:
         self.records = checkpoint["history"].get("records", [])
         self.losses = [torch.tensor(loss, device=self.trainer.device)
                        for loss in checkpoint["history"].get("losses", [])]
+        self.first_step = self.trainer.step
         self.mark()
 
     # ---------------------------------------------------------------------------------------------- time and signals
@@ -71,7 +74,10 @@ class Run:
     def update(self) -> None:
         """Set `progress` and `stopped` by the clock and by the signal, on which several processes agree."""
         self.queued.limit()
-        step, time_share, signal = self.trainer.step, self.budget.time_share, self.signal
+        step, signal = self.trainer.step, self.signal
+        if step - self.first_step == FIRST_STEPS and (speed := self.speed()):
+            self.set_reserve(speed)  # a slow network may take all its time for fewer steps than are between records
+        time_share = self.budget.time_share
         if distributed.world_size() > 1:
             if self.agreed is None or step % AGREE_STEPS == 0:
                 mine = torch.tensor([time_share, signal or 0], device=self.trainer.device)

@@ -27,12 +27,18 @@ def build(config: dict, data: ImageData) -> tuple[SimpleUNet, DiffusionProcess]:
     return model, diffusion
 
 
+IMAGES_SHARE = 0.8  # of the free memory of a GPU, at most: the steps need the rest
+
+
 def check_gpu_memory(data: ImageData, device: torch.device) -> None:
-    """UserError if the images, all of which lie in the memory of the GPU, do not fit into it."""
-    if device.type == "cuda" and (size := data.images.nbytes) > (free := torch.cuda.mem_get_info(device)[0]):
-        raise UserError(f"the images take {size:,} bytes in the memory of the GPU, and {free:,} are free: take "
-                        f"fewer with --train_images {int(0.8 * free / size * len(data.images))}, or a smaller "
-                        f"--image_size of your own pictures")
+    """UserError if the images, all of which lie in the memory of the GPU, leave too little of it for the training."""
+    if device.type != "cuda":
+        return
+    size, room = data.images.nbytes, IMAGES_SHARE * torch.cuda.mem_get_info(device)[0]
+    if size > room:
+        raise UserError(f"the images take {size:,} bytes in the memory of the GPU, and there is room for {room:,.0f}: "
+                        f"train on fewer with train.py --train_images {int(room / size * len(data.images))}, or on a "
+                        f"smaller --image_size of your own pictures")
 
 
 def choose_size(settings: Namespace, config: dict, data: ImageData, device: torch.device) -> Namespace:

@@ -88,11 +88,11 @@ class Trainer:
     def reports_now(self, by_time: bool) -> bool:
         """Whether the epoch that has just ended is reported: every one; by time the first after each EPOCH_IMAGES.
 
-        Else the reports of a run on few --train_images would take most of its time. (Epochs of your own pictures are
-        long enough: see `repeats_of`.)
+        Else the reports of a run on few --train_images would take most of its time. Epochs of your own pictures are
+        long enough: see `repeats_of`.
         """
-        epoch_images = self.steps_per_epoch * self.batch_size
-        return not by_time or self.images_seen // EPOCH_IMAGES > (self.images_seen - epoch_images) // EPOCH_IMAGES
+        before = self.images_seen - self.steps_per_epoch * self.batch_size
+        return not by_time or self.data.folder is not None or self.images_seen // EPOCH_IMAGES > before // EPOCH_IMAGES
 
     @property
     def lr(self) -> float:

@@ -181,7 +181,7 @@ def test_the_interval_of_a_mean_is_students():
 
 
 def test_intervals_cover_the_mean_of_fresh_sets_of_the_same_size():
-    n, trials, reference = 240, 200, classified(gaussian(600, 10**6))
+    n, trials, reference = 240, 100, classified(gaussian(600, 10**6))
 
     def trial(seed):
         generated, groups = classified(gaussian(n, seed, mean=0.15, std=1.1)), random_groups(n)
@@ -264,3 +264,11 @@ def test_a_copying_generator_is_caught_and_an_honest_one_is_not():
     assert closeness(to_train[1], to_train[0])["closer_than_99_percent"] < 0.03
     assert closeness(to_train[2], to_train[0])["closer_than_any_real"] == 1
     assert closeness(to_train[3], to_train[0])["copies"] == 1
+
+
+@pytest.mark.parametrize("count", [20, 80, 1000])
+def test_the_share_that_is_expected_is_what_honest_distances_have(count):
+    distances = torch.rand(2000, 2, count, generator=torch.Generator().manual_seed(0)).double()
+    reports = [closeness(generated, real) for generated, real in distances]
+    shares = torch.tensor([report["closer_than_99_percent"] for report in reports])
+    assert abs(shares.mean() - reports[0]["expected"]) < 3 * shares.std() / len(shares)**0.5 + 1e-4

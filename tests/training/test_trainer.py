@@ -2,6 +2,7 @@
 
 import copy
 import functools
+import itertools
 import json
 import math
 import sys
@@ -263,6 +264,38 @@ def test_by_time_small_epochs_are_reported_now_and_then_and_the_end_always(monke
     run = sitting(data_dir, tmp_path / "b", 42)
     assert run.trainer.step % 4 and run.records[-1]["step"] == run.trainer.step  # also where one was just recorded
     assert run.records[-1]["val_loss"] > 0 and run.records[-2]["val_loss"] is None
+
+
+def test_a_report_by_time_takes_its_share_of_the_budget(monkeypatch, clock, data_dir, tmp_path):
+    monkeypatch.setattr(train, "REPORT_SHARE", 0.3)
+    run = sitting(data_dir, tmp_path, 80)
+    shares = [record["seconds"] / 76.5 for record in run.records]
+    assert len(shares) == 3 and all(later - earlier > 0.25 for earlier, later in itertools.pairwise(shares))
+    assert run.records[-1]["val_loss"] > 0 and run.records[-1]["step"] == run.trainer.step
+
+
+@pytest.mark.parametrize("interval, epochs", [(0, []), (1, [1, 2, 4, 7]), (2, [2, 4, 7]), (3, [4, 7]), (5, [7])])
+def test_what_is_due_between_two_reports_is_done_at_the_second(interval, epochs):
+    reports = [0, 1, 2, 4, 7]
+    assert [now for before, now in itertools.pairwise(reports) if train.is_due(interval, now, before)] == epochs
+
+
+def test_a_slow_network_keeps_its_budget_before_the_first_record(monkeypatch, clock, data_dir, tmp_path):
+    """Steps of a second, of which an epoch has a hundred; the samples take 20 s, and files 1.5 s."""
+    monkeypatch.setattr(train, "preview_work", lambda _: 20 * 32.0)
+    monkeypatch.setattr(train, "VALIDATION_LOSS_IMAGES", 0)
+    args, saved = train.parse_args(tiny(data_dir, tmp_path, "--budget", 31, "--batch_size", 32, "--train_images", 3200))
+    args.epochs = None
+    run, *_ = train.make_run(args, saved, start=train.time.perf_counter())
+    while run.update() or run.progress < 1:
+        run.trainer.train_step(*run.trainer.batch(), run.progress)
+    assert run.trainer.step == 10 and 31 - run.budget.seconds_used == 21
+
+
+def test_by_time_every_epoch_of_own_pictures_is_reported_also_where_the_batch_does_not_divide_it():
+    own = SimpleNamespace(data=SimpleNamespace(folder="x"), batch_size=128, steps_per_epoch=8000 // 128)
+    for own.images_seen in (7936, 2 * 7936):
+        assert Trainer.reports_now(own, by_time=True)
 
 
 def test_with_epochs_every_one_is_reported(data_dir, tmp_path):
