@@ -2,9 +2,11 @@
 
 import contextlib
 import errno
+import functools
 import importlib
 import json
 import multiprocessing
+import multiprocessing.forkserver
 import os
 import random
 import signal
@@ -19,6 +21,7 @@ import pytest
 import torch
 
 from checkpoint import load_checkpoint
+from runtime.files import atomic_write
 from training.run_folder import has_run
 
 needs_fork = pytest.mark.skipif(sys.platform == "win32", reason="there are no fork and no SIGKILL on Windows")
@@ -44,13 +47,20 @@ def _run(argv: list[str], log: str, patch, script: str) -> None:
     import train
     from training import trainer
 
+    os.environ.pop("PYTHONPATH", None)  # which only the forkserver needed
     torch.set_num_threads(1)
     if hasattr(signal, "SIGHUP"):
         signal.signal(signal.SIGHUP, signal.SIG_DFL)  # under nohup it is ignored
-    trainer.VALIDATION_LOSS_IMAGES, train.PREVIEW_IMAGES = 64, 4  # what takes long and proves no more
+    # What takes long and proves no more:
+    trainer.VALIDATION_LOSS_IMAGES, train.PREVIEW_IMAGES, train.plot_losses = 64, 4, _instead_of_a_plot
     if patch:
         patch()
     os._exit(importlib.import_module(script).main(argv))
+
+
+def _instead_of_a_plot(_, path: Path) -> None:
+    with atomic_write(path) as file:  # as a plot is written
+        file.write(b"a plot")
 
 
 class SlowSave:
@@ -136,7 +146,7 @@ class SmallSplits:
     def __call__(self):
         import evaluate
         from evaluation import inputs, metrics, reference, two_sample
-        metrics.GROUPS, two_sample.EPOCHS = 5, 2
+        metrics.GROUPS, two_sample.EPOCHS, two_sample.CHANNELS = 5, 2, (8, 8, 8, 8)
         load = evaluate.load_dataset
         for module in (evaluate, inputs, reference):
             module.load_dataset = lambda *args: load(*args).first(self.count)
@@ -192,11 +202,24 @@ class Rank:
             self.more()
 
 
+@functools.cache
+def forkserver():
+    """The context of processes that have imported all before.
+
+    The server of Python 3.11 looks for the modules in its own sys.path, and does without those that it cannot find.
+    """
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["harness", "train", "sample", "evaluate", "matplotlib.pyplot", "PIL.Image",
+                                    "torchvision.utils", "torchmetrics.image.fid", "torchmetrics.image.kid"])
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("PYTHONPATH", os.pathsep.join(map(os.path.abspath, sys.path)))
+        multiprocessing.forkserver.ensure_running()
+    return context
+
+
 def start(argv: list[str], log: Path, patch=None, script: str = "train"):
     """Begin the main(argv) of a script in a process of its own, which has imported all before."""
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["harness", "train", "matplotlib.pyplot", "PIL.Image", "torchvision.utils"])
-    process = context.Process(target=_run, args=(argv, str(log), patch, script))
+    process = forkserver().Process(target=_run, args=(argv, str(log), patch, script))
     process.start()
     return process
 

@@ -18,7 +18,7 @@ import visualize_diffusion
 from checkpoint import load_checkpoint
 from data import load_dataset, load_marks
 from data_sources.scenes import MARKS, draw_scenes
-from evaluation import two_sample
+from evaluation import metrics, two_sample
 from training.budget import Budget
 
 COUNT = 260  # images of each split: as many as the figures need
@@ -32,6 +32,8 @@ def few(tmp_path_factory):
         patch.setattr(data, "SCENES", ((COUNT, 3, 64, 64), (2 * COUNT, 3, 64, 64)))
         patch.setattr(data, "VALIDATION_IMAGES", COUNT)
         patch.setattr(two_sample, "EPOCHS", 1)
+        patch.setattr(two_sample, "CHANNELS", (8, 8, 8, 8))
+        patch.setattr(metrics, "MAX_CLASS_FEATURES", 0)  # distances within classes take long
         data._read.cache_clear()
         yield tmp_path_factory.mktemp("data")
     data._read.cache_clear()

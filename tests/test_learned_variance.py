@@ -294,10 +294,9 @@ def test_other_reductions_are_refused():
         process.loss(lambda x, t: x, x_0, reduction="sum")
 
 
-@schedules
 @pytest.mark.parametrize("draws, batch", [(1, 1), (1, 6), (3, 4), (7, 1), (11, 5)])
-def test_the_bound_from_some_of_the_times_is_unbiased_for_each_image(schedule, draws, batch):
-    process, x_0 = DiffusionProcess(12, schedule, prediction="x0"), rounded_images(batch)
+def test_the_bound_from_some_of_the_times_is_unbiased_for_each_image(draws, batch):
+    process, x_0 = DiffusionProcess(12, "cosine", prediction="x0"), rounded_images(batch)
     denoise, noise = gaussian_denoiser(process, 0.1, 0.2), images(batch, 1, 1, 1, seed=1)
     exact, generator = bits_per_dim(denoise, process, x_0, noise=noise), torch.Generator().manual_seed(0)
     every_time, seen = draws == 11, []

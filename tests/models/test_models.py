@@ -289,6 +289,8 @@ def test_it_can_learn_one_batch_by_heart(prediction):
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
+        if loss.item() < 0.05:
+            break
     assert first > 0.5 and loss.item() < 0.05
 
 

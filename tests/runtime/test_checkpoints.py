@@ -254,6 +254,7 @@ def little(monkeypatch, data_dir, tmp_path):
     monkeypatch.setattr(doctor, "examine_machine", lambda *_: iter(()))
     monkeypatch.setattr(reference, "floor_cache", lambda *args: floor_cache(*args)._replace(folder=tmp_path / "floors"))
     monkeypatch.setattr(two_sample, "EPOCHS", 1)
+    monkeypatch.setattr(two_sample, "CHANNELS", (8, 8, 8, 8))
     monkeypatch.setattr(metrics, "GROUPS", 5)
 
 

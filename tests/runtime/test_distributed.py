@@ -153,6 +153,7 @@ def measured(tmp_path, data_dir, monkeypatch):
             monkeypatch.setattr(module, "load_dataset", lambda *args: load_dataset(*args).first(SPLIT))
         monkeypatch.setattr(figures_of, "GROUPS", 5)
         monkeypatch.setattr(two_sample, "EPOCHS", 2)
+        monkeypatch.setattr(two_sample, "CHANNELS", (8, 8, 8, 8))
         assert evaluate.main([*argv, str(folders[0])]) == 0
         log = tmp_path / "log"
         assert run_together([*argv, str(folders[1])], log, SmallSplits(SPLIT), script="evaluate") == [0, 0]
