@@ -153,8 +153,8 @@ def end_epoch(run: Run, validation: ImageData, settings: Namespace, before: int)
         elif distributed.rank() == 0:
             run.save_records()
     if speed:
-        not_drawn = 0.0 if drawn or not settings.sample_interval else preview_work(trainer)  # the last report may
-        run.closing_images = (time.perf_counter() - start) * speed + not_drawn + copies_work(trainer)
+        not_drawn = 0.0 if drawn else preview_work(trainer, settings)
+        run.closing_images = (time.perf_counter() - start) * speed + not_drawn
         run.set_reserve(speed)
     run.mark()
     return epoch
@@ -178,12 +178,15 @@ def epoch_summary(records: Sequence[dict], epoch: int, first_step: int, val_loss
 def preview(run: Run) -> Tensor:
     """What sample.py makes with this seed, decoded (B, C, H, W); the starting noise is always the same."""
     trainer, data = run.trainer, run.config["data"]
+    if run.preview and run.preview[0] == trainer.step:
+        return run.preview[1]
     indices = range(PREVIEW_IMAGES)[distributed.rank_slice(PREVIEW_IMAGES)]
     flags = Namespace(seed=trainer.seed, batch_size=trainer.preview_batch(PREVIEW_IMAGES))
     options = sampling_options(run.config, flags, PREVIEW_IMAGES)
     with autocast(trainer.device, trainer.precision):
         images = all_images(trainer.ema, trainer.diffusion, data["shape"], indices, **options)
-    return trainer.data.code.decode(distributed.all_gather(images))
+    run.preview = trainer.step, trainer.data.code.decode(distributed.all_gather(images))
+    return run.preview[1]
 
 
 def save_preview(run: Run, path: Path) -> None:
@@ -224,15 +227,12 @@ def earlier_end(records: Sequence[dict]) -> str:
             f"is now {last['val_loss']:.4f}: a shorter --budget may give fewer copies\n")
 
 
-def preview_work(trainer: Trainer) -> float:
-    """The work of a preview, in images of a training step."""
+def preview_work(trainer: Trainer, settings: Namespace) -> float:
+    """The work of the preview at the end of a run, if it makes one, in images of a training step."""
+    if not (settings.sample_interval or is_few(trainer.data)):
+        return 0.0
     evaluations = DEFAULT_STEPS * (2 if trainer.conditional else 1)  # guidance evaluates the network twice
     return PREVIEW_IMAGES * evaluations / 3  # no gradient: a third of the work
-
-
-def copies_work(trainer: Trainer) -> float:
-    """The work of `say_copies`, in the same unit."""
-    return preview_work(trainer) if is_few(trainer.data) else 0.0
 
 
 # ----------------------------------------------------------------------------------------------------------- set-up
@@ -293,8 +293,7 @@ def make_run(args: Namespace, checkpoint: dict | None, start: float) -> tuple[Ru
     config |= dict(model=model.config, diffusion=diffusion.config, training=vars(settings))
     steps = settings.epochs * trainer.steps_per_epoch if settings.epochs else math.inf
     budget = Budget(steps, args.budget, start, checkpoint["seconds"] if checkpoint else 0.0)
-    closing_images = (min(VALIDATION_LOSS_IMAGES, len(validation.images)) / 3 + copies_work(trainer)
-                      + (preview_work(trainer) if settings.sample_interval else 0.0))
+    closing_images = min(VALIDATION_LOSS_IMAGES, len(validation.images)) / 3 + preview_work(trainer, settings)
     run = Run(Path(args.output_dir), trainer, budget, config, advice(settings), closing_images, args.keep_checkpoints)
     if checkpoint:
         check_resumable(checkpoint, config, resume_command(args))

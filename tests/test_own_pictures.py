@@ -338,9 +338,10 @@ def test_the_figures_of_many_pictures_come_from_networks_of_their_own(many, tmp_
 
     def refuse(*_):
         raise PermissionError(13, "Permission denied")
-    monkeypatch.setattr(reference, "alone", refuse)  # as in a --data_dir of someone else, which is only read now
     data = load_dataset(dataset_of(load_checkpoint(checkpoint), data_dir), "test")
-    assert reference.open_networks(data, "own", 128, torch.device("cpu"), data_dir)[0]
+    with monkeypatch.context() as patch:
+        patch.setattr(reference, "alone", refuse)  # as in a --data_dir of someone else, which is only read now
+        assert reference.open_networks(data, "own", 128, torch.device("cpu"), data_dir)[0]
 
     digests = [report[f"{name}_sha256"] for name in ("feature_network", "autoencoder")]
     assert set(digests) == {file_digest(next(data_dir.glob(f"pictures/*/{name}"))) for name in trained}
@@ -483,6 +484,13 @@ def test_a_checkpoint_knows_where_its_pictures_are_now_and_not_where_they_were_r
         shutil.copytree(two, tmp_path / name, copy_function=shutil.copy2)
         path = train_on(tmp_path / name, tmp_path / "run")
         assert load_checkpoint(path)["config"]["data"]["pictures"]["path"] == str(tmp_path / name)
+
+
+def test_the_samples_at_the_end_are_made_once(two, tmp_path, monkeypatch):
+    made, make = [], train.all_images
+    monkeypatch.setattr(train, "all_images", lambda *args, **options: made.append(args) or make(*args, **options))
+    train_on(two, tmp_path / "run", "--sample_interval", "1")
+    assert len(made) == 1 and (tmp_path / "run/samples/epoch_001.png").exists()
 
 
 def test_a_restart_by_torchrun_needs_the_file_of_init_no_more(two, tmp_path, monkeypatch):

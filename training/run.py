@@ -44,6 +44,7 @@ class Run:
     progress           how much of the run is done (0..1)
     signal, stopped    the signal that this process received, and the one for which all processes stop
     step_time          time.perf_counter() after the last step
+    preview            the step of the last preview and its images; None before the first
     """
 
     def __init__(self, folder: Path, trainer, budget: Budget, config: dict, advice: str, closing_images: float,
@@ -53,6 +54,7 @@ class Run:
         self.records: list[dict] = []
         self.board = Board()
         self.losses: list[Tensor] = []
+        self.preview: tuple[int, Tensor] | None = None
         self.signal, self.stopped, self.progress, self.agreed = None, None, 0.0, None
         self.reported, self.fastest = 0.0, 0.0  # skipped steps that the user was told of; images a second
         self.last_save = self.step_time = time.perf_counter()

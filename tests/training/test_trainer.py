@@ -282,7 +282,7 @@ def test_what_is_due_between_two_reports_is_done_at_the_second(interval, epochs)
 
 def test_a_slow_network_keeps_its_budget_before_the_first_record(monkeypatch, clock, data_dir, tmp_path):
     """Steps of a second, of which an epoch has a hundred; the samples take 20 s, and files 1.5 s."""
-    monkeypatch.setattr(train, "preview_work", lambda _: 20 * 32.0)
+    monkeypatch.setattr(train, "preview_work", lambda *_: 20 * 32.0)
     monkeypatch.setattr(train, "VALIDATION_LOSS_IMAGES", 0)
     args, saved = train.parse_args(tiny(data_dir, tmp_path, "--budget", 31, "--batch_size", 32, "--train_images", 3200))
     args.epochs = None
@@ -527,5 +527,5 @@ def test_validation_and_previews_evaluate_no_more_images_at_a_time_than_a_step(t
     config = dict(model=dict(trainer.model.config, num_classes=2 if conditional else None), training={},
                   diffusion=trainer.diffusion.config, data=dict(shape=[1, 8, 8], class_names=["even", "odd"]))
     monkeypatch.setattr(train, "PREVIEW_IMAGES", 20)
-    train.save_preview(SimpleNamespace(trainer=trainer, config=config, board=Board()), tmp_path / "x.png")
+    train.save_preview(SimpleNamespace(trainer=trainer, config=config, board=Board(), preview=None), tmp_path / "x.png")
     assert (tmp_path / "x.png").exists() and max(seen) <= trainer.batch_size
