@@ -55,7 +55,8 @@ def parse_args(argv: Sequence[str] | None):
                                             f"{PRETRAINED_NAMES} (default: the newest model_final.pt of train.py below "
                                             "outputs/, else mnist)")
     group.add_argument("--budget", type=duration, default="5m", metavar="TIME",
-                       help="the wall-clock time for everything, including start-up and saving: 90s, 10m, 1.5h")
+                       help="the wall-clock time for everything, including start-up and saving, but not the reading "
+                            "of your own pictures: 90s, 10m, 1.5h")
     add_shared_flags(group, "data_dir", "output_dir", "device", "precision", "threads", "seed")
     group = parser.add_argument_group("what the student learns")
     group.add_argument("--teacher_steps", type=number(int, 2), default=20, metavar="N",

@@ -23,7 +23,7 @@ from torch import Tensor
 
 from data import ImageData, load_dataset
 from evaluation.copies import copies, copies_line
-from runtime import distributed, threads
+from runtime import checkpoints, distributed, threads
 from runtime.errors import UserError
 from runtime.files import check_output, quoted
 from runtime.memory import trim_heap
@@ -72,13 +72,15 @@ def parse_args(argv: Sequence[str] | None) -> tuple[Namespace, dict | None]:
     if args.resume and "init" in parser.typed:
         parser.error("--init starts a new run: leave out --resume")
     found = find_checkpoint(args) if args.resume or distributed.is_launched() else None
-    # A run that torchrun restarts needs --init no more; it may have moved that file to previous/.
     parser.set_defaults(**defaults(args, init=None if found else args.init))
     args = parser.parse_args(argv)
     check_flags_of_data(parser, args)
     typed = parser.typed
     if not found:
         check_effect(parser, args, typed)
+        if args.init and distributed.is_launched() and is_result(args.init, args.output_dir):
+            parser.error(f"--init {args.init} is a result of the run in {args.output_dir}, which a new run there moves "
+                         f"to previous/: torchrun could not restart it. Choose another --output_dir")
         return args, None
     path, checkpoint = found
     if is_student(checkpoint["config"]):
@@ -88,6 +90,12 @@ def parse_args(argv: Sequence[str] | None) -> tuple[Namespace, dict | None]:
     check_effect(parser, args, typed)
     print(f"Resuming {path} after {checkpoint['step']:,} steps")
     return args, checkpoint
+
+
+def is_result(checkpoint: str, folder: str) -> bool:
+    """Whether a run wrote this checkpoint into the folder."""
+    written = {path.resolve() for path in run_folder.results(Path(folder))}
+    return checkpoints.find_checkpoint(checkpoint).resolve() in written
 
 
 def find_checkpoint(args: Namespace) -> tuple[Path, dict] | None:
@@ -124,8 +132,9 @@ def train(run: Run, validation: ImageData, settings: Namespace) -> None:
             if (step_of_epoch == 0 and trainer.reports_now(by_time)
                     and (not by_time or run.progress - progress >= REPORT_SHARE)):
                 epoch = end_epoch(run, validation, settings, epoch)
+                run.update()
                 reported, progress = trainer.step, run.progress
-            elif step_of_epoch and step_of_epoch % LOG_STEPS == 0:
+            elif len(run.losses) >= LOG_STEPS:
                 run.record(run.speed())
             run.save_every(settings.checkpoint_minutes)
             run.update()
@@ -212,11 +221,14 @@ def say_copies(run: Run) -> None:
         pictures = preview(run)
         if distributed.rank() == 0:
             print(copies_line(copies(pictures, run.trainer.data, run.trainer.hflip)[0]))
-            print(earlier_end(run.records), end="")
+            print(earlier_end(run.records, "--epochs" if run.config["training"]["epochs"] else "--budget"), end="")
 
 
-def earlier_end(records: Sequence[dict]) -> str:
-    """A line with the time at which the validation loss was lowest, if it has risen since; else an empty text."""
+def earlier_end(records: Sequence[dict], flag: str) -> str:
+    """A line with the time at which the validation loss was lowest, if it has risen since; else an empty text.
+
+    flag: what limits the run.
+    """
     known = [record for record in records if record.get("val_loss")]
     if not known:
         return ""
@@ -224,7 +236,7 @@ def earlier_end(records: Sequence[dict]) -> str:
     if last["val_loss"] < RISEN * lowest["val_loss"]:
         return ""
     return (f"The loss on held-out pictures was lowest after {lowest['seconds']:.0f} s ({lowest['val_loss']:.4f}) and "
-            f"is now {last['val_loss']:.4f}: a shorter --budget may give fewer copies\n")
+            f"is now {last['val_loss']:.4f}: a smaller {flag} may give fewer copies\n")
 
 
 def preview_work(trainer: Trainer, settings: Namespace) -> float:

@@ -321,7 +321,7 @@ def peer_quality(name: str, dataset: str, data_dir: str, device: str, batch_size
     """Train a peer, keep its EMA weights at each budget (seconds since `started`), then write images made with each.
 
     One run serves all budgets, because the training of a peer does not depend on how long it will last. image_seconds:
-    the sampling time for each budget.
+    the sampling time for each budget. In `folder`, NAME_BUDGETs/ gets weights.pt and images.npz.
     """
     peer, source, _ = prepare_peer(name, dataset, data_dir, device, batch_size)
     rows, snapshots, step = [], [], 0
@@ -332,8 +332,11 @@ def peer_quality(name: str, dataset: str, data_dir: str, device: str, batch_size
         rows.append(dict(budget=budget, seconds=time.time() - started, images_seen=step * batch_size))
         snapshots.append(peer.snapshot())
     for row, weights in zip(rows, snapshots, strict=True):
-        row["images"] = f"{folder}/{name}_{row['budget']:g}s.npz"
+        place = Path(folder) / f"{name}_{row['budget']:g}s"
+        with atomic_write(place / "weights.pt") as file:
+            torch.save(weights, file)
         samples = torch.cat(list(images_in_time(peer, images, steps, weights, image_seconds)))
+        row["images"] = str(place / "images.npz")
         with atomic_write(row["images"]) as file:
             np.savez_compressed(file, arr_0=samples.permute(0, 2, 3, 1).numpy())
     return dict(rows=rows, parameters=count_parameters(peer.network))

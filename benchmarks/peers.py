@@ -24,7 +24,8 @@ class Diffusers:
 
     The defaults of that script: AdamW 1e-4 (0.95, 0.999), weight decay 1e-6, 500 steps of warm-up, then half a cosine
     over 100 epochs, gradients clipped at 1, a linear schedule of 1000 steps, noise prediction; and --use_ema, as in its
-    README. Samplers: DPMSolverMultistepScheduler ("few") and DDPMScheduler ("ddpm"), both through DDPMPipeline.
+    README. Samplers: DPMSolverMultistepScheduler ("few"), with thresholding, which clips x_0_hat to [-1, 1] as
+    DDPMScheduler does by default, and DDPMScheduler ("ddpm"), both through DDPMPipeline.
     """
 
     package = "diffusers"
@@ -74,7 +75,7 @@ class Diffusers:
                 parameter.data.copy_(weight)
         scheduler = self.noise_scheduler
         if sampler == "few":
-            scheduler = DPMSolverMultistepScheduler.from_config(scheduler.config)
+            scheduler = DPMSolverMultistepScheduler.from_config(scheduler.config, thresholding=True)
         pipeline = DDPMPipeline(unet=self.network.eval(), scheduler=scheduler)
         pipeline.set_progress_bar_config(disable=True)
         sizes = [min(SAMPLE_BATCH, count - first) for first in range(0, count, SAMPLE_BATCH)]

@@ -58,16 +58,21 @@ def peer_quality(context: Context, name: str) -> Iterator[dict]:
     args, plan = context.args, context.plan
     result = processes.run_job(
         "peer_quality", name=name, **context.data, batch_size=plan.batch_size, budgets=args.budgets,
-        images=args.num_images, steps=plan.few_steps, image_seconds=args.image_time, folder=str(context.temporary),
+        images=args.num_images, steps=plan.few_steps, image_seconds=args.image_time, folder=str(quality(context)),
         started=time.time())
     for row in result["rows"]:
         yield evaluate(context, name, row["budget"], row["seconds"], row["images_seen"],
                        "--images", row["images"], "--dataset", args.dataset)
 
 
+def quality(context: Context) -> Path:
+    """Where the report and the checkpoint, or the weights, of each contestant and each budget are kept."""
+    return Path(context.args.output_dir).absolute() / "quality"
+
+
 def quality_folder(context: Context, name: str, budget: float) -> Path:
-    """Where the report and the checkpoint of a contestant and a budget are kept."""
-    return Path(context.args.output_dir) / "quality" / f"{name}_{budget:g}s"
+    """The folder of a contestant and a budget."""
+    return quality(context) / f"{name}_{budget:g}s"
 
 
 def evaluate(context: Context, name: str, budget: float, seconds: float, images_seen: int, *source: str) -> dict:

@@ -129,13 +129,13 @@ def _read_metrics(path: Path, run: FoundRun) -> None:
 def _read_evaluation(path: Path, run: FoundRun) -> None:
     """evaluation.json: the value of each figure. Its command counts only where there is no run.json.
 
-    ValueError if it is of an earlier state of the checkpoint, as after --resume.
+    ValueError if it is not of the checkpoint there, as after --resume.
     """
     content = _load_json(path)
-    name = Path(_text(content.get("checkpoint")) or "").name
+    name, digest = Path(_text(content.get("checkpoint")) or "").name, content.get("checkpoint_sha256")
     for file in (path.parent / name, path.parent / "checkpoints" / name):
-        if file.is_file() and content.get("checkpoint_sha256") != file_digest(file):
-            raise ValueError(f"it is of an earlier {name}: run evaluate.py again")
+        if digest and file.is_file() and digest != file_digest(file):
+            raise ValueError(f"it is of another or an earlier {name}: run evaluate.py again")
     values = {_text(name): _number(figure["value"]) for name, figure in content["figures"].items()}
     run.figures = {name: value for name, value in values.items() if value is not None}
     run.dataset, run.num_images = _text(content.get("dataset")) or run.dataset, _number(content.get("num_images"))

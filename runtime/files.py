@@ -31,7 +31,11 @@ def quoted(path: str | PurePath) -> str:
 
 def file_digest(path: str | Path) -> str:
     """The sha256 of a file."""
-    return hashlib.sha256(Path(path).read_bytes()).hexdigest()
+    digest = hashlib.sha256()
+    with Path(path).open("rb") as file:
+        while block := file.read(2**20):
+            digest.update(block)
+    return digest.hexdigest()
 
 
 @contextlib.contextmanager

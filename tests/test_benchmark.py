@@ -370,6 +370,25 @@ def test_a_job_finds_its_modules_from_every_folder(monkeypatch, tmp_path):
                           steps=1)
 
 
+def test_the_weights_and_images_of_a_peer_are_kept_where_the_results_are(monkeypatch, tmp_path):
+    peer = SimpleNamespace(device=torch.device("cpu"), network=nn.Linear(2, 2), train_step=lambda _: time.sleep(0.01),
+                           snapshot=lambda: dict(w=torch.ones(3)),
+                           sample=lambda count, *_: torch.zeros(count, 1, 8, 8, dtype=torch.uint8))
+    monkeypatch.setattr(jobs, "prepare_peer", lambda *_: (peer, iter(range(10**9)), None))
+    monkeypatch.chdir(tmp_path)
+    context = SimpleNamespace(
+        args=SimpleNamespace(budgets=[0.05, 0.1], num_images=70, image_time=9.0, output_dir="out", dataset="glyphs"),
+        plan=SimpleNamespace(batch_size=4, few_steps=1), data=dict(dataset="glyphs", data_dir="data", device="cpu"))
+    monkeypatch.setattr(processes, "run_job", lambda _, **fields: jobs.peer_quality(**fields))
+    monkeypatch.setattr(quality, "evaluate", lambda *given: given)
+    rows = list(quality.peer_quality(context, "diffusers"))
+    for budget, row in zip((0.05, 0.1), rows, strict=True):
+        place = quality.quality_folder(context, "diffusers", budget)
+        assert place.is_absolute() and str(place / "images.npz") in row
+        assert np.load(place / "images.npz")["arr_0"].shape == (70, 8, 8, 1)
+        assert torch.equal(torch.load(place / "weights.pt", weights_only=True)["w"], torch.ones(3))
+
+
 def test_the_named_configurations_are_flags_of_train():
     parser = flags.make_parser("")
     assert OURS["first_try"]

@@ -202,6 +202,15 @@ def test_a_copying_generator_is_caught(small, tmp_path, data_dir, capsys):
     assert "copies: 100.00%" in out and "100 % of them are copies" in out and (tmp_path / "nearest.png").exists()
 
 
+def test_copies_are_looked_for_among_the_images_that_were_learned_from(small, checkpoint, tmp_path):
+    path = checkpoint()
+    fields = {name: load_checkpoint(path)[name] for name in FIELDS}
+    fields["config"]["training"] = dict(train_images=300)
+    save_checkpoint(path, **fields)
+    assert small("--checkpoint", path, "--num_images", COUNT, "--steps", 1, "--output_dir", tmp_path) == 0
+    assert report(tmp_path)["memorisation"]["training_images"] == 300
+
+
 def test_mirrored_copies_are_caught_where_the_network_has_seen_them(small, tmp_path, data_dir, monkeypatch):
     path = write_npz(tmp_path / "x.npz", load_dataset("glyphs", "train", data_dir).images[:COUNT].flip(3))
     look, caught = evaluate.memorisation, []

@@ -115,9 +115,9 @@ def test_an_archive_of_few_pictures_is_learned_and_the_run_says_what_to_know_and
 
 @pytest.mark.parametrize("losses, said", [
     ([3.0, 2.0, 1.0], ""), ([1.0, 1.04], ""), ([None, None], ""), ([], ""),
-    ([3.0, 1.0, None, 2.0], "lowest after 20 s (1.0000) and is now 2.0000: a shorter --budget may give fewer copies")])
+    ([3.0, 1.0, None, 2.0], "lowest after 20 s (1.0000) and is now 2.0000: a smaller --epochs may give fewer copies")])
 def test_a_loss_of_held_out_pictures_that_has_risen_is_told_of(losses, said):
-    line = train.earlier_end([dict(val_loss=loss, seconds=10.0 * i) for i, loss in enumerate(losses, 1)])
+    line = train.earlier_end([dict(val_loss=loss, seconds=10.0 * i) for i, loss in enumerate(losses, 1)], "--epochs")
     assert said in line if said else line == ""
 
 
@@ -177,6 +177,16 @@ def test_copies_are_looked_for_among_what_was_learned_from(two, data_dir, tmp_pa
     path = train_on(two, tmp_path / "run", "--hflip", "--train_images", "8")
     evaluate.main(["--checkpoint", str(path), "--num_images", "4", "--steps", "2", "--output_dir", str(tmp_path), *CPU])
     assert [(len(pictures), mirrored) for _, pictures, mirrored in seen] == [(8, True), (8, True)]
+    learned = []
+    monkeypatch.setattr(distill, "make_trainer", lambda *given: learned.append(len(given[3].images)) or stop())
+    asked = distill.parse_args(["--checkpoint", str(path), "--data_dir", str(two.parent / "data"), *CPU])
+    with pytest.raises(StopIteration):
+        distill.make_run(asked, 0)
+    assert learned == [8]
+
+
+def stop():
+    raise StopIteration
 
 
 @pytest.mark.parametrize("flag", ["--sweep", "--likelihood", "--compare", "--reference=validation",
@@ -499,6 +509,15 @@ def test_a_restart_by_torchrun_needs_the_file_of_init_no_more(two, tmp_path, mon
     monkeypatch.setattr(train, "find_checkpoint", lambda _: (path, load_checkpoint(path)))
     args, found = train.parse_args(flags(two, tmp_path / "run", "--init", str(tmp_path / "moved.pt")))
     assert found["step"] == load_checkpoint(path)["step"] and args.base_channels == 8
+
+
+def test_torchrun_is_not_started_with_an_init_that_its_own_run_would_move(two, tmp_path, monkeypatch):
+    path = train_on(two, tmp_path / "run")
+    monkeypatch.setattr(train.distributed, "is_launched", lambda: True)
+    monkeypatch.setattr(train, "find_checkpoint", lambda _: None)
+    with pytest.raises(UserError, match="torchrun could not restart it"):
+        train.parse_args(flags(two, tmp_path / "run", "--init", str(path)))
+    assert train.parse_args(flags(two, tmp_path / "other", "--init", str(path)))[0].init == str(path)
 
 
 def test_reading_the_pictures_takes_nothing_of_the_budget(two, data_dir, tmp_path, monkeypatch):

@@ -194,4 +194,5 @@ def test_a_file_that_comes_along_draws_the_classes_that_it_is_asked_for(name, tm
     drawn = torch.from_numpy(images(name, tmp_path, "--num_images", 30)).permute(0, 3, 1, 2).to(torch.uint8)
     assert load_model(INSTALLED / f"{name}.pt")[0].num_classes == len(DATASETS[name].class_names) == 10
     seen = extract_features(drawn, load_feature_network(name)).probabilities.argmax(1)
-    assert (seen == torch.arange(30) % 10).float().mean() > 0.8
+    least = INDEX[name]["figures"]["asked_class"]["value"] - 0.15  # of 5,000 images; an untrained network has 0.1
+    assert (seen == torch.arange(30) % 10).float().mean() > least > 0.65

@@ -183,6 +183,15 @@ def test_frames_of_an_animation_have_their_captions(tmp_path):
     assert len(heads) == 2 and not np.array_equal(*heads) and all(head.max() > 200 for head in heads)
 
 
+@pytest.mark.parametrize("channels, least", [(1, 40), (3, 150)])
+def test_films_in_colour_have_more_colours(tmp_path, channels, least):
+    frames = [torch.randint(0, 256, (16, channels, 8, 8)).to(torch.uint8)] * 2
+    utils.save_gif(frames, tmp_path / "x.gif")
+    with Image.open(tmp_path / "x.gif") as film:
+        found = len(film.convert("RGB").getcolors(10**6))
+    assert least < found <= (64 if channels == 1 else 256)
+
+
 @pytest.mark.parametrize("suffix, start", [(".png", b"\x89PNG"), (".pdf", b"%PDF"), (".svg", b"<?xml")])
 def test_a_figure_has_the_format_of_its_ending_and_its_resolution(tmp_path, suffix, start):
     sizes = []

@@ -138,13 +138,13 @@ def make_parser(description: str) -> Parser:
     group.add_argument("--budget", type=duration, metavar="TIME",
                        help="the wall-clock time for everything, including start-up, saving and (with --resume) the "
                             "time used before, but not the reading of your own pictures: 90s, 10m, 1.5h (default: "
-                            "10m for your own pictures without --epochs, else none)")
+                            "10m for your own pictures without --epochs, else none). Epochs that take less than a "
+                            "hundredth of it are not reported each: losses, samples and checkpoints come less often")
     group.add_argument("--train_images", type=number(int, 1),
-                       help="learn from the first N training images only; with --budget and few of them samples, "
-                            "checkpoints and the validation loss come after each 8,000 images")
+                       help="learn from the first N training images only; with --budget and few of them losses, "
+                            "samples and checkpoints come after each 8,000 images at most")
     group.add_argument("--sample_interval", type=number(int, 0), default=1,
-                       help="write a grid of samples every N epochs (with --budget at most every hundredth of "
-                            "it); 0: never")
+                       help="write a grid of samples every N epochs; 0: never")
     group.add_argument("--save_interval", type=number(int, 0), default=5,
                        help="write a checkpoint every N epochs, besides model_final.pt at the end; 0: never")
     group.add_argument("--checkpoint_minutes", type=number(float, 0), default=5.0,

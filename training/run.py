@@ -26,7 +26,7 @@ from utils import count_parameters
 LOG_STEPS = 50  # steps between two records
 AGREE_STEPS = 10  # steps after which several processes agree on the time and on a signal
 MAX_BAD_STEPS = 20  # a run fails after so many steps in a row without a finite gradient
-FIRST_STEPS = 5  # of a sitting: after them its speed is known for the first time
+FIRST_STEPS = 6  # of a sitting on a CPU: after them its speed is known for the first time
 CLOSING_SECONDS = 1.5  # time to write the last checkpoint and the plot
 
 
@@ -44,6 +44,7 @@ class Run:
     progress           how much of the run is done (0..1)
     signal, stopped    the signal that this process received, and the one for which all processes stop
     step_time          time.perf_counter() after the last step
+    first_times        the seconds of the first steps of this sitting, without the very first, on a CPU
     preview            the step of the last preview and its images; None before the first
     """
 
@@ -58,7 +59,8 @@ class Run:
         self.signal, self.stopped, self.progress, self.agreed = None, None, 0.0, None
         self.reported, self.fastest = 0.0, 0.0  # skipped steps that the user was told of; images a second
         self.last_save = self.step_time = time.perf_counter()
-        self.first_step = trainer.step  # of this sitting
+        self.first_times: list[float] = []
+        self.timed_step = trainer.step
         self.queued = QueuedSteps(trainer.device)
         self.mark()
 
@@ -68,7 +70,7 @@ class Run:
         self.records = checkpoint["history"].get("records", [])
         self.losses = [torch.tensor(loss, device=self.trainer.device)
                        for loss in checkpoint["history"].get("losses", [])]
-        self.first_step = self.trainer.step
+        self.timed_step = self.trainer.step
         self.mark()
 
     # ---------------------------------------------------------------------------------------------- time and signals
@@ -76,10 +78,8 @@ class Run:
     def update(self) -> None:
         """Set `progress` and `stopped` by the clock and by the signal, on which several processes agree."""
         self.queued.limit()
-        step, signal = self.trainer.step, self.signal
-        if step - self.first_step == FIRST_STEPS and (speed := self.speed()):
-            self.set_reserve(speed)  # a slow network may take all its time for fewer steps than are between records
-        time_share = self.budget.time_share
+        self.time_first_steps()
+        step, time_share, signal = self.trainer.step, self.budget.time_share, self.signal
         if distributed.world_size() > 1:
             if self.agreed is None or step % AGREE_STEPS == 0:
                 mine = torch.tensor([time_share, signal or 0], device=self.trainer.device)
@@ -87,6 +87,20 @@ class Run:
             time_share, signal = self.agreed
         self.progress, self.stopped = self.budget.progress(step, time_share), int(signal or 0)
         self.step_time = time.perf_counter()
+
+    def time_first_steps(self) -> None:
+        """Set the reserve of the budget by the quickest of the FIRST_STEPS, before there is a record.
+
+        A slow network may take all its time for fewer steps than are between records. (On a GPU those are quick, and
+        the first ones are not: cuDNN chooses algorithms, and a CUDA graph is recorded.)
+        """
+        step = self.trainer.step
+        if self.trainer.device.type != "cpu" or step == self.timed_step or len(self.first_times) >= FIRST_STEPS:
+            return
+        self.first_times.append(time.perf_counter() - self.step_time)
+        self.timed_step = step
+        if len(self.first_times) == FIRST_STEPS:
+            self.set_reserve(self.trainer.batch_size / max(1e-9, min(self.first_times[1:])))
 
     def mark(self) -> None:
         """Measure the speed from here on."""

@@ -170,7 +170,8 @@ def set_aside(folder: Path) -> Path | None:
     place = folder / "previous" / time.strftime("%Y-%m-%d_%H-%M-%S", time.localtime(newest))
     while place.exists():
         place = place.with_name(place.name + "+")
-    for path in [*old, *(path for path in map(folder.joinpath, JUDGED) if path.is_file())]:
+    judged = [folder / place / name for place in ("", "checkpoints") for name in JUDGED]
+    for path in [*old, *(path for path in judged if path.is_file())]:
         target = place / path.relative_to(folder)
         target.parent.mkdir(parents=True, exist_ok=True)
         os.replace(path, target)

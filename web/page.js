@@ -25,7 +25,8 @@ const KEYS = {
   t: (text, {alphas_cumprod: {length}}) => within(0, length - 1)(text),
   told: (text, {class_names: names}) => within(0, names.length - 1)(text),
   keep: (text) => Object.hasOwn(HALVES, text) ? text : undefined,
-  drawing: (text, {shape}) => unpackDrawing(text, shape.reduce((a, b) => a * b)),
+  drawing: (text, {shape, levels}) =>
+    unpackDrawing(text, shape.reduce((a, b) => a * b), new LevelCode(levels).paper()),
 };
 
 const defaultsOf = ({class_names: names, defaults, alphas_cumprod: {length}}) => ({
@@ -63,7 +64,7 @@ function writeNow() {
   if (location.hash !== address) return;  // somebody has just given another one, which is about to be taken
   const words = Object.entries(app.state).filter(([key, value]) => value !== null || key === "label");
   history.replaceState(null, "", "#" + new URLSearchParams(words.map(([key, value]) =>
-    [key, key === "drawing" ? packDrawing(value) : value ?? "any"])));
+    [key, key === "drawing" ? packDrawing(value, sketch.paper) : value ?? "any"])));
   address = location.hash;
 }
 

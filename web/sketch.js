@@ -3,7 +3,8 @@
 const PENS = {thin: 0.8, medium: 1.3, thick: 2.2};  // radius in pixels of an image 28 pixels high
 const PROPOSALS = 4, COMPLETE_STEPS = 20, RESAMPLE = 5, NOISE_SEED = 1;
 
-// levels: the drawing; paper: the level where nothing is drawn; cursor, down: the pen of the keyboard. What else there is stands in the state of the page.
+// levels: the drawing; paper: the level where nothing is drawn; cursor, down: the pen of the keyboard. What else there
+// is stands in the state of the page.
 const sketch = {levels: null, paper: 0, pen: "medium", cursor: null, down: false};
 
 // The parts that can be kept: whether a pixel belongs to it.
@@ -37,9 +38,9 @@ function drawLine([x0, y0], [x1, y1]) {
     }
 }
 
-// A drawing as a text for the address: levels as they are, but 0 with the length of its run behind it.
-function packDrawing(levels) {
-  const bytes = [];
+// A drawing as a text for the address: its levels XOR that of the paper, 0 with the length of its run behind it.
+function packDrawing(drawing, paper) {
+  const bytes = [], levels = drawing.map((level) => level ^ paper);
   for (let i = 0; i < levels.length;) {
     let run = 0;
     while (levels[i + run] === 0 && run < 255) run++;
@@ -51,12 +52,12 @@ function packDrawing(levels) {
 }
 
 // The `count` levels of such a text; undefined if it is of another size or no such text.
-function unpackDrawing(text, count) {
+function unpackDrawing(text, count, paper) {
   try {
     const bytes = bytesOf(text.replaceAll("-", "+").replaceAll("_", "/")), levels = [];
     for (let i = 0; i < bytes.length && levels.length <= count; i++)
       levels.push(...bytes[i] ? [bytes[i]] : Array(bytes[++i] ?? 0).fill(0));
-    return levels.length === count ? Uint8Array.from(levels) : undefined;
+    return levels.length === count ? Uint8Array.from(levels, (level) => level ^ paper) : undefined;
   } catch {
     return undefined;
   }
@@ -163,9 +164,10 @@ const sketchView = {
   },
 
   build({shape: [channels, height, width], class_names: names, student}) {
-    sketch.paper = app.code.paper();
-    sketch.levels = new Uint8Array(channels * height * width).fill(sketch.paper);
-    $("ink").value = sketch.paper < 128 ? "#ffffff" : "#000000";
+    const paper = app.code.paper();
+    if (paper !== sketch.paper) $("ink").value = paper < 128 ? "#ffffff" : "#000000";
+    sketch.paper = paper;
+    sketch.levels = new Uint8Array(channels * height * width).fill(paper);
     $("ink-field").hidden = channels === 1;
     $("completion").hidden = student;  // a student only makes images from pure noise
     this.told = labelChoices($("sketch-labels"), names, "nothing", (told) => {

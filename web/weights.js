@@ -41,7 +41,8 @@ class LevelCode {
 
   decode(x) { return Uint8Array.from(x, (value) => this.level(value)); }
 
-  // The level of the paper, which most pixels have: it has wide gaps beside it. 0 where no level is that common.
+  // The level of the paper, which most pixels have: it has wide gaps beside it. 0 where no level is that common. Of
+  // colours it is one level for all channels, so that coloured paper is shown grey.
   paper() {
     const gap = (k) => this.points[k + 1] - this.points[k];
     const widths = Array.from(this.points, (_, k) => k % 255 ? 2 * Math.min(gap(k - 1), gap(k)) : gap(k ? 254 : 0));

@@ -218,7 +218,8 @@ def clock(monkeypatch):
             now[0] += seconds * (3 if trainer.step >= clock.busy_from else 1)
             return function(trainer, *args)
         return lasts
-    clock = SimpleNamespace(perf_counter=lambda: now[0], process_time=lambda: 0.0, busy_from=math.inf)
+    clock = SimpleNamespace(perf_counter=lambda: now[0], process_time=lambda: 0.0, busy_from=math.inf,
+                            wait=lambda seconds: now.__setitem__(0, now[0] + seconds))
     for module in (train, training.budget, training.run, autotune):
         monkeypatch.setattr(module, "time", clock)
     monkeypatch.setattr(Trainer, "train_step", lasting(1, Trainer.train_step))
@@ -280,7 +281,8 @@ def test_what_is_due_between_two_reports_is_done_at_the_second(interval, epochs)
     assert [now for before, now in itertools.pairwise(reports) if train.is_due(interval, now, before)] == epochs
 
 
-def test_a_slow_network_keeps_its_budget_before_the_first_record(monkeypatch, clock, data_dir, tmp_path):
+@pytest.mark.parametrize("warm_up", [0, 4])
+def test_a_slow_network_keeps_its_budget_before_the_first_record(monkeypatch, clock, data_dir, tmp_path, warm_up):
     """Steps of a second, of which an epoch has a hundred; the samples take 20 s, and files 1.5 s."""
     monkeypatch.setattr(train, "preview_work", lambda *_: 20 * 32.0)
     monkeypatch.setattr(train, "VALIDATION_LOSS_IMAGES", 0)
@@ -288,8 +290,19 @@ def test_a_slow_network_keeps_its_budget_before_the_first_record(monkeypatch, cl
     args.epochs = None
     run, *_ = train.make_run(args, saved, start=train.time.perf_counter())
     while run.update() or run.progress < 1:
+        clock.wait(warm_up / 2 if run.trainer.step < 2 else 0)
         run.trainer.train_step(*run.trainer.batch(), run.progress)
-    assert run.trainer.step == 10 and 31 - run.budget.seconds_used == 21
+    assert run.trainer.step == 10 - warm_up and 31 - run.budget.seconds_used == 21
+
+
+def test_epochs_that_are_not_reported_still_have_records(monkeypatch, clock, data_dir, tmp_path):
+    """Four steps an epoch, one report in all, and a record after six steps."""
+    monkeypatch.setattr(train, "REPORT_SHARE", 2.0)
+    monkeypatch.setattr(train, "LOG_STEPS", 6)
+    records = sitting(data_dir, tmp_path, 30).records
+    steps = [record["step"] for record in records]
+    assert len(steps) > 3 and steps[:-1] == list(range(6, steps[-1] + 1, 6))
+    assert [record["val_loss"] is None for record in records] == [True] * (len(steps) - 1) + [False]
 
 
 def test_by_time_every_epoch_of_own_pictures_is_reported_also_where_the_batch_does_not_divide_it():

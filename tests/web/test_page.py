@@ -275,7 +275,10 @@ def test_a_large_drawing_goes_into_an_address_and_back(opened, exported):
     page.made()
     assert page.page.evaluate("""(() => {
         const levels = Uint8Array.from({length: 3 * 512 * 512}, (_, i) => i % 7 ? i % 256 : 0);
-        return unpackDrawing(packDrawing(levels), levels.length).every((level, i) => level === levels[i]);
+        const same = (paper) => unpackDrawing(packDrawing(levels, paper), levels.length, paper)
+            .every((level, i) => level === levels[i]);
+        const white = new Uint8Array(3 * 64 * 64).fill(255);
+        return same(0) && same(255) && same(230) && packDrawing(white, 255).length < 200;
     })()""")
 
 
