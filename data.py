@@ -148,8 +148,8 @@ class ImageData:
         """The same split with images and labels on `device`."""
         return replace(self, images=self.images.to(device), labels=self.labels.to(device), code=self.code.to(device))
 
-    def first(self, count: int) -> "ImageData":
-        """The first `count` images of the split."""
+    def first(self, count: int | None) -> "ImageData":
+        """The first `count` images of the split; None: all."""
         return replace(self, images=self.images[:count], labels=self.labels[:count])
 
     def coded(self, code: LevelCode) -> "ImageData":

@@ -40,7 +40,7 @@ from samplers import all_images, ddim_step, guide, spaced_timesteps
 from training import autotune, run_folder, run_record
 from training.budget import Budget
 from training.run import CLOSING_SECONDS, LOG_STEPS, Run, print_summary, progress_bar
-from training.setup import check_gpu_memory
+from training.setup import check_gpu_memory, time_reading
 from training.trainer import Trainer, memory_advice, repeats_of
 from utils import autocast, get_device, save_images
 
@@ -190,12 +190,8 @@ def make_run(args: Namespace, start: float) -> Run:
     check_teacher(args, process, checkpoint)
     guidance_scale = sampling_options(checkpoint["config"], Namespace(guidance_scale=args.guidance_scale),
                                       1)["guidance_scale"]
-    reading = time.perf_counter()
-    data = load_dataset(dataset_of(checkpoint, args.data_dir), "train", args.data_dir)
-    if data.folder:  # the first reading of many pictures may take longer than the budget, and is done once
-        start += time.perf_counter() - reading
-    data = data.first(int(training_flag(checkpoint, "train_images", 0)) or len(data.images))
-    data = data.coded(code_of(checkpoint["config"]))
+    data, seconds = time_reading(lambda: load_dataset(dataset_of(checkpoint, args.data_dir), "train", args.data_dir))
+    data = data.first(int(training_flag(checkpoint, "train_images", 0)) or None).coded(code_of(checkpoint["config"]))
     check_gpu_memory(data, device)
     if problem := data_mismatch(checkpoint["config"], data):
         raise UserError(f"{problem}: give the --data_dir that it was trained on")
@@ -204,7 +200,7 @@ def make_run(args: Namespace, start: float) -> Run:
     trainer, settings = make_trainer(settings, teacher, process, data.to(device))
     config = dict(model=teacher.config, diffusion=process.config, data=checkpoint["config"]["data"],
                   training=dict(vars(settings), student=True, teacher_images_seen=checkpoint["images_seen"]))
-    budget = Budget(math.inf, args.budget, start, reserve=CLOSING_SECONDS)
+    budget = Budget(math.inf, args.budget, start + seconds, reserve=CLOSING_SECONDS)
     advice = f"try --lr {args.lr / 4:g} --muon_lr {args.muon_lr / 4:g}, or --precision fp32"
     return Run(Path(args.output_dir), trainer, budget, config, advice, SAMPLE_IMAGES * sum(SAMPLE_STEPS))
 
@@ -216,7 +212,7 @@ def check_teacher(args: Namespace, process: DiffusionProcess, checkpoint: dict) 
     if args.teacher_steps > process.num_timesteps:
         raise UserError(f"--teacher_steps must lie in 2..{process.num_timesteps} (the checkpoint's number of "
                         f"timesteps), not {args.teacher_steps}")
-    if Path(args.checkpoint).resolve() in (path.resolve() for path in run_folder.results(Path(args.output_dir))):
+    if run_folder.holds(Path(args.output_dir), Path(args.checkpoint)):
         raise UserError(f"{args.output_dir} holds the teacher, which a new run there would move away: choose "
                         f"another --output_dir")
 

@@ -251,7 +251,7 @@ def examine_data(args, name: str | Path, model, diffusion: DiffusionProcess,
         epochs = max(checkpoint["epoch"], int(training_flag(checkpoint, "epochs", 0)))
         longer = command_to_resume(args, f"--epochs {more_epochs(epochs)}")
         yield from examine_error(model, diffusion, train, unseen, longer)
-    train = train.first(int(training_flag(checkpoint, "train_images", 0)) or len(train.images))
+    train = train.first(int(training_flag(checkpoint, "train_images", 0)) or None)
     yield from examine_samples(model, diffusion, train, unseen, checkpoint)
 
 

@@ -35,7 +35,6 @@ from checkpoint import load_checkpoint
 from data import DATASETS, SPLITS, load_dataset
 from evaluation.autoencoder_training import train_second_network
 from evaluation.classifier_training import train_feature_network
-from evaluation.compare import RESULT as COMPARE_RESULT
 from evaluation.compare import check_comparable, comparison, is_ready, print_comparison
 from evaluation.copies import FEW, refuse_few, report_copies, too_few
 from evaluation.features import extract_features
@@ -253,8 +252,8 @@ def run_comparison(args: Namespace, command: Sequence[str], device: torch.device
         rows = comparison(*values, reference.floor | two_sample_floor(reference, device))
         print_heading(about[0])
         print_comparison(rows, args.compare, counts[0])
-        write_json(dict(figures=rows, a=about[0], b=about[1]), output / COMPARE_RESULT)
-        print(f"Saved {output / COMPARE_RESULT}")
+        write_json(dict(figures=rows, a=about[0], b=about[1]), output / "compare.json")
+        print(f"Saved {output / 'compare.json'}")
 
 
 # ------------------------------------------------------------------------------------------------------------- main
@@ -325,7 +324,7 @@ def main(argv=None):
         images, *_ = generated or make_images(args, loaded, loaded.options[0], count)
         if distributed.rank() == 0:
             learned = load_dataset(data.source, "train", args.data_dir)
-            learned = learned.first(loaded.train_images or len(learned.images)) if loaded else learned
+            learned = learned.first(loaded.train_images or None) if loaded else learned
             report_copies(images, learned, bool(loaded and loaded.mirrored), command, output)
         return distributed.destroy_process_group()
     reference = None if distributed.rank() else make_reference(data, floor_data, *networks, args.data_dir)

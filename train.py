@@ -54,7 +54,7 @@ from training.run import (
     progress_bar,
     warn_of_failed_writes,
 )
-from training.setup import build, check_gpu_memory, choose_size, make_trainer
+from training.setup import build, check_gpu_memory, choose_size, make_trainer, time_reading
 from training.sizing import FEW_IMAGES
 from training.tensorboard import Board, summary_writer
 from training.trainer import VALIDATION_LOSS_IMAGES, Trainer, memory_advice, validation_loss
@@ -78,7 +78,8 @@ def parse_args(argv: Sequence[str] | None) -> tuple[Namespace, dict | None]:
     typed = parser.typed
     if not found:
         check_effect(parser, args, typed)
-        if args.init and distributed.is_launched() and is_result(args.init, args.output_dir):
+        if args.init and distributed.is_launched() and run_folder.holds(
+                Path(args.output_dir), checkpoints.find_checkpoint(args.init)):
             parser.error(f"--init {args.init} is a result of the run in {args.output_dir}, which a new run there moves "
                          f"to previous/: torchrun could not restart it. Choose another --output_dir")
         return args, None
@@ -90,12 +91,6 @@ def parse_args(argv: Sequence[str] | None) -> tuple[Namespace, dict | None]:
     check_effect(parser, args, typed)
     print(f"Resuming {path} after {checkpoint['step']:,} steps")
     return args, checkpoint
-
-
-def is_result(checkpoint: str, folder: str) -> bool:
-    """Whether a run wrote this checkpoint into the folder."""
-    written = {path.resolve() for path in run_folder.results(Path(folder))}
-    return checkpoints.find_checkpoint(checkpoint).resolve() in written
 
 
 def find_checkpoint(args: Namespace) -> tuple[Path, dict] | None:
@@ -221,7 +216,9 @@ def say_copies(run: Run) -> None:
         pictures = preview(run)
         if distributed.rank() == 0:
             print(copies_line(copies(pictures, run.trainer.data, run.trainer.hflip)[0]))
-            print(earlier_end(run.records, "--epochs" if run.config["training"]["epochs"] else "--budget"), end="")
+            flag = "--epochs" if run.config["training"]["epochs"] else "--budget"
+            if line := earlier_end(run.records, flag):
+                print(line)
 
 
 def earlier_end(records: Sequence[dict], flag: str) -> str:
@@ -236,7 +233,7 @@ def earlier_end(records: Sequence[dict], flag: str) -> str:
     if last["val_loss"] < RISEN * lowest["val_loss"]:
         return ""
     return (f"The loss on held-out pictures was lowest after {lowest['seconds']:.0f} s ({lowest['val_loss']:.4f}) and "
-            f"is now {last['val_loss']:.4f}: a smaller {flag} may give fewer copies\n")
+            f"is now {last['val_loss']:.4f}: a smaller {flag} may give fewer copies")
 
 
 def preview_work(trainer: Trainer, settings: Namespace) -> float:
@@ -253,7 +250,7 @@ def preview_work(trainer: Trainer, settings: Namespace) -> float:
 def open_data(args: Namespace, device: torch.device) -> ImageData:
     """The images to learn from; of your own pictures it also says what was read."""
     data = load_dataset(chosen_dataset(args, small=device.type == "cpu"), "train", args.data_dir, points=True)
-    data = data.first(args.train_images or len(data.images))
+    data = data.first(args.train_images)
     if is_few(data):
         known = "cifar10" if data.images.shape[1] == 3 else "mnist"
         advice = "" if args.init or args.resume else (f"--init {known} may give clearer ones and fewer copies, as it "
@@ -283,11 +280,8 @@ def make_run(args: Namespace, checkpoint: dict | None, start: float) -> tuple[Ru
         summary_writer()  # an error now, if it is not installed
     device = get_device(distributed.local_device(args.device))
     autotune.set_up_cuda(device)
-    reading = time.perf_counter()
     with distributed.local_rank_0_first():
-        data = open_data(args, device)
-    if data.folder:  # the first reading of many pictures may take longer than the budget, and is done once
-        start += time.perf_counter() - reading
+        data, seconds = time_reading(partial(open_data, args, device))
     check_gpu_memory(data, device)
     settings = make_settings(args, data)
     threads.set_up(args.threads, device, adapt=settings.epochs is None)
@@ -304,7 +298,7 @@ def make_run(args: Namespace, checkpoint: dict | None, start: float) -> tuple[Ru
     trainer, settings = make_trainer(settings, data.to(device), model.to(device), diffusion.to(device))
     config |= dict(model=model.config, diffusion=diffusion.config, training=vars(settings))
     steps = settings.epochs * trainer.steps_per_epoch if settings.epochs else math.inf
-    budget = Budget(steps, args.budget, start, checkpoint["seconds"] if checkpoint else 0.0)
+    budget = Budget(steps, args.budget, start + seconds, checkpoint["seconds"] if checkpoint else 0.0)
     closing_images = min(VALIDATION_LOSS_IMAGES, len(validation.images)) / 3 + preview_work(trainer, settings)
     run = Run(Path(args.output_dir), trainer, budget, config, advice(settings), closing_images, args.keep_checkpoints)
     if checkpoint:

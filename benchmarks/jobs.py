@@ -317,26 +317,26 @@ def images_in_time(peer, images: int, steps: int, weights, seconds: float) -> It
 
 
 def peer_quality(name: str, dataset: str, data_dir: str, device: str, batch_size: int, budgets: list[float],
-                 images: int, steps: int, image_seconds: float, folder: str, started: float) -> dict:
+                 folders: list[str], images: int, steps: int, image_seconds: float, started: float) -> dict:
     """Train a peer, keep its EMA weights at each budget (seconds since `started`), then write images made with each.
 
     One run serves all budgets, because the training of a peer does not depend on how long it will last. image_seconds:
-    the sampling time for each budget. In `folder`, NAME_BUDGETs/ gets weights.pt and images.npz.
+    the sampling time for each budget. The budgets rise, and each has one of the folders, which gets weights.pt and
+    images.npz.
     """
     peer, source, _ = prepare_peer(name, dataset, data_dir, device, batch_size)
     rows, snapshots, step = [], [], 0
-    for budget in sorted(budgets):
+    for budget in budgets:
         while time.time() - started < budget:
             peer.train_step(next(source))
             step += 1
         rows.append(dict(budget=budget, seconds=time.time() - started, images_seen=step * batch_size))
         snapshots.append(peer.snapshot())
-    for row, weights in zip(rows, snapshots, strict=True):
-        place = Path(folder) / f"{name}_{row['budget']:g}s"
-        with atomic_write(place / "weights.pt") as file:
+    for row, weights, folder in zip(rows, snapshots, folders, strict=True):
+        with atomic_write(f"{folder}/weights.pt") as file:
             torch.save(weights, file)
         samples = torch.cat(list(images_in_time(peer, images, steps, weights, image_seconds)))
-        row["images"] = str(place / "images.npz")
+        row["images"] = f"{folder}/images.npz"
         with atomic_write(row["images"]) as file:
             np.savez_compressed(file, arr_0=samples.permute(0, 2, 3, 1).numpy())
     return dict(rows=rows, parameters=count_parameters(peer.network))

@@ -55,24 +55,19 @@ def our_quality(context: Context, name: str) -> Iterator[dict]:
 
 def peer_quality(context: Context, name: str) -> Iterator[dict]:
     """Train a peer once for all budgets, and yield a row for each."""
-    args, plan = context.args, context.plan
+    args, plan, budgets = context.args, context.plan, sorted(context.args.budgets)
     result = processes.run_job(
-        "peer_quality", name=name, **context.data, batch_size=plan.batch_size, budgets=args.budgets,
-        images=args.num_images, steps=plan.few_steps, image_seconds=args.image_time, folder=str(quality(context)),
-        started=time.time())
+        "peer_quality", name=name, **context.data, batch_size=plan.batch_size, budgets=budgets,
+        folders=[str(quality_folder(context, name, budget)) for budget in budgets], images=args.num_images,
+        steps=plan.few_steps, image_seconds=args.image_time, started=time.time())
     for row in result["rows"]:
         yield evaluate(context, name, row["budget"], row["seconds"], row["images_seen"],
                        "--images", row["images"], "--dataset", args.dataset)
 
 
-def quality(context: Context) -> Path:
-    """Where the report and the checkpoint, or the weights, of each contestant and each budget are kept."""
-    return Path(context.args.output_dir).absolute() / "quality"
-
-
 def quality_folder(context: Context, name: str, budget: float) -> Path:
-    """The folder of a contestant and a budget."""
-    return quality(context) / f"{name}_{budget:g}s"
+    """Where the report and the checkpoint, or the weights, of a contestant and a budget are kept."""
+    return Path(context.args.output_dir).absolute() / "quality" / f"{name}_{budget:g}s"
 
 
 def evaluate(context: Context, name: str, budget: float, seconds: float, images_seen: int, *source: str) -> dict:

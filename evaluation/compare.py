@@ -11,8 +11,6 @@ from data_sources.cache import about
 from evaluation.metrics import bounded_estimate, estimate
 from runtime.errors import UserError
 
-RESULT = "compare.json"
-
 
 def is_ready(path: str | Path) -> bool:
     """Whether `path` names ready images, a .npz or a folder, and not a checkpoint."""

@@ -113,12 +113,10 @@ def _train_missing_networks(data: ImageData, device, data_dir) -> None:
         return
     waiting = "Another process is training the networks that judge these pictures: waiting for it"
     with alone(data.folder / ".features.lock", waiting):
-        train = {SUFFIX: lambda: train_second_network(data.source, data_dir, device, 0,
-                                                      progress("training the autoencoder", "steps")),
-                 "": lambda: train_feature_network(data.source, data_dir, device, 0, False,
-                                                   progress("training", "steps"))}
-        for suffix in missing():
-            print(train[suffix]())
+        if SUFFIX in missing():
+            print(train_second_network(data.source, data_dir, device, 0, progress("training the autoencoder", "steps")))
+        if "" in missing():
+            print(train_feature_network(data.source, data_dir, device, 0, False, progress("training", "steps")))
 
 
 def choose_floor_data(data: ImageData, count: int, data_dir) -> ImageData:
@@ -222,8 +220,7 @@ def memorisation(reference: Reference, images: Tensor, features: ImageFeatures, 
     `path` shows image | nearest in pixels | nearest in features: first of the closest images, then of others.
     """
     reference = reference._replace(autoencoder=None)  # its features are not compared here
-    data = load_dataset(reference.data.source, "train", data_dir)
-    data = data.first(train_images or len(data.images))
+    data = load_dataset(reference.data.source, "train", data_dir).first(train_images or None)
     real, train = random_subset(load_dataset(reference.data.source, "test", data_dir), len(images)), data.images
     train_features = kept_features(reference.floors, data, False, lambda: reference.extract(train, "train")).features
 

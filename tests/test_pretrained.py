@@ -191,8 +191,7 @@ def test_a_file_that_comes_along_is_small_and_is_what_its_entry_says(name):
 @pytest.mark.parametrize("name", INDEX)
 def test_a_file_that_comes_along_draws_the_classes_that_it_is_asked_for(name, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    drawn = torch.from_numpy(images(name, tmp_path, "--num_images", 30)).permute(0, 3, 1, 2).to(torch.uint8)
+    drawn = torch.from_numpy(images(name, tmp_path, "--num_images", 60)).permute(0, 3, 1, 2).to(torch.uint8)
     assert load_model(INSTALLED / f"{name}.pt")[0].num_classes == len(DATASETS[name].class_names) == 10
     seen = extract_features(drawn, load_feature_network(name)).probabilities.argmax(1)
-    least = INDEX[name]["figures"]["asked_class"]["value"] - 0.15  # of 5,000 images; an untrained network has 0.1
-    assert (seen == torch.arange(30) % 10).float().mean() > least > 0.65
+    assert (seen == torch.arange(60) % 10).float().mean() > 0.8

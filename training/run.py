@@ -44,7 +44,8 @@ class Run:
     progress           how much of the run is done (0..1)
     signal, stopped    the signal that this process received, and the one for which all processes stop
     step_time          time.perf_counter() after the last step
-    first_times        the seconds of the first steps of this sitting, without the very first, on a CPU
+    first_times        the seconds of the first steps of this sitting, on a CPU
+    timed_step         the last of these steps
     preview            the step of the last preview and its images; None before the first
     """
 
@@ -89,7 +90,7 @@ class Run:
         self.step_time = time.perf_counter()
 
     def time_first_steps(self) -> None:
-        """Set the reserve of the budget by the quickest of the FIRST_STEPS, before there is a record.
+        """Set the reserve of the budget by the quickest of the FIRST_STEPS but the first, before there is a record.
 
         A slow network may take all its time for fewer steps than are between records. (On a GPU those are quick, and
         the first ones are not: cuDNN chooses algorithms, and a CUDA graph is recorded.)

@@ -133,6 +133,11 @@ def results(folder: Path) -> list[Path]:
     return [path for pattern in WRITTEN for path in folder.glob(pattern)]
 
 
+def holds(folder: Path, path: Path) -> bool:
+    """Whether a file is one that a run wrote into `folder`, which a new run there would move to previous/."""
+    return path.resolve() in (written.resolve() for written in results(folder))
+
+
 def has_run(folder: Path) -> bool:
     """Whether a run has written to `folder`."""
     return bool(results(folder)) or (folder / "previous").is_dir()
@@ -170,8 +175,8 @@ def set_aside(folder: Path) -> Path | None:
     place = folder / "previous" / time.strftime("%Y-%m-%d_%H-%M-%S", time.localtime(newest))
     while place.exists():
         place = place.with_name(place.name + "+")
-    judged = [folder / place / name for place in ("", "checkpoints") for name in JUDGED]
-    for path in [*old, *(path for path in judged if path.is_file())]:
+    judged = [folder / beside / name for beside in ("", "checkpoints") for name in JUDGED]
+    for path in [*old, *filter(Path.is_file, judged)]:
         target = place / path.relative_to(folder)
         target.parent.mkdir(parents=True, exist_ok=True)
         os.replace(path, target)

@@ -1,7 +1,9 @@
 """From flags to a trainer: the size, the network, and what makes its steps fast on this machine."""
 
 import math
+import time
 from argparse import Namespace
+from collections.abc import Callable
 from functools import partial
 
 import torch
@@ -25,6 +27,17 @@ def build(config: dict, data: ImageData) -> tuple[SimpleUNet, DiffusionProcess]:
         diffusion = create_process(model.learn_variance, data.code.edges, **config["diffusion"])
         model(torch.zeros(1, *config["data"]["shape"]), torch.zeros(1))  # an unsuitable image size is an error here
     return model, diffusion
+
+
+def time_reading(read: Callable[[], ImageData]) -> tuple[ImageData, float]:
+    """What read() returns, and how many seconds of that do not count in --budget.
+
+    Those are all of them for your own pictures: reading many for the first time may take longer than the budget, and is
+    done once. Else none.
+    """
+    start = time.perf_counter()
+    data = read()
+    return data, time.perf_counter() - start if data.folder else 0.0
 
 
 IMAGES_SHARE = 0.8  # of the free memory of a GPU, at most: the steps need the rest

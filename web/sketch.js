@@ -20,6 +20,7 @@ function drawLine([x0, y0], [x1, y1]) {
   const [channels, height, width] = app.entry.shape, {levels, pen, paper} = sketch;
   const radius = (PENS[pen] ?? 2 * PENS.thick) * height / 28, length = (x1 - x0) ** 2 + (y1 - y0) ** 2;
   const erase = pen === "eraser", apart = (level) => Math.abs(level - paper);
+  const mix = (level, colour, cover) => Math.round(level + cover * (colour - level));
   const chosen = [1, 3, 5].map((i) => parseInt($("ink").value.slice(i, i + 2), 16));
   const ink = channels > 1 ? chosen : [paper < 128 ? 255 : 0];
   for (let y = 0; y < height; y++)
@@ -29,11 +30,12 @@ function drawLine([x0, y0], [x1, y1]) {
       const distance = Math.hypot(px - along * (x1 - x0), py - along * (y1 - y0));
       const cover = Math.min(1, Math.max(0, radius + 0.5 - distance));
       for (let c = 0, i = y * width + x; cover && c < channels; c++, i += width * height) {
-        const over = (level, colour) => Math.round(level + cover * (colour - level));
-        const stroke = over(paper, ink[c]);
-        if (erase) levels[i] = over(levels[i], paper);
-        else if (channels > 1) levels[i] = over(levels[i], ink[c]);
-        else if (apart(stroke) > apart(levels[i])) levels[i] = stroke;  // the soft edges of a stroke do not add up
+        if (erase || channels > 1) {
+          levels[i] = mix(levels[i], erase ? paper : ink[c], cover);
+        } else {
+          const stroke = mix(paper, ink[c], cover);
+          if (apart(stroke) > apart(levels[i])) levels[i] = stroke;  // the soft edges of a stroke do not add up
+        }
       }
     }
 }
