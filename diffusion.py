@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-Denoise = Callable[[Tensor, Tensor | float], Tensor]  # denoise(x_t, t) -> x_0_hat
+Denoise = Callable[[Tensor, Tensor], Tensor]  # denoise(x_t (B, C, H, W), t (B,)) -> x_0_hat (B, C, H, W)
 
 
 def linear_schedule(num_timesteps: int, beta_start: float = 1e-4, beta_end: float = 0.02) -> np.ndarray:

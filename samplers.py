@@ -4,8 +4,8 @@ A sampler is a generator, `sampler(denoise, x_T, timesteps, diffusion, *, eta=0.
 x_T, goes down the decreasing list `timesteps` and then to -1, the clean image; the list may be much shorter than the
 process's T, which only says how finely the schedule is tabulated. After each step it yields `(t, x_t, x_0_hat)`, where
 t is the time just reached; the last item is (-1, image, x_0_hat). It knows the network only as
-`denoise(x_t, t) -> x_0_hat`, which it calls once for each step (heun: twice). Guidance, labels and clipping are
-wrappers of `denoise`. To add a sampler, write its function and add a row to SAMPLERS.
+`denoise(x_t, t) -> x_0_hat`, t being `batch_time`, which it calls once for each step (heun: twice). Guidance, labels
+and clipping are wrappers of `denoise`. To add a sampler: CONTRIBUTING.md.
 
 noise_hat = (x_t - alpha_t · x_0_hat) / sigma_t is the noise that is in x_t if x_0_hat is right.
 """
@@ -256,9 +256,10 @@ def highest_noise(shape: Sequence[int]) -> float:
 
     HIGHEST_NOISE up to (1, 28, 28), above it in proportion to sqrt(C·H·W). The mean of all values of x_t has a noise of
     only sigma / sqrt(C·H·W), so the brightness of a large image still shows through noise that hides its forms. The
-    first step goes from pure noise to this level at once. If brightness shows through there, that step should have
-    chosen it, but can only take the mean of all images: the images come out pale, and alike in brightness. Hoogeboom et
-    al. 2023, section 3.1, shift the noise of training by the same argument. Measured: benchmarks/RECORDS.md.
+    first step goes from pure noise to this level at once. If the brightness is still visible at this level, the first
+    step would have to choose it. But it can only return the mean of all images, so the images come out pale, and alike
+    in brightness. Hoogeboom et al. 2023, section 3.1, shift the noise of training by the same argument. Measured:
+    benchmarks/RECORDS.md.
     """
     return HIGHEST_NOISE * max(1.0, math.sqrt(math.prod(shape)) / 28)
 
@@ -280,8 +281,8 @@ def noise_level_timesteps(diffusion: DiffusionProcess, steps: int, rho: float = 
     """T-1, then `steps` - 1 real times at which (sigma/alpha)^(1/rho) falls evenly (Karras et al. 2022, eq. 5).
 
     The even levels lie in `noise_range`; T-1 takes the place of the highest. rho = inf: log(sigma/alpha), and with it
-    the log-SNR, is evenly spaced. Starts at the highest level or at a few times that make worse images than a start at
-    T-1 (benchmarks/RECORDS.md): x_T is pure noise, and images with so much noise are not.
+    the log-SNR, is evenly spaced. To start at the highest level, or at several times that level, makes worse images
+    than to start at T-1 (benchmarks/RECORDS.md): x_T is pure noise, and images with so much noise are not.
     """
     low, high = noise_range(diffusion)
     share = np.linspace(0, 1, steps)

@@ -185,7 +185,8 @@ SHARED_FLAGS = {
     "spacing": dict(choices=tuple(SPACINGS), help="the spacing of the sampler's times (default: the sampler's own)"),
     "eta": dict(type=number(float, 0, 1),
                 help="how much fresh noise is added in every step; only for --sampler ddim (0: none, 1: as much as "
-                     "ddpm) and heun (the share by which the noise level rises before a step) (default: 0)"),
+                     "ddpm) and heun (the share by which the noise level rises before a step, 0.41 at most) "
+                     "(default: 0)"),
     "label": dict(help="the class to draw, for a model that was trained with --conditional: a number or name, a range "
                        "such as 0-9, or several with commas"),
     "guidance_scale": dict(type=number(float, 0, 100),

@@ -3,6 +3,7 @@
 from argparse import BooleanOptionalAction, Namespace
 from collections.abc import Sequence
 from pathlib import Path
+from textwrap import fill
 
 import torch
 
@@ -122,7 +123,8 @@ def batch_size(text: str) -> int | str:
 def make_parser(description: str) -> Parser:
     """The flags of train.py, with the defaults of the fast recipe."""
     parser = Parser(description)
-    group = parser.add_argument_group("run")
+    of_points = ", ".join(f"--{flag} {value}" for flag, value in POINT_DEFAULTS.items())
+    group = parser.add_argument_group("run", fill(f"Points in the plane have other defaults: {of_points}.", 100))
     group.add_argument("--recipe", choices=tuple(RECIPES), default="fast",
                        help="a set of defaults for other flags: fast, the best that we know; ddpm, the textbook")
     add_shared_flags(group, "dataset", "data_dir", "output_dir", "device", "precision", "threads", "seed")
@@ -142,7 +144,7 @@ def make_parser(description: str) -> Parser:
                             "hundredth of it are not reported each: losses, samples and checkpoints come less often")
     group.add_argument("--train_images", type=number(int, 1),
                        help="learn from the first N training images only; with --budget and few of them losses, "
-                            "samples and checkpoints come after each 8,000 images at most")
+                            "samples and checkpoints come at most once in 8,000 images")
     group.add_argument("--sample_interval", type=number(int, 0), default=1,
                        help="write a grid of samples every N epochs; 0: never")
     group.add_argument("--save_interval", type=number(int, 0), default=5,
@@ -158,13 +160,15 @@ def make_parser(description: str) -> Parser:
     group.add_argument("--resume", action="store_true",
                        help="continue from the newest valid checkpoint in --output_dir with the flags of its run, "
                             "except --output_dir, --data_dir, --device, --init and --look; flags given now override "
-                            "them; --epochs and --budget count from the beginning of the run. On a CPU the run then "
-                            "ends with the bits of one that was not interrupted, given the same number of threads; on "
-                            "CUDA it differs by rounding, because cuDNN chooses its algorithms by timing them")
+                            "them, but network, process, data, --train_images, --batch_size and --optimizer cannot "
+                            "change; --epochs and --budget count from the beginning of the run. On a CPU a run by "
+                            "--epochs then ends with the bits of one that was not interrupted, given the same number "
+                            "of threads; on CUDA it differs by rounding, because cuDNN chooses its algorithms by "
+                            "timing them")
     group.add_argument("--init", metavar="FILE",
                        help="start from the weights of this checkpoint, or of a pretrained model by its name (cifar10 "
-                            "for colour), with its network and process: with few pictures, fewer are then copied; "
-                            "what does not fit is named")
+                            "for colour), and take its network and process as defaults; weights that do not fit are "
+                            "named. With few pictures this gives fewer copies")
     group = parser.add_argument_group("your own pictures (--dataset PATH)")
     add_shared_flags(group, *PICTURE_FLAGS)
     group.add_argument("--hflip", action=BooleanOptionalAction, default=False,

@@ -5,7 +5,7 @@ from typing import NamedTuple
 
 import torch
 
-GRID, LOWEST = 32, 8  # positions along a side: at most at the first stage, and about so many at the last
+GRID, LOWEST = 32, 8  # positions along a side: at the first stage if a patch size allows, and at most at the last
 PATCH_SIZES = (2, 4)
 FEW_IMAGES, FEW_WIDTH = 2000, 32
 TRIAL_IMAGES = 32  # trained at a time to measure the speed
@@ -19,11 +19,12 @@ SMALL_BATCH_IMAGES = 250_000  # a run that sees fewer learns as much or more fro
 def network_stages(shape: Sequence[int], patch_size: int | None = None) -> dict:
     """{"patch_size", "channel_mults"} for images of this shape (C, H, W). The rule:
 
-        patch_size      2, or 4 for images above 64 pixels: the convolutions run on a grid of at most 32 × 32 positions.
-                        Larger patches are quicker, but the noise within them is learned late (benchmarks/RECORDS.md)
-        channel_mults   1 at the first resolution and 2 below; each halves the one above it, down to 8 × 8 positions or
-                        the first odd number. There attention is, and `--middle_depth` residual blocks (3); the other
-                        stages have `--depth` (1)
+        patch_size      2, or 4 for images above 64 pixels: up to 128 pixels the convolutions then run on a grid of at
+                        most 32 × 32 positions. Larger patches are quicker, but the noise within them is learned late
+                        (benchmarks/RECORDS.md)
+        channel_mults   1 at the first resolution and 2 below; each halves the one above it, until a side has at most 8
+                        positions or an odd number. (A single resolution has 2.) At the lowest there are attention and
+                        `--middle_depth` residual blocks (3); the other stages have `--depth` (1)
 
     Grey and colour are treated alike: colour only changes the first and the last layer. For 28 × 28, 32 × 32 and
     64 × 64 the grids are 14, 7; 16, 8; and 32, 16, 8. Measured are the patches at 64 × 64.
