@@ -253,9 +253,9 @@ def _wrong_data(config: dict) -> str | None:
 
 def _is_pictures(about) -> bool:
     """Whether this describes pictures of one's own, as `training.flags.make_config` does; the path may be missing."""
-    texts = ("path", "fit", "channels", "background", "key", "digest")
-    return (type(about) is dict and {*texts[1:], "count"} <= about.keys() <= {*texts, "count"}
-            and all(type(about[name]) is str for name in about if name != "count") and type(about["count"]) is int
+    texts, numbers = ("path", "fit", "channels", "background", "key", "digest"), ("count", "held_out")
+    return (type(about) is dict and {*texts[1:], "count"} <= about.keys() <= {*texts, *numbers}
+            and all(type(about[name]) is (int if name in numbers else str) for name in about)
             and about["fit"] in FITS and about["channels"] in ("auto", "1", "3"))
 
 

@@ -10,7 +10,9 @@ Only this module knows the value range of the networks: `LevelCode`.
 import contextlib
 import hashlib
 import math
+import os
 import re
+import tempfile
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -256,7 +258,7 @@ def _mnist(kind: str, digests: dict[str, str], data_dir: Path, train: bool) -> t
     """
     folder = data_dir / kind / "raw"
     if not all((folder / name).is_file() for name in digests):
-        _download(kind, data_dir, train)
+        _download(kind, data_dir, f"{kind}/raw")
     contents = {name: _checked(folder / name, digest) for name, digest in digests.items()}
     half = "train" if train else "t10k"
     images, labels = contents[f"{half}-images-idx3-ubyte"][16:], contents[f"{half}-labels-idx1-ubyte"][8:]
@@ -269,22 +271,31 @@ def _cifar10(data_dir: Path, train: bool) -> tuple[Tensor, Tensor]:
 
     files = {data_dir / CIFAR10.base_folder / name: md5 for name, md5 in CIFAR10.train_list + CIFAR10.test_list}
     if not all(path.is_file() for path in files):
-        _download("CIFAR10", data_dir, train)
+        _download("CIFAR10", data_dir, CIFAR10.base_folder)
     for path, md5 in files.items():
         _checked(path, md5, "md5")
     dataset = CIFAR10(data_dir, train=train, download=False)
     return torch.as_tensor(dataset.data).permute(0, 3, 1, 2).contiguous(), torch.as_tensor(dataset.targets)
 
 
-def _download(kind: str, data_dir: Path, train: bool) -> None:
-    """Download a data set of torchvision, `kind`. UserError, with what to do, if that fails."""
+def _download(kind: str, data_dir: Path, inner: str) -> None:
+    """Download a data set of torchvision, `kind`, to the folder `inner` of data_dir.
+
+    The files come there when all of them are whole, so that another process finds none that is half written. UserError,
+    with what to do, if the download fails.
+    """
     from torchvision import datasets
 
-    folder = data_dir / kind / "raw"
+    folder = data_dir / inner
     made = [path for path in (folder, *folder.parents) if not path.exists()]
     shown, datasets.utils.tqdm = datasets.utils.tqdm, lambda total=None, **_: Bar(f"downloading {kind}", total, "bytes")
     try:
-        getattr(datasets, kind)(data_dir, train=train, download=True)
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(prefix=".download-", dir=data_dir) as temporary:
+            getattr(datasets, kind)(temporary, download=True)
+            for path in (Path(temporary) / inner).iterdir():
+                if path.suffix != ".gz":  # the archives
+                    os.replace(path, folder / path.name)
     except (RuntimeError, OSError, HTTPException) as error:
         raise UserError(f"could not download {kind} into {data_dir} ({_innermost_reason(error)}): check the network, "
                         f"give the folder that holds it with --data_dir, or use --dataset glyphs") from error

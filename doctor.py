@@ -24,6 +24,7 @@ from data import ImageData, code_of, load_dataset, refuse_points, to_model
 from data_sources.cache import MIN_HELD_OUT
 from diffusion import DiffusionProcess
 from evaluation.classifier import load_feature_network
+from evaluation.copies import ENOUGH, too_few
 from evaluation.features import extract_features
 from evaluation.gaussian import bound_images, gaussian_bound
 from evaluation.health_checks import (
@@ -173,7 +174,10 @@ def examine_samples(model, diffusion: DiffusionProcess, train: ImageData, unseen
     mirrored = bool(training_flag(checkpoint, "hflip", False))
     distances = nearest_version(versions(torch.cat([generated, real]).to(device), mirrored), train.images)[0]
     yield check_copies(closeness(distances[:SAMPLES], distances[SAMPLES:]))
-    if train.class_names:
+    if train.class_names and too_few(train):
+        yield Finding("classifier", "WARN", f"of {train.name} too few pictures are held out for a classifier",
+                      f"{ENOUGH:,} different pictures are enough")
+    elif train.class_names:
         yield from examine_by_classifier(generated, real, options["labels"], train.source, device, mirrored)
 
 
@@ -207,6 +211,16 @@ def open_data(args, name: str | Path) -> tuple[ImageData, ImageData] | Finding:
         return Finding("data set", "FAIL", str(error), "see the message; --dataset glyphs needs no download")
 
 
+def data_of_training(args, checkpoint: dict) -> str | Path | Finding:
+    """The data set of a checkpoint, or a finding if its pictures are gone. UserError if --dataset asks for another."""
+    try:
+        return dataset_of(checkpoint, args.data_dir, args.dataset)
+    except UserError as error:
+        if args.dataset:
+            raise
+        return Finding("data set", "FAIL", str(error), "see the message")
+
+
 def examine(args) -> Iterator[Finding]:
     """All findings: first those that the others depend on."""
     yield from examine_machine(args.device, {name: Path(getattr(args, name)) for name in ("output_dir", "data_dir")})
@@ -218,9 +232,12 @@ def examine(args) -> Iterator[Finding]:
             fix = f"{command_to_resume(args)}: resumes from the newest valid checkpoint"
             yield Finding("checkpoint", "FAIL", str(error), fix)
             return
-        name = dataset_of(checkpoint, args.data_dir, args.dataset)
+        name = data_of_training(args, checkpoint)
         yield from check_schedule(diffusion)
         yield from examine_checkpoint(checkpoint)
+        if isinstance(name, Finding):
+            yield name
+            return
     elif name:
         name = chosen_dataset(args, get_device(args.device).type == "cpu", quiet=True)
     if name:

@@ -116,8 +116,9 @@ def add_command(commands, name: str, text: str, pictures: int = 1) -> Parser:
                            metavar=("A", "B"), help="the seeds of the first and the last image (default: "
                                                    f"{' '.join(map(str, DEFAULT_SEEDS))})")
     else:
-        which.add_argument("--image", help="a picture, a file of any size (default: one of the test split)")
-        which.add_argument("--index", type=number(int, 0), help="take the image of the test split with this number "
+        which.add_argument("--image", help="a picture, a file of any size (default: one of the test split, or of the "
+                                          "training split where no picture is held out)")
+        which.add_argument("--index", type=number(int, 0), help="take the image of that split with this number "
                                                                 "(default: 0)")
         add_shared_flags(sub, "data_dir")
     for flag in READ_AS_IN_TRAINING:

@@ -54,7 +54,7 @@ from training.run import (
     progress_bar,
     warn_of_failed_writes,
 )
-from training.setup import build, check_gpu_memory, choose_size, make_trainer, time_reading
+from training.setup import build, check_gpu_memory, check_same_pictures, choose_size, make_trainer, time_reading
 from training.sizing import FEW_IMAGES
 from training.tensorboard import Board, summary_writer
 from training.trainer import VALIDATION_LOSS_IMAGES, Trainer, memory_advice, validation_loss
@@ -282,6 +282,7 @@ def make_run(args: Namespace, checkpoint: dict | None, start: float) -> tuple[Ru
     autotune.set_up_cuda(device)
     with distributed.local_rank_0_first():
         data, seconds = time_reading(partial(open_data, args, device))
+    check_same_pictures(data)
     check_gpu_memory(data, device)
     settings = make_settings(args, data)
     threads.set_up(args.threads, device, adapt=settings.epochs is None)

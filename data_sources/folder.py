@@ -3,12 +3,14 @@
 import contextlib
 import hashlib
 import io
+import math
 import os
 import re
 import shutil
 import stat
 import unicodedata
 import zipfile
+import zlib
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from itertools import takewhile
@@ -71,8 +73,8 @@ def find_pictures(path: Path) -> Found:
         raise UserError(f"{path} is no folder, no .zip and no .npz: give the folder that holds your pictures")
     files = sorted(entry for entry in files if not HIDDEN.search(entry[0]))
     pictures = [entry for entry in files if entry[0].lower().endswith(SUFFIXES)]
-    others = dict(Counter(PurePosixPath(_plain(name)).suffix.lower() for name, *_ in files
-                          if not name.lower().endswith(SUFFIXES)).most_common())
+    endings = (PurePosixPath(name).suffix for name, *_ in files if not name.lower().endswith(SUFFIXES))
+    others = dict(Counter(_plain(ending).lower() if ending else "" for ending in endings).most_common())
     if not pictures:
         why = f"; {describe(skipped)}" if skipped else ""
         raise UserError(f"{path} holds no pictures ({describe_others(others)}{why}): give a folder with "
@@ -85,10 +87,13 @@ def find_pictures(path: Path) -> Found:
 
 
 def _files_of_folder(top: str, skipped: dict[str, str]) -> Iterator[tuple[str, int, int]]:
-    """(name, size, date) of every file below `top`; a folder that links lead to again and again counts once."""
-    waiting, seen = [""], set()
-    while waiting:
-        inner = waiting.pop()
+    """(name, size, date) of every file below `top`.
+
+    A folder that links lead to again and again counts once, and by its own name if it lies below `top`.
+    """
+    waiting, links, seen = [""], [], set()
+    while waiting or links:
+        inner = waiting.pop() if waiting else links.pop()
         try:
             about = os.stat(os.path.join(top, inner))
             if about.st_ino and (about.st_dev, about.st_ino) in seen:  # some network drives number nothing
@@ -104,7 +109,7 @@ def _files_of_folder(top: str, skipped: dict[str, str]) -> Iterator[tuple[str, i
                 if HIDDEN.match(entry.name):
                     continue
                 if entry.is_dir():
-                    waiting.append(name)
+                    (links if entry.is_symlink() else waiting).append(name)
                 elif stat.S_ISREG((about := entry.stat()).st_mode):
                     yield name, about.st_size, about.st_mtime_ns
             except OSError as error:  # such as a link to nothing, or to itself
@@ -229,6 +234,8 @@ def _check_arrays(file, archive: zipfile.ZipFile) -> tuple[str, tuple[int, ...],
     """
     name = array_name(file.files)
     shape, dtype = _header(archive, name)
+    if archive.getinfo(f"{name}.npy").file_size < math.prod(shape) * dtype.itemsize:
+        raise UserError(f"is damaged: its array {name} has fewer bytes than its shape {shape} asks for")
     if "labels" in file.files:
         if _header(archive, "labels")[1].hasobject:
             raise UserError("has labels that are Python objects: save labels.astype(str)")
@@ -244,9 +251,13 @@ def _check_arrays(file, archive: zipfile.ZipFile) -> tuple[str, tuple[int, ...],
 
 
 def unpack_array(path: Path, name: str, target: Path) -> None:
-    """Write an array of a .npz to a file that can be mapped into memory."""
-    with zipfile.ZipFile(path) as archive, archive.open(f"{name}.npy") as array, target.open("wb") as file:
-        shutil.copyfileobj(array, file)
+    """Write an array of a .npz to a file that can be mapped into memory. UserError if the .npz is damaged."""
+    with target.open("wb") as file:
+        try:
+            with zipfile.ZipFile(path) as archive, archive.open(f"{name}.npy") as array:
+                shutil.copyfileobj(array, file)
+        except (zipfile.BadZipFile, zlib.error, EOFError, NotImplementedError, RuntimeError) as error:
+            raise UserError(f"{path} is damaged: {one_line(error, 250)}") from error
 
 
 class Source:

@@ -15,7 +15,7 @@ from runtime.files import check_archive, one_line
 
 MAX_PIXELS = 2**27  # of one picture, which takes 400 MB; PIL refuses a third more
 FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF")  # of PIL; others can start programs
-BITS_PER_SAMPLE = 258  # the number of this tag of a TIFF
+BITS_PER_SAMPLE, WHITE_IS_ZERO = 258, 262  # the numbers of tags of a TIFF; the second is 0 if 0 is white
 MIN_BYTES, MAX_RATIO = 2**30, 100  # an archive may unpack to MIN_BYTES, or to MAX_RATIO times its own size
 
 
@@ -155,7 +155,13 @@ def _flat_image(file, background: str, side: int):
         with contextlib.suppress(Exception):  # damaged notes of a camera do not make a picture unreadable
             ImageOps.exif_transpose(image, in_place=True)
         if image.mode[0] in "IF":
-            return _to_8_bits(image, bits), False
+            hidden = image.info.get("transparency")  # the level that is transparent, if there is one
+            see_through = np.asarray(image) == hidden if type(hidden) is int else np.zeros(1, bool)
+            inverted = image.format == "TIFF" and image.tag_v2.get(WHITE_IS_ZERO) == 0
+            image = _to_8_bits(image, bits, inverted)
+            if not see_through.any():
+                return image, False
+            image.putalpha(Image.fromarray(np.where(see_through, 0, 255).astype(np.uint8)))
         if not image.has_transparency_data:
             return image, False
         image = image.convert("RGBA")
@@ -163,14 +169,18 @@ def _flat_image(file, background: str, side: int):
     return Image.alpha_composite(Image.new("RGBA", image.size, background), image), transparent
 
 
-def _to_8_bits(image, bits: int):
-    """A grey image of PIL with up to 16 bits as one with 8: the nearest level. UserError for other numbers."""
+def _to_8_bits(image, bits: int, inverted: bool):
+    """A grey image of PIL with up to 16 bits as one with 8: the nearest level. UserError for other numbers.
+
+    inverted: 0 is white, as in some files of scanners; PIL does not see to it where there are more than 8 bits.
+    """
     from PIL import Image
 
     levels, highest = np.asarray(image), 2**bits - 1
     if levels.dtype.kind == "f" or bits > 16 or levels.min() < 0 or levels.max() > highest:
         raise UserError("has numbers that are no levels of 16 bits: save it with 8 or 16 bits per channel")
-    return Image.fromarray(((levels.astype(np.uint32) * 255 + highest // 2) // highest).astype(np.uint8))
+    levels = highest - levels.astype(np.uint32) if inverted else levels.astype(np.uint32)
+    return Image.fromarray(((levels * 255 + highest // 2) // highest).astype(np.uint8))
 
 
 PLAIN = {"P": "RGB", "1": "L"}  # instead of modes whose numbers are not the levels

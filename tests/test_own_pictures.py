@@ -11,7 +11,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from harness import needs_fork, run_together, tiny
+from harness import OnRank, needs_fork, run_together, tiny
 from PIL import Image
 
 import benchmark
@@ -23,7 +23,7 @@ import export
 import sample
 import train
 import visualize_diffusion
-from checkpoint import load_checkpoint
+from checkpoint import FIELDS, load_checkpoint, save_checkpoint
 from data import ImageData, load_dataset
 from data_sources.cache import Pictures, cached
 from evaluation import copies, metrics, reference, two_sample
@@ -128,6 +128,11 @@ def test_classes_are_not_to_be_had_from_a_folder_without_sub_folders(tmp_path, c
     assert "--conditional needs two classes or more" in said and said.count("\n") == 1
     assert train.main(flags(tmp_path / "in", tmp_path / "run", "--label_dropout", "0.3")) == 2
     assert "--label_dropout needs two classes or more" in capsys.readouterr().err
+    (tmp_path / "in/other").mkdir()
+    (tmp_path / "in/other/a.png").write_text("no picture")
+    assert train.main(flags(tmp_path / "in", tmp_path / "run", "--conditional")) == 2
+    assert "--conditional needs two classes or more" in capsys.readouterr().err
+    train_on(tmp_path / "in", tmp_path / "run")
 
 
 def test_the_classes_of_the_folder_are_asked_for_by_name(checkpoint, tmp_path):
@@ -254,6 +259,20 @@ def test_two_processes_learn_a_folder_as_one_does(two, tmp_path):
         torch.testing.assert_close(weights[0][name], weight, rtol=1e-3, atol=1e-4)
 
 
+def hold_others():
+    """A patch: the pictures of this process have another digest."""
+    from training import setup
+    setup.about = lambda folder: dict(digest="another")
+
+
+@needs_fork
+def test_machines_with_different_pictures_are_told_so(two, tmp_path):
+    argv = flags(two, tmp_path / "both", "--data_dir", str(tmp_path / "data"))
+    assert run_together(argv, tmp_path / "log", OnRank(1, hold_others)) == [2, 2]
+    assert all((tmp_path / f"log.{rank}").read_text().splitlines()[-1].startswith(
+        "train.py: error: the machines hold different pictures") for rank in range(2))
+
+
 def test_a_network_of_ones_own_pictures_interpolates(checkpoint, tmp_path):
     assert edit.main(["interpolate", "--checkpoint", str(checkpoint), "--steps", "2", "--output",
                       str(tmp_path / "a.png"), *CPU]) == 0
@@ -274,6 +293,12 @@ def test_what_was_learned_by_heart_is_found_though_it_is_no_exact_copy():
     assert copies.by_heart(torch.cat([nearly, between]), pictures).tolist() == [True] * 4 + [False] * 4
     twice = torch.cat([pictures, pictures])                                  # a picture and its copy are one
     assert copies.by_heart(nearly, twice).all() and copies.by_heart(between, pictures[:1].repeat(3, 1, 1, 1)).all()
+
+
+def test_a_copy_is_less_than_a_third_as_far_as_every_other_picture():
+    pictures, images = (torch.tensor(levels, dtype=torch.uint8).view(2, 1, 1, 1).expand(2, 3, 8, 8)
+                        for levels in ([0, 200], [48, 52]))  # 48 / 152 is less than a third, 52 / 148 is more
+    assert copies.by_heart(images, pictures).tolist() == [True, False]
 
 
 def test_mirror_images_are_copies_where_the_network_has_seen_them(monkeypatch):
@@ -398,6 +423,29 @@ def test_the_doctor_takes_no_classifier_where_there_are_no_classes(many, capsys)
     doctor.main(["--checkpoint", str(checkpoint), "--data_dir", str(data_dir), "--json", *CPU])
     said = [finding for finding in json.loads(capsys.readouterr().out) if finding["check"] == "classifier"]
     assert not any("git checkout" in finding["fix"] for finding in said) and (kind == "with classes" or not said)
+
+
+def test_the_doctor_asks_for_more_pictures_where_too_few_are_held_out_for_a_classifier(many, capsys, monkeypatch):
+    kind, checkpoint, data_dir = many
+    monkeypatch.setattr(copies, "FEW", 200)
+    monkeypatch.setattr(doctor, "check_samples", lambda *_: [])  # which a network of three steps fails
+    doctor.main(["--checkpoint", str(checkpoint), "--data_dir", str(data_dir), "--json", *CPU])
+    said = [finding for finding in json.loads(capsys.readouterr().out) if finding["check"] == "classifier"]
+    assert [finding["fix"] for finding in said] == ["3,000 different pictures are enough"] * (kind == "with classes")
+
+
+def test_the_doctor_examines_a_checkpoint_whose_pictures_are_gone(checkpoint, tmp_path, capsys, monkeypatch):
+    config = load_checkpoint(checkpoint)["config"]
+    config["data"]["pictures"] |= dict(path=str(tmp_path / "gone"))
+    fields = {name: load_checkpoint(checkpoint)[name] for name in FIELDS}
+    save_checkpoint(tmp_path / "model.pt", **fields | dict(config=config))
+    argv = ["--checkpoint", str(tmp_path / "model.pt"), "--data_dir", str(tmp_path), "--json", *CPU]
+    assert doctor.main(argv) == 1
+    found = {finding["check"]: finding for finding in json.loads(capsys.readouterr().out)}
+    assert found["data set"]["status"] == "FAIL" and "gone" in found["data set"]["message"]
+    assert "history of the loss" in found
+    assert doctor.main([*argv, "--dataset", "mnist"]) == 2
+    assert "leave out --dataset" in capsys.readouterr().err
 
 
 # ------------------------------------------------------------------------------------------ what becomes of pictures
@@ -601,6 +649,7 @@ def test_init_from_other_pictures_says_that_held_out_ones_may_be_known(two, chec
     (dict(), False),                                # pictures were added: each is in the split that it was in
     (dict(pictures=dict(digest="now")), False),     # the same pictures
     (dict(pictures=dict(count=199)), True),         # none was held out
+    (dict(pictures=dict(count=250, held_out=0)), True), (dict(pictures=dict(count=250, held_out=9)), False),
     (dict(pictures=dict(fit="pad")), True), (dict(shape=[3, 32, 32]), True), (dict(pictures=None), False)])
 def test_held_out_pictures_may_be_known_only_where_the_split_was_another(monkeypatch, before, known):
     read = dict(fit="crop", channels="auto", background="white")

@@ -111,7 +111,7 @@ def _may_know_held_out(before: dict, data: ImageData) -> bool:
     """
     pictures, now = before.get("pictures"), about(data.folder)
     return bool(pictures) and pictures["digest"] != now["digest"] and (
-        pictures["count"] < MIN_HELD_OUT or before["shape"] != now["shape"]
+        not pictures.get("held_out", pictures["count"] >= MIN_HELD_OUT) or before["shape"] != now["shape"]
         or any(pictures[name] != now[name] for name in ("fit", "channels", "background")))
 
 
@@ -269,9 +269,9 @@ def check_flags_of_data(parser: Parser, args: Namespace) -> None:
     """UserError for flags that change nothing for points in the plane, and for classes of pictures that have none."""
     own = args.dataset not in DATASETS
     of_classes = [name for name in ("conditional", "label_dropout") if name in parser.typed and args.conditional]
-    if own and of_classes and not find_pictures(Path(args.dataset)).class_names:
-        parser.error(f"--{of_classes[0]} needs two classes or more, and {args.dataset} has none: put the pictures of "
-                     f"each class into a sub-folder of its name, or leave it out")
+    args.needs_classes = of_classes[0] if own and of_classes else None
+    if args.needs_classes and not find_pictures(Path(args.dataset)).class_names:
+        parser.error(no_classes_message(args))
     if own and Path(args.dataset).is_dir() and Path(args.output_dir).resolve().is_relative_to(
             Path(args.dataset).resolve()):
         parser.error(f"--output_dir {args.output_dir} lies among the pictures in {args.dataset}, which the run would "
@@ -279,6 +279,12 @@ def check_flags_of_data(parser: Parser, args: Namespace) -> None:
     unread = sorted({*IMAGE_FLAGS, "level_code", "hflip", "look"} & parser.typed) if args.dataset in POINT_SETS else []
     if unread:
         parser.error(f"--{unread[0]} is for images, and {args.dataset} holds points in the plane: leave it out")
+
+
+def no_classes_message(args: Namespace) -> str:
+    """Why the flag args.needs_classes cannot be kept."""
+    return (f"--{args.needs_classes} needs two classes or more, and {args.dataset} has none: put the pictures of each "
+            f"class into a sub-folder of its name, or leave it out")
 
 
 NEEDED = dict(muon_lr=("optimizer", "muon"), snr_gamma=("loss_weight", "min_snr"),
@@ -299,6 +305,8 @@ def check_effect(parser: Parser, args: Namespace, typed: set[str]) -> None:
 
 def make_settings(args: Namespace, data: ImageData) -> Namespace:
     """A copy of the flags in which those that depend on the data have their values; the width and the batch may not."""
+    if getattr(args, "needs_classes", None) and not data.class_names:  # no picture of the others could be read
+        raise UserError(no_classes_message(args))
     given = args.noise_mean, args.noise_std
     mean, std = noise_level(args.dataset, data) if None in given else given  # which looks at one's own pictures
     stages = network_stages(data.images.shape[1:], args.patch_size)
@@ -307,7 +315,7 @@ def make_settings(args: Namespace, data: ImageData) -> Namespace:
         conditional=args.conditional and bool(data.class_names),
         image_size=data.images.shape[2] if data.folder else None,  # the choice, for a resumed run on another device
         noise_mean=mean if args.noise_mean is None else args.noise_mean, noise_std=args.noise_std or std)
-    return Namespace(**vars(args) | open_flags)
+    return Namespace(**{name: value for name, value in vars(args).items() if name != "needs_classes"} | open_flags)
 
 
 def make_code(settings: Namespace, data: ImageData, saved: dict | None = None) -> LevelCode:
@@ -358,4 +366,6 @@ def _pictures(data: ImageData, path: str) -> dict:
     if data.folder is None:
         return {}
     content = about(data.folder)
-    return dict(pictures=dict(path=str(Path(path).absolute()), **{name: content[name] for name in PICTURES}))
+    held_out = content["splits"]["test"] + content["splits"]["validation"]
+    return dict(pictures=dict(path=str(Path(path).absolute()), held_out=held_out,
+                              **{name: content[name] for name in PICTURES}))

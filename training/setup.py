@@ -9,6 +9,7 @@ from functools import partial
 import torch
 
 from data import ImageData
+from data_sources.cache import about
 from diffusion import DiffusionProcess
 from learned_variance import create_process
 from models import SimpleUNet, create_model
@@ -52,6 +53,14 @@ def check_gpu_memory(data: ImageData, device: torch.device) -> None:
         raise UserError(f"the images take {size:,} bytes in the memory of the GPU, and there is room for {room:,.0f}: "
                         f"train on fewer with train.py --train_images {int(room / size * len(data.images))}, or on a "
                         f"smaller --image_size of your own pictures")
+
+
+def check_same_pictures(data: ImageData) -> None:
+    """UserError, in all processes, if those of several machines have read different pictures of one's own."""
+    digest = about(data.folder)["digest"] if data.folder else ""
+    if not distributed.all_reduce_min(int(digest == distributed.broadcast(digest))):
+        raise UserError("the machines hold different pictures: copy the folder of one to the others, and install the "
+                        "same versions of packages on all")
 
 
 def choose_size(settings: Namespace, config: dict, data: ImageData, device: torch.device) -> Namespace:

@@ -112,21 +112,44 @@ def test_16_bits_become_the_nearest_of_8(tmp_path):
     assert (images.ravel() == np.arange(256)).all()
 
 
-def tiff_of_12_bits(levels):
-    """The bytes of a grey TIFF of 12 bits, which PIL reads and does not write, from levels (H, W), W even."""
+def grey_tiff(levels, bits, white_is_zero=False):
+    """The bytes of a grey TIFF as PIL does not write it, of 12 or 16 bits, from levels (H, W), W even."""
     height, width = levels.shape
     first, second = levels.reshape(-1, 2).astype(int).T  # two levels in three bytes
-    strip = np.stack([first >> 4, (first & 15) << 4 | second >> 8, second & 255], 1).astype(np.uint8).tobytes()
-    tags = {256: width, 257: height, 258: 12, 259: 1, 262: 1, 273: 8, 277: 1, 278: height, 279: len(strip)}
+    strip = (levels.astype("<u2") if bits == 16 else
+             np.stack([first >> 4, (first & 15) << 4 | second >> 8, second & 255], 1).astype(np.uint8)).tobytes()
+    tags = {256: width, 257: height, 258: bits, 259: 1, 262: int(not white_is_zero), 273: 8, 277: 1, 278: height,
+            279: len(strip)}
     entries = b"".join(struct.pack("<HHII", tag, 4, 1, value) for tag, value in tags.items())
     return struct.pack("<2sHI", b"II", 42, 8 + len(strip)) + strip + struct.pack("<H", len(tags)) + entries + bytes(4)
 
 
 def test_12_bits_become_the_nearest_of_8(tmp_path):
     (tmp_path / "in").mkdir()
-    (tmp_path / "in/a.tif").write_bytes(tiff_of_12_bits(np.linspace(0, 4095, 256).round().reshape(16, 16)))
+    (tmp_path / "in/a.tif").write_bytes(grey_tiff(np.linspace(0, 4095, 256).round().reshape(16, 16), 12))
     images, _ = read(tmp_path / "in", tmp_path / "data")
     assert (images.ravel() == np.arange(256)).all()
+
+
+@pytest.mark.parametrize("white_is_zero", [False, True])
+def test_a_scan_of_16_bits_whose_white_is_0_is_no_negative(tmp_path, white_is_zero):
+    (tmp_path / "in").mkdir()
+    levels = np.linspace(0, 65535, 256).round().reshape(16, 16)
+    (tmp_path / "in/a.tif").write_bytes(grey_tiff(levels, 16, white_is_zero))
+    images, _ = read(tmp_path / "in", tmp_path / "data")
+    assert (images.ravel() == (np.arange(256)[::-1] if white_is_zero else np.arange(256))).all()
+
+
+def test_a_level_of_16_bits_that_is_transparent_shows_the_background(tmp_path, capsys):
+    levels = np.full((16, 16), 257 * 9, np.uint16)
+    levels[4:12] = 5
+    (tmp_path / "in").mkdir()
+    Image.fromarray(levels).save(tmp_path / "in/a.png", transparency=5)
+    with Image.open(tmp_path / "in/a.png") as image:
+        assert image.info["transparency"] == 5
+    images, _ = read(tmp_path / "in", tmp_path / "data", quiet=False, background="white")
+    assert (images[0, 0, 4:12] == 255).all() and (images[0, 0, :4] == 9).all()
+    assert "transparent" in capsys.readouterr().out
 
 
 def test_numbers_of_32_bits_whose_range_is_unknown_are_skipped_with_a_reason(tmp_path, capsys):
@@ -272,6 +295,24 @@ def test_loops_of_links_end_and_links_to_nothing_are_named(tmp_path, capsys):
     assert "self.png" in capsys.readouterr().out
 
 
+def test_a_folder_that_a_link_leads_to_keeps_its_own_name(tmp_path):
+    noise(tmp_path / "in/cat/a.png", 0)
+    noise(tmp_path / "in/dog/b.png", 1)
+    noise(tmp_path / "elsewhere/c.png", 2)
+    (tmp_path / "in/owl").mkdir()
+    os.symlink("../cat", tmp_path / "in/owl/similar")
+    os.symlink(tmp_path / "elsewhere", tmp_path / "in/owl/more")
+    assert find_pictures(tmp_path / "in").names == ["cat/a.png", "dog/b.png", "owl/more/c.png"]
+
+
+def test_files_of_an_unread_kind_are_counted_below_long_names_too(tmp_path):
+    noise(tmp_path / "in/a.png", 0)
+    deep = tmp_path / "in" / ("long " * 20) / ("deep " * 20)
+    deep.mkdir(parents=True)
+    (deep / "a.HEIC").write_text("x")
+    assert find_pictures(tmp_path / "in").others == {".heic": 1}
+
+
 def test_folders_that_a_drive_does_not_number_are_all_read(tmp_path, monkeypatch):
     noise(tmp_path / "in/cat/a.png", 0)
     noise(tmp_path / "in/dog/b.png", 1)
@@ -404,6 +445,25 @@ def test_an_npz_of_other_arrays_is_refused(tmp_path, arrays, words):
     np.savez(tmp_path / "in.npz", **arrays)
     with pytest.raises(UserError, match=words):
         read(tmp_path / "in.npz", tmp_path / "data")
+
+
+@pytest.mark.parametrize("damage, save", [("content", np.savez), ("content", np.savez_compressed), ("shape", np.savez)])
+def test_a_damaged_npz_is_one_line_and_leaves_no_cache(tmp_path, damage, save):
+    path = tmp_path / "in.npz"
+    save(path, arr_0=np.random.default_rng(0).integers(0, 256, (40, 16, 16), np.uint8))
+    content = bytearray(path.read_bytes())
+    if damage == "content":
+        content[len(content) // 2] ^= 255
+    else:
+        with zipfile.ZipFile(path) as archive:
+            array = archive.read("arr_0.npy").replace(b"(40, 16, 16)", b"(90, 16, 16)")
+        with zipfile.ZipFile(path, "w") as archive:
+            archive.writestr("arr_0.npy", array)
+        content = path.read_bytes()
+    path.write_bytes(content)
+    with pytest.raises(UserError, match="is damaged") as caught:
+        read(path, tmp_path / "data")
+    assert "\n" not in str(caught.value) and not list((tmp_path / "data").glob("pictures/*my_in*/*"))
 
 
 # ------------------------------------------------------------------------------------------------ labels and splits
