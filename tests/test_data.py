@@ -15,6 +15,7 @@ import torchvision
 from torch.testing import assert_close
 
 from data import (
+    CODE_POWER,
     CODE_SHARE,
     DATASETS,
     FASHION_FILES,
@@ -91,6 +92,8 @@ def test_common_levels_lie_away_from_their_neighbours():
     gaps = histogram_code(pixels({0: 1000, 200: 100, 201: 1})).points.diff()
     assert gaps[0] > gaps[199] > 2 * gaps[100] and gaps[200] > 2 * gaps[100]
     assert gaps[100] == pytest.approx(2 * (1 - CODE_SHARE) / 255, abs=2e-6)
+    weight = 100**CODE_POWER / (1000**CODE_POWER + 100**CODE_POWER + 1)
+    assert gaps[199] == pytest.approx(2 * ((1 - CODE_SHARE) / 255 + CODE_SHARE * weight / 2), abs=2e-6)
 
 
 def test_a_flat_histogram_and_no_share_give_the_linear_code():
@@ -268,6 +271,19 @@ def test_a_failed_download_deletes_nothing_that_was_there(monkeypatch, tmp_path)
     with pytest.raises(UserError, match=r"\(no network\)"):
         load_dataset("mnist", "train", tmp_path)
     assert [path.name for path in tmp_path.rglob("*")] == ["MNIST", "mine"]
+
+
+def test_files_come_to_their_place_when_the_download_is_whole(monkeypatch, tmp_path, real_mnist):
+    def download(dataset):
+        Path(dataset.raw_folder).mkdir(parents=True)
+        for file in MNIST_FILES:
+            assert not any((tmp_path / "MNIST/raw").iterdir())
+            shutil.copy(real_mnist / "MNIST/raw" / file, dataset.raw_folder)
+            Path(dataset.raw_folder, f"{file}.gz").write_text("the archive")
+    monkeypatch.setattr(torchvision.datasets.MNIST, "download", download)
+    assert len(load_dataset("mnist", "test", tmp_path).images) == 10_000
+    assert sorted(path.name for path in tmp_path.rglob("*") if path.is_file()) == sorted(MNIST_FILES)
+    assert [path.name for path in tmp_path.iterdir()] == ["MNIST"]
 
 
 def test_a_download_has_our_bar_and_torchvision_has_its_own_again(monkeypatch, tmp_path):

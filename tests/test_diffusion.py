@@ -101,14 +101,23 @@ def test_other_betas_end_where_they_should():
     assert_close(process.betas[[0, -1]], torch.tensor([1e-3, 0.01], dtype=torch.float64), rtol=1e-9, atol=0)
 
 
-@pytest.mark.parametrize("beta_end", [0.1, 0.5, 0.999])
-def test_large_betas_give_a_finite_process_or_are_refused(beta_end):
-    try:
-        process = DiffusionProcess(1000, "linear", beta_end=beta_end)
-    except ValueError as error:
-        assert str(beta_end) in str(error)
-    else:
-        assert process.log_snr(999).isfinite()
+@pytest.mark.parametrize("beta_end, possible", [(0.1, True), (0.5, True), (0.999, False)])
+def test_large_betas_give_a_finite_process_or_are_refused(beta_end, possible):
+    if possible:
+        assert DiffusionProcess(1000, "linear", beta_end=beta_end).log_snr(999).isfinite()
+        return
+    with pytest.raises(ValueError, match=str(beta_end)):
+        DiffusionProcess(1000, "linear", beta_end=beta_end)
+
+
+@schedules
+def test_zero_terminal_snr_scales_the_root_and_keeps_its_first_value(schedule):
+    plain, scaled = (DiffusionProcess(100, schedule, prediction="v", zero_terminal_snr=zero).alphas_cumprod.sqrt()
+                     for zero in (False, True))
+    assert_close(scaled[0], plain[0], **EXACT)
+    assert scaled[-1] == 0
+    assert_close(scaled.diff() / plain.diff(), torch.full((99,), (plain[0] / (plain[0] - plain[-1])).item(),
+                                                          dtype=torch.float64), rtol=1e-9, atol=0)
 
 
 # ---------------------------------------------------------------------------------------------- alpha, sigma, log_snr
@@ -376,6 +385,20 @@ def test_sample_is_p_sample_from_the_last_time_to_the_first():
 # -------------------------------------------------------------------------------------------------- training times
 
 
+@pytest.mark.parametrize("prediction, weight", [
+    ("eps", lambda snr: snr.clamp(max=5) / snr), ("x0", lambda snr: snr.clamp(max=5)),
+    ("v", lambda snr: snr.clamp(max=5) / (snr + 1))])
+def test_min_snr_is_the_weight_of_hang_et_al(prediction, weight):
+    """Hang et al. 2023, for each prediction."""
+    t, x_0 = torch.tensor([0, 20, 50, 80, 95]), torch.linspace(-1, 1, 80).view(5, 1, 4, 4)
+    noise = torch.randn(5, 1, 4, 4, generator=torch.Generator().manual_seed(0))
+    losses = [DiffusionProcess(100, "cosine", prediction=prediction, loss_weight=name, snr_gamma=5.0).loss(
+        lambda x, _: 0.3 * torch.ones_like(x), x_0, t, noise, reduction="none") for name in ("min_snr", "target")]
+    snr = DiffusionProcess(100, "cosine").log_snr(t).flatten().exp()
+    assert snr.min() < 5 < snr.max()
+    assert_close(losses[0] / losses[1], weight(snr), rtol=1e-5, atol=0, check_dtype=False)
+
+
 @pytest.mark.parametrize("sampling", ["uniform", "stratified", "lognormal"])
 @schedules
 @all_T
@@ -384,6 +407,14 @@ def test_training_times_are_whole_and_in_range(sampling, schedule, T):
     t = process.sample_timesteps(1000, torch.Generator().manual_seed(0))
     assert t.shape == (1000,) and t.dtype == torch.int64
     assert t.min() >= 0 and t.max() <= T - 1
+
+
+@pytest.mark.parametrize("sampling", ["uniform", "stratified", "lognormal"])
+def test_training_times_are_in_range_even_if_a_random_number_rounds_to_1(sampling, monkeypatch):
+    below_1 = float(np.nextafter(np.float32(1), np.float32(0)))
+    monkeypatch.setattr(torch, "rand", lambda *size, **_: torch.full(size, below_1))
+    t = DiffusionProcess(1000, timestep_sampling=sampling).sample_timesteps(128)
+    assert 990 < t.max() <= 999
 
 
 @pytest.mark.parametrize("sampling", ["uniform", "stratified", "lognormal"])

@@ -7,6 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from small import small_model
+from torch.distributions import Normal, kl_divergence
 from torch.testing import assert_close
 
 from data import histogram_code
@@ -246,6 +247,19 @@ def test_bits_per_dim_bounds_the_entropy_of_a_gaussian_closely_and_closer_with_t
     assert bits[0].shape == (count,)
     error = 5 * bits[0].std().item() / math.sqrt(count)
     assert entropy - error < bits[0].mean().item() < entropy + 0.1 < bits[1].mean().item()
+
+
+def test_bits_per_dim_counts_what_the_last_time_still_shows_of_the_image():
+    process, x_0 = DiffusionProcess(20, beta_end=0.002, prediction="x0"), images(3, 1, 4, 4).clamp(-1, 1)
+    learned, noise, model = LearnedVariance(**process.config), images(3, 1, 4, 4, seed=1), lambda x, t: 0.5 * x
+    alpha, sigma = process.alpha(19).double(), process.sigma(19).double()
+    assert alpha > 0.5
+    expected = kl_divergence(Normal(alpha * x_0.double(), sigma), Normal(0.0, 1.0)).flatten(1).mean(1) / math.log(2)
+    for t in range(20):
+        x_t = process.q_sample(x_0, torch.full((3,), t), noise)
+        output, v = learned.predict_both(model, x_t, torch.full((3,), t), None)
+        expected += learned.vlb_term(x_0, learned.to_x_0(output, x_t, t, clip=True), v, torch.full((3,), t))
+    assert_close(bits_per_dim(model, process, x_0, noise=noise), expected.to(x_0.dtype), rtol=1e-4, atol=1e-4)
 
 
 def rounded_images(count, mean=0.1, std=0.2):

@@ -23,7 +23,7 @@ from harness import (
     run_together,
     tiny,
 )
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 from small import small_checkpoint
@@ -222,6 +222,7 @@ def test_several_processes_without_a_checkpoint_are_refused(tmp_path):
 # ------------------------------------------------------------------------------------------------------------ by itself
 
 
+@settings(deadline=None)
 @given(count=st.integers(0, 200), size=st.integers(1, 30))
 def test_shares_are_a_partition_in_order_and_as_even_as_can_be(count, size):
     with pytest.MonkeyPatch.context() as patch:

@@ -54,7 +54,8 @@ def clocks(said) -> list[str]:
 def test_on_a_terminal_the_clock_moves_within_a_slow_step(root, columns):
     code = "import time\nfrom runtime.progress import Bar\nwith Bar('slow', 2, 'steps'): time.sleep(3.4)"
     status, said = on_a_terminal(root, code, columns=columns)
-    assert status == 0 and clocks(said) == ["00:00", "00:01", "00:02", "00:03"]
+    shown = clocks(said)  # a busy machine may miss a second
+    assert status == 0 and shown[0] == "00:00" and len(shown) >= 3 and shown == sorted(set(shown)), said
     assert all("slow:   0%|" in text and "0/2 steps" in text for _, text in said), said
 
 

@@ -110,6 +110,17 @@ def test_what_a_process_has_without_flags_is_what_was_measured(name, more, low_s
     assert process["highest_noise"] == 20
 
 
+def test_the_spread_of_the_data_is_measured_on_what_the_network_sees():
+    levels = torch.cat([torch.zeros(1000, dtype=torch.uint8), torch.arange(24, dtype=torch.uint8)]).view(16, 1, 8, 8)
+    data, stds = ImageData("glyphs", "train", levels, torch.zeros(16, dtype=torch.long), ("a", "b")), {}
+    for code in ("linear", "histogram"):
+        settings = make_settings(parsed("--dataset", "glyphs", "--level_code", code), data)
+        seen = data.coded(flags.make_code(settings, data))
+        stds[code] = flags.make_config(settings, seen)["diffusion"]["data_std"]
+        assert stds[code] == round(seen.code.encode(levels).std().item(), 3)
+    assert stds["linear"] < 0.5 * stds["histogram"]
+
+
 def test_samplers_of_larger_images_begin_with_more_noise():
     images = torch.arange(4, dtype=torch.uint8).view(4, 1, 1, 1).expand(4, 3, 64, 64)
     data = ImageData("scenes", "train", images, torch.zeros(4, dtype=torch.long), ("a", "b"))

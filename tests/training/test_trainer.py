@@ -190,16 +190,42 @@ def test_muon_takes_weights_in_any_layout_alike():
 
 
 def test_the_average_forgets_its_beginning_by_the_decay():
-    trainer, weights = make_trainer(ema_decay=0.5), []
+    trainer, decays = make_trainer(ema_decay=0.3), []
     average = {name: weight.clone() for name, weight in trainer.ema.named_parameters()}
     for step in range(1, 6):
         steps(trainer, 1)
-        decay = ema_decay_at(step, 0.5)
+        decay = min(0.3, (1 + step) / (10 + step))
         for name, weight in trainer.model.named_parameters():
             average[name] = decay * average[name] + (1 - decay) * weight.detach()
-        weights.append(decay)
-    assert weights == sorted(weights) and weights[0] < weights[-1] == 0.4
+        decays.append(decay)
+    assert decays[0] < decays[1] < decays[2] == decays[-1] == 0.3 and ema_decay_at(10**6, 0.999) == 0.999
     assert_close(dict(trainer.ema.named_parameters()), average)
+
+
+def test_every_step_has_new_times_and_noise_and_every_epoch_each_image_once_in_a_new_order(monkeypatch):
+    trainer, shown, drawn = make_trainer(process=DiffusionProcess(1000, "cosine", prediction="v")), [], []
+    loss = DiffusionProcess.loss
+
+    def record(process, model, x_0, t, noise, *more, **options):
+        shown.append(x_0)
+        drawn.append((t, noise))
+        return loss(process, model, x_0, t, noise, *more, **options)
+    monkeypatch.setattr(DiffusionProcess, "loss", record)
+    steps(trainer, 4)
+    epochs = [torch.cat(shown[:2]), torch.cat(shown[2:])]
+    for epoch in epochs:
+        assert [sum(torch.equal(image, other) for other in epoch) for image in trainer.data.x_0()] == [1] * 16
+    assert not torch.equal(*epochs)
+    for (t, noise), (other_t, other_noise) in itertools.combinations(drawn, 2):
+        assert not torch.equal(t, other_t) and not torch.equal(noise, other_noise)
+
+
+@pytest.mark.parametrize("most", [1e-3, 1e9])
+def test_gradients_are_clipped_to_their_largest_norm(most):
+    trainer = make_trainer(max_grad_norm=most)
+    steps(trainer, 1)
+    norm = torch.cat([weight.grad.flatten() for weight in trainer.model.parameters()]).norm().item()
+    assert norm == pytest.approx(1e-3, rel=1e-3) if most == 1e-3 else 1e-2 < norm < 1e9
 
 
 # ------------------------------------------------------------------------------------------- the time and the previews
@@ -528,6 +554,16 @@ def test_the_times_of_validation_stay_in_the_process_however_they_are_rounded(mo
         losses.append(t) or torch.zeros(len(t))))
     validation_loss(trainer, replace(trainer.data, images=images, labels=torch.zeros(2048, dtype=torch.long)))
     assert torch.cat(losses).max() == trainer.diffusion.num_timesteps - 1
+
+
+def test_the_times_of_validation_are_even_whatever_those_of_training_are(monkeypatch):
+    process = DiffusionProcess(10, "cosine", prediction="v", timestep_sampling="lognormal")
+    trainer, times = make_trainer(process=process), []
+    monkeypatch.setattr(type(process), "simple_loss", lambda _, model, x_0, t, *__, **___: (
+        times.append(t) or torch.zeros(len(t))))
+    images = trainer.data.images[:1].expand(500, -1, -1, -1)
+    validation_loss(trainer, replace(trainer.data, images=images, labels=torch.zeros(500, dtype=torch.long)))
+    assert ((torch.cat(times).bincount(minlength=10) - 50).abs() <= 1).all()
 
 
 @pytest.mark.parametrize("conditional", [False, True])
