@@ -11,6 +11,12 @@ from documents import broken_links
 
 EXERCISES = [f"ex{number:02}" for number in range(1, 11)]
 OUTCOME = re.compile(r"^(PASSED|FAILED|ERROR) \S+::test_(ex\d\d)_", re.MULTILINE)
+EACH = """
+import sys, pytest
+for folder in sys.argv[1:]:
+    print("ANSWERS", folder)
+    pytest.main(["-rA", "--tb=no", "-p", "no:cacheprovider", "guide/exercises", "--answers", folder])
+"""
 MISTAKES = {  # a text of each solution, and what makes it wrong
     "ex01": ("np.exp(-log_snr)", "np.exp(-log_snr / 2)"),
     "ex02": ("(1 - rate).sqrt()", "(1 - rate)"),
@@ -23,14 +29,6 @@ MISTAKES = {  # a text of each solution, and what makes it wrong
     "ex09": ("a.T.cov(), b.mean(0), b.T.cov()", "a.T.cov(), a.mean(0), b.T.cov()"),
     "ex10": ("(here + there) / 2", "there"),
 }
-
-
-def outcomes(root, answers):
-    """{exercise: "PASSED", "FAILED" or "ERROR"} of the tests in guide/exercises on the files in a folder."""
-    command = [sys.executable, "-m", "pytest", "-rA", "--tb=no", "-p", "no:cacheprovider", "guide/exercises",
-               "--answers", str(answers)]
-    done = subprocess.run(command, cwd=root, capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
-    return {name: outcome for outcome, name in OUTCOME.findall(done.stdout)} or done.stdout + done.stderr
 
 
 def source(folder, name):
@@ -46,20 +44,20 @@ def functions(path):
             if inspect.isfunction(each) and each.__module__ == path.stem}
 
 
-def test_the_starting_points_fail(root):
-    assert outcomes(root, "guide/exercises") == dict.fromkeys(EXERCISES, "FAILED")
-
-
-def test_the_solutions_pass(root):
-    assert outcomes(root, "guide/exercises/solutions") == dict.fromkeys(EXERCISES, "PASSED")
-
-
-def test_common_mistakes_fail(root, tmp_path):
+def test_starting_points_and_common_mistakes_fail_and_solutions_pass(root, tmp_path):
+    """All in one process, because to begin one takes seconds."""
     for name, (right, wrong) in MISTAKES.items():
         path = source(root / "guide/exercises/solutions", name)
         assert path.read_text().count(right) == 1, name
         (tmp_path / path.name).write_text(path.read_text().replace(right, wrong))
-    assert outcomes(root, tmp_path) == dict.fromkeys(EXERCISES, "FAILED")
+    expected = {"guide/exercises": "FAILED", "guide/exercises/solutions": "PASSED", str(tmp_path): "FAILED"}
+    done = subprocess.run([sys.executable, "-c", EACH, *expected], cwd=root, capture_output=True, text=True,
+                          env={**os.environ, "OMP_NUM_THREADS": "1"})
+    parts = done.stdout.split("ANSWERS ")[1:]
+    assert [part.splitlines()[0] for part in parts] == list(expected), done
+    for part, outcome in zip(parts, expected.values(), strict=True):
+        found = {name: outcome for outcome, name in OUTCOME.findall(part)}
+        assert found == dict.fromkeys(EXERCISES, outcome), part
 
 
 @pytest.mark.parametrize("name", EXERCISES)
