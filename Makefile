@@ -17,7 +17,7 @@ demo: $(VENV)/demo
 	@echo "Open outputs/demo/page.html in a browser: the same model draws there, and shows how."
 
 test: $(VENV)/dev
-	$(BIN)/python -m pytest -n auto --dist worksteal
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist worksteal
 
 torture: $(VENV)/dev
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist worksteal tests/torture.py
