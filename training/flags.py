@@ -123,7 +123,7 @@ def batch_size(text: str) -> int | str:
 def make_parser(description: str) -> Parser:
     """The flags of train.py, with the defaults of the fast recipe."""
     parser = Parser(description)
-    of_points = ", ".join(f"--{flag} {value}" for flag, value in POINT_DEFAULTS.items())
+    of_points = ", ".join(f"{flag} {value}" for flag, value in POINT_DEFAULTS.items())
     group = parser.add_argument_group("run", fill(f"Points in the plane have other defaults: {of_points}.", 100))
     group.add_argument("--recipe", choices=tuple(RECIPES), default="fast",
                        help="a set of defaults for other flags: fast, the best that we know; ddpm, the textbook")
@@ -269,9 +269,10 @@ def check_flags_of_data(parser: Parser, args: Namespace) -> None:
     """UserError for flags that change nothing for points in the plane, and for classes of pictures that have none."""
     own = args.dataset not in DATASETS
     of_classes = [name for name in ("conditional", "label_dropout") if name in parser.typed and args.conditional]
-    args.needs_classes = of_classes[0] if own and of_classes else None
-    if args.needs_classes and not find_pictures(Path(args.dataset)).class_names:
-        parser.error(no_classes_message(args))
+    if own and of_classes:
+        args.needs_classes = of_classes[0]  # which is known when the pictures have been read
+        if not find_pictures(Path(args.dataset)).class_names:
+            parser.error(no_classes_message(args))
     if own and Path(args.dataset).is_dir() and Path(args.output_dir).resolve().is_relative_to(
             Path(args.dataset).resolve()):
         parser.error(f"--output_dir {args.output_dir} lies among the pictures in {args.dataset}, which the run would "
