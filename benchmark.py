@@ -40,6 +40,7 @@ from benchmarks.plots import PLOTS
 from benchmarks.tables import print_ratios
 from data import DATASETS, VALIDATION_IMAGES, load_dataset
 from data_sources.points import POINT_SETS
+from evaluation.copies import FEW
 from runtime.errors import UserError
 from runtime.files import check_outputs, write_json
 from runtime.parser import Parser, add_shared_flags, duration, number
@@ -81,7 +82,7 @@ def parse_args(argv: Sequence[str] | None):
                              "first of ours")
     parser.add_argument("--budgets", nargs="+", type=duration, default=[60.0, 180.0], metavar="TIME",
                         help="the training times of quality: 90s, 10m, 1.5h")
-    parser.add_argument("--num_images", type=number(int, 1, VALIDATION_IMAGES), default=VALIDATION_IMAGES,
+    parser.add_argument("--num_images", type=number(int, FEW, VALIDATION_IMAGES), default=VALIDATION_IMAGES,
                         help="the number of images that quality evaluates, at most as many as its floor has")
     parser.add_argument("--image_time", type=duration, default=300.0, metavar="TIME",
                         help="the maximum sampling time for each figure of quality; if it is too short, fewer images "

@@ -31,7 +31,6 @@ from evaluation.health_checks import (
     Finding,
     check_copies,
     check_data,
-    check_ema,
     check_error,
     check_history,
     check_label_rows,
@@ -110,9 +109,8 @@ def command_to_resume(args, *more: str) -> str:
 
 
 def examine_checkpoint(checkpoint: dict) -> Iterator[Finding]:
-    """The EMA, the tensors, and the history of the losses."""
+    """The tensors, and the history of the losses."""
     step, initial = checkpoint["step"], initial_weights(checkpoint)
-    yield check_ema(step, training_flag(checkpoint, "ema_decay", 0.999))
     for part in ("model", "ema"):
         yield check_tensors(checkpoint[part], initial, step, part)
     rows = "label_embedding.weight"

@@ -26,6 +26,7 @@ from benchmarks.pictures import decode_pictures, own_memory, read_pictures
 from benchmarks.processes import ROOT
 from checkpoint import load_checkpoint, load_model
 from data import ImageData, code_of, load_dataset
+from evaluation.copies import FEW
 from learned_variance import create_process
 from models import create_model
 from runtime import threads
@@ -308,9 +309,12 @@ def peer_sample(name: str, shape: list[int], device: str, images: int, sampler: 
 
 
 def images_in_time(peer, images: int, steps: int, weights, seconds: float) -> Iterator[torch.Tensor]:
-    """Batches of up to `images` images by the fast sampler of a peer; starts no batch after `seconds`."""
+    """Batches of up to `images` images by the fast sampler of a peer.
+
+    Starts none after `seconds`, unless there are fewer than the FEW images that figures need.
+    """
     start, count = now(peer.device), 0
-    while count < images and (not count or now(peer.device) - start < seconds):
+    while count < images and (count < FEW or now(peer.device) - start < seconds):
         part = peer.sample(min(SAMPLE_BATCH, images - count), "few", steps, weights)
         count += len(part)
         yield part

@@ -1,8 +1,9 @@
 """Other toolkits ("peers"), set up as in their own training scripts; uint8 images in and out.
 
 Each network has about as many parameters as that of `--recipe ddpm` (2.06 M) and trains in fp32, with the optimiser,
-EMA and gradient clipping of its package's own script. Two things favour the peers: the images are in memory, and there
-is no validation and no preview. A package is imported only when it is used.
+EMA and gradient clipping of its package's own script and, where quality is measured, its batch size. Two things favour
+the peers: the images are in memory, and there is no validation and no preview. They learn without labels. A package is
+imported only when it is used.
 """
 
 import math
@@ -22,13 +23,13 @@ def to_uint8(images: Tensor) -> Tensor:
 class Diffusers:
     """diffusers: UNet2DModel, trained as by its examples/unconditional_image_generation/train_unconditional.py.
 
-    The defaults of that script: AdamW 1e-4 (0.95, 0.999), weight decay 1e-6, 500 steps of warm-up, then half a cosine
-    over 100 epochs, gradients clipped at 1, a linear schedule of 1000 steps, noise prediction; and --use_ema, as in its
-    README. Samplers: DPMSolverMultistepScheduler ("few"), with thresholding, which clips x_0_hat to [-1, 1] as
-    DDPMScheduler does by default, and DDPMScheduler ("ddpm"), both through DDPMPipeline.
+    The defaults of that script: batches of 16, AdamW 1e-4 (0.95, 0.999), weight decay 1e-6, 500 steps of warm-up, then
+    half a cosine over 100 epochs, gradients clipped at 1, a linear schedule of 1000 steps, noise prediction; and
+    --use_ema, as in its README. Samplers: DPMSolverMultistepScheduler ("few"), with thresholding, which clips x_0_hat
+    to [-1, 1] as DDPMScheduler does by default, and DDPMScheduler ("ddpm"), both through DDPMPipeline.
     """
 
-    package = "diffusers"
+    package, batch_size = "diffusers", 16
 
     def __init__(self, shape, device, steps_per_epoch: int = 430):
         from diffusers import DDPMScheduler, UNet2DModel
@@ -86,13 +87,13 @@ class Diffusers:
 class DenoisingDiffusionPytorch:
     """denoising-diffusion-pytorch: Unet, GaussianDiffusion (v, sigmoid schedule, 1000 steps) and Trainer, by default.
 
-    The Trainer's defaults: Adam 1e-4 (0.9, 0.99), gradients clipped at 1, an EMA of decay 0.995 every 10 steps, half
-    of the images mirrored; grey ones are not, because mirrored digits are wrong. dim 28 and dim_mults (1, 2, 4),
-    because 28 pixels can be halved only twice; a wider network would see fewer images in the same time. Samplers: its
-    DDIM ("few") and its p_sample_loop ("ddpm").
+    The Trainer's defaults: batches of 16, Adam 1e-4 (0.9, 0.99), gradients clipped at 1, an EMA of decay 0.995 every 10
+    steps, half of the images mirrored; grey ones are not, because mirrored digits are wrong. dim 28 and dim_mults (1,
+    2, 4), because 28 pixels can be halved only twice; a wider network would see fewer images in the same time.
+    Samplers: its DDIM ("few") and its p_sample_loop ("ddpm").
     """
 
-    package = "denoising_diffusion_pytorch"
+    package, batch_size = "denoising_diffusion_pytorch", 16
 
     def __init__(self, shape, device, steps_per_epoch: int = 430):
         from denoising_diffusion_pytorch import GaussianDiffusion, Unet

@@ -10,6 +10,7 @@ from benchmarks.context import Context
 from benchmarks.peers import PEERS
 from benchmarks.tables import print_row, ratios
 from checkpoint import load_checkpoint
+from evaluation.copies import FEW
 from runtime.files import atomic_write
 from runtime.progress import say
 
@@ -31,7 +32,8 @@ def measure_quality(context: Context) -> dict:
     context.measure_each("quality", measure)
     found = {}
     for budget in context.args.budgets:
-        if at_budget := [row for row in rows if row["budget"] == budget]:
+        if at_budget := [row for row in rows if row["budget"] == budget
+                         and row["num_images"] == context.args.num_images]:  # others cannot be compared
             values = {row["contestant"]: row["above_floor"] for row in at_budget}
             distance = at_budget[0]["figures"]["frechet_distance"]
             values[at_budget[0]["contestant"]] = distance["high"] - distance["floor"]
@@ -43,7 +45,7 @@ def our_quality(context: Context, name: str) -> Iterator[dict]:
     """Train one of our contestants once for each budget, and yield a row for each."""
     args = context.args
     images_per_second = 64 / context.sample(name, 64, "few", context.plan.few_steps)["seconds"]
-    images = max(64, min(args.num_images, round(images_per_second * args.image_time)))
+    images = max(FEW, min(args.num_images, round(images_per_second * args.image_time)))
     for budget in sorted(args.budgets):
         run = context.train(name, "--budget", budget)
         path = quality_folder(context, name, budget) / "model_final.pt"
@@ -57,7 +59,8 @@ def peer_quality(context: Context, name: str) -> Iterator[dict]:
     """Train a peer once for all budgets, and yield a row for each."""
     args, plan, budgets = context.args, context.plan, sorted(context.args.budgets)
     result = processes.run_job(
-        "peer_quality", name=name, **context.data, batch_size=plan.batch_size, budgets=budgets,
+        "peer_quality", name=name, **context.data, budgets=budgets,
+        batch_size=min(plan.batch_size, PEERS[name].batch_size),
         folders=[str(quality_folder(context, name, budget)) for budget in budgets], images=args.num_images,
         steps=plan.few_steps, image_seconds=args.image_time, started=time.time())
     for row in result["rows"]:

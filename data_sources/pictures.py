@@ -22,9 +22,10 @@ MIN_BYTES, MAX_RATIO = 2**30, 100  # an archive may unpack to MIN_BYTES, or to M
 def read_images(path: Path, shape: Sequence[int], classes: int) -> tuple[Tensor, Tensor | None]:
     """(images (N, C, H, W) uint8, labels (N,) or None) from a .npz or a folder of PNGs. UserError if they do not match.
 
-    shape (C, H, W) and classes: those of the data set.
+    shape (C, H, W) and classes: those of the data set. Without classes, labels are not looked at.
     """
     images, labels = read_folder(path, shape[0]) if path.is_dir() else read_npz(path)
+    labels = labels if classes else None
     if images.dtype != np.uint8:
         raise UserError(f"the images in {path} are {images.dtype}, not uint8: save round((x + 1) * 127.5) of images x "
                         f"in [-1, 1]")

@@ -143,15 +143,6 @@ def check_schedule(diffusion: DiffusionProcess, steps: int = DEFAULT_STEPS) -> l
 # --------------------------------------------------------------------------------------------------- the checkpoint
 
 
-def check_ema(step: int, decay: float) -> Finding:
-    """A moving average of decay d covers 1 / (1 - d) steps; in a shorter run it still contains the initial weights."""
-    window = 1 / max(1e-9, 1 - decay)
-    return judge("EMA", window / max(step, 1e-9), 1, math.inf, f"the average of the weights covers "
-                 f"{window:,.0f} steps; the run has {step:,}",
-                 "with a short run the average makes blurred or noisy images: train longer, lower --ema_decay, or "
-                 "python sample.py --no_use_ema")
-
-
 def check_tensors(weights: dict[str, Tensor], initial: dict[str, Tensor], step: int, part: str) -> Finding:
     """Which tensors are constant (also zero) or equal to what they were before the first step."""
     def is_untrained(name: str, weight: Tensor) -> bool:

@@ -112,6 +112,8 @@ def to_uint8_batches(code: LevelCode, bar: Bar, batches: Iterator) -> list[Tenso
 def ready_images(args: Namespace, data: ImageData) -> GeneratedImages:
     """The images of --images, or the first --num_images of them."""
     images, labels = read_images(Path(args.images), data.images.shape[1:], len(data.class_names))
+    if not len(images):
+        raise UserError(f"{args.images} holds no images: make some with sample.py --output FILE.npz")
     if (count := args.given_images or len(images)) > len(images):
         raise UserError(f"{args.images} holds {len(images):,} images, fewer than --num_images {count}: give "
                         f"--num_images {len(images)}")

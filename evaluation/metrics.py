@@ -249,14 +249,16 @@ def class_frechet(generated: ImageFeatures, reference: ImageFeatures, groups: Te
 
     The class of an image, real or generated, is its most probable one. So a lack of variety within the classes is seen
     by itself, which the differences between the classes hide in the distance of the whole sets. Classes with fewer than
-    CLASS_IMAGES real images do not count. A class with fewer generated ones is compared with all generated images: so
-    leaving it out makes the figure worse. The fewer images in a class, the larger the bias: compare with the floor.
+    CLASS_IMAGES real images do not count, nor those of which twice as many are not to be expected among the generated
+    ones. A class with fewer than CLASS_IMAGES generated ones is compared with all generated images: so leaving it out
+    makes the figure worse, and chance hardly does. The fewer images in a class, the larger the bias: compare with the
+    floor.
     """
     classes, real_classes = generated.probabilities.argmax(1), reference.probabilities.argmax(1)
     distances = []
     for label in range(generated.probabilities.shape[1]):
         real, chosen = real_classes == label, classes == label
-        if real.sum() < CLASS_IMAGES:
+        if real.sum() < CLASS_IMAGES or real.double().mean() * len(classes) < 2 * CLASS_IMAGES:
             continue
         if chosen.sum() < CLASS_IMAGES:
             chosen = torch.ones_like(chosen)
@@ -355,19 +357,18 @@ def scene_figures(generated: ImageFeatures, reference: ImageFeatures, labels: Te
                   groups: Tensor) -> dict[str, Tensor]:
     """scene_right and mark_distance, each (G + 1,), of scenes (`data_sources.scenes`), by what the classifier sees.
 
-        scene_right     share of images with the asked number of objects (without labels: with a number that it is sure
-                        of), and with at least one and at most so many colours, each clearly there or clearly not
+        scene_right     share of images with the asked number of objects, and with at least one and at most so many
+                        colours, each clearly there or clearly not (with a probability above CONFIDENT or below
+                        1 - CONFIDENT); only with labels
         mark_distance   mean over the marks of |share of images that have it - its share of the reference|
-
-    It is sure of what it gives a probability above CONFIDENT.
     """
     count, marks = generated.probabilities.argmax(1) + 1, generated.marks > 0.5
-    counted = generated.probabilities.amax(1) > CONFIDENT if labels is None else count == labels + 1
     colours = marks[:, :len(COLOURS)].sum(1)
     clear = ((generated.marks[:, :len(COLOURS)] - 0.5).abs() > CONFIDENT - 0.5).all(1)
     shares = torch.stack([jackknife_means(mark, groups) for mark in marks.T], 1)            # (G + 1, marks)
-    return dict(scene_right=jackknife_means(counted & clear & (colours >= 1) & (colours <= count), groups),
-                mark_distance=(shares - (reference.marks > 0.5).double().mean(0)).abs().mean(1))
+    right = clear & (colours >= 1) & (colours <= count)
+    return (dict(scene_right=jackknife_means(right & (count == labels + 1), groups)) if labels is not None else {}) | (
+        dict(mark_distance=(shares - (reference.marks > 0.5).double().mean(0)).abs().mean(1)))
 
 
 # ------------------------------------------------------------------------------------------------------ memorisation

@@ -129,10 +129,13 @@ def _read_metrics(path: Path, run: FoundRun) -> None:
 def _read_evaluation(path: Path, run: FoundRun) -> None:
     """evaluation.json: the value of each figure. Its command counts only where there is no run.json.
 
-    ValueError if it is not of the checkpoint there, as after --resume.
+    ValueError if it is not of a checkpoint of the run there: of an earlier one, as after --resume, or of other images.
     """
     content = _load_json(path)
     name, digest = Path(_text(content.get("checkpoint")) or "").name, content.get("checkpoint_sha256")
+    trained = run.how is not None or run.seconds is not None
+    if trained and content["figures"] and not name.startswith("model_"):
+        raise ValueError(f"it is of {name or 'ready images'}, not of this run: run evaluate.py on its checkpoint")
     for file in (path.parent / name, path.parent / "checkpoints" / name):
         if digest and file.is_file() and digest != file_digest(file):
             raise ValueError(f"it is of another or an earlier {name}: run evaluate.py again")

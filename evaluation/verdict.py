@@ -44,14 +44,15 @@ def verdict(figures: dict[str, dict], memorised: dict) -> str:
     signs = [f"{what} ({', '.join(_beside_floor(name, figures[name]) for name in found)})"
              for what, names in _differences(worse).items()
              if (found := [name for name in names if worse.get(name, 0) > CLEARLY])]
-    signs += _told_apart(figures, worse) + _copied(memorised, max(figure["n"] for figure in figures.values()))
+    signs += _told_apart(figures, worse) + _copied(memorised, max(
+        figure["n"] for name, figure in figures.items() if name != "bits_per_dim"))  # whose images are real ones
     if signs:
         return f"What gives the images away: {'; '.join(signs)}."
     apart = "two_sample_pixels" in worse and worse["two_sample_pixels"] <= 1
     unable = ", and a network that is trained for it cannot tell them from real images" if apart else ""
     if max(worse.values(), default=0) <= 1:
-        return (f"What gives the images away: nothing that is measured here. Every figure is within its interval of "
-                f"the floor{unable}.")
+        return (f"What gives the images away: nothing that is measured here. No figure is worse than its floor by "
+                f"more than its interval{unable}.")
     return f"What gives the images away: nothing for certain. No figure is clearly worse than its floor{unable}."
 
 

@@ -273,7 +273,7 @@ def test_a_peer_makes_the_images_that_its_time_allows(monkeypatch):
             clock[0] += count
             return torch.zeros(count, 1, 2, 2)
     monkeypatch.setattr(jobs, "now", lambda _: clock[0])
-    for seconds, expected in ((1e9, 1000), (200, 256), (0, 64)):  # parts of 64: the fourth begins at 192
+    for seconds, expected in ((1e9, 1000), (400, 448), (0, 256)):  # parts of 64: the seventh begins at 384
         assert sum(map(len, jobs.images_in_time(Peer(), 1000, 20, None, seconds))) == expected
 
 
@@ -301,7 +301,9 @@ def test_fewer_images_than_asked_for_are_told_of(monkeypatch, tmp_path, capsys):
                                   "--num_images", "1000", "--image_time", "2s")
     (tmp_path / "model_final.pt").write_bytes(b"weights")
     monkeypatch.setattr(context, "train", lambda *_, **__: dict(folder=tmp_path, process_seconds=1.0))
-    [row] = quality.measure_quality(context)["rows"]
+    found = quality.measure_quality(context)
+    [row] = found["rows"]
+    assert not found["ratios"]  # too few images to be compared
     assert (tmp_path / "quality" / "fast_300s" / "model_final.pt").read_bytes() == b"weights"
     assert (row["num_images"], row["budget"], row["above_floor"]) == (256, 300, 2.0)  # 64 take half a second
     assert "--num_images 256" in " ".join(asked[-1]) and "only 256 of 1,000 images" in capsys.readouterr().out
@@ -406,7 +408,7 @@ def test_the_named_configurations_are_flags_of_train():
     (["train", "--contestants", "nobody"], "invalid choice"),
     (["quality", "--budgets", "soon"], "90s, 10m or 1.5h"),
     (["--device", "abacus"], "not available"),
-    (["--limit", "-1"], "from 0 up"),
+    (["--limit", "-1"], "from 0 up"), (["quality", "--num_images", "100"], "256"),
     (["scaling", "--contestants", "diffusers"], "--contestants"),
 ])
 def test_what_cannot_be_is_told_in_one_line(argv, said, data_dir, tmp_path, capsys):

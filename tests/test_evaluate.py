@@ -522,7 +522,7 @@ def refused(run, capsys, *flags):
     (np.zeros((5, 28, 28, 1), np.float32), "not uint8"),
     (np.full((5, 28, 28, 1), np.nan), "not uint8"),
     (np.zeros((20, 28, 28, 1), np.uint8), "at least 256 .*not 20"),
-    (np.zeros((0, 28, 28, 1), np.uint8), "at least 256 .*not 0"),
+    (np.zeros((0, 28, 28, 1), np.uint8), "holds no images"),
     (np.array([None] * 300), "damaged or not a .npz"),
 ])
 def test_wrong_arrays_are_refused_in_one_line(small, tmp_path, capsys, array, message):
@@ -558,6 +558,11 @@ def test_every_bar_counts_to_its_end(small, checkpoint, tmp_path, monkeypatch):
 def test_a_sweep_takes_its_step_counts_with_commas_too(checkpoint):
     for typed in (["5,10"], ["5", "10"]):
         assert evaluate.parse_args(["--checkpoint", "x", "--sweep", *typed]).sweep == [5, 10]
+
+
+def test_labels_are_not_looked_at_where_there_are_no_classes(tmp_path):
+    path = write_npz(tmp_path / "x.npz", torch.zeros(5, 1, 28, 28, dtype=torch.uint8), labels=np.zeros(5, int))
+    assert read_images(path, (1, 28, 28), 0)[1] is None
 
 
 def test_wrong_labels_are_refused(tmp_path):

@@ -28,6 +28,8 @@ def write_evaluation(folder, **values):
     folder.mkdir(parents=True, exist_ok=True)
     content = dict(figures=figures, dataset="mnist", num_images=500, reference=dict(split="test", n=10000),
                    command=["evaluate.py", "--images", "a b.npz", "--dataset", "mnist"])
+    if (folder / "run.json").exists() or (folder / "metrics.jsonl").exists():
+        content |= dict(checkpoint="model_final.pt", command=["evaluate.py", "--checkpoint", "model_final.pt"])
     (folder / "evaluation.json").write_text(json.dumps(content))
 
 
@@ -86,6 +88,18 @@ def test_figures_of_an_earlier_checkpoint_are_not_those_of_the_run(tmp_path, cap
     out = capsys.readouterr().out
     assert "1.25" not in out and "completed" in out
     assert f"evaluation.json: it is of another or an earlier {Path(name).name}: run evaluate.py again" in out
+
+
+@pytest.mark.parametrize("checkpoint", [None, "evaluation/weights/mnist.pt"])
+def test_figures_of_other_images_in_the_folder_of_a_run_are_not_those_of_the_run(tmp_path, capsys, checkpoint):
+    folder = write_run(tmp_path / "a")
+    write_evaluation(folder, frechet_distance=1.25)
+    content = json.loads((folder / "evaluation.json").read_text()) | dict(checkpoint=checkpoint, dataset="cifar10")
+    (folder / "evaluation.json").write_text(json.dumps(content))
+    list_runs(tmp_path)
+    out, row = capsys.readouterr().out, rows_of(tmp_path)["a"]
+    assert "not of this run: run evaluate.py on its checkpoint" in out and "frechet_distance" not in row
+    assert row["dataset"] == "glyphs" and row["num_images"] == ""
 
 
 def test_flags_that_all_runs_of_a_script_share_are_told_once(tmp_path, capsys):

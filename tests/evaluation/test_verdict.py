@@ -21,7 +21,7 @@ def at_the_floor(**others):
 
 def test_images_at_their_floors_have_nothing_that_gives_them_away():
     said = verdict(at_the_floor(), NO_COPIES)
-    assert "nothing that is measured here. Every figure is within its interval" in said and UNABLE in said
+    assert "nothing that is measured here. No figure is worse than its floor" in said and UNABLE in said
 
 
 def test_the_line_of_the_haze():
@@ -43,6 +43,14 @@ def test_each_figure_is_named_when_it_is_clearly_worse_and_only_then(name):
     if BETTER[name]:
         better = verdict(at_the_floor(**{name: figure(0.5 + 0.2 * BETTER[name], 0.5)}), NO_COPIES)
         assert "nothing that is measured here" in better
+
+
+def test_the_images_whose_bits_are_counted_do_not_change_the_limit_of_copies():
+    close = {space: dict(copies=0.0, real_copies=0.0, closer_than_99_percent=0.03) for space in ("pixels", "features")}
+    few = {name: each | dict(n=500) for name, each in at_the_floor().items()}
+    for bits in (500, 50_000):
+        assert "closer to a training image" not in verdict(few | dict(
+            bits_per_dim=few["bits_per_dim"] | dict(n=bits)), close)
 
 
 def test_it_claims_that_images_cannot_be_told_from_real_only_where_the_network_on_pixels_fails():
