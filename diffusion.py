@@ -171,8 +171,9 @@ class DiffusionProcess:
         else:  # interpolate between two entries
             below = t.floor().long()
             weight = (t - below).to(table.dtype)
-            value = torch.where(weight == 0, table[below + 1],
-                                torch.lerp(table[below + 1], table[(below + 2).clamp(max=self.num_timesteps)], weight))
+            low, high = table[below + 1], table[(below + 2).clamp(max=self.num_timesteps)]
+            between = torch.where(high == -math.inf, high, torch.lerp(low, high, weight))  # lerp: inf - inf is NaN
+            value = torch.where(weight == 0, low, between)
         return value.reshape(-1, 1, 1, 1) if t.ndim else value
 
     def alpha(self, t) -> Tensor:

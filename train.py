@@ -9,7 +9,6 @@ Writes to --output_dir: samples/epoch_001.png ..., checkpoints/model_epoch_005.p
 training_loss.png, metrics.jsonl and run.json. Results of an older run there are moved to previous/.
 """
 
-import contextlib
 import math
 import sys
 import time
@@ -44,7 +43,7 @@ from training.flags import (
     make_settings,
     start_from,
 )
-from training.resume import check_resumable, more_epochs, resume_command, saved_flags
+from training.resume import check_resumable, flags_of_begun_run, more_epochs, resume_command, saved_flags
 from training.run import (
     LOG_STEPS,
     Run,
@@ -71,8 +70,12 @@ def parse_args(argv: Sequence[str] | None) -> tuple[Namespace, dict | None]:
     args = parser.parse_args(argv)
     if args.resume and "init" in parser.typed:
         parser.error("--init starts a new run: leave out --resume")
-    found = find_checkpoint(args) if args.resume or distributed.is_launched() else None
-    parser.set_defaults(**defaults(args, init=None if found else args.init))
+    found, begun = find_checkpoint(args) if args.resume or distributed.is_launched() else None, {}
+    if args.resume and not found:
+        begun = flags_of_begun_run(parser, args)
+        parser.set_defaults(**begun)
+        args = parser.parse_args(argv)
+    parser.set_defaults(**defaults(args, init=None if found else args.init, resumes=bool(found)) | begun)
     args = parser.parse_args(argv)
     check_flags_of_data(parser, args)
     typed = parser.typed
@@ -348,8 +351,11 @@ def main(argv=None):
             if settings.tensorboard and distributed.rank() == 0:
                 run.board = Board(folder / "tensorboard", run.trainer.step)
             with run_record.recorded(run, "train.py", argv, resumed=checkpoint is not None):
-                with contextlib.closing(run.board):
+                try:
                     run.carry_out(partial(train, run, validation, settings), partial(memory_advice, run.trainer))
+                finally:
+                    with warn_of_failed_writes():
+                        run.board.close()
                 if run.stopped:
                     path = run.save_step()
                     distributed.broadcast(None)  # wait for the file: torchrun ends all processes when one has ended

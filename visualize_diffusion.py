@@ -26,7 +26,7 @@ import torch
 from torch import Tensor
 
 from checkpoint import load_model
-from data import code_of, load_dataset, to_model, to_uint8
+from data import DATASETS, code_of, load_dataset, to_model, to_uint8
 from data_sources.cache import MIN_HELD_OUT
 from data_sources.points import POINT_SETS
 from diffusion import SCHEDULES, DiffusionProcess
@@ -279,7 +279,11 @@ def main(argv=None):
         if args.dataset:
             dataset_of(checkpoint, args.data_dir, args.dataset)  # an error if it is another
         draw = partial(draw_with_model, args, model, diffusion, checkpoint["config"])
-    check_output(path, args.checkpoint)
+    pictures = Path(args.dataset) if args.dataset and args.dataset not in DATASETS else None
+    if pictures and pictures.is_dir() and path.resolve().is_relative_to(pictures.resolve()):
+        raise UserError(f"{path} lies among the pictures in {pictures}, and would be one of them: choose another "
+                        f"--save_path")
+    check_output(path, args.checkpoint, pictures)
     save_figure(draw(), path, args.dpi)
     print(f"Saved {path}")
 

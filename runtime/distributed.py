@@ -98,6 +98,14 @@ def process_lost(error: BaseException) -> bool:
     return world_size() > 1 and isinstance(error, RuntimeError) and any(word in str(error) for word in words)
 
 
+def shared_gpu(error: BaseException) -> str | None:
+    """A message if NCCL says that two processes were given one GPU; None for other errors."""
+    if world_size() > 1 and "Duplicate GPU" in str(error):
+        return ("several processes were given one GPU: start no more of them on a machine than it has GPUs, with "
+                "--nproc_per_node, or give --device cpu")
+    return None
+
+
 def destroy_process_group() -> None:
     """Leave the process group, if there is one."""
     if dist.is_initialized():
@@ -118,7 +126,7 @@ def local_device(name: str) -> str:
     """The device of this process: for auto and cuda the GPU cuda:(local rank), for auto without a GPU the CPU.
 
     Without torchrun the name is returned as it is. UserError for mps, which torch.distributed does not support, and
-    for one GPU for several processes.
+    for one GPU that is named for several processes.
     """
     if not is_launched():
         return name

@@ -51,7 +51,7 @@ def script(main: Callable[[Sequence[str] | None], int | None]) -> Callable[..., 
         except RunFailed as error:
             return _print_error(error, 1)
         except Exception as error:
-            if message := no_access(error):
+            if message := no_access(error) or distributed.shared_gpu(error):
                 return _print_error(message, 2)
             return _print_error(message, 1) if (message := outside_cause(error)) else _report_bug(argv)
         finally:
@@ -122,7 +122,7 @@ def no_access(error: Exception) -> str | None:
 def outside_cause(error: Exception) -> str | None:
     """A message for an exception that the machine caused; None for a bug."""
     if distributed.process_lost(error):
-        return "another process of this run has ended"
+        return f"another process of this run has ended ({one_line(error, 100)})"
     if out_of_memory(error):
         return f"out of memory ({one_line(error, 100)}): try a smaller --batch_size"
     return str(error) if isinstance(error, OSError) and error.errno in SYSTEM_ERRORS else None
@@ -130,8 +130,8 @@ def outside_cause(error: Exception) -> str | None:
 
 def _print_error(message, status: int) -> int:
     progress.close_all()
-    if status == 2 and distributed.is_launched() and os.environ["RANK"] != "0":
-        return status  # all processes of torchrun find the same mistake: rank 0 reports it
+    if status == 2 and distributed.local_rank():
+        return status  # all processes of a machine find the same mistake: the first of them reports it
     with contextlib.suppress(OSError):
         print(f"{Path(sys.argv[0]).name}: {one_line(message, None)}", file=sys.stderr, flush=True)
     return status

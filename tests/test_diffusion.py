@@ -110,6 +110,13 @@ def test_large_betas_give_a_finite_process_or_are_refused(beta_end, possible):
         DiffusionProcess(1000, "linear", beta_end=beta_end)
 
 
+def test_no_time_between_two_whole_ones_is_nan_where_the_last_has_no_signal():
+    process = DiffusionProcess(100, "cosine", prediction="v", zero_terminal_snr=True)
+    t = torch.linspace(97, 99, 21, dtype=torch.float64)
+    assert (process.log_snr(t).flatten()[11:] == -torch.inf).all() and process.log_snr(t[:11]).isfinite().all()
+    assert all(process.alpha(time.item()) == 0 for time in t[11:])
+
+
 @schedules
 def test_zero_terminal_snr_scales_the_root_and_keeps_its_first_value(schedule):
     plain, scaled = (DiffusionProcess(100, schedule, prediction="v", zero_terminal_snr=zero).alphas_cumprod.sqrt()

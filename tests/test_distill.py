@@ -202,6 +202,9 @@ def test_every_kind_of_teacher_gives_a_finite_loss_and_gradient_at_every_time(pr
     student = small_model(learn_variance=learn_variance).requires_grad_(True)
     consistency = Consistency(process, small_model(learn_variance=learn_variance), 8)
     loss = consistency.loss(student, torch.rand(100, 1, 8, 8) * 2 - 1, torch.arange(100), reduction="none")
+    with torch.no_grad():
+        real = consistency.loss(student, torch.rand(4, 1, 8, 8) * 2 - 1, torch.tensor([0.3, 50.5, 98.2, 98.9]))
+    assert real.isfinite()
     loss.mean().backward()
     assert loss.shape == (100,) and bool((loss >= 0).all() & loss.isfinite().all())
     assert all(weight.grad.isfinite().all() for weight in student.parameters())

@@ -217,6 +217,15 @@ def test_the_network_is_looked_into(checkpoint, place, tmp_path, capsys):
     assert "none is held out" in capsys.readouterr().err and not (tmp_path / "loss.png").exists()
 
 
+def test_a_figure_does_not_become_one_of_the_pictures(two, tmp_path, capsys):
+    before = sorted(two.rglob("*"))
+    for path in (two / "red/0.png", two / "new.png"):
+        assert visualize_diffusion.main(["--dataset", str(two), "--image_size", "16", "--data_dir", str(tmp_path),
+                                         "--save_path", str(path)]) == 2
+        assert "lies among the pictures" in capsys.readouterr().err
+    assert sorted(two.rglob("*")) == before
+
+
 def test_points_without_classes_are_all_drawn():
     figure, axis = pyplot().subplots()
     _plot_points(axis, torch.rand(5, 2), None, torch.zeros(5), ())

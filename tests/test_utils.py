@@ -52,6 +52,13 @@ def test_precision_is_that_of_the_networks_arithmetic(precision, dtype):
         assert torch.nn.Linear(2, 2)(torch.zeros(1, 2)).dtype == dtype
 
 
+@pytest.mark.parametrize("has_instructions", [False, True])
+def test_a_gpu_that_only_emulates_bf16_takes_fp32(monkeypatch, has_instructions):
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation=True: (
+        including_emulation or has_instructions))
+    assert utils.pick_precision("auto", torch.device("cuda")) == ("bf16" if has_instructions else "fp32")
+
+
 def test_bf16_instructions_are_found_without_torchs_newer_function(monkeypatch):
     """/proc/cpuinfo, which only Linux has, says the same as torch."""
     if sys.platform != "linux" or platform.machine() != "x86_64" or not hasattr(torch.cpu, "get_capabilities"):

@@ -7,7 +7,7 @@ from textwrap import fill
 
 import torch
 
-from checkpoint import load_checkpoint
+from checkpoint import LIMITS, load_checkpoint
 from data import DATASETS, LEVEL_CODES, ImageData, LevelCode, code_of, histogram_code, noise_level
 from data_sources.cache import MIN_HELD_OUT, about
 from data_sources.folder import find_pictures
@@ -40,9 +40,12 @@ POINT_DEFAULTS = dict(base_channels=128, depth=3, time_emb_dim=64, label_dropout
 PICTURES_BUDGET = 600.0  # seconds, of your own pictures without --epochs and --budget
 
 
-def defaults(args: Namespace, init: str | None) -> dict:
-    """The defaults that the recipe, the data set and the checkpoint `init`, if any, give to other flags."""
-    own_pictures = args.dataset not in DATASETS and not (args.epochs or args.budget or args.resume)
+def defaults(args: Namespace, init: str | None, resumes: bool = False) -> dict:
+    """The defaults that the recipe, the data set and the checkpoint `init`, if any, give to other flags.
+
+    resumes: whether the run goes on from a checkpoint.
+    """
+    own_pictures = args.dataset not in DATASETS and not (args.epochs or args.budget or resumes)
     return (RECIPES[args.recipe] | (POINT_DEFAULTS if args.dataset in POINT_SETS else {})
             | (dict(budget=PICTURES_BUDGET) if own_pictures else {}) | init_defaults(args, init))
 
@@ -298,6 +301,10 @@ def check_effect(parser: Parser, args: Namespace, typed: set[str]) -> None:
     if args.zero_terminal_snr and args.loss_weight == "min_snr" and {"zero_terminal_snr", "loss_weight"} & typed:
         parser.error("--zero_terminal_snr goes with --loss_weight target: min_snr has weight 0 at the last time, where "
                      "sampling starts")
+    for name in ("channel_mults", "attention"):
+        if len(getattr(args, name) or ()) > (most := LIMITS["model"][name][1]):
+            parser.error(f"--{name} has {len(getattr(args, name))} numbers, more than the {most} that a checkpoint may "
+                         f"have: give fewer")
     for name, (other, value) in NEEDED.items():
         if name in typed and getattr(args, other) != value:
             needed = f"--{other}" if value is True else f"--{other} {value}"

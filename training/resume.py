@@ -1,6 +1,8 @@
 """A run that is resumed: its flags, the command for it, and whether what is asked for now goes with it."""
 
+import contextlib
 import os
+import shlex
 from argparse import Namespace
 from pathlib import Path
 
@@ -8,6 +10,7 @@ from runtime import distributed
 from runtime.errors import UserError
 from runtime.files import quoted
 from runtime.parser import PICTURE_FLAGS, SHARED_FLAGS, Parser
+from training import run_record
 from training.flags import FIXED_FLAGS, KEPT
 
 BEFORE_FLAGS = dict(level_code="linear")  # what versions that did not have these flags did
@@ -33,6 +36,23 @@ def resume_command(args: Namespace) -> str:
     own = [f"--{name} {quoted(getattr(args, name))}" for name in OWN_FLAGS[:3]
            if name == "output_dir" or getattr(args, name) != SHARED_FLAGS[name]["default"]]
     return " ".join([start, "train.py --resume", *own])
+
+
+def flags_of_begun_run(parser: Parser, args: Namespace) -> dict:
+    """The flags that the run in args.output_dir was started with, if it was stopped before its first checkpoint.
+
+    They become defaults of the new run that --resume begins then; OWN_FLAGS are left out, except for --init.
+    """
+    found = {}
+    for sitting in distributed.from_rank_0(lambda: run_record.sittings(Path(args.output_dir))):
+        words = shlex.split(str(sitting.get("command", "")))
+        at = next((i for i, word in enumerate(words) if word.endswith("train.py")), len(words))
+        with contextlib.suppress(UserError):
+            before = parser.parse_args(words[at + 1:])
+            found |= {name: getattr(before, name) for name in parser.typed - ({*OWN_FLAGS} - {"init"})}
+    if args.epochs or args.budget:
+        found = {name: value for name, value in found.items() if name not in ("epochs", "budget")}
+    return found
 
 
 def more_epochs(epochs: int) -> int:

@@ -24,7 +24,7 @@ from training.tensorboard import Board
 from utils import count_parameters
 
 LOG_STEPS = 50  # steps between two records
-AGREE_STEPS = 10  # steps after which several processes agree on the time and on a signal
+AGREE_STEPS, AGREE_SECONDS = 10, 1.0  # after so many steps or seconds several processes agree on time and signals
 MAX_BAD_STEPS = 20  # a run fails after so many steps in a row without a finite gradient
 FIRST_STEPS = 6  # of a sitting on a CPU: after them its speed is known for the first time
 CLOSING_SECONDS = 1.5  # time to write the last checkpoint and the plot
@@ -43,6 +43,8 @@ class Run:
     losses             losses of the steps since the last record, on the device
     progress           how much of the run is done (0..1)
     signal, stopped    the signal that this process received, and the one for which all processes stop
+    agreed             the time share and the signal on which several processes agreed last, at agree_time and after
+                       agree_step steps; they do so again after agree_at steps
     step_time          time.perf_counter() after the last step
     first_times        the seconds of the first steps of this sitting, on a CPU
     timed_step         the last of these steps
@@ -58,6 +60,7 @@ class Run:
         self.losses: list[Tensor] = []
         self.preview: tuple[int, Tensor] | None = None
         self.signal, self.stopped, self.progress, self.agreed = None, None, 0.0, None
+        self.agree_time, self.agree_step, self.agree_at = time.perf_counter(), trainer.step, trainer.step
         self.reported, self.fastest = 0.0, 0.0  # skipped steps that the user was told of; images a second
         self.last_save = self.step_time = time.perf_counter()
         self.first_times: list[float] = []
@@ -71,7 +74,7 @@ class Run:
         self.records = checkpoint["history"].get("records", [])
         self.losses = [torch.tensor(loss, device=self.trainer.device)
                        for loss in checkpoint["history"].get("losses", [])]
-        self.timed_step = self.trainer.step
+        self.timed_step = self.agree_step = self.trainer.step
         self.mark()
 
     # ---------------------------------------------------------------------------------------------- time and signals
@@ -82,12 +85,20 @@ class Run:
         self.time_first_steps()
         step, time_share, signal = self.trainer.step, self.budget.time_share, self.signal
         if distributed.world_size() > 1:
-            if self.agreed is None or step % AGREE_STEPS == 0:
-                mine = torch.tensor([time_share, signal or 0], device=self.trainer.device)
-                self.agreed = distributed.all_reduce_max(mine).tolist()
+            if self.agreed is None or step >= self.agree_at:
+                self.agree(time_share, signal)
             time_share, signal = self.agreed
         self.progress, self.stopped = self.budget.progress(step, time_share), int(signal or 0)
         self.step_time = time.perf_counter()
+
+    def agree(self, time_share: float, signal: int | None) -> None:
+        """Set `agreed`, the largest time share and signal of all processes, and `agree_at`, when to do so again."""
+        now, step = time.perf_counter(), self.trainer.step
+        pace = (now - self.agree_time) / (step - self.agree_step) if step > self.agree_step else math.inf
+        mine = torch.tensor([time_share, signal or 0, pace], dtype=torch.float32, device=self.trainer.device)
+        *self.agreed, pace = distributed.all_reduce_max(mine).tolist()
+        self.agree_at = step + max(1, min(AGREE_STEPS, int(AGREE_SECONDS / max(pace, 1e-9))))
+        self.agree_time, self.agree_step = now, step
 
     def time_first_steps(self) -> None:
         """Set the reserve of the budget by the quickest of the FIRST_STEPS but the first, before there is a record.

@@ -89,6 +89,12 @@ def test_a_flag_that_would_change_nothing_is_refused(words, missing, tmp_path, c
     assert f"{words[0]} changes nothing without {missing}" in line and not (tmp_path / "run").exists()
 
 
+def test_a_network_that_no_checkpoint_may_hold_is_refused(tmp_path, capfd):
+    assert train.main(["--channel_mults", *["1"] * 9, "--output_dir", str(tmp_path / "run")]) == 2
+    (line,) = capfd.readouterr().err.splitlines()
+    assert "--channel_mults has 9 numbers, more than the 8" in line and not (tmp_path / "run").exists()
+
+
 def test_min_snr_is_refused_where_it_would_leave_the_first_time_of_sampling_untrained(tmp_path, capfd):
     words = ["--zero_terminal_snr", "--loss_weight", "min_snr", "--output_dir", str(tmp_path / "run")]
     assert train.main(words) == 2

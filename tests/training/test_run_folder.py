@@ -2,6 +2,7 @@
 
 import functools
 import io
+import json
 import os
 import random
 import resource
@@ -167,6 +168,16 @@ def test_resume_where_no_runs_are_says_what_to_leave_out(data_dir, tmp_path, cap
     for folder in ("new", ".", tmp_path / "a/b"):
         assert_refused(capfd, train.main(tiny(data_dir, folder, "--resume")), f"to {folder}: leave out --resume")
     assert not files(tmp_path)
+
+
+def test_a_run_that_was_killed_before_its_first_checkpoint_begins_again_with_its_flags(data_dir, tmp_path):
+    command = shlex.join(["python", "train.py", *tiny(data_dir, tmp_path / "gone", "--epochs", 1, "--seed", 5)])
+    (tmp_path / "run.json").write_text(json.dumps(dict(sittings=[dict(command=command)])))
+    argv = ["--resume", "--output_dir", str(tmp_path), "--data_dir", str(data_dir), "--device", "cpu"]
+    assert train.main([*argv, "--seed", "6"]) == 0
+    training = load_checkpoint(tmp_path / "model_final.pt")["config"]["training"]
+    assert (training["dataset"], training["epochs"], training["batch_size"], training["seed"]) == ("glyphs", 1, 64, 6)
+    assert not (tmp_path / "gone").exists()
 
 
 @needs_fork

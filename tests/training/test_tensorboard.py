@@ -53,6 +53,14 @@ def test_scalars_are_the_records_and_grids_are_the_samples(writers, data_dir, tm
     assert scale > 1 and np.array_equal(grid, picture[::scale, ::scale])
 
 
+def test_an_error_at_its_end_does_not_cost_the_run(writers, data_dir, tmp_path, monkeypatch, capsys):
+    def fail(_):
+        raise OSError(28, "No space left on device")
+    monkeypatch.setattr(Writer, "close", fail)
+    assert train.main(tiny(data_dir, tmp_path, "--tensorboard")) == 0
+    assert "Warning: a file could not be written" in capsys.readouterr().err and (tmp_path / "model_final.pt").exists()
+
+
 def test_a_resumed_run_goes_on_and_keeps_the_flag(writers, data_dir, tmp_path):
     assert train.main(tiny(data_dir, tmp_path, "--tensorboard")) == 0
     assert train.main(["--resume", "--epochs", "3", "--output_dir", str(tmp_path), "--data_dir", str(data_dir),
