@@ -256,8 +256,9 @@ def open_data(args: Namespace, device: torch.device) -> ImageData:
     data = data.first(args.train_images)
     if is_few(data):
         known = "cifar10" if data.images.shape[1] == 3 else "mnist"
-        advice = "" if args.init or args.resume else (f"--init {known} may give clearer ones and fewer copies, as it "
-                                                      f"did of drawings; ")
+        helps = [f"--init {known}"] * (not (args.init or args.resume)) + [
+            "--hflip, where left and right do not matter,"] * (not args.hflip)
+        advice = f"{' and '.join(helps)} gave far fewer copies of drawings; " if helps else ""
         print(f"Fewer than {FEW_IMAGES:,} pictures to learn from: {advice}the end of the run says whether they were "
               f"learned by heart", flush=True)
     letters = any(len(name) == 1 for name in data.class_names)

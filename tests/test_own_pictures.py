@@ -107,7 +107,8 @@ def test_an_archive_of_few_pictures_is_learned_and_the_run_says_what_to_know_and
     path = train_on(archive, tmp_path / "run")
     said = capsys.readouterr().out
     assert all(line in said for line in (
-        "12 pictures used", "2 classes: blue 6, red 6", "Fewer than 2,000 pictures to learn from: --init cifar10 may",
+        "12 pictures used", "2 classes: blue 6, red 6",
+        "Fewer than 2,000 pictures to learn from: --init cifar10 and --hflip, where left and right do not matter, gave",
         "With fewer than 200 different pictures none is held out", " of 8 new images: they are less than a third",
         f"Saved {path}: python sample.py --checkpoint {path}"))
     assert load_checkpoint(path)["config"]["data"]["class_names"] == ["blue", "red"]

@@ -162,12 +162,12 @@ def make_parser(description: str) -> Parser:
                             "tensorboard --logdir; needs pip install tensorboard")
     group.add_argument("--resume", action="store_true",
                        help="continue from the newest valid checkpoint in --output_dir with the flags of its run, "
-                            "except --output_dir, --data_dir, --device, --init and --look; flags given now override "
-                            "them, but network, process, data, --train_images, --batch_size and --optimizer cannot "
-                            "change; --epochs and --budget count from the beginning of the run. On a CPU a run by "
-                            "--epochs then ends with the bits of one that was not interrupted, given the same number "
-                            "of threads; on CUDA it differs by rounding, because cuDNN chooses its algorithms by "
-                            "timing them")
+                            "except --output_dir, --data_dir, --device, --init and --look; a run that was stopped "
+                            "before its first checkpoint begins again. Flags given now override them, but network, "
+                            "process, data, --train_images, --batch_size and --optimizer cannot change; --epochs and "
+                            "--budget count from the beginning of the run. On a CPU a run by --epochs then ends with "
+                            "the bits of one that was not interrupted, given the same number of threads; on CUDA it "
+                            "differs by rounding, because cuDNN chooses its algorithms by timing them")
     group.add_argument("--init", metavar="FILE",
                        help="start from the weights of this checkpoint, or of a pretrained model by its name (cifar10 "
                             "for colour), and take its network and process as defaults; weights that do not fit are "
