@@ -254,15 +254,16 @@ def open_data(args: Namespace, device: torch.device) -> ImageData:
     """The images to learn from; of your own pictures it also says what was read."""
     data = load_dataset(chosen_dataset(args, small=device.type == "cpu"), "train", args.data_dir, points=True)
     data = data.first(args.train_images)
+    letters = any(len(name) == 1 for name in data.class_names)
+    may_flip = data.folder is not None and data.images.shape[1] == 3 and not letters and not args.hflip
     if is_few(data):
         known = "cifar10" if data.images.shape[1] == 3 else "mnist"
         helps = [f"--init {known}"] * (not (args.init or args.resume)) + [
-            "--hflip, where left and right do not matter,"] * (not args.hflip)
+            "--hflip, where left and right do not matter,"] * may_flip
         advice = f"{' and '.join(helps)} gave far fewer copies of drawings; " if helps else ""
         print(f"Fewer than {FEW_IMAGES:,} pictures to learn from: {advice}the end of the run says whether they were "
               f"learned by heart", flush=True)
-    letters = any(len(name) == 1 for name in data.class_names)
-    if data.folder and data.images.shape[1] == 3 and not letters and not args.hflip:
+    elif may_flip:
         print("If these are photographs or the like, in which left and right do not matter, add --hflip", flush=True)
     return data
 

@@ -23,7 +23,7 @@ from evaluation.runs import find_runs
 from guide import results
 from guide.quality import POINTS, point_figures
 from runtime.errors import RunFailed
-from runtime.files import write_json
+from runtime.files import file_digest, write_json
 from runtime.parser import Parser, add_shared_flags
 from runtime.script import script
 from utils import plain_log_ticks, pyplot, save_figure
@@ -125,7 +125,8 @@ def measure(experiment: Experiment, model: Path, shown: list[str], folder: Path,
     dataset = load_checkpoint(model)["config"]["data"]["dataset"]
     figures = point_figures(points, dataset, data_dir, label=0 if asked else None)
     write_json(dict(figures={name: dict(value=value) for name, value in figures.items()}, num_images=count,
-                    reference=dict(split="test"), dataset=dataset), folder / "evaluation.json")
+                    reference=dict(split="test"), dataset=dataset, checkpoint=str(model),
+                    checkpoint_sha256=file_digest(model)), folder / "evaluation.json")
 
 
 def folder_of(top: Path, row: str, seed: int) -> Path:
