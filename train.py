@@ -70,7 +70,8 @@ def parse_args(argv: Sequence[str] | None) -> tuple[Namespace, dict | None]:
     args = parser.parse_args(argv)
     if args.resume and "init" in parser.typed:
         parser.error("--init starts a new run: leave out --resume")
-    found, begun = find_checkpoint(args) if args.resume or distributed.is_launched() else None, {}
+    found = find_checkpoint(args) if args.resume or distributed.is_launched() else None
+    begun = {}
     if args.resume and not found:
         begun = flags_of_begun_run(parser, args)
         parser.set_defaults(**begun)
@@ -258,8 +259,8 @@ def open_data(args: Namespace, device: torch.device) -> ImageData:
     may_flip = data.folder is not None and data.images.shape[1] == 3 and not letters and not args.hflip
     if is_few(data):
         known = "cifar10" if data.images.shape[1] == 3 else "mnist"
-        helps = [f"--init {known}"] * (not (args.init or args.resume)) + [
-            "--hflip, where left and right do not matter,"] * may_flip
+        helps = [] if args.init or args.resume else [f"--init {known}"]
+        helps += ["--hflip, where left and right do not matter,"] if may_flip else []
         advice = f"{' and '.join(helps)} gave far fewer copies of drawings; " if helps else ""
         print(f"Fewer than {FEW_IMAGES:,} pictures to learn from: {advice}the end of the run says whether they were "
               f"learned by heart", flush=True)

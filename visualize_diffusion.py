@@ -34,7 +34,7 @@ from evaluation.network_plots import Frame, draw_attention, draw_embedding, draw
 from evaluation.point_plots import draw_field
 from runtime.checkpoints import with_checkpoint
 from runtime.errors import UserError
-from runtime.files import check_output
+from runtime.files import check_output, lies_in
 from runtime.parser import PICTURE_FLAGS, SHARED_FLAGS, Parser, add_shared_flags, number
 from runtime.sampling import chosen_dataset, dataset_of, named_classes, sampling_options
 from runtime.script import script
@@ -279,8 +279,8 @@ def main(argv=None):
         if args.dataset:
             dataset_of(checkpoint, args.data_dir, args.dataset)  # an error if it is another
         draw = partial(draw_with_model, args, model, diffusion, checkpoint["config"])
-    pictures = Path(args.dataset) if args.dataset and args.dataset not in DATASETS else None
-    if pictures and pictures.is_dir() and path.resolve().is_relative_to(pictures.resolve()):
+    pictures = None if args.dataset in DATASETS else args.dataset
+    if pictures and lies_in(path, pictures):
         raise UserError(f"{path} lies among the pictures in {pictures}, and would be one of them: choose another "
                         f"--save_path")
     check_output(path, args.checkpoint, pictures)

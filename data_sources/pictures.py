@@ -156,13 +156,10 @@ def _flat_image(file, background: str, side: int):
         with contextlib.suppress(Exception):  # damaged notes of a camera do not make a picture unreadable
             ImageOps.exif_transpose(image, in_place=True)
         if image.mode[0] in "IF":
-            hidden = image.info.get("transparency")  # the level that is transparent, if there is one
-            see_through = np.asarray(image) == hidden if type(hidden) is int else np.zeros(1, bool)
-            inverted = image.format == "TIFF" and image.tag_v2.get(WHITE_IS_ZERO) == 0
-            image = _to_8_bits(image, bits, inverted)
-            if not see_through.any():
-                return image, False
-            image.putalpha(Image.fromarray(np.where(see_through, 0, 255).astype(np.uint8)))
+            levels, hidden = np.asarray(image), image.info.get("transparency")  # the level that is transparent
+            image = _to_8_bits(image, bits, image.format == "TIFF" and image.tag_v2.get(WHITE_IS_ZERO) == 0)
+            if type(hidden) is int:
+                image.putalpha(Image.fromarray(np.where(levels == hidden, 0, 255).astype(np.uint8)))
         if not image.has_transparency_data:
             return image, False
         image = image.convert("RGBA")

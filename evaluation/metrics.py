@@ -248,11 +248,10 @@ def class_frechet(generated: ImageFeatures, reference: ImageFeatures, groups: Te
     """The mean over the classes of `frechet_distance` between the images of one class: (G + 1,).
 
     The class of an image, real or generated, is its most probable one. So a lack of variety within the classes is seen
-    by itself, which the differences between the classes hide in the distance of the whole sets. Classes with fewer than
-    CLASS_IMAGES real images do not count, nor those of which twice as many are not to be expected among the generated
-    ones. A class with fewer than CLASS_IMAGES generated ones is compared with all generated images: so leaving it out
-    makes the figure worse, and chance hardly does. The fewer images in a class, the larger the bias: compare with the
-    floor.
+    by itself, which the differences between the classes hide in the distance of the whole sets. A class counts if it
+    has CLASS_IMAGES real images or more, and if its share of the real ones would give it twice as many generated ones.
+    If it has fewer than CLASS_IMAGES of these, it is compared with all generated images: so leaving it out makes the
+    figure worse, and chance hardly does. The fewer images in a class, the larger the bias: compare with the floor.
     """
     classes, real_classes = generated.probabilities.argmax(1), reference.probabilities.argmax(1)
     distances = []
@@ -366,9 +365,11 @@ def scene_figures(generated: ImageFeatures, reference: ImageFeatures, labels: Te
     colours = marks[:, :len(COLOURS)].sum(1)
     clear = ((generated.marks[:, :len(COLOURS)] - 0.5).abs() > CONFIDENT - 0.5).all(1)
     shares = torch.stack([jackknife_means(mark, groups) for mark in marks.T], 1)            # (G + 1, marks)
-    right = clear & (colours >= 1) & (colours <= count)
-    return (dict(scene_right=jackknife_means(right & (count == labels + 1), groups)) if labels is not None else {}) | (
-        dict(mark_distance=(shares - (reference.marks > 0.5).double().mean(0)).abs().mean(1)))
+    values = {}
+    if labels is not None:
+        right = (count == labels + 1) & clear & (colours >= 1) & (colours <= count)
+        values["scene_right"] = jackknife_means(right, groups)
+    return values | dict(mark_distance=(shares - (reference.marks > 0.5).double().mean(0)).abs().mean(1))
 
 
 # ------------------------------------------------------------------------------------------------------ memorisation

@@ -149,21 +149,15 @@ def _read_evaluation(path: Path, run: FoundRun) -> None:
 
 def split_command(command: str) -> tuple[str, dict[str, str]]:
     """(script, {flag: its values}) of a command, such as ("train.py", {"budget": "10m"}); ("", {}) without a script."""
-    try:
-        words = shlex.split(command)
-    except ValueError:  # a quotation mark without its pair
-        words = command.split()
-    at = next((i for i, word in enumerate(words) if word.endswith(".py")), None)
-    if at is None:
-        return "", {}
+    script, words = run_record.script_and_words(command)
     flags, name = {}, None
-    for word in words[at + 1:]:
+    for word in words:
         if word.startswith("--"):
             name, _, value = word[2:].partition("=")
             flags[name] = value
         elif name:
             flags[name] = f"{flags[name]} {word}".strip()
-    return Path(words[at]).name, flags
+    return script, flags
 
 
 # ------------------------------------------------------------------------------------------------------------- showing

@@ -118,6 +118,11 @@ def check_outputs(paths: Sequence[Path], inputs: Sequence[str | Path | None] = (
                             f"output")
 
 
+def lies_in(path: str | Path, folder: str | Path) -> bool:
+    """Whether `path` is `folder`, if that is a folder, or lies anywhere below it."""
+    return Path(folder).is_dir() and Path(path).resolve().is_relative_to(Path(folder).resolve())
+
+
 def check_inputs_stay(outputs: Iterable[Path], inputs: Iterable[str | Path | None]) -> None:
     """UserError if one of the files to write is one of the inputs, also by a link, or lies in an input folder."""
     for path, given in product(outputs, (Path(given) for given in inputs if given is not None)):

@@ -16,7 +16,7 @@ from diffusion import LOSS_WEIGHTS, PREDICTIONS, SCHEDULES, TIMESTEP_SAMPLING
 from models.layers import ACTIVATIONS
 from runtime.checkpoints import find_checkpoint
 from runtime.errors import UserError
-from runtime.files import one_line
+from runtime.files import lies_in, one_line
 from runtime.parser import PICTURE_FLAGS, Parser, add_shared_flags, duration, number
 from samplers import highest_noise
 from training.autotune import LAYOUTS
@@ -276,8 +276,7 @@ def check_flags_of_data(parser: Parser, args: Namespace) -> None:
         args.needs_classes = of_classes[0]  # which is known when the pictures have been read
         if not find_pictures(Path(args.dataset)).class_names:
             parser.error(no_classes_message(args))
-    if own and Path(args.dataset).is_dir() and Path(args.output_dir).resolve().is_relative_to(
-            Path(args.dataset).resolve()):
+    if own and lies_in(args.output_dir, args.dataset):
         parser.error(f"--output_dir {args.output_dir} lies among the pictures in {args.dataset}, which the run would "
                      f"add its own pictures to: choose another one")
     unread = sorted({*IMAGE_FLAGS, "level_code", "hflip", "look"} & parser.typed) if args.dataset in POINT_SETS else []

@@ -2,7 +2,6 @@
 
 import contextlib
 import os
-import shlex
 from argparse import Namespace
 from pathlib import Path
 
@@ -45,11 +44,11 @@ def flags_of_begun_run(parser: Parser, args: Namespace) -> dict:
     """
     found = {}
     for sitting in distributed.from_rank_0(lambda: run_record.sittings(Path(args.output_dir))):
-        words = shlex.split(str(sitting.get("command", "")))
-        at = next((i for i, word in enumerate(words) if word.endswith("train.py")), len(words))
-        with contextlib.suppress(UserError):
-            before = parser.parse_args(words[at + 1:])
-            found |= {name: getattr(before, name) for name in parser.typed - ({*OWN_FLAGS} - {"init"})}
+        script, words = run_record.script_and_words(str(sitting.get("command", "")))
+        if script == "train.py":
+            with contextlib.suppress(UserError):  # flags that no run can have had
+                before = parser.parse_args(words)
+                found |= {name: getattr(before, name) for name in parser.typed - ({*OWN_FLAGS} - {"init"})}
     if args.epochs or args.budget:
         found = {name: value for name, value in found.items() if name not in ("epochs", "budget")}
     return found

@@ -35,6 +35,16 @@ def sittings(folder: Path) -> list[dict]:
     return []
 
 
+def script_and_words(command: str) -> tuple[str, list[str]]:
+    """(the name of the script, the words behind it) of a sitting's command; ("", []) without a script."""
+    try:
+        words = shlex.split(command)
+    except ValueError:  # a quotation mark without its pair
+        words = command.split()
+    at = next((i for i, word in enumerate(words) if word.endswith(".py")), None)
+    return ("", []) if at is None else (Path(words[at]).name, words[at + 1:])
+
+
 def is_of_this_launch(folder: Path) -> bool:
     """Whether this launch of torchrun, before it restarted its processes, began the latest sitting in `folder`."""
     last = sittings(folder)[-1:]

@@ -48,8 +48,9 @@ def check_gpu_memory(data: ImageData, device: torch.device) -> None:
     """UserError if the images, all of which lie in the memory of the GPU, leave too little of it for the training."""
     if device.type != "cuda":
         return
-    size, room = data.images.nbytes, int(IMAGES_SHARE * torch.cuda.mem_get_info(device)[0])
-    if size > (room := distributed.all_reduce_min(room)):  # in all processes, if one of their GPUs has too little
+    size = data.images.nbytes
+    room = distributed.all_reduce_min(int(IMAGES_SHARE * torch.cuda.mem_get_info(device)[0]))  # of the fullest GPU
+    if size > room:
         raise UserError(f"the images take {size:,} bytes in the memory of the GPU, and there is room for {room:,}: "
                         f"train on fewer with train.py --train_images {int(room / size * len(data.images))}, or on a "
                         f"smaller --image_size of your own pictures")

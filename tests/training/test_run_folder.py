@@ -180,6 +180,14 @@ def test_a_run_that_was_killed_before_its_first_checkpoint_begins_again_with_its
     assert not (tmp_path / "gone").exists()
 
 
+@pytest.mark.parametrize("command", ["python train.py --epochs '1", "python train.py --epochs none",
+                                     "python distill.py --epochs 2", "", None, 7])
+def test_a_run_whose_command_cannot_be_read_begins_again_with_the_flags_that_are_given(data_dir, tmp_path, command):
+    (tmp_path / "run.json").write_text(json.dumps(dict(sittings=[dict(command=command)])))
+    assert train.main([*tiny(data_dir, tmp_path, "--epochs", 1), "--resume"]) == 0
+    assert load_checkpoint(tmp_path / "model_final.pt")["config"]["training"]["epochs"] == 1
+
+
 @needs_fork
 def test_where_all_is_broken_a_run_starts_afresh_says_so_and_keeps_the_broken(whole, data_dir, tmp_path):
     folder, log = tmp_path / "run", tmp_path / "log"
