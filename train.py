@@ -260,8 +260,9 @@ def open_data(args: Namespace, device: torch.device) -> ImageData:
     if is_few(data):
         known = "cifar10" if data.images.shape[1] == 3 else "mnist"
         helps = [] if args.init or args.resume else [f"--init {known}"]
-        helps += ["--hflip, where left and right do not matter,"] if may_flip else []
-        advice = f"{' and '.join(helps)} gave far fewer copies of drawings; " if helps else ""
+        helps += [] if args.dropout else ["--dropout 0.1"]
+        helps += ["--hflip (where left and right do not matter)"] if may_flip else []
+        advice = f"{' or '.join(helps)} gave far fewer copies of drawings; " if helps else ""
         print(f"Fewer than {FEW_IMAGES:,} pictures to learn from: {advice}the end of the run says whether they were "
               f"learned by heart", flush=True)
     elif may_flip:
@@ -299,7 +300,7 @@ def make_run(args: Namespace, checkpoint: dict | None, start: float) -> tuple[Ru
     settings = choose_size(settings, config, data, device)
     config["model"]["base_channels"] = settings.base_channels
     torch.manual_seed(args.seed)
-    model, diffusion = build(config, data)
+    model, diffusion = build(config, data, settings.dropout)
     if args.init and not checkpoint:
         print(start_from(model, args, data))
     trainer, settings = make_trainer(settings, data.to(device), model.to(device), diffusion.to(device))

@@ -7,7 +7,6 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
-CHECKPOINTING = dict(use_reentrant=False, preserve_rng_state=False)  # nothing in a block is random
 ACTIVATIONS = {"silu": nn.SiLU, "gelu": nn.GELU, "relu": nn.ReLU, "mish": nn.Mish}
 
 
@@ -53,23 +52,25 @@ class ResidualBlock(nn.Module):
     """x + f(x, embedding): two 3×3 convolutions; a linear map of the embedding scales and shifts between them.
 
     Pre-activation as in He et al. 2016; adaptive GroupNorm as in Dhariwal and Nichol 2021, section 3; the last
-    convolution starts at zero.
+    convolution starts at zero. In training mode its input is subject to dropout, as in Ho et al. 2020, appendix B: each
+    number becomes 0 with probability `dropout`, and the others are divided by 1 - dropout (Srivastava et al. 2014).
     """
 
-    def __init__(self, in_channels: int, out_channels: int, emb_dim: int, activation: str = "silu"):
+    def __init__(self, in_channels: int, out_channels: int, emb_dim: int, activation: str = "silu",
+                 dropout: float = 0.0):
         super().__init__()
         self.norm1, self.conv1 = normalisation(in_channels), nn.Conv2d(in_channels, out_channels, 3, padding=1)
         self.norm2 = normalisation(out_channels)
         self.conv2 = zero_init(nn.Conv2d(out_channels, out_channels, 3, padding=1))
         self.scale_shift = nn.Linear(emb_dim, 2 * out_channels)
-        self.act = ACTIVATIONS[activation]()
+        self.act, self.dropout = ACTIVATIONS[activation](), nn.Dropout(dropout)
         self.skip = nn.Conv2d(in_channels, out_channels, 1) if in_channels != out_channels else nn.Identity()
 
     def forward(self, x: Tensor, emb: Tensor) -> Tensor:
         h = self.conv1(self.act(self.norm1(x)))                                             # (B, C_out, H, W)
         scale, shift = self.scale_shift(emb)[:, :, None, None].chunk(2, dim=1)
         h = torch.addcmul(shift, self.norm2(h), 1 + scale)
-        return self.skip(x) + self.conv2(self.act(h))
+        return self.skip(x) + self.conv2(self.dropout(self.act(h)))
 
 
 class Attention(nn.Module):
@@ -98,17 +99,18 @@ class Stage(nn.Module):
     """
 
     def __init__(self, in_channels: int, out_channels: int, emb_dim: int, depth: int, attention: bool, activation: str,
-                 checkpointing: bool = False):
+                 checkpointing: bool = False, dropout: float = 0.0):
         super().__init__()
-        self.checkpointing = checkpointing
+        # Without dropout nothing in a block is random, and no random state has to be kept for the second pass.
+        self.checkpointing = dict(use_reentrant=False, preserve_rng_state=dropout > 0) if checkpointing else None
         self.blocks = nn.ModuleList(ResidualBlock(in_channels if i == 0 else out_channels, out_channels, emb_dim,
-                                                  activation) for i in range(depth))
+                                                  activation, dropout) for i in range(depth))
         self.attention = nn.ModuleList(Attention(out_channels) if attention and i == depth // 2 else nn.Identity()
                                        for i in range(depth))
 
     def forward(self, x: Tensor, emb: Tensor) -> Tensor:
         for block, attention in zip(self.blocks, self.attention, strict=True):
-            x = checkpoint(block, x, emb, **CHECKPOINTING) if self.checkpointing else block(x, emb)
+            x = checkpoint(block, x, emb, **self.checkpointing) if self.checkpointing else block(x, emb)
             x = attention(x)
         return x
 

@@ -27,6 +27,8 @@ class SimpleUNet(ConditionedNetwork):
                      convolutions run at 1/patch_size of the resolution or below (Shi et al. 2016)
     checkpointing    less memory in training, for about 25 % more time: for large networks
     learn_variance   2C output channels: C for the prediction, then C for v of `LearnedVariance`
+    dropout          in training mode, the share (0 to 1) of numbers in each residual block that become 0: see
+                     `ResidualBlock`. It is not in `self.config`, because the weights are used without it
 
     The embedding of time and label scales and shifts the channels in every residual block; the skips carry what is lost
     at the lower resolutions. The defaults have the resolutions 28, 14 and 7 for 28×28. H and W must be divisible by
@@ -36,7 +38,8 @@ class SimpleUNet(ConditionedNetwork):
     def __init__(self, image_channels: int = 1, base_channels: int = 64, time_emb_dim: int = 256,
                  channel_mults: Sequence[int] | None = None, depth: int = 1, middle_depth: int | None = None,
                  attention: Sequence[int] | None = None, activation: str = "silu", num_classes: int | None = None,
-                 patch_size: int = 1, checkpointing: bool = False, learn_variance: bool = False):
+                 patch_size: int = 1, checkpointing: bool = False, learn_variance: bool = False,
+                 dropout: float = 0.0):
         middle_depth = depth if middle_depth is None else middle_depth
         _check_arguments(image_channels, patch_size)
         super().__init__(image_channels, time_emb_dim, activation, num_classes, base_channels=base_channels,
@@ -59,7 +62,7 @@ class SimpleUNet(ConditionedNetwork):
 
         def stage(level: int, depth: int = depth) -> dict:
             return dict(depth=depth, attention=factors[level] in attention, activation=activation,
-                        checkpointing=checkpointing)
+                        checkpointing=checkpointing, dropout=dropout)
 
         self.stem = nn.Sequential(nn.PixelUnshuffle(patch_size),
                                   nn.Conv2d(image_channels * patch_size**2, widths[0], 3, padding=1))

@@ -160,7 +160,7 @@ VALID = {  # flags with values that each make sense; together they may not
     "timestep_sampling": ["uniform", "stratified", "lognormal"], "loss_weight": ["target", "min_snr"],
     "snr_gamma": ["1e-6", "5", "1e30"], "patch_size": ["1", "2", "4"], "channel_mults": ["1", "1 2", "3", "1 1 1 1"],
     "attention": ["0", "1", "2", "4", "2 4", "7"], "activation": ["silu", "gelu", "relu", "mish"],
-    "label_dropout": ["0", "0.5", "1"], "batch_size": ["1", "2", "3", "1000", "auto"],
+    "label_dropout": ["0", "0.5", "1"], "dropout": ["0", "0.1", "0.9"], "batch_size": ["1", "2", "3", "1000", "auto"],
     "optimizer": ["muon", "adamw"], "lr": ["0", "1e-3", "1e30"], "muon_lr": ["0", "0.02", "1e30"],
     "warmup": ["0", "0.5", "1"], "lr_schedule": ["cosine", "constant"], "weight_decay": ["0", "1e30"],
     "max_grad_norm": ["1e-6", "1e30"], "ema_decay": ["0", "0.999", "1"], "precision": ["fp32", "bf16", "auto"],

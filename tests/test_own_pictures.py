@@ -108,7 +108,7 @@ def test_an_archive_of_few_pictures_is_learned_and_the_run_says_what_to_know_and
     said = capsys.readouterr().out
     assert all(line in said for line in (
         "12 pictures used", "2 classes: blue 6, red 6",
-        "Fewer than 2,000 pictures to learn from: --init cifar10 and --hflip, where left and right do not matter, gave",
+        "to learn from: --init cifar10 or --dropout 0.1 or --hflip (where left and right do not matter) gave far fewer",
         "With fewer than 200 different pictures none is held out", " of 8 new images: they are less than a third",
         f"Saved {path}: python sample.py --checkpoint {path}"))
     assert load_checkpoint(path)["config"]["data"]["class_names"] == ["blue", "red"]
@@ -478,6 +478,18 @@ def test_hflip_reaches_the_trainer_and_is_off_by_default(checkpoint, two, tmp_pa
     flipped = train_on(two, tmp_path, "--hflip")
     assert load_checkpoint(flipped)["config"]["training"]["hflip"] is True
     assert "--hflip" not in capsys.readouterr().out
+
+
+def test_dropout_reaches_the_network_and_is_off_by_default(checkpoint, two, tmp_path, capsys):
+    capsys.readouterr()
+    dropped = load_checkpoint(train_on(two, tmp_path, "--dropout", "0.5"))
+    said = capsys.readouterr().out
+    assert "--init cifar10 or --hflip" in said and "--dropout" not in said.replace("--dropout 0.5", "")
+    plain = load_checkpoint(checkpoint)
+    assert plain["config"]["training"]["dropout"] == 0.0 and dropped["config"]["training"]["dropout"] == 0.5
+    assert dropped["config"]["model"] == plain["config"]["model"]
+    name = "middle.blocks.0.conv2.weight"
+    assert not torch.equal(plain["model"][name], dropped["model"][name])
 
 
 @pytest.mark.parametrize("mode, names, suggested", [("RGB", ("cat", "dog"), 1), ("RGB", ("b", "d"), 0),

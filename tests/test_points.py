@@ -213,6 +213,7 @@ def test_points_are_not_exported(run, tmp_path, capsys, kind):
     (visualize_diffusion, ["--what", "field", "--dataset", "moons", "--guidance_scale", "2"], ["--checkpoint"]),
     (train, ["--dataset", "moons", "--patch_size", "2"], ["--patch_size", "moons", "leave it out"]),
     (train, ["--dataset", "moons", "--learn_variance"], ["--learn_variance", "leave it out"]),
+    (train, ["--dataset", "moons", "--dropout", "0.1"], ["--dropout", "leave it out"]),
     (train, ["--dataset", "moons", "--level_code", "histogram"], ["--level_code", "leave it out"])], ids=str)
 def test_what_cannot_be_with_points_is_told_in_one_line(tmp_path, monkeypatch, capsys, script, flags, words):
     monkeypatch.chdir(tmp_path)

@@ -185,7 +185,8 @@ def test_every_option_of_the_network_and_the_process_trains(data_dir, tmp_path):
             ["--schedule", "linear", "--prediction", "eps", "--timestep_sampling", "stratified", "--activation",
              "gelu"],
             ["--prediction", "x0", "--timesteps", 1, "--attention", 0, "--depth", 2, "--patch_size", 2],
-            ["--patch_size", 2, "--channel_mults", 1, 2, "--conditional", "--label_dropout", 0.5, "--warmup", 0,
+            ["--patch_size", 2, "--channel_mults", 1, 2, "--conditional", "--label_dropout", 0.5, "--dropout", 0.2,
+             "--checkpointing", "--warmup", 0,
              "--weight_decay", 0.1, "--max_grad_norm", 0.5, "--ema_decay", 0.9, "--lr", 1e-3, "--precision", "bf16"]]):
         assert call("train", *tiny(data_dir, tmp_path / str(i), "--epochs", 1, "--train_images", 64, *more)) == 0
         assert_picture(tmp_path / str(i) / "samples/epoch_001.png")

@@ -21,10 +21,10 @@ from training.trainer import Trainer, fitting_batch, rehearse_step, repeats_of
 from utils import pick_precision
 
 
-def build(config: dict, data: ImageData) -> tuple[SimpleUNet, DiffusionProcess]:
+def build(config: dict, data: ImageData, dropout: float) -> tuple[SimpleUNet, DiffusionProcess]:
     """The network and the process of `make_config`; UserError for flags that go with no network or process."""
     with checking_user_input():
-        model = create_model(**config["model"])
+        model = create_model(**config["model"], **(dict(dropout=dropout) if dropout else {}))
         diffusion = create_process(model.learn_variance, data.code.edges, **config["diffusion"])
         model(torch.zeros(1, *config["data"]["shape"]), torch.zeros(1))  # an unsuitable image size is an error here
     return model, diffusion
@@ -71,7 +71,8 @@ def choose_size(settings: Namespace, config: dict, data: ImageData, device: torc
     precision = pick_precision(settings.precision, device)
 
     def speed(width: int) -> float:
-        model, diffusion = build(config | dict(model=config["model"] | dict(base_channels=width)), data)
+        model, diffusion = build(config | dict(model=config["model"] | dict(base_channels=width)), data,
+                                 settings.dropout)
         return distributed.world_size() * max(autotune.images_per_second(
             model, diffusion, data, settings.conditional, precision, sizing.TRIAL_IMAGES) for _ in range(2))
 
@@ -105,7 +106,9 @@ def make_trainer(settings: Namespace, data: ImageData, model, diffusion) -> tupl
         batch_size = batch_size if batch_size == largest or precision == "fp32" else fitting(precision)
         print(f"A batch of {batch_size} images fits in memory")
     settings = Namespace(**vars(settings) | dict(precision=precision, layout=layout, batch_size=batch_size))
-    cuda_graph = device.type == "cuda" and distributed.world_size() == 1 and settings.compile is not False
+    keeps_random_state = settings.dropout and settings.checkpointing  # which cannot be done in a CUDA graph
+    cuda_graph = (device.type == "cuda" and distributed.world_size() == 1 and settings.compile is not False
+                  and not keeps_random_state)
     trainer = Trainer(data, model.to(memory_format=autotune.LAYOUTS[layout]), diffusion, cuda_graph=cuda_graph,
                       **{name: getattr(settings, name) for name in TRAINER_FLAGS})
     if settings.compile or (settings.compile is None and autotune.worth_compiling(settings.budget, device)):

@@ -1,7 +1,7 @@
 """One training step and everything that it depends on.
 
 Everything random is a function of (seed, step): a resumed run needs no hidden state, and any number of processes draws
-the same batches.
+the same batches. Only what dropout sets to 0 differs from process to process.
 """
 
 import copy
@@ -24,7 +24,7 @@ from training.learning_rate import ema_decay_at, learning_rate
 from training.optimizers import make_optimizers, restore_optimizer, set_learning_rates, step_unless
 from utils import autocast, generator_for
 
-ORDER, LABELS, NOISE, FLIPS = range(4)  # the purpose of a random generator, a part of its key
+ORDER, LABELS, NOISE, FLIPS, DROPOUT = range(5)  # the purpose of a random generator, a part of its key
 VALIDATION_LOSS_IMAGES = 2048
 EPOCH_IMAGES = 8000  # an epoch of your own pictures shows at least so many images
 
@@ -57,7 +57,8 @@ class Trainer:
         self.conditional, self.label_dropout = conditional, label_dropout
         self.precision, self.seed, self.hflip, self.step = precision, seed, hflip, 0
         self.network = DistributedDataParallel(model) if distributed.world_size() > 1 else model
-        self.ema = copy.deepcopy(model).requires_grad_(False)
+        self.ema = copy.deepcopy(model).requires_grad_(False).eval()
+        self.dropout = any(isinstance(layer, nn.Dropout) and layer.p for layer in model.modules())
         self.optimizers = make_optimizers(model, optimizer, lr, muon_lr, weight_decay, cuda_graph)
         self.cuda_graph, self.learn = cuda_graph, CudaGraph(self._learn) if cuda_graph else self._learn
         self.skipped = torch.zeros(2, device=self.device)  # steps without a finite gradient: in all, and in a row
@@ -130,6 +131,8 @@ class Trainer:
         t = self.diffusion.sample_timesteps(len(x_0), generator)
         noise = torch.randn(x_0.shape, generator=generator, device=self.device)
         mine = distributed.rank_slice(len(x_0))
+        if self.dropout:  # it draws from the generator of torch itself
+            torch.manual_seed(generator_for(self.seed, DROPOUT, self.step, distributed.rank()).initial_seed())
         loss = self.learn(x_0[mine], t[mine], noise[mine], None if labels is None else labels[mine])
         self.step += 1
         update_ema = get_ema_multi_avg_fn(ema_decay_at(self.step, self.ema_decay))

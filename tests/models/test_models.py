@@ -112,6 +112,43 @@ def test_checkpointing_leaves_the_random_numbers_alone(monkeypatch):
     model(torch.zeros(2, 1, 8, 8), torch.zeros(2)).sum().backward()
 
 
+# ------------------------------------------------------------------------------------------------------------ dropout
+
+
+def test_dropout_zeroes_its_share_before_the_last_convolution_and_only_in_training():
+    block, inputs = ResidualBlock(8, 8, 4, dropout=0.25), []
+    block.conv2.register_forward_pre_hook(lambda module, args: inputs.append(args[0]))
+    x, emb = torch.randn(64, 8, 6, 6), torch.randn(64, 4)
+    block.eval()(x, emb)
+    block.train()(x, emb)
+    whole, dropped = inputs
+    kept = dropped != 0
+    assert 0.23 < 1 - kept.float().mean() < 0.27
+    assert_close(dropped[kept], whole[kept] / 0.75)
+
+
+def test_dropout_is_in_every_block_and_not_in_the_config():
+    model = create_model(**SMALL, depth=2, dropout=0.3)
+    assert {block.dropout.p for block in model.modules() if isinstance(block, ResidualBlock)} == {0.3}
+    assert "dropout" not in model.config
+    assert {layer.p for layer in create_model(**model.config).modules() if isinstance(layer, nn.Dropout)} == {0.0}
+
+
+def test_checkpointing_draws_the_same_dropout_in_both_passes():
+    gradients = []
+    for checkpointing in (False, True):
+        torch.manual_seed(0)
+        model = create_model(base_channels=8, time_emb_dim=8, patch_size=2, checkpointing=checkpointing, dropout=0.5)
+        for weight in model.parameters():
+            nn.init.normal_(weight)  # some are zero at first, and gradients with them
+        torch.manual_seed(1)
+        model(torch.ones(4, 1, 8, 8), torch.arange(4)).square().mean().backward()
+        gradients.append([weight.grad for weight in model.parameters()])
+    assert all(gradient.abs().max() > 0 for gradient in gradients[0])
+    for plain, recomputed in zip(*gradients, strict=True):
+        assert_close(plain, recomputed)
+
+
 # ------------------------------------------------------------------------------------------------------------- shapes
 
 

@@ -44,14 +44,14 @@ def known_data(monkeypatch):
     monkeypatch.setattr(train, "load_dataset", KNOWN)
 
 
-def make_trainer(layout="nchw", device="cpu", process=None, **more):
+def make_trainer(layout="nchw", device="cpu", process=None, dropout=0.0, **more):
     """A trainer of a tiny conditional network on 16 random images, 8 in a batch."""
     torch.manual_seed(0)
     chance = torch.Generator().manual_seed(0)
     images = torch.randint(0, 256, (16, 1, 8, 8), generator=chance, dtype=torch.uint8)
     data = ImageData("noise", "train", images, torch.arange(16) % 2, ("even", "odd")).to(device)
     with torch.device(device):
-        model = create_model(base_channels=8, time_emb_dim=8, channel_mults=[1], num_classes=2)
+        model = create_model(base_channels=8, time_emb_dim=8, channel_mults=[1], num_classes=2, dropout=dropout)
     if layout != "nchw":
         model.to(memory_format=autotune.LAYOUTS[layout])
     return Trainer(data, model, (process or DiffusionProcess(10, "cosine", prediction="v")).to(device),
@@ -108,16 +108,44 @@ OUT_OF_MEMORY = [torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2
 # --------------------------------------------------------------------------------------------------------------- exact
 
 
-@pytest.mark.parametrize("optimizer", ["muon", "adamw"])
-def test_stopped_at_any_step_and_taken_up_again_it_ends_the_same_bit_for_bit(optimizer):
-    whole = make_trainer(optimizer=optimizer)
+@pytest.mark.parametrize("options", [dict(optimizer="muon"), dict(optimizer="adamw"), dict(dropout=0.3)], ids=str)
+def test_stopped_at_any_step_and_taken_up_again_it_ends_the_same_bit_for_bit(options):
+    whole = make_trainer(**options)
     losses = steps(whole, TOTAL)
     for stop in range(TOTAL + 1):
-        first, second = make_trainer(optimizer=optimizer), make_trainer(optimizer=optimizer, seed=0)
+        first, second = make_trainer(**options), make_trainer(**options, seed=0)
         before = steps(first, stop)
         second.restore(as_read(first))
+        torch.manual_seed(5)  # what a new process begins with is of no importance
         assert before + steps(second, TOTAL - stop) == losses
         assert_identical(second.state(), whole.state())
+
+
+def test_dropout_differs_from_step_to_step_and_from_process_to_process(monkeypatch):
+    trainer = make_trainer(dropout=0.3)
+    batch, losses = trainer.batch(), []
+    trainer.learn = lambda *inputs: losses.append(trainer.model.middle.blocks[0].dropout(torch.ones(1, 50)))
+    for rank in (0, 1):
+        monkeypatch.setattr("runtime.distributed.rank", lambda rank=rank: rank)
+        trainer.step = 0
+        steps_of_rank = [trainer.train_step(*batch, 0.0) for _ in range(2)]
+        assert steps_of_rank == [None, None]
+    assert len({tuple(mask.flatten().tolist()) for mask in losses}) == 4
+
+
+def test_the_average_drops_nothing_and_without_dropout_the_generator_of_torch_is_left_alone():
+    trainer = make_trainer(dropout=0.3)
+    x_0, t = torch.ones(8, 1, 8, 8), torch.arange(8)
+    for weight in [*trainer.model.parameters(), *trainer.ema.parameters()]:
+        torch.nn.init.normal_(weight)  # of zeros nothing can be dropped
+    assert_identical(trainer.ema(x_0, t), trainer.ema(x_0, t))
+    assert not torch.equal(trainer.model(x_0, t), trainer.model(x_0, t))
+    plain = make_trainer()
+    torch.manual_seed(5)
+    expected = torch.rand(3)
+    torch.manual_seed(5)
+    steps(plain, 2)
+    assert_identical(torch.rand(3), expected)
 
 
 def test_a_resumed_trainer_has_its_own_settings_and_the_checkpoints_moments():
