@@ -20,7 +20,7 @@ test: $(VENV)/dev
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist worksteal
 
 torture: $(VENV)/dev
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist worksteal tests/torture.py
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist worksteal tests/torture.py $(ARGS)
 
 lint: $(VENV)/dev
 	$(BIN)/ruff check .

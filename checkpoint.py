@@ -14,6 +14,7 @@ import json
 import math
 import numbers
 import warnings
+from functools import lru_cache
 from itertools import pairwise
 from pathlib import Path
 
@@ -151,12 +152,22 @@ def peek(path: Path) -> dict:
 
 
 def saved_step(path: Path) -> float:
-    """The step of a checkpoint, read without its weights; infinity if the file cannot be read."""
+    """The step of a checkpoint, read without its weights; infinity if the file cannot be read.
+
+    A file that has not changed is read once: a run asks for the step of each of its checkpoints whenever it saves one.
+    """
     try:
-        step = peek(path)["step"]
-        return step if type(step) is int else math.inf
+        status = path.stat()
+        return _saved_step(path, (status.st_ino, status.st_size, status.st_mtime_ns))
     except Exception:  # load_checkpoint gives the reason
         return math.inf
+
+
+@lru_cache(maxsize=256)
+def _saved_step(path: Path, state: tuple) -> float:
+    """The step of the file that has this state. Any error if it cannot be read."""
+    step = peek(path)["step"]
+    return step if type(step) is int else math.inf
 
 
 # ------------------------------------------------------------------------------------ what can be wrong with a file

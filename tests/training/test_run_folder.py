@@ -39,6 +39,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_checkpoint import fields
 
+import checkpoint
 import train
 from checkpoint import FORMAT, load_checkpoint
 from runtime.files import atomic_write
@@ -424,6 +425,19 @@ def test_files_within_epochs_go_before_those_of_epochs(tmp_path):
     prune(tmp_path, 1)
     names = {path.stem for path in checkpoints(tmp_path)}
     assert names == {"model_step_7", "model_step_6"}
+
+
+def test_the_step_of_a_checkpoint_is_read_once_and_again_when_the_file_changes(tmp_path, monkeypatch):
+    read, peek = [], checkpoint.peek
+    monkeypatch.setattr(checkpoint, "peek", lambda path: read.append(path.name) or peek(path))
+    paths = [fake(tmp_path / f"checkpoints/model_step_{step}.pt", step) for step in (1, 2, 3)]
+    for _ in range(3):
+        assert checkpoints(tmp_path) == paths[::-1]
+    assert sorted(read) == ["model_step_1.pt", "model_step_2.pt", "model_step_3.pt"]
+    os.utime(fake(paths[0], 9), (1, 1))
+    assert checkpoints(tmp_path) == [paths[0], paths[2], paths[1]] and read[3:] == ["model_step_1.pt"]
+    paths[1].write_bytes(b"broken")
+    assert checkpoints(tmp_path) == [paths[1], paths[0], paths[2]]
 
 
 # ---------------------------------------------------------------------------------------------------------- full disks
