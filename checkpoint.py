@@ -10,6 +10,7 @@
     history           {"records": the lines of metrics.jsonl, "losses": of the steps since the last of them}
 """
 
+import hashlib
 import json
 import math
 import numbers
@@ -111,19 +112,25 @@ def _read_archive(path: Path):
 def _read_safetensors(path: Path) -> dict:
     from safetensors.torch import load
 
-    weights = load(path.read_bytes())
-    return {**json.loads(path.with_name("config.json").read_text()), "model": weights, "ema": weights, "optimizer": {},
-            "history": {}}
+    content, about = path.read_bytes(), json.loads(path.with_name("config.json").read_text())
+    if about.pop("sha256", digest := hashlib.sha256(content).hexdigest()) != digest:
+        raise ValueError("config.json beside it was written with other weights: export them again")
+    weights = load(content)
+    return {**about, "model": weights, "ema": weights, "optimizer": {}, "history": {}}
 
 
 def save_safetensors(folder: Path, weights: dict, checkpoint: dict) -> None:
-    """Write SAFETENSORS with these weights and config.json, from which load_checkpoint makes the same images."""
+    """Write SAFETENSORS with these weights and config.json, from which load_checkpoint makes the same images.
+
+    config.json names the sha256 of the weights, so that nobody draws with those of another export by mistake.
+    """
     from safetensors.torch import save
 
     about = {name: value for name, value in checkpoint.items() if name not in ("model", "ema", "optimizer", "history")}
-    write_json(about, folder / "config.json")
+    content = save({name: weight.contiguous() for name, weight in weights.items()}, {"format": "pt"})
+    write_json(about | dict(sha256=hashlib.sha256(content).hexdigest()), folder / "config.json")
     with atomic_write(folder / SAFETENSORS) as file:
-        file.write(save({name: weight.contiguous() for name, weight in weights.items()}, {"format": "pt"}))
+        file.write(content)
 
 
 def load_model(path: str | Path, device="cpu", use_ema: bool = True,

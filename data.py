@@ -82,7 +82,8 @@ class LevelCode:
 
     def decode(self, images: Tensor) -> Tensor:
         """Float images of any shape -> uint8, the level of the nearest point."""
-        return torch.bucketize(images.float().contiguous(), self.edges.float().to(images.device)).to(torch.uint8)
+        return torch.bucketize(images.float().contiguous(), self.edges.float().to(images.device),
+                               out_int32=True).to(torch.uint8)
 
 
 LINEAR_POINTS = torch.arange(256, dtype=torch.float64) / 127.5 - 1
@@ -298,7 +299,8 @@ def _download(kind: str, data_dir: Path, inner: str) -> None:
                     os.replace(path, folder / path.name)
     except (RuntimeError, OSError, HTTPException) as error:
         raise UserError(f"could not download {kind} into {data_dir} ({_innermost_reason(error)}): check the network, "
-                        f"give the folder that holds it with --data_dir, or use --dataset glyphs") from error
+                        f"or give the folder that holds it with --data_dir; the data set glyphs needs no "
+                        f"download") from error
     finally:
         datasets.utils.tqdm = shown
         for path in made:

@@ -46,6 +46,7 @@ from utils import autocast, get_device, save_images
 
 HUBER = 0.03  # the Huber constant c: errors above it count by their size, those below it by their square
 SAMPLE_STEPS, SAMPLE_IMAGES, SAMPLE_COLUMNS = (1, 2, 4), 20, 10
+TEACHER_STEPS = 20  # the default, or the teacher's T where that is less
 
 
 def parse_args(argv: Sequence[str] | None):
@@ -59,8 +60,9 @@ def parse_args(argv: Sequence[str] | None):
                             "of your own pictures: 90s, 10m, 1.5h")
     add_shared_flags(group, "data_dir", "output_dir", "device", "precision", "threads", "seed")
     group = parser.add_argument_group("what the student learns")
-    group.add_argument("--teacher_steps", type=number(int, 2), default=20, metavar="N",
-                       help="the number of steps of the teacher's path, at most the checkpoint's T")
+    group.add_argument("--teacher_steps", type=number(int, 2), metavar="N",
+                       help=f"the number of steps of the teacher's path, at most the checkpoint's T (default: "
+                            f"{TEACHER_STEPS}, or T where that is less)")
     group.add_argument("--teacher_order", type=int, choices=(1, 2), default=2,
                        help="the order of the teacher's steps: 1 is ddim; 2 evaluates it twice and is more exact")
     group.add_argument("--guidance_scale", **SHARED_FLAGS["guidance_scale"] | dict(
@@ -209,6 +211,10 @@ def check_teacher(args: Namespace, process: DiffusionProcess, checkpoint: dict) 
     """UserError, with what to do, where the flags do not fit the teacher."""
     if is_student(checkpoint["config"]):
         raise UserError(f"{args.checkpoint} is a student, which cannot teach: give its teacher with --checkpoint")
+    if process.num_timesteps < 2:
+        raise UserError(f"{args.checkpoint} has only one timestep, so that nothing can be shortened: train a teacher "
+                        f"with more --timesteps")
+    args.teacher_steps = args.teacher_steps or min(TEACHER_STEPS, process.num_timesteps)
     if args.teacher_steps > process.num_timesteps:
         raise UserError(f"--teacher_steps must lie in 2..{process.num_timesteps} (the checkpoint's number of "
                         f"timesteps), not {args.teacher_steps}")

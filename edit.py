@@ -10,7 +10,6 @@ Without --image, the picture is number --index of the data set's test split. A p
 --label, no class is asked for. Every command writes the picture and the results side by side to --output.
 """
 
-import math
 import sys
 from argparse import Namespace
 from collections.abc import Iterator, Sequence
@@ -227,23 +226,32 @@ class Editor:
         return image_noise(indices, seed, self.shape, self.diffusion.device)
 
     def follow(self, trajectory: Iterator, steps: int) -> Tensor:
-        """The last images of a trajectory, on the CPU; all its steps become frames."""
-        device = self.diffusion.device
+        """The last images of a trajectory, on the CPU; all its steps become frames.
+
+        A frame is x_t beside the image that is expected from it, which the step after it gives.
+        """
+        device, before = self.diffusion.device, None
         with (autocast(device, pick_precision(self.args.precision, device)),
               Bar(self.args.command, steps, "steps") as bar):
             for t, x, x_0_hat in bar.track(trajectory):
-                self.frames.append((x[:FILM_IMAGES].cpu(), x_0_hat[:FILM_IMAGES].cpu()))
-                self.titles.append("image" if t < 0 else f"t = {t:.0f}")
+                if before:
+                    self.add_frame(*before, x_0_hat)
+                before = t, x[:FILM_IMAGES].cpu()
+        self.add_frame(*before, x_0_hat)
         return x.cpu()
 
+    def add_frame(self, t: float, x: Tensor, x_0_hat: Tensor) -> None:
+        self.frames.append((x, x_0_hat[:FILM_IMAGES].cpu()))
+        self.titles.append("image" if t < 0 else f"t = {t:.0f}")
+
     def film(self) -> tuple[list[Tensor], list[str]]:
-        """At most FILM_FRAMES frames, uint8, evenly spaced up to the last, and their captions.
+        """At most FILM_FRAMES frames, uint8, evenly spaced from the first to the last, and their captions.
 
         A frame is x_t of each image beside its x_0_hat.
         """
-        steps = evenly_spaced(len(self.frames) + 1, FILM_FRAMES + 1, math.ceil)[1:]  # frame k - 1 follows step k
-        return [self.code.decode(torch.stack(self.frames[step - 1], 1).flatten(0, 1)) for step in steps], [
-            self.titles[step - 1] for step in steps]
+        shown = evenly_spaced(len(self.frames), FILM_FRAMES)
+        return [self.code.decode(torch.stack(self.frames[i], 1).flatten(0, 1)) for i in shown], [
+            self.titles[i] for i in shown]
 
 
 def numbered(*names: str, count: int) -> list[str]:

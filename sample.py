@@ -29,7 +29,7 @@ from runtime.files import atomic_write, check_outputs
 from runtime.memory import run_or_suggest_batch_size
 from runtime.parser import SHARED_FLAGS, Parser, add_shared_flags
 from runtime.progress import Bar
-from runtime.sampling import sampling_options
+from runtime.sampling import check_interval, sampling_options
 from runtime.script import script
 from samplers import generate, image_noise
 from utils import GREY, autocast, evenly_spaced, get_device, pick_precision, save_gif, save_images, save_picture
@@ -75,21 +75,31 @@ def check_flags(args: Namespace, shape: Sequence[int]) -> None:
 class Film:
     """What --show_intermediate and --gif keep: the images at some times of their trajectories."""
 
-    def __init__(self, code: LevelCode):
-        self.code = code
+    def __init__(self, code: LevelCode, frames: bool, pairs: bool):
+        self.code, self.keeps_frames, self.keeps_pairs = code, frames, pairs
         self.frames: dict[float, list[torch.Tensor]] = {}  # by time t, x_t of each batch
-        self.pairs: dict[float, torch.Tensor] = {}  # by time t, x_t beside x_0_hat of the first images
+        self.pairs: dict[float, list[torch.Tensor]] = {}  # by time t, x_t beside E[x_0 | x_t] of the first images
 
     def add(self, t: float, x: torch.Tensor) -> None:
-        self.frames.setdefault(t, []).append(x.cpu())
+        if self.keeps_frames:
+            self.frames.setdefault(t, []).append(x.cpu())
 
     def add_pair(self, t: float, x: torch.Tensor, x_0_hat: torch.Tensor) -> None:
-        self.pairs[t] = torch.stack([x[:GIF_IMAGES], x_0_hat[:GIF_IMAGES]], dim=1).flatten(0, 1).cpu()
+        if self.keeps_pairs:
+            kept = self.pairs.setdefault(t, [])
+            missing = GIF_IMAGES - sum(map(len, kept))
+            kept.append(torch.stack([x[:missing], x_0_hat[:missing]], dim=1).cpu())
+
+    def gather(self) -> None:
+        """Put together what all processes kept."""
+        for kept in (self.frames, self.pairs):
+            kept |= {t: [distributed.all_gather(torch.cat(parts))] for t, parts in kept.items()}
 
     def save_gif(self, path: Path) -> Path:
         """Write the pairs as an animation."""
         captions = ["image" if t < 0 else f"t = {t:.0f}: x_t beside the image expected then" for t in self.pairs]
-        save_gif([self.code.decode(frame) for frame in self.pairs.values()], path, captions=captions)
+        pairs = [parts[0][:GIF_IMAGES].flatten(0, 1) for parts in self.pairs.values()]
+        save_gif([self.code.decode(frame) for frame in pairs], path, captions=captions)
         return path
 
     @staticmethod
@@ -108,12 +118,22 @@ class Film:
         folder, strip = self.places(output)
         for old in (*folder.glob("step_[0-9]*.png"), folder / "final.png"):
             old.unlink(missing_ok=True)
-        for t, images in frames.items():
-            save_images(self.code.decode(images), folder / ("final.png" if t < 0 else f"step_{t:04.0f}.png"))
+        for name, images in zip(frame_names(list(frames)), frames.values(), strict=True):
+            save_images(self.code.decode(images), folder / name)
         rows = torch.stack([images[:FILM_IMAGES] for images in frames.values()], dim=1).flatten(0, 1)
         captions = ["image" if t < 0 else f"t = {t:.0f}" for t in frames]
         save_images(self.code.decode(rows), strip, columns=len(frames), scale=3, captions=captions)
         return [folder, strip]
+
+
+def frame_names(times: Sequence[float]) -> list[str]:
+    """step_XXXX.png for each time t, with as many decimals as tell them apart; final.png for t < 0."""
+    for decimals in range(16):
+        width = 4 + decimals + (decimals > 0)
+        names = ["final.png" if t < 0 else f"step_{t:0{width}.{decimals}f}.png" for t in times]
+        if len(set(names)) == len(names):
+            break
+    return names
 
 
 def outputs_of(args: Namespace) -> list[Path]:
@@ -124,24 +144,28 @@ def outputs_of(args: Namespace) -> list[Path]:
             *([output.with_suffix(".gif")] if args.gif else [])]
 
 
-def make_images(args: Namespace, steps: int, film: Film | None, shape: Sequence[int], num_timesteps: int, count: int,
-                batches: Iterator) -> torch.Tensor:
-    """The images (N, C, H, W) in [-1, 1] of all processes; `count` are this process's. The film gets its frames."""
-    frames, pairs = (evenly_spaced(steps + 1, count + 1) for count in (FILM_FRAMES, GIF_FRAMES))  # 0: x_T
+def make_images(args: Namespace, steps: int, film: Film | None, code: LevelCode, shape: Sequence[int],
+                num_timesteps: int, count: int, batches: Iterator) -> torch.Tensor:
+    """The decoded images (N, C, H, W) of all processes; `count` are this process's. The film gets its frames."""
+    frames, pairs = (evenly_spaced(steps + 1, count) for count in (FILM_FRAMES + 1, GIF_FRAMES))  # 0: x_T
     images, tuner = [], threads.ThreadTuner(threads.PATIENCE)
     total = -(-count // args.batch_size) * steps
     with Bar("sampling", total, "steps", hidden=distributed.rank() > 0) as bar:
         for batch, trajectory in batches:
             if film:
-                film.add(num_timesteps - 1, image_noise(batch, args.seed, shape)())
+                before = num_timesteps - 1, image_noise(batch, args.seed, shape)()
+                film.add(*before)
             for step, (t, x, x_0_hat) in enumerate(bar.track(tuner.steps(trajectory)), start=1):
                 if film and step in frames:
                     film.add(t, x)
-                if film and step in pairs and batch[0] == 0:
-                    film.add_pair(t, x, x_0_hat)
-            images.append(x.cpu())
+                if film and step - 1 in pairs:
+                    film.add_pair(*before, x_0_hat.cpu())  # which was expected from the image before this step
+                before = t, x.cpu() if film else None
+            if film:
+                film.add_pair(*before, x_0_hat.cpu())
+            images.append(code.decode(x).cpu())
     if film:
-        film.frames = {t: [distributed.all_gather(torch.cat(parts))] for t, parts in film.frames.items()}
+        film.gather()
     return distributed.all_gather(torch.cat(images))
 
 
@@ -188,19 +212,22 @@ def main(argv=None):
     check_flags(args, shape)
     code = code_of(config)
     options = sampling_options(config, args, args.num_images)
+    check_interval(options, diffusion)
     if distributed.rank() == 0:
         check_outputs(outputs_of(args), [args.checkpoint])
     print(f"Using device: {diffusion.device}")
-    start, film = time.perf_counter(), Film(code) if args.show_intermediate or args.gif else None
+    start, film = time.perf_counter(), None
+    if args.show_intermediate or args.gif:
+        film = Film(code, args.show_intermediate, args.gif)
     mine = range(args.num_images)[distributed.rank_slice(args.num_images)]
-    make = partial(make_images, args, options["steps"], film, shape, diffusion.num_timesteps, len(mine))
+    make = partial(make_images, args, options["steps"], film, code, shape, diffusion.num_timesteps, len(mine))
     with autocast(device, pick_precision(args.precision, device)):
         images = run_or_suggest_batch_size(make, lambda batch_size: generate(
             model, diffusion, shape, mine, **options | dict(batch_size=batch_size)), args.batch_size, device)
     seconds = time.perf_counter() - start
     if distributed.rank():
         return distributed.destroy_process_group()
-    save(code.decode(images), options["labels"], args.label is not None, output, args.columns, args.scale)
+    save(images, options["labels"], args.label is not None, output, args.columns, args.scale)
     written = [output, *(film.save(output) if args.show_intermediate else [])]
     if args.gif:
         written.append(film.save_gif(output.with_suffix(".gif")))

@@ -19,7 +19,7 @@ from runtime import distributed, threads
 from runtime.errors import UserError
 from runtime.memory import run_or_suggest_batch_size
 from runtime.progress import Bar
-from runtime.sampling import dataset_of, is_student, sampling_options
+from runtime.sampling import check_interval, dataset_of, is_student, sampling_options
 from samplers import SAMPLERS, STUDENT_SAMPLER, final_image, generate
 from utils import autocast, pick_precision
 
@@ -75,6 +75,9 @@ def open_checkpoint(args: Namespace, device: torch.device, check: Callable[[], N
         interval = None if scale == 1 and len(args.guidance_scale) > 1 else args.guidance_interval
         flags = dict(sampler=sampler, guidance_scale=scale, steps=steps, guidance_interval=interval)
         options.append(sampling_options(config, Namespace(**vars(args) | flags), labels=labels))
+    if args.sweep is None:
+        for each in options:
+            check_interval(each, diffusion)
     return LoadedCheckpoint(model, diffusion, dataset, code_of(config), config["data"]["shape"], labels, options,
                             int(training_flag(checkpoint, "train_images", 0)),
                             bool(training_flag(checkpoint, "hflip", False)))

@@ -30,7 +30,8 @@ class Mixture:
         for x, s in zip(x_t.flatten(1).double().split(PART), times.split(PART), strict=True):
             alpha, sigma = (rate(s).double().flatten(1) for rate in (diffusion.alpha, diffusion.sigma))
             variance = (alpha * self.std) ** 2 + sigma**2
-            squared = (torch.cdist(x / alpha, self.centres) * alpha) ** 2
+            squared = (x.square().sum(1, keepdim=True) - 2 * alpha * x @ self.centres.T
+                       + alpha**2 * self.centres.square().sum(1)).clamp(min=0)              # |x - alpha · centre|²
             log_norm = self.centres.shape[1] / 2 * torch.log(2 * math.pi * variance)
             yield x, alpha, variance, self.log_weights - squared / (2 * variance) - log_norm
 

@@ -4,12 +4,14 @@ import os
 from argparse import Namespace
 from collections.abc import Sequence
 from pathlib import Path
+from shlex import quote
 
 import torch
 from torch import Tensor
 
 from data import DATASETS
 from data_sources.cache import Pictures, about, cached, find_cached, pictures_of
+from diffusion import DiffusionProcess
 from runtime.errors import UserError, checking_user_input
 from samplers import (
     DEFAULT_GUIDANCE,
@@ -18,6 +20,8 @@ from samplers import (
     SAMPLERS,
     STUDENT_SAMPLER,
     STUDENT_STEPS,
+    heun,
+    spaced_timesteps,
     uniform_timesteps,
 )
 
@@ -56,12 +60,22 @@ def sampling_options(config: dict, args: Namespace = NO_FLAGS, count: int = 0, *
     if interval and scale == 1:
         raise UserError("--guidance_interval needs guidance: a checkpoint trained with --conditional, and another "
                         "--guidance_scale than 1")
-    if interval and interval[0] > num_timesteps - 1:
-        raise UserError(f"--guidance_interval {interval[0]:g} {interval[1]:g} holds none of this checkpoint's times, 0 "
-                        f"to {num_timesteps - 1}: choose others, or leave it out")
     options = dict(seed=given.get("seed") or 0, sampler=sampler, steps=steps, spacing=given.get("spacing"),
                    eta=eta or 0.0, labels=labels, guidance_scale=scale, guidance_interval=interval)
     return options | ({"batch_size": given["batch_size"]} if "batch_size" in given else {})
+
+
+def check_interval(options: dict, diffusion: DiffusionProcess) -> None:
+    """UserError if --guidance_interval holds no time of the sampler, so that nothing would be guided."""
+    interval, sampler = options["guidance_interval"], SAMPLERS[options["sampler"]]
+    if not interval:
+        return
+    times = spaced_timesteps(diffusion, options["steps"], options["spacing"] or sampler.spacing)
+    churned = sampler.function is heun and options["eta"]  # it also evaluates times between these
+    if not churned and not any(interval[0] <= t <= interval[1] for t in times):
+        raise UserError(f"--guidance_interval {interval[0]:g} {interval[1]:g} holds none of the times of these steps "
+                        f"({', '.join(f'{t:.0f}' for t in times[:20])}{' ...' if len(times) > 20 else ''}): choose "
+                        f"another one, or leave it out")
 
 
 NO_LABELS = "this checkpoint was trained without labels"
@@ -105,6 +119,12 @@ def named_classes(text: str, class_names: Sequence[str]) -> list[int]:
             raise UserError(f"unknown label {part!r}: choose from {listed}, or a range such as {first}-{last}")
         classes += range(ends[0][0], ends[0][1] + 1)
     return classes
+
+
+def label_words(class_names: Sequence[str]) -> list[str]:
+    """For each class a word that --label takes for it: its number, or its name where that number is a name."""
+    only_names = all(name.isdigit() for name in class_names)
+    return [quote(name) if only_names or str(i) in class_names else str(i) for i, name in enumerate(class_names)]
 
 
 def is_student(config: dict) -> bool:

@@ -124,7 +124,8 @@ def outside_cause(error: Exception) -> str | None:
     if distributed.process_lost(error):
         return f"another process of this run has ended ({one_line(error, 100)})"
     if out_of_memory(error):
-        return f"out of memory ({one_line(error, 100)}): try a smaller --batch_size"
+        return (f"out of memory ({one_line(error, 100)}): try a smaller --batch_size or, where there is none, fewer "
+                f"images")
     return str(error) if isinstance(error, OSError) and error.errno in SYSTEM_ERRORS else None
 
 

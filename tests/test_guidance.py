@@ -11,7 +11,7 @@ import sample
 import utils
 from data import FASHION, ImageData
 from diffusion import DiffusionProcess
-from runtime.sampling import named_classes
+from runtime.sampling import label_words, named_classes
 from samplers import SAMPLERS, final_image, generate, guide
 from training.trainer import Trainer
 
@@ -169,6 +169,13 @@ def test_where_all_names_are_numbers_no_other_number_counts():
         named_classes("0", ("1", "2", "10"))
 
 
+@pytest.mark.parametrize("names, words", [
+    (("cat", "dog"), ["0", "1"]), (("1", "2", "3"), ["1", "2", "3"]), (("1", "big dog"), ["0", "'big dog'"])])
+def test_the_word_that_a_page_names_for_a_class_is_understood(names, words):
+    assert label_words(names) == words
+    assert [named_classes(word.strip("'"), names) for word in words] == [[i] for i in range(len(names))]
+
+
 def test_digits_are_listed_once():
     with pytest.raises(ValueError, match=r"choose from 0, 1, 2.*9, or a range"):
         named_classes("ten", tuple("0123456789"))
@@ -249,7 +256,7 @@ def test_one_label_makes_a_grid_as_without_labels(conditional, tmp_path):
 def test_labels_and_guidance_change_images(conditional, tmp_path):
     variants = [drawn(conditional, tmp_path / "x.npz", "--num_images", 2, *flags)["arr_0"].tobytes() for flags in (
         ["--label", "3"], ["--label", "4"], ["--label", "3", "--guidance_scale", 3],
-        ["--label", "3", "--guidance_scale", 3, "--guidance_interval", 10, 20])]
+        ["--label", "3", "--guidance_scale", 3, "--guidance_interval", 25, 35])]
     assert len(set(variants)) == 4
 
 
@@ -260,6 +267,7 @@ def test_labels_and_guidance_change_images(conditional, tmp_path):
     (["--guidance_scale", "-1"], ["--guidance_scale"]),
     (["--label", "1", "--guidance_scale", "2", "--guidance_interval", "30", "10"], ["--guidance_interval", "30", "10"]),
     (["--label", "1", "--guidance_interval", "1000", "2000"], ["--guidance_interval", "1000 2000", "leave it out"]),
+    (["--label", "1", "--guidance_interval", "10", "20"], ["holds none of the times of these steps", "39, "]),
     (["--guidance_scale", "1", "--guidance_interval", "10", "30"], ["--guidance_interval", "--guidance_scale than 1"]),
 ])
 def test_sample_refuses_labels_that_there_are_not(conditional, tmp_path, capsys, flags, words):
@@ -297,10 +305,10 @@ def frames_of(path):
     return durations
 
 
-def test_the_film_has_a_frame_for_each_step_and_pauses_on_the_last(conditional, tmp_path):
+def test_the_film_has_a_frame_for_noise_and_for_each_step_and_pauses_on_the_last(conditional, tmp_path):
     assert call(conditional, tmp_path / "x.png", "--num_images", 3, "--steps", 6, "--batch_size", 2, "--gif") == 0
     durations = frames_of(tmp_path / "x.gif")
-    assert len(durations) == 6 and durations[-1] == 2000 and max(durations[:-1]) < 1000
+    assert len(durations) == 7 and durations[-1] == 2000 and max(durations[:-1]) < 1000
     assert sorted(path.name for path in tmp_path.iterdir()) == ["x.gif", "x.png"]
 
 

@@ -123,3 +123,11 @@ def test_churn_keeps_the_marginal_variance_on_the_way(eta):
     for s, x, _ in heun(denoise, one_hot(), times, process, eta=eta, randn=one_hot):
         variance = process.alpha(s) ** 2 * STD**2 + process.sigma(s) ** 2
         assert x.square().sum().item() == pytest.approx(variance.item(), rel=0.05)
+
+
+def test_at_a_time_without_signal_the_density_is_that_of_the_noise():
+    process = DiffusionProcess(10, "cosine", prediction="v", zero_terminal_snr=True)
+    mix, x = Mixture(torch.tensor([[-1.0], [1.0]]).view(2, 1, 1, 1)), torch.tensor([0.0, 2.0]).view(2, 1, 1, 1)
+    normal_density = -x.flatten().double() ** 2 / 2 - math.log(2 * math.pi) / 2
+    assert_close(mix.log_density(x, 9, process), normal_density)
+    assert_close(mix.denoiser(process)(x, torch.tensor([9.0, 9.0])).flatten().double(), torch.zeros(2).double())

@@ -612,3 +612,8 @@ def test_pip_says_nothing_but_errors(root):
 def test_importing_the_scripts_warns_of_nothing_and_prints_nothing(root):
     ended = python(root, "-W", "error", "-c", "import train, sample, visualize_diffusion")
     assert (ended.returncode, ended.stdout, ended.stderr) == (0, "", "")
+
+
+def test_frames_of_times_that_round_alike_have_names_of_their_own():
+    assert sample.frame_names([999.0, 499.0, -1]) == ["step_0999.png", "step_0499.png", "final.png"]
+    assert sample.frame_names([8.1, 8.0, -1]) == ["step_0008.1.png", "step_0008.0.png", "final.png"]

@@ -227,7 +227,8 @@ def fitting_batch(rehearse: Callable[[int], None], count: int, device: torch.dev
         if distributed.all_reduce_min(fits) if agree else fits:
             return count
         count //= 2
-    raise RunFailed("out of memory even for one image: choose a smaller --base_channels, or --patch_size 4")
+    raise RunFailed("out of memory even for one image: train a smaller network, with a smaller --base_channels or with "
+                    "--patch_size 4")
 
 
 @torch.no_grad()

@@ -12,8 +12,9 @@ function svg(tag, attributes = {}, ...children) {
 
 // alpha and sigma over t, which falls to the right as in the other views; the steps of the sampler; the shown one.
 function showSchedule() {
-  const {process} = app, last = Math.max(1, process.numTimesteps - 1), {left, right, top, bottom} = CHART;
-  const place = (t, value) => [right - Math.max(t, 0) / last * (right - left), bottom - value * (bottom - top)];
+  const {process} = app, last = process.numTimesteps - 1, {left, right, top, bottom} = CHART;
+  const place = (t, value) =>
+    [right - Math.max(t, 0) / Math.max(1, last) * (right - left), bottom - value * (bottom - top)];
   const curve = (value) => Array.from({length: 101}, (_, i) => place(i / 100 * last, value(i / 100 * last))
     .map((number) => number.toFixed(1)).join(",")).join(" L");
   const alpha = (t) => t < 0 ? 1 : process.alpha(t), sigma = (t) => t < 0 ? 0 : process.sigma(t);
@@ -27,7 +28,7 @@ function showSchedule() {
     chart.append(svg("line", {x1: left, x2: right, y1: y, y2: y}),
                  text(left - 8, y + 4, value, {"text-anchor": "end"}));
   }
-  for (const t of [0, last / 2, last])
+  for (const t of new Set([0, last / 2, last]))
     chart.append(text(place(t, 0)[0], bottom + 18, t === last / 2 ? "time t" : t, {"text-anchor": "middle"}));
   chart.append(svg("path", {class: "signal", d: `M${curve(alpha)}`}),
                svg("path", {class: "noise", d: `M${curve(sigma)}`}),

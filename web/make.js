@@ -99,14 +99,14 @@ function scrubTo(index) {
   if (film.frames[index]?.x0) showFrame(index);
 }
 
-// The command that makes the same image. Without a label: a guidance of 0 leaves nothing of the label 0.
+// The command that makes the same image. Without a label: a guidance of 0 leaves nothing of the first label.
 function showCommand() {
-  const {label, sampler, steps, guidance, seed} = film.job, {name, class_names: names, use_ema: average} = app.entry;
-  const asked = !names.length ? [] : label === null ? ["--label 0", "--guidance_scale 0"]
-    : [`--label ${label}`, `--guidance_scale ${guidance}`];
-  const words = ["python sample.py", `--checkpoint ${name}`, ...average ? [] : ["--no-use_ema"], "--num_images 1",
+  const {label, sampler, steps, guidance, seed} = film.job, {name, label_words: words, use_ema: average} = app.entry;
+  const asked = !words.length ? [] : label === null ? [`--label ${words[0]}`, "--guidance_scale 0"]
+    : [`--label ${words[label]}`, `--guidance_scale ${guidance}`];
+  const parts = ["python sample.py", `--checkpoint ${name}`, ...average ? [] : ["--no-use_ema"], "--num_images 1",
                  ...asked, `--sampler ${sampler}`, `--steps ${steps}`, `--seed ${seed}`, "--precision fp32"];
-  $("command").replaceChildren(...words.flatMap((word) => [" ", element("span", {}, word)]).slice(1));
+  $("command").replaceChildren(...parts.flatMap((word) => [" ", element("span", {}, word)]).slice(1));
 }
 
 const makeView = {

@@ -21,7 +21,7 @@ from data import code_of
 from diffusion import DiffusionProcess
 from models.unet import SimpleUNet
 from runtime.errors import UserError
-from runtime.sampling import is_student, sampling_options
+from runtime.sampling import is_student, label_words, sampling_options
 from samplers import KARRAS_RHO, SAMPLERS, noise_range
 
 FOLDER = Path(__file__).parent
@@ -57,7 +57,8 @@ def page_model(name: str, model: nn.Module, diffusion: DiffusionProcess, config:
     data, options = config["data"], sampling_options(config, count=1)
     entry = dict(
         name=name, use_ema=use_ema, dataset=data["dataset"], shape=data["shape"],
-        levels=code_of(config).points.tolist(), class_names=data["class_names"] if model.num_classes else [],
+        levels=code_of(config).points.tolist(), class_names=(names := data["class_names"] if model.num_classes else []),
+        label_words=label_words(names),
         network=model.config,
         parameters=sum(weight.numel() for weight in tensors.values()),
         diffusion={key: diffusion.config[key] for key in ("prediction", "data_std")},

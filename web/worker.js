@@ -18,10 +18,11 @@ function noiseOf(seed, count) {
 }
 
 // The trajectory of a job {label, sampler, steps, guidance, seed, towards, share}: image 0 of the seed, as sample.py
-// makes it; or of the noise that lies at `share` on the way from that of `seed` to that of `towards`.
+// makes it; or with noise, at the start and in the steps, at `share` on the way from that of `seed` to that of `towards`.
 function trajectory({network, process, entry}, {label, sampler, steps, guidance, seed, towards, share}) {
-  const count = entry.shape.reduce((a, b) => a * b), randn = noiseOf(seed, count);
-  const start = share ? slerp(randn(), noiseOf(towards, count)(), share) : randn();
+  const count = entry.shape.reduce((a, b) => a * b), own = noiseOf(seed, count);
+  const other = share ? noiseOf(towards, count) : null, randn = share ? () => slerp(own(), other(), share) : own;
+  const start = randn();
   const times = spacedTimesteps(process, steps, entry.samplers[sampler], entry.noise_range);
   const path = SAMPLERS[sampler](process.guided(network, label, guidance), start, times, process, randn);
   return {start, times, path};
