@@ -1,7 +1,8 @@
 """Several processes, started by `torchrun --nproc_per_node=N train.py ...`: torch.distributed for the scripts.
 
 With one process these functions do nothing. Each process draws the random numbers of the whole batch and keeps its
-slice, so the number of processes changes results only by rounding. Only rank 0 writes files.
+slice, so the number of processes changes results only by rounding, and with --dropout what becomes 0. Only rank 0
+writes files.
 """
 
 import contextlib

@@ -107,6 +107,8 @@ def make_trainer(settings: Namespace, data: ImageData, model, diffusion) -> tupl
         print(f"A batch of {batch_size} images fits in memory")
     settings = Namespace(**vars(settings) | dict(precision=precision, layout=layout, batch_size=batch_size))
     keeps_random_state = settings.dropout and settings.checkpointing  # which cannot be done in a CUDA graph
+    if keeps_random_state and device.type == "mps":
+        raise UserError("--dropout with --checkpointing cannot be computed on mps: leave one of them out")
     cuda_graph = (device.type == "cuda" and distributed.world_size() == 1 and settings.compile is not False
                   and not keeps_random_state)
     trainer = Trainer(data, model.to(memory_format=autotune.LAYOUTS[layout]), diffusion, cuda_graph=cuda_graph,
