@@ -10,7 +10,6 @@
     history           {"records": the lines of metrics.jsonl, "losses": of the steps since the last of them}
 """
 
-import hashlib
 import json
 import math
 import numbers
@@ -28,7 +27,7 @@ from diffusion import DiffusionProcess
 from learned_variance import create_process
 from models import create_model
 from runtime.errors import UserError
-from runtime.files import atomic_write, check_archive, one_line, verified_archive, write_json
+from runtime.files import atomic_write, check_archive, file_digest, one_line, verified_archive, write_json
 from runtime.version import __version__
 from utils import is_tensor_like
 
@@ -112,10 +111,9 @@ def _read_archive(path: Path):
 def _read_safetensors(path: Path) -> dict:
     from safetensors.torch import load
 
-    content, about = path.read_bytes(), json.loads(path.with_name("config.json").read_text())
-    if about.pop("sha256", digest := hashlib.sha256(content).hexdigest()) != digest:
+    weights, about = load(path.read_bytes()), json.loads(path.with_name("config.json").read_text())
+    if about.pop("sha256", None) not in (None, file_digest(path)):
         raise ValueError("config.json beside it was written with other weights: export them again")
-    weights = load(content)
     return {**about, "model": weights, "ema": weights, "optimizer": {}, "history": {}}
 
 
@@ -127,10 +125,9 @@ def save_safetensors(folder: Path, weights: dict, checkpoint: dict) -> None:
     from safetensors.torch import save
 
     about = {name: value for name, value in checkpoint.items() if name not in ("model", "ema", "optimizer", "history")}
-    content = save({name: weight.contiguous() for name, weight in weights.items()}, {"format": "pt"})
-    write_json(about | dict(sha256=hashlib.sha256(content).hexdigest()), folder / "config.json")
     with atomic_write(folder / SAFETENSORS) as file:
-        file.write(content)
+        file.write(save({name: weight.contiguous() for name, weight in weights.items()}, {"format": "pt"}))
+    write_json(about | dict(sha256=file_digest(folder / SAFETENSORS)), folder / "config.json")
 
 
 def load_model(path: str | Path, device="cpu", use_ema: bool = True,

@@ -197,7 +197,8 @@ def make_run(args: Namespace, start: float) -> Run:
     check_gpu_memory(data, device)
     if problem := data_mismatch(checkpoint["config"], data):
         raise UserError(f"{problem}: give the --data_dir that it was trained on")
-    settings = Namespace(**vars(args) | dict(guidance_scale=guidance_scale,
+    steps = args.teacher_steps or min(TEACHER_STEPS, process.num_timesteps)
+    settings = Namespace(**vars(args) | dict(guidance_scale=guidance_scale, teacher_steps=steps,
                                              hflip=bool(training_flag(checkpoint, "hflip", False))))
     trainer, settings = make_trainer(settings, teacher, process, data.to(device))
     config = dict(model=teacher.config, diffusion=process.config, data=checkpoint["config"]["data"],
@@ -214,8 +215,7 @@ def check_teacher(args: Namespace, process: DiffusionProcess, checkpoint: dict) 
     if process.num_timesteps < 2:
         raise UserError(f"{args.checkpoint} has only one timestep, so that nothing can be shortened: train a teacher "
                         f"with more --timesteps")
-    args.teacher_steps = args.teacher_steps or min(TEACHER_STEPS, process.num_timesteps)
-    if args.teacher_steps > process.num_timesteps:
+    if (args.teacher_steps or 0) > process.num_timesteps:
         raise UserError(f"--teacher_steps must lie in 2..{process.num_timesteps} (the checkpoint's number of "
                         f"timesteps), not {args.teacher_steps}")
     if run_folder.holds(Path(args.output_dir), Path(args.checkpoint)):

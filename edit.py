@@ -34,6 +34,7 @@ from samplers import (
     SAMPLERS,
     ddim,
     dpmpp_2m,
+    expectations,
     guide,
     image_noise,
     spaced_timesteps,
@@ -226,23 +227,14 @@ class Editor:
         return image_noise(indices, seed, self.shape, self.diffusion.device)
 
     def follow(self, trajectory: Iterator, steps: int) -> Tensor:
-        """The last images of a trajectory, on the CPU; all its steps become frames.
-
-        A frame is x_t beside the image that is expected from it, which the step after it gives.
-        """
-        device, before = self.diffusion.device, None
+        """The last images of a trajectory, on the CPU; all its steps become frames."""
+        device = self.diffusion.device
         with (autocast(device, pick_precision(self.args.precision, device)),
               Bar(self.args.command, steps, "steps") as bar):
-            for t, x, x_0_hat in bar.track(trajectory):
-                if before:
-                    self.add_frame(*before, x_0_hat)
-                before = t, x[:FILM_IMAGES].cpu()
-        self.add_frame(*before, x_0_hat)
+            for t, x, x_0_hat in expectations(bar.track(trajectory)):
+                self.frames.append((x[:FILM_IMAGES].cpu(), x_0_hat[:FILM_IMAGES].cpu()))
+                self.titles.append("image" if t < 0 else f"t = {t:.0f}")
         return x.cpu()
-
-    def add_frame(self, t: float, x: Tensor, x_0_hat: Tensor) -> None:
-        self.frames.append((x, x_0_hat[:FILM_IMAGES].cpu()))
-        self.titles.append("image" if t < 0 else f"t = {t:.0f}")
 
     def film(self) -> tuple[list[Tensor], list[str]]:
         """At most FILM_FRAMES frames, uint8, evenly spaced from the first to the last, and their captions.

@@ -31,7 +31,7 @@ from runtime.parser import SHARED_FLAGS, Parser, add_shared_flags
 from runtime.progress import Bar
 from runtime.sampling import check_interval, sampling_options
 from runtime.script import script
-from samplers import generate, image_noise
+from samplers import Trajectory, expectations, final_image, generate, image_noise
 from utils import GREY, autocast, evenly_spaced, get_device, pick_precision, save_gif, save_images, save_picture
 
 DEFAULT_OUTPUT = "outputs/generated_samples.png"
@@ -75,20 +75,23 @@ def check_flags(args: Namespace, shape: Sequence[int]) -> None:
 class Film:
     """What --show_intermediate and --gif keep: the images at some times of their trajectories."""
 
-    def __init__(self, code: LevelCode, frames: bool, pairs: bool):
-        self.code, self.keeps_frames, self.keeps_pairs = code, frames, pairs
+    def __init__(self, code: LevelCode, steps: int, frames: bool, pairs: bool):
+        self.code = code
         self.frames: dict[float, list[torch.Tensor]] = {}  # by time t, x_t of each batch
-        self.pairs: dict[float, list[torch.Tensor]] = {}  # by time t, x_t beside E[x_0 | x_t] of the first images
+        self.pairs: dict[float, list[torch.Tensor]] = {}  # by time t, x_t beside its x_0_hat of the first images
+        self.kept_frames = evenly_spaced(steps + 1, FILM_FRAMES + 1) if frames else ()  # 0: the noise
+        self.kept_pairs = evenly_spaced(steps + 1, GIF_FRAMES) if pairs else ()
 
-    def add(self, t: float, x: torch.Tensor) -> None:
-        if self.keeps_frames:
-            self.frames.setdefault(t, []).append(x.cpu())
-
-    def add_pair(self, t: float, x: torch.Tensor, x_0_hat: torch.Tensor) -> None:
-        if self.keeps_pairs:
-            kept = self.pairs.setdefault(t, [])
-            missing = GIF_IMAGES - sum(map(len, kept))
-            kept.append(torch.stack([x[:missing], x_0_hat[:missing]], dim=1).cpu())
+    def watch(self, trajectory: Trajectory, start: tuple[float, torch.Tensor]) -> torch.Tensor:
+        """The images at the end of a trajectory, of which the film keeps some frames. start: its time and its noise."""
+        for step, (t, x, x_0_hat) in enumerate(expectations(trajectory, start)):
+            if step in self.kept_frames:
+                self.frames.setdefault(t, []).append(x.cpu())
+            if step in self.kept_pairs:
+                pairs = self.pairs.setdefault(t, [])
+                missing = GIF_IMAGES - sum(map(len, pairs))
+                pairs.append(torch.stack([x[:missing].cpu(), x_0_hat[:missing].cpu()], dim=1))
+        return x
 
     def gather(self) -> None:
         """Put together what all processes kept."""
@@ -147,22 +150,13 @@ def outputs_of(args: Namespace) -> list[Path]:
 def make_images(args: Namespace, steps: int, film: Film | None, code: LevelCode, shape: Sequence[int],
                 num_timesteps: int, count: int, batches: Iterator) -> torch.Tensor:
     """The decoded images (N, C, H, W) of all processes; `count` are this process's. The film gets its frames."""
-    frames, pairs = (evenly_spaced(steps + 1, count) for count in (FILM_FRAMES + 1, GIF_FRAMES))  # 0: x_T
     images, tuner = [], threads.ThreadTuner(threads.PATIENCE)
     total = -(-count // args.batch_size) * steps
     with Bar("sampling", total, "steps", hidden=distributed.rank() > 0) as bar:
         for batch, trajectory in batches:
-            if film:
-                before = num_timesteps - 1, image_noise(batch, args.seed, shape)()
-                film.add(*before)
-            for step, (t, x, x_0_hat) in enumerate(bar.track(tuner.steps(trajectory)), start=1):
-                if film and step in frames:
-                    film.add(t, x)
-                if film and step - 1 in pairs:
-                    film.add_pair(*before, x_0_hat.cpu())  # which was expected from the image before this step
-                before = t, x.cpu() if film else None
-            if film:
-                film.add_pair(*before, x_0_hat.cpu())
+            trajectory = bar.track(tuner.steps(trajectory))
+            x = (film.watch(trajectory, (num_timesteps - 1, image_noise(batch, args.seed, shape)())) if film
+                 else final_image(trajectory))
             images.append(code.decode(x).cpu())
     if film:
         film.gather()
@@ -218,7 +212,7 @@ def main(argv=None):
     print(f"Using device: {diffusion.device}")
     start, film = time.perf_counter(), None
     if args.show_intermediate or args.gif:
-        film = Film(code, args.show_intermediate, args.gif)
+        film = Film(code, options["steps"], args.show_intermediate, args.gif)
     mine = range(args.num_images)[distributed.rank_slice(args.num_images)]
     make = partial(make_images, args, options["steps"], film, code, shape, diffusion.num_timesteps, len(mine))
     with autocast(device, pick_precision(args.precision, device)):

@@ -3,9 +3,9 @@
 A sampler is a generator, `sampler(denoise, x_T, timesteps, diffusion, *, eta=0., randn=torch.randn_like)`. It starts at
 x_T, goes down the decreasing list `timesteps` and then to -1, the clean image; the list may be much shorter than the
 process's T, which only says how finely the schedule is tabulated. After each step it yields `(t, x_t, x_0_hat)`, where
-t is the time just reached; the last item is (-1, image, x_0_hat). It knows the network only as
-`denoise(x_t, t) -> x_0_hat`, t being `batch_time`, which it calls once for each step (heun: twice). Guidance, labels
-and clipping are wrappers of `denoise`. To add a sampler: CONTRIBUTING.md.
+t is the time just reached and x_0_hat what was expected at the beginning of the step; the last item is (-1, image,
+x_0_hat). It knows the network only as `denoise(x_t, t) -> x_0_hat`, t being `batch_time`, which it calls once for each
+step (heun: twice). Guidance, labels and clipping are wrappers of `denoise`. To add a sampler: CONTRIBUTING.md.
 
 noise_hat = (x_t - alpha_t · x_0_hat) / sigma_t is the noise that is in x_t if x_0_hat is right.
 """
@@ -154,7 +154,6 @@ def heun(denoise: Denoise, x_T: Tensor, timesteps: Sequence[float], diffusion: D
             ratio = torch.exp((diffusion.log_snr(s) - diffusion.log_snr(t)) / 2)
             weight = ((ratio - 1) / 2).clamp(max=1)  # 1: sigma/alpha falls to a third; beyond, it overshoots
             x = x + diffusion.alpha(s) * weight * correction
-            x_0_hat = x_0_hat + correction
         yield s, x, x_0_hat
 
 
@@ -369,6 +368,19 @@ def all_images(model, diffusion: DiffusionProcess, shape: Sequence[int], indices
     """The images (N, C, H, W) with these N indices, all of them in memory; options: further arguments of `generate`."""
     images = [final_image(trajectory) for _, trajectory in generate(model, diffusion, shape, indices, **options)]
     return torch.cat([torch.empty(0, *shape, device=diffusion.device), *images])
+
+
+def expectations(trajectory: Trajectory, start: tuple[float, Tensor] | None = None) -> Trajectory:
+    """The (t, x_t, x_0_hat) of a trajectory, but with the x_0_hat that was expected from this x_t, not before it.
+
+    The last item keeps its own. start: the time and the noise that the trajectory began with, to be the first item.
+    """
+    before = start
+    for t, x, x_0_hat in trajectory:
+        if before:
+            yield *before, x_0_hat
+        before = t, x
+    yield *before, x_0_hat
 
 
 def final_image(trajectory: Trajectory) -> Tensor:

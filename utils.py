@@ -41,8 +41,12 @@ def get_device(name: str = "auto") -> torch.device:
 
 def generator_for(seed: int, *key: int, device="cpu") -> torch.Generator:
     """A random generator that depends on (seed, *key) only: to resume a run no state has to be saved."""
-    state = int(np.random.SeedSequence(seed, spawn_key=key).generate_state(1, np.uint64)[0])
-    return torch.Generator(device).manual_seed(state)
+    return torch.Generator(device).manual_seed(seed_for(seed, *key))
+
+
+def seed_for(seed: int, *key: int) -> int:
+    """A seed that depends on (seed, *key) only."""
+    return int(np.random.SeedSequence(seed, spawn_key=key).generate_state(1, np.uint64)[0])
 
 
 def pick_precision(precision: str, device: torch.device) -> str:

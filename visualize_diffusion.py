@@ -38,7 +38,7 @@ from runtime.files import check_output, lies_in
 from runtime.parser import PICTURE_FLAGS, SHARED_FLAGS, Parser, add_shared_flags, number
 from runtime.sampling import chosen_dataset, dataset_of, named_classes, sampling_options
 from runtime.script import script
-from samplers import DEFAULT_GUIDANCE, DEFAULT_SAMPLER, generate, image_noise, noise_range
+from samplers import DEFAULT_GUIDANCE, DEFAULT_SAMPLER, expectations, generate, image_noise, noise_range
 from utils import FIGURE_FORMATS, evenly_spaced, generator_for, get_device, pyplot, save_figure, tile
 
 COLUMNS = (0, 50, 100, 200, 400, 600, 800, 999)  # times t of --what forward, if T is 1,000
@@ -160,10 +160,8 @@ def trajectory_frames(args: Namespace, model, diffusion: DiffusionProcess, confi
     indices, shape = range(args.num_images), config["data"]["shape"]
     options = sampling_options(config, args, args.num_images) | dict(batch_size=args.num_images)
     [(_, trajectory)] = generate(model, diffusion, shape, indices, **options)
-    t, x, frames = diffusion.num_timesteps - 1, image_noise(indices, args.seed, shape)(), []
-    for s, x_s, x_0_hat in trajectory:
-        frames.append((t, x, x_0_hat.cpu()))
-        t, x = s, x_s.cpu()
+    start = diffusion.num_timesteps - 1, image_noise(indices, args.seed, shape)()
+    *frames, _ = ((t, x.cpu(), x_0_hat.cpu()) for t, x, x_0_hat in expectations(trajectory, start))
     return frames, options
 
 

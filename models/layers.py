@@ -52,8 +52,9 @@ class ResidualBlock(nn.Module):
     """x + f(x, embedding): two 3×3 convolutions; a linear map of the embedding scales and shifts between them.
 
     Pre-activation as in He et al. 2016; adaptive GroupNorm as in Dhariwal and Nichol 2021, section 3; the last
-    convolution starts at zero. In training mode its input is subject to dropout, as in Ho et al. 2020, appendix B: each
-    number becomes 0 with probability `dropout`, and the others are divided by 1 - dropout (Srivastava et al. 2014).
+    convolution starts at zero. In training mode the numbers that it gets are subject to dropout, as in Ho et al. 2020,
+    appendix B: each becomes 0 with probability `dropout`, and the others are divided by 1 - dropout (Srivastava et al.
+    2014).
     """
 
     def __init__(self, in_channels: int, out_channels: int, emb_dim: int, activation: str = "silu",
@@ -101,16 +102,17 @@ class Stage(nn.Module):
     def __init__(self, in_channels: int, out_channels: int, emb_dim: int, depth: int, attention: bool, activation: str,
                  checkpointing: bool = False, dropout: float = 0.0):
         super().__init__()
-        # Without dropout nothing in a block is random, and no random state has to be kept for the second pass.
-        self.checkpointing = dict(use_reentrant=False, preserve_rng_state=dropout > 0) if checkpointing else None
+        self.checkpointing, self.is_random = checkpointing, dropout > 0
         self.blocks = nn.ModuleList(ResidualBlock(in_channels if i == 0 else out_channels, out_channels, emb_dim,
                                                   activation, dropout) for i in range(depth))
         self.attention = nn.ModuleList(Attention(out_channels) if attention and i == depth // 2 else nn.Identity()
                                        for i in range(depth))
 
     def forward(self, x: Tensor, emb: Tensor) -> Tensor:
+        # Without dropout nothing in a block is random, and no random state has to be kept for the second pass.
+        options = dict(use_reentrant=False, preserve_rng_state=self.is_random and self.training)
         for block, attention in zip(self.blocks, self.attention, strict=True):
-            x = checkpoint(block, x, emb, **self.checkpointing) if self.checkpointing else block(x, emb)
+            x = checkpoint(block, x, emb, **options) if self.checkpointing else block(x, emb)
             x = attention(x)
         return x
 

@@ -100,11 +100,7 @@ def named_classes(text: str, class_names: Sequence[str]) -> list[int]:
     """The classes that --label names. UserError that lists the classes there are."""
     if not class_names:
         raise UserError(f"{NO_LABELS}: leave --label and --guidance_scale out, or {TRAIN_LABELS}")
-    # A class has a number, unless all names are numbers, its name in small letters, and its exact name, which counts
-    # most.
-    numbered = all(name.isdigit() for name in class_names)
-    known = {} if numbered else {str(i): i for i in range(len(class_names))}
-    known |= {name.lower(): i for i, name in enumerate(class_names)} | {name: i for i, name in enumerate(class_names)}
+    known = _words_of_classes(class_names)
 
     def find(name: str) -> int | None:
         return known.get(name.strip(), known.get(name.strip().lower()))
@@ -114,6 +110,7 @@ def named_classes(text: str, class_names: Sequence[str]) -> list[int]:
         pairs = [(part, part), *((part[:i], part[i + 1:]) for i in dashes)]
         ends = [(find(a), find(b)) for a, b in pairs if None not in (find(a), find(b))]
         if not ends or ends[0][0] > ends[0][1]:
+            numbered = all(name.isdigit() for name in class_names)
             listed = ", ".join(name if numbered else f"{i} {name}" for i, name in enumerate(class_names))
             first, last = (class_names[0], class_names[-1]) if numbered else (0, len(class_names) - 1)
             raise UserError(f"unknown label {part!r}: choose from {listed}, or a range such as {first}-{last}")
@@ -121,10 +118,18 @@ def named_classes(text: str, class_names: Sequence[str]) -> list[int]:
     return classes
 
 
+def _words_of_classes(class_names: Sequence[str]) -> dict[str, int]:
+    """Word -> class: the number of a class, unless all names are numbers, its name in small letters, and its exact
+    name, which counts most."""
+    known = {} if all(name.isdigit() for name in class_names) else {str(i): i for i in range(len(class_names))}
+    return known | {name.lower(): i for i, name in enumerate(class_names)} | {
+        name: i for i, name in enumerate(class_names)}
+
+
 def label_words(class_names: Sequence[str]) -> list[str]:
-    """For each class a word that --label takes for it: its number, or its name where that number is a name."""
-    only_names = all(name.isdigit() for name in class_names)
-    return [quote(name) if only_names or str(i) in class_names else str(i) for i, name in enumerate(class_names)]
+    """For each class a word of a command line that --label takes for it: its number where that works, else its name."""
+    known = _words_of_classes(class_names)
+    return [str(i) if known.get(str(i)) == i else quote(name) for i, name in enumerate(class_names)]
 
 
 def is_student(config: dict) -> bool:

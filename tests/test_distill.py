@@ -423,6 +423,20 @@ def test_what_cannot_be_is_refused_in_one_line(teacher, data_dir, tmp_path, capf
     assert files(tmp_path) == {}
 
 
+@pytest.mark.parametrize("num_timesteps, steps", [(8, 8), (40, 20)])
+def test_a_teacher_takes_twenty_steps_or_all_that_it_has(data_dir, tmp_path, num_timesteps, steps):
+    path = small_checkpoint(tmp_path / "teacher.pt", num_timesteps=num_timesteps)
+    words = flags(path, data_dir, tmp_path / "run")
+    at = words.index("--teacher_steps")
+    args = distill.parse_args(words[:at] + words[at + 2:])
+    assert distill.make_run(args, time.perf_counter()).config["training"]["teacher_steps"] == steps
+
+
+def test_a_teacher_of_one_timestep_is_refused(data_dir, tmp_path, capfd):
+    path = small_checkpoint(tmp_path / "teacher.pt", num_timesteps=1)
+    assert_refused(capfd, distill.main(flags(path, data_dir, tmp_path / "run")), "only one timestep", "--timesteps")
+
+
 def test_a_student_is_no_teacher(student, data_dir, tmp_path, capfd):
     status = distill.main(flags(student / "model_final.pt", data_dir, tmp_path / "run"))
     assert_refused(capfd, status, "is a student", "its teacher", "--checkpoint")

@@ -531,3 +531,13 @@ def test_the_ends_of_an_interpolation_are_what_inversion_makes_of_the_two_pictur
         assert call("invert", "--image", tmp_path / f"{name}.png", *flags) == 0
         assert np.abs(cells(tmp_path / "x.png", 3)[2].astype(int) - end).max() <= 1
     assert not np.array_equal(walk[1], walk[0]) and not np.array_equal(walk[2], walk[3])
+
+
+def test_the_film_of_a_long_way_begins_with_its_first_end(call, tmp_path):
+    assert call("interpolate", "--frames", 100, "--gif", "--seeds", 5, 9, "--steps", 2) == 0
+    with Image.open(tmp_path / "x.gif") as film:
+        shown = np.asarray(film.convert("L")).astype(int)
+        assert film.n_frames == 40
+    assert call("interpolate", "--frames", 2, "--gif", "--seeds", 5, 9, "--steps", 2) == 0
+    with Image.open(tmp_path / "x.gif") as film:
+        assert np.abs(shown - np.asarray(film.convert("L"))).mean() < 1

@@ -19,6 +19,7 @@ from checkpoint import FIELDS, load_checkpoint, save_checkpoint, to_precision
 from data import DATASETS
 from data_sources.points import POINT_SETS
 from runtime import checkpoints
+from runtime.errors import UserError
 from runtime.files import file_digest
 from web import page as page_of
 
@@ -194,6 +195,14 @@ def test_sample_py_draws_the_same_from_the_folder(folder, tmp_path):
     assert exported(tmp_path / "model.pt", "--format", "safetensors", "--weights", "float16", "--output", folder) == 0
     assert np.abs(images(folder / "model.safetensors", tmp_path) - expected).max() <= 3
     assert load_checkpoint(folder / "model.safetensors")["config"] == load_checkpoint(tmp_path / "model.pt")["config"]
+
+
+def test_weights_beside_the_config_of_another_export_are_refused(folder, tmp_path, capfd):
+    older = (folder / "config.json").read_bytes()
+    assert exported(tmp_path / "model.pt", "--format", "safetensors", "--weights", "float16", "--output", folder) == 0
+    (folder / "config.json").write_bytes(older)
+    with pytest.raises(UserError, match=r"config\.json beside it was written with other weights"):
+        load_checkpoint(folder / "model.safetensors")
 
 
 def test_the_model_card_says_what_it_is_and_its_example_runs(folder, tmp_path, monkeypatch):

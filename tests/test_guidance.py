@@ -317,3 +317,18 @@ def test_a_long_way_is_a_film_of_forty_frames(tmp_path):
     assert call(path, tmp_path / "x.png", "--num_images", 1, "--steps", 100, "--gif") == 0
     durations = frames_of(tmp_path / "x.gif")
     assert len(durations) == 40 and durations[-1] == 2000
+
+
+def test_the_first_frame_of_a_film_is_noise_and_the_batch_size_changes_no_frame(conditional, tmp_path):
+    films = []
+    for size in (3, 20):
+        path = tmp_path / f"{size}.png"
+        assert call(conditional, path, "--num_images", 20, "--steps", 4, "--batch_size", size, "--gif") == 0
+        with Image.open(path.with_suffix(".gif")) as film:
+            frames = []
+            for i in range(film.n_frames):
+                film.seek(i)
+                frames.append(np.asarray(film.convert("L")).astype(int))
+        films.append(np.stack(frames))
+    assert films[0].shape == films[1].shape and np.abs(films[0] - films[1]).mean() < 1
+    assert np.abs(films[0][0] - films[0][1]).mean() > 5

@@ -223,6 +223,13 @@ def test_what_cannot_be_with_points_is_told_in_one_line(tmp_path, monkeypatch, c
     assert all(word in error for word in words) and len(error.splitlines()) == 1, error
 
 
+@pytest.mark.parametrize("flags", [["--dropout", "0.1"], ["--hflip"]], ids=str)
+def test_flags_for_images_are_refused_for_a_run_on_points_that_is_resumed(run, capsys, flags):
+    assert call(train, "--resume", "--output_dir", run, *flags, "--device", "cpu") == 2
+    error = capsys.readouterr().err
+    assert flags[0] in error and "gaussians holds points" in error and len(error.splitlines()) == 1
+
+
 @pytest.mark.parametrize("flag", [["--gif"], ["--show_intermediate"], ["--columns", "3"], ["--scale", "2"]], ids=str)
 def test_flags_for_grids_are_refused_with_points(run, tmp_path, capsys, flag):
     assert call(sample, "--checkpoint", run / "model_final.pt", *flag, "--output", tmp_path / "x.png") == 2

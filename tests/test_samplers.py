@@ -25,6 +25,7 @@ from samplers import (
     ddim,
     ddpm,
     dpmpp_2m,
+    expectations,
     final_image,
     generate,
     heun,
@@ -183,6 +184,18 @@ def test_ddpm_over_all_times_is_p_sample_repeated():
 
 
 # -------------------------------------------------------------------------------------------------------- the contract
+
+
+@all_samplers
+def test_expectations_stand_beside_the_images_that_they_were_expected_from(sampler):
+    process, noise = DiffusionProcess(100, "cosine"), torch.randn(1, 1, 2, 3, dtype=torch.float64)
+    denoise, times = perfect_denoiser(process), [99, 60, 20, 5]
+    found = list(expectations(sampler(denoise, noise, times, process), (99, noise)))
+    assert [t for t, *_ in found] == [*times, -1]
+    for t, x, x_0_hat in found[:-1]:
+        assert_close(x_0_hat, denoise(x, torch.tensor(float(t))))
+    assert_close(found[-1][2], found[-2][2])
+    assert [t for t, *_ in expectations(sampler(denoise, noise, times, process))] == [*times[1:], -1]
 
 
 @all_samplers

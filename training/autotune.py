@@ -1,6 +1,6 @@
 """Choose what makes a training step fast on this machine, by measuring: precision, memory layout, compilation.
 
-Nothing here changes what is learned, except for rounding.
+Nothing here changes what is learned, except for rounding and, with --dropout, which numbers become 0.
 """
 
 import contextlib
@@ -67,7 +67,8 @@ def loss_and_gradient(network: nn.Module, diffusion: DiffusionProcess, x_0: Tens
 
 def forward_backward(network: nn.Module, diffusion: DiffusionProcess, data: ImageData, conditional: bool,
                      precision: str, count: int) -> None:
-    """The forward and the backward pass of a step with `count` images; it changes no weight and draws no noise."""
+    """The forward and the backward pass of a step with `count` images; it changes no weight, and draws no noise and
+    no times."""
     chosen = torch.arange(count, device=data.images.device) % len(data.images)
     x_0, t = data.x_0(chosen), torch.zeros_like(chosen)
     try:

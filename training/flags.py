@@ -136,7 +136,8 @@ def make_parser(description: str) -> Parser:
                             "--precision is auto, else nchw)")
     group.add_argument("--compile", action=BooleanOptionalAction,
                        help="compile the network, which takes about a minute; on CUDA each step is a CUDA graph "
-                            "anyway, unless --no-compile (default: on CUDA, for a --budget of ten minutes or more)")
+                            "anyway, unless --no-compile or --dropout with --checkpointing (default: on CUDA, for a "
+                            "--budget of ten minutes or more)")
     group.add_argument("--epochs", type=number(int, 1),
                        help="the number of passes over the training images (default: 20, or as many as --budget "
                             "allows; of few pictures of your own an epoch is several passes)")
@@ -224,9 +225,6 @@ def make_parser(description: str) -> Parser:
                             "the lowest resolution)")
     group.add_argument("--activation", choices=tuple(ACTIVATIONS), default="silu", help="the activation function")
     group.add_argument("--time_emb_dim", type=number(int, 2, 65536), default=256, help="the size of the time embedding")
-    group.add_argument("--dropout", type=number(float, 0, 0.9), default=0.0,
-                       help="set this share of the numbers in each residual block to 0 in training, so that few "
-                            "pictures are not learned by heart: 0.1 was measured to help")
     group.add_argument("--checkpointing", action=BooleanOptionalAction, default=False,
                        help="recompute activations in the backward pass: less memory, more time; for large networks")
     group.add_argument("--conditional", action=BooleanOptionalAction,
@@ -245,6 +243,9 @@ def make_parser(description: str) -> Parser:
     group.add_argument("--warmup", type=number(float, 0, 1), help="the share of the run in which the learning rate "
                                                                   "rises")
     group.add_argument("--lr_schedule", choices=LR_SCHEDULES, help="the learning rate after the warm-up")
+    group.add_argument("--dropout", type=number(float, 0, 0.9), default=0.0,
+                       help="in training, set this share of the numbers in each residual block to 0: with few pictures "
+                            "the network then makes fewer copies of them (measured with 0.1)")
     group.add_argument("--weight_decay", type=number(float, 0), default=0.0, help="the weight decay of AdamW")
     group.add_argument("--max_grad_norm", type=number(float, 1e-6), default=1.0,
                        help="gradients are clipped to this norm")
@@ -272,7 +273,7 @@ FIXED_FLAGS = ("train_images", "batch_size", "optimizer")  # besides network and
 
 
 def check_flags_of_data(parser: Parser, args: Namespace) -> None:
-    """UserError for flags that change nothing for points in the plane, and for classes of pictures that have none."""
+    """UserError for classes that the user's own pictures have not got, and for an --output_dir among them."""
     own = args.dataset not in DATASETS
     of_classes = [name for name in ("conditional", "label_dropout") if name in parser.typed and args.conditional]
     if own and of_classes:
@@ -282,9 +283,6 @@ def check_flags_of_data(parser: Parser, args: Namespace) -> None:
     if own and lies_in(args.output_dir, args.dataset):
         parser.error(f"--output_dir {args.output_dir} lies among the pictures in {args.dataset}, which the run would "
                      f"add its own pictures to: choose another one")
-    unread = sorted({*IMAGE_FLAGS, "dropout", "level_code", "hflip", "look"} & parser.typed)
-    if unread and args.dataset in POINT_SETS:
-        parser.error(f"--{unread[0]} is for images, and {args.dataset} holds points in the plane: leave it out")
 
 
 def no_classes_message(args: Namespace) -> str:
@@ -300,6 +298,9 @@ NEEDED = dict(muon_lr=("optimizer", "muon"), snr_gamma=("loss_weight", "min_snr"
 
 def check_effect(parser: Parser, args: Namespace, typed: set[str]) -> None:
     """UserError for a flag that the user typed, and that changes nothing, or does harm, with another flag's value."""
+    unread = sorted({*IMAGE_FLAGS, "dropout", "level_code", "hflip", "look"} & typed)
+    if unread and args.dataset in POINT_SETS:
+        parser.error(f"--{unread[0]} is for images, and {args.dataset} holds points in the plane: leave it out")
     if args.zero_terminal_snr and args.loss_weight == "min_snr" and {"zero_terminal_snr", "loss_weight"} & typed:
         parser.error("--zero_terminal_snr goes with --loss_weight target: min_snr has weight 0 at the last time, where "
                      "sampling starts")

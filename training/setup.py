@@ -86,6 +86,18 @@ def choose_size(settings: Namespace, config: dict, data: ImageData, device: torc
                                              batch_size=settings.batch_size or size.batch_size))
 
 
+def uses_cuda_graph(settings: Namespace, device: torch.device) -> bool:
+    """Whether each step is to be one CUDA graph.
+
+    UserError for --dropout with --checkpointing on MPS, where the second pass would drop other numbers than the first.
+    """
+    keeps_random_state = settings.dropout and settings.checkpointing  # which older versions of torch cannot record
+    if keeps_random_state and device.type == "mps":
+        raise UserError("--dropout with --checkpointing cannot be computed on mps: leave one of them out")
+    return (device.type == "cuda" and distributed.world_size() == 1 and settings.compile is not False
+            and not keeps_random_state)
+
+
 def make_trainer(settings: Namespace, data: ImageData, model, diffusion) -> tuple[Trainer, Namespace]:
     """The trainer, and the settings with the precision, the layout and the batch size that were measured."""
     measure, device, images = settings.batch_size == "auto", data.images.device, repeats_of(data) * len(data.images)
@@ -106,11 +118,7 @@ def make_trainer(settings: Namespace, data: ImageData, model, diffusion) -> tupl
         batch_size = batch_size if batch_size == largest or precision == "fp32" else fitting(precision)
         print(f"A batch of {batch_size} images fits in memory")
     settings = Namespace(**vars(settings) | dict(precision=precision, layout=layout, batch_size=batch_size))
-    keeps_random_state = settings.dropout and settings.checkpointing  # which cannot be done in a CUDA graph
-    if keeps_random_state and device.type == "mps":
-        raise UserError("--dropout with --checkpointing cannot be computed on mps: leave one of them out")
-    cuda_graph = (device.type == "cuda" and distributed.world_size() == 1 and settings.compile is not False
-                  and not keeps_random_state)
+    cuda_graph = uses_cuda_graph(settings, device)
     trainer = Trainer(data, model.to(memory_format=autotune.LAYOUTS[layout]), diffusion, cuda_graph=cuda_graph,
                       **{name: getattr(settings, name) for name in TRAINER_FLAGS})
     if settings.compile or (settings.compile is None and autotune.worth_compiling(settings.budget, device)):

@@ -1,7 +1,7 @@
 """One training step and everything that it depends on.
 
-Everything random is a function of (seed, step): a resumed run needs no hidden state, and any number of processes draws
-the same batches. Only what dropout sets to 0 differs from process to process.
+Everything random is a function of (seed, step), and what dropout sets to 0 also of the process: a resumed run needs no
+hidden state, and any number of processes draws the same batches.
 """
 
 import copy
@@ -22,7 +22,7 @@ from training import autotune
 from training.cuda_graph import CudaGraph
 from training.learning_rate import ema_decay_at, learning_rate
 from training.optimizers import make_optimizers, restore_optimizer, set_learning_rates, step_unless
-from utils import autocast, generator_for
+from utils import autocast, generator_for, seed_for
 
 ORDER, LABELS, NOISE, FLIPS, DROPOUT = range(5)  # the purpose of a random generator, a part of its key
 VALIDATION_LOSS_IMAGES = 2048
@@ -132,7 +132,7 @@ class Trainer:
         noise = torch.randn(x_0.shape, generator=generator, device=self.device)
         mine = distributed.rank_slice(len(x_0))
         if self.dropout:  # it draws from the generator of torch itself
-            torch.manual_seed(generator_for(self.seed, DROPOUT, self.step, distributed.rank()).initial_seed())
+            torch.manual_seed(seed_for(self.seed, DROPOUT, self.step, distributed.rank()))
         loss = self.learn(x_0[mine], t[mine], noise[mine], None if labels is None else labels[mine])
         self.step += 1
         update_ema = get_ema_multi_avg_fn(ema_decay_at(self.step, self.ema_decay))

@@ -41,13 +41,12 @@ function* dpmpp_2m(denoise, x, times, process) {
 
 function* heun(denoise, x, times, process) {
   for (const [t, s] of pairs(times)) {
-    let x0 = denoise(x, t);
+    const x0 = denoise(x, t);
     x = ddimStep(x, x0, t, s, process);
     if (s >= 0) {
       const correction = mix(1, denoise(x, s), -1, x0);
       const weight = Math.min(1, (Math.exp((process.logSnr(s) - process.logSnr(t)) / 2) - 1) / 2);
       x = mix(1, x, process.alpha(s) * weight, correction);
-      x0 = mix(1, x0, 1, correction);
     }
     yield [s, x, x0];
   }

@@ -18,7 +18,8 @@ function noiseOf(seed, count) {
 }
 
 // The trajectory of a job {label, sampler, steps, guidance, seed, towards, share}: image 0 of the seed, as sample.py
-// makes it; or with noise, at the start and in the steps, at `share` on the way from that of `seed` to that of `towards`.
+// makes it; or with noise, of the start and of all steps, that lies at `share` on the way from that of `seed` to that of
+// `towards`.
 function trajectory({network, process, entry}, {label, sampler, steps, guidance, seed, towards, share}) {
   const count = entry.shape.reduce((a, b) => a * b), own = noiseOf(seed, count);
   const other = share ? noiseOf(towards, count) : null, randn = share ? () => slerp(own(), other(), share) : own;

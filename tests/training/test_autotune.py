@@ -18,10 +18,12 @@ import train
 from diffusion import DiffusionProcess
 from models import create_model
 from runtime import distributed
+from runtime.errors import UserError
 from training import autotune
 from training.budget import Budget
 from training.cuda_graph import CudaGraph, QueuedSteps
 from training.run import Run
+from training.setup import uses_cuda_graph
 from training.trainer import Trainer
 
 
@@ -214,9 +216,10 @@ class FakeCuda:
 
     @contextlib.contextmanager
     def graph(self, _, pool=None):
-        before = copy.deepcopy(self.trainer.state())
+        before, random_state = copy.deepcopy(self.trainer.state()), torch.get_rng_state()
         self.stream = self.side
         yield
+        torch.set_rng_state(random_state)
         with torch.no_grad():
             for name, weight in self.trainer.model.state_dict().items():
                 weight.copy_(before["model"][name])
@@ -235,9 +238,10 @@ class FakeCuda:
 
 
 @pytest.mark.parametrize("fails", [False, True])
-@pytest.mark.parametrize("optimizer", ["muon", "adamw"])
-def test_a_recorded_step_learns_what_an_ordinary_one_does(monkeypatch, capsys, optimizer, fails):
-    plain, recorded = make_trainer(optimizer=optimizer), make_trainer(optimizer=optimizer, cuda_graph=True)
+@pytest.mark.parametrize("optimizer, dropout", [("muon", 0.0), ("adamw", 0.0), ("muon", 0.3)])
+def test_a_recorded_step_learns_what_an_ordinary_one_does(monkeypatch, capsys, optimizer, dropout, fails):
+    plain = make_trainer(optimizer=optimizer, dropout=dropout)
+    recorded = make_trainer(optimizer=optimizer, dropout=dropout, cuda_graph=True)
     cuda = FakeCuda(monkeypatch, recorded, fails)
     assert_close(steps(recorded, TOTAL), steps(plain, TOTAL))  # the rates change from step to step
     assert cuda.replays == (0 if fails else TOTAL - CudaGraph.WARM_UP)
@@ -322,7 +326,8 @@ def waits_of_a_step(monkeypatch, **flags):
     return watch.found
 
 
-@pytest.mark.parametrize("flags", [{}, {"cuda_graph": True}, {"conditional": False, "optimizer": "adamw"}], ids=str)
+@pytest.mark.parametrize("flags", [{}, {"cuda_graph": True}, {"conditional": False, "optimizer": "adamw"},
+                                   {"dropout": 0.3}], ids=str)
 def test_a_step_never_waits_for_the_device(monkeypatch, flags):
     assert waits_of_a_step(monkeypatch, **flags) == []
 
@@ -385,3 +390,17 @@ def test_processes_exchange_gradients_after_the_last_part_only(monkeypatch):
     x_0, t = torch.randn(7, 1, 28, 28), torch.arange(7)
     autotune.loss_and_gradient(Parallel(), DiffusionProcess(1000), x_0, t, x_0, None, "fp32")
     assert events == ["alone", 3, "together", "alone", 3, "together", 1]
+
+
+@pytest.mark.parametrize("device, flags, expected", [
+    ("cuda", {}, True), ("cuda", dict(dropout=0.1), True), ("cuda", dict(checkpointing=True), True),
+    ("cuda", dict(dropout=0.1, checkpointing=True), False), ("cuda", dict(compile=False), False), ("cpu", {}, False),
+    ("mps", dict(dropout=0.1), False), ("mps", dict(checkpointing=True), False)], ids=str)
+def test_steps_are_recorded_on_cuda_where_no_random_state_has_to_be_kept(device, flags, expected):
+    settings = SimpleNamespace(**dict(dropout=0.0, checkpointing=False, compile=None) | flags)
+    assert bool(uses_cuda_graph(settings, torch.device(device))) == expected
+
+
+def test_dropout_with_checkpointing_is_refused_on_mps():
+    with pytest.raises(UserError, match="--dropout with --checkpointing cannot be computed on mps"):
+        uses_cuda_graph(SimpleNamespace(dropout=0.1, checkpointing=True, compile=None), torch.device("mps"))

@@ -89,6 +89,19 @@ def test_images_are_those_of_samplers_py(name, prediction, opened):
     assert_close(drawn(page, jobs, 1), expected, rtol=0, atol=1e-4)
 
 
+def test_the_end_of_the_way_to_another_seed_is_the_image_of_that_seed(opened):
+    """Also where the steps draw noise of their own."""
+    model, process, config = network_and_process("patches of 4", "v")
+    page = opened([page_model("x.pt", model, process, config, "float32")], "#steps=1")
+    page.made()
+    for sampler in ("ddpm", "consistency", "ddim"):
+        job = dict(sampler=sampler, steps=3, label=1, guidance=1, seed=5)
+        image, end, middle = drawn(page, [job, dict(job, seed=2, towards=5, share=1),
+                                          dict(job, seed=2, towards=5, share=0.5)])
+        assert_close(end, image, rtol=0, atol=1e-4)
+        assert (middle - image).abs().max() > 0.1
+
+
 @pytest.mark.parametrize("config", [dict(schedule="cosine"), dict(zero_terminal_snr=True),
                                     dict(data_std=0.3, timestep_sampling="lognormal", low_share=0.05)])
 def test_schedules_and_times_are_those_of_python(config, opened):

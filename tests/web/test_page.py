@@ -429,6 +429,16 @@ def test_the_curves_are_those_of_the_schedule_and_the_line_is_at_the_shown_step(
         assert page.page.inner_text("#inside-t") == ("the image" if step == 4 else f"t = {round(t)}")
 
 
+def test_a_schedule_of_one_time_is_drawn(opened, tmp_path):
+    path = tmp_path / "page.html"
+    model = small_checkpoint(tmp_path / "model.pt", num_timesteps=1)
+    assert export.main(["--checkpoint", str(model), "--output", str(path)]) == 0
+    page = opened(path, "#view=inside&steps=1")
+    page.made()
+    chart = page.page.inner_html("#schedule")
+    assert "NaN" not in chart and chart.count("<circle") == 2
+
+
 def test_inside_shows_the_schedule_and_the_channels_of_every_block(opened, exported):
     page = opened(exported, "#view=inside&steps=4&step=1")
     page.made()
