@@ -299,8 +299,8 @@ def _download(kind: str, data_dir: Path, inner: str) -> None:
                     os.replace(path, folder / path.name)
     except (RuntimeError, OSError, HTTPException) as error:
         raise UserError(f"could not download {kind} into {data_dir} ({_innermost_reason(error)}): check the network, "
-                        f"or give the folder that holds it with --data_dir; the data set glyphs needs no "
-                        f"download") from error
+                        f"give the folder that holds it with --data_dir, or, in scripts with this flag, use --dataset "
+                        f"glyphs") from error
     finally:
         datasets.utils.tqdm = shown
         for path in made:
