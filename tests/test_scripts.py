@@ -8,6 +8,7 @@ import re
 import shutil
 import subprocess
 import sys
+import weakref
 from pathlib import Path
 
 import numpy as np
@@ -251,6 +252,23 @@ def test_the_same_seed_makes_the_same_images_in_any_batch(trained, tmp_path):
             other = draw(checkpoint, output, "--batch_size", size, *options)
             assert abs(images.astype(int) - other).max() <= 1  # 1e-3 can cross from one level to the next
         assert not np.array_equal(images, draw(checkpoint, output, "--seed", 1, *options))
+
+
+def test_sampling_holds_the_numbers_of_one_batch_at_a_time(trained, tmp_path, monkeypatch):
+    ends, held, generate = [], [], sample.generate
+
+    def watched(*args, **options):
+        for batch, trajectory in generate(*args, **options):
+            held.append(sum(end() is not None for end in ends))
+            yield batch, watch(trajectory)
+
+    def watch(trajectory):
+        for step in trajectory:
+            yield step
+        ends.append(weakref.ref(step[1]))
+    monkeypatch.setattr(sample, "generate", watched)
+    draw(trained / "model_final.pt", tmp_path / "a.npz", "--batch_size", 2)
+    assert len(ends) == 4 and max(held) <= 1  # the images before this batch are bytes by now
 
 
 def test_sampling_adapts_its_number_of_threads_unless_it_is_given(cores, trained, tmp_path):
