@@ -3,7 +3,7 @@
 Only this module knows the value range of the networks: `LevelCode`.
 
     train        all training images except the last 5,000
-    validation   these 5,000: no network is trained on them; every choice is made with them
+    validation   these 5,000: no network that draws or judges is trained on them; every choice is made with them
     test         only for results that are reported
 """
 

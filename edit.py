@@ -6,8 +6,9 @@
     python edit.py interpolate --checkpoint outputs/model_final.pt --image two.png seven.png --gif
     python edit.py invert --checkpoint outputs/model_final.pt --index 5
 
-Without --image, the picture is number --index of the data set's test split. A picture may have any size. Without
---label, no class is asked for. Every command writes the picture and the results side by side to --output.
+inpaint, vary and invert take --image, or picture number --index of the test split (of the training split, where none
+is held out), and write it beside the results. interpolate takes two pictures, or the images of two --seeds, and writes
+the images between them. A picture may have any size. Without --label, no class is asked for.
 """
 
 import sys

@@ -19,7 +19,11 @@ different n cannot be compared. asked_class and cas need labels: a conditional c
 .npz. two_sample_pixels is how often a network, trained for it, tells the images from real ones, two_sample_shapes the
 same in black and white. Of scenes, scene_right is the share with the asked number of objects, in clear colours, and
 mark_distance how much the shares of the colours and kinds of objects differ. A line at the end says what gives the
-images away. The floors of a reference, and the features of real images, are kept in the folder floors of --data_dir.
+images away.
+
+Written beside the checkpoint, or to --output_dir: evaluation.json, and nearest.png with the training images that are
+nearest to the images; --sweep writes sweep.json and two pictures, --compare compare.json. The floors of a reference,
+and the features of real images, are kept in the folder floors of --data_dir.
 """
 
 import hashlib
@@ -98,7 +102,8 @@ def parse_args(argv: Sequence[str] | None):
     group = parser.add_argument_group("how a checkpoint makes images")
     group.add_argument("--num_images", **SHARED_FLAGS["num_images"] | dict(
         default=5000, help="the number of images to make; of ready images, how many of the first are measured "
-                           "(default: 5000; all ready images)"))
+                           "(default: 5000; of a checkpoint of your own pictures at most as "
+                           "many as are held out; all ready images)"))
     add_shared_flags(group, *SAMPLING_FLAGS)
     group.add_argument("--guidance_scale", **SHARED_FLAGS["guidance_scale"], nargs="+", metavar="SCALE")
     group.add_argument("--sweep", type=number(int, 1), nargs="*", metavar="STEPS",

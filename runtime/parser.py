@@ -195,8 +195,8 @@ SHARED_FLAGS = {
                                 "student: 1)"),
     "guidance_interval": dict(type=number(float, 0), nargs=2, metavar=("LOW", "HIGH"), action=LowAndHigh,
                               help="use guidance only at times t from LOW to HIGH (default: at all times)"),
-    "batch_size": dict(type=number(int, 1), default=64, help="the number of images made at the same time; it does "
-                                                             "not change an image"),
+    "batch_size": dict(type=number(int, 1), default=64, help="the number of images made at the same time; it "
+                                                             "changes an image only by rounding"),
     # for scripts that draw pictures
     "columns": dict(type=number(int, 1, 1000), help="the number of pictures in a row (default: by their number)"),
     "scale": dict(type=number(int, 1, 64), help="each pixel of a picture is drawn N×N large (default: by their number)",

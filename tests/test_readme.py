@@ -35,7 +35,7 @@ def test_every_command_of_the_documents_is_understood(command, tmp_path, monkeyp
     monkeypatch.chdir(tmp_path)
     (tmp_path / "outputs").mkdir()
     (tmp_path / "outputs/model_final.pt").touch()
-    for folder in ("PATH", "outputs/drawings"):  # what the documents call a folder of pictures
+    for folder in ("PATH", "outputs/drawings", "outputs/many"):  # what the documents call a folder of pictures
         (tmp_path / folder).mkdir()
     parse(*command)
 

@@ -135,9 +135,9 @@ def make_parser(description: str) -> Parser:
                        help="the memory layout of images; auto: the faster one on this machine (default: auto if "
                             "--precision is auto, else nchw)")
     group.add_argument("--compile", action=BooleanOptionalAction,
-                       help="compile the network, which takes about a minute; on CUDA each step is a CUDA graph "
-                            "anyway, unless --no-compile or --dropout with --checkpointing (default: on CUDA, for a "
-                            "--budget of ten minutes or more)")
+                       help="compile the network, which takes about a minute; on CUDA, in one process, each step is a "
+                            "CUDA graph anyway, unless --no-compile or --dropout with --checkpointing (default: on "
+                            "CUDA, for a --budget of ten minutes or more)")
     group.add_argument("--epochs", type=number(int, 1),
                        help="the number of passes over the training images (default: 20, or as many as --budget "
                             "allows; of few pictures of your own an epoch is several passes)")
