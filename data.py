@@ -124,6 +124,14 @@ def code_of(config: dict) -> LevelCode | Coordinates:
     return LevelCode(config["data"]["level_code"]) if "level_code" in config["data"] else LINEAR
 
 
+PART_VALUES = 2**23  # of the images that go through a network at a time: several hundred MB in its layers
+
+
+def in_parts(images: Tensor, most: int) -> tuple[Tensor, ...]:
+    """images (N, C, H, W) in parts of `most` or, of large ones, of as many as have PART_VALUES values: for memory."""
+    return images.split(max(1, min(most, PART_VALUES // math.prod(images.shape[1:]))))
+
+
 # ------------------------------------------------------------------------------------------------ splits of a data set
 
 

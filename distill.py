@@ -31,9 +31,9 @@ from diffusion import Denoise, DiffusionProcess, reduce_loss
 from runtime import distributed, threads
 from runtime.checkpoints import with_checkpoint
 from runtime.errors import UserError
-from runtime.files import quoted
+from runtime.files import check_inputs_stay, quoted
 from runtime.parser import GUIDANCE_DEFAULTS, PRETRAINED_NAMES, SHARED_FLAGS, Parser, add_shared_flags, duration, number
-from runtime.sampling import dataset_of, is_student, sampling_options
+from runtime.sampling import dataset_of, is_student, place_of_pictures, sampling_options
 from runtime.script import script
 from runtime.startup import seconds_since_start
 from samplers import all_images, ddim_step, guide, spaced_timesteps
@@ -193,13 +193,14 @@ def make_run(args: Namespace, start: float) -> Run:
     guidance_scale = sampling_options(checkpoint["config"], Namespace(guidance_scale=args.guidance_scale),
                                       1)["guidance_scale"]
     data, seconds = time_reading(lambda: load_dataset(dataset_of(checkpoint, args.data_dir), "train", args.data_dir))
-    data = data.first(int(training_flag(checkpoint, "train_images", 0)) or None).coded(code_of(checkpoint["config"]))
+    learned = dict(train_images=int(training_flag(checkpoint, "train_images", 0)),
+                   hflip=bool(training_flag(checkpoint, "hflip", False)))  # from what: read for the figures of copies
+    data = data.first(learned["train_images"] or None).coded(code_of(checkpoint["config"]))
     check_gpu_memory(data, device)
     if problem := data_mismatch(checkpoint["config"], data):
         raise UserError(f"{problem}: give the --data_dir that it was trained on")
     steps = args.teacher_steps or min(TEACHER_STEPS, process.num_timesteps)
-    settings = Namespace(**vars(args) | dict(guidance_scale=guidance_scale, teacher_steps=steps,
-                                             hflip=bool(training_flag(checkpoint, "hflip", False))))
+    settings = Namespace(**vars(args) | learned | dict(guidance_scale=guidance_scale, teacher_steps=steps))
     trainer, settings = make_trainer(settings, teacher, process, data.to(device))
     config = dict(model=teacher.config, diffusion=process.config, data=checkpoint["config"]["data"],
                   training=dict(vars(settings), student=True, teacher_images_seen=checkpoint["images_seen"]))
@@ -218,6 +219,7 @@ def check_teacher(args: Namespace, process: DiffusionProcess, checkpoint: dict) 
     if (args.teacher_steps or 0) > process.num_timesteps:
         raise UserError(f"--teacher_steps must lie in 2..{process.num_timesteps} (the checkpoint's number of "
                         f"timesteps), not {args.teacher_steps}")
+    check_inputs_stay([Path(args.output_dir)], [place_of_pictures(checkpoint)])
     if run_folder.holds(Path(args.output_dir), Path(args.checkpoint)):
         raise UserError(f"{args.output_dir} holds the teacher, which a new run there would move away: choose "
                         f"another --output_dir")

@@ -29,7 +29,7 @@ from runtime.errors import UserError
 from runtime.files import check_inputs_stay, check_outputs
 from runtime.parser import GUIDANCE_DEFAULTS, PRETRAINED_NAMES, SHARED_FLAGS, Parser, add_shared_flags, number
 from runtime.progress import Bar
-from runtime.sampling import dataset_of, is_student, sampling_options
+from runtime.sampling import dataset_of, is_student, place_of_pictures, sampling_options
 from runtime.script import script
 from samplers import (
     SAMPLERS,
@@ -185,6 +185,7 @@ class Editor:
         if is_student(config):
             raise UserError(f"{args.checkpoint} is a student, which only makes images from pure noise: edit with its "
                             f"teacher")
+        self.place_of_pictures = place_of_pictures(checkpoint)
         self.shape, self.frames, self.titles = config["data"]["shape"], [], []  # a title for each frame
         self.code = code_of(config)
         self.mask = chosen_mask(args, self.shape) if hasattr(args, "mask") else None
@@ -340,7 +341,7 @@ def main(argv=None):
     mask = None if getattr(args, "mask", SIDES[0]) in SIDES else args.mask
     check_inputs_stay(outputs, [args.checkpoint, *paths, mask])
     editor = Editor(args)
-    check_outputs(outputs)
+    check_outputs(outputs, [editor.place_of_pictures])
     print(f"Using device: {editor.diffusion.device}")
     if args.image:
         tell_of_pictures(editor.args, paths, editor)

@@ -283,7 +283,8 @@ def fitting_count(args: Namespace) -> Namespace:
 
 def load_inputs(args: Namespace, device: torch.device, output: Path):
     """(checkpoint or None, ready images or None, the reference's images, those of the floor, the feature networks)."""
-    check = partial(check_outputs, [output / name for name in JUDGED], [args.checkpoint or args.images])
+    def check(pictures: str | None = None) -> None:
+        check_outputs([output / name for name in JUDGED], [args.checkpoint or args.images, args.dataset, pictures])
     loaded = open_checkpoint(args, device, check) if args.checkpoint else check()  # None
     split = args.reference or ("test" if args.sweep is None else "validation")
     dataset = loaded.dataset if loaded else chosen_dataset(args, device.type == "cpu", quiet=True)

@@ -29,7 +29,7 @@ from runtime.files import atomic_write, check_outputs
 from runtime.memory import run_or_suggest_batch_size
 from runtime.parser import SHARED_FLAGS, Parser, add_shared_flags
 from runtime.progress import Bar
-from runtime.sampling import check_interval, sampling_options
+from runtime.sampling import check_interval, place_of_pictures, sampling_options
 from runtime.script import script
 from samplers import Trajectory, expectations, final_image, generate, image_noise
 from utils import GREY, autocast, evenly_spaced, get_device, pick_precision, save_gif, save_images, save_picture
@@ -208,7 +208,7 @@ def main(argv=None):
     options = sampling_options(config, args, args.num_images)
     check_interval(options, diffusion)
     if distributed.rank() == 0:
-        check_outputs(outputs_of(args), [args.checkpoint])
+        check_outputs(outputs_of(args), [args.checkpoint, place_of_pictures(checkpoint)])
     print(f"Using device: {diffusion.device}")
     start, film = time.perf_counter(), None
     if args.show_intermediate or args.gif:

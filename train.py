@@ -287,8 +287,7 @@ def make_run(args: Namespace, checkpoint: dict | None, start: float) -> tuple[Ru
         summary_writer()  # an error now, if it is not installed
     device = get_device(distributed.local_device(args.device))
     autotune.set_up_cuda(device)
-    with distributed.local_rank_0_first():
-        data, seconds = time_reading(partial(open_data, args, device))
+    data, seconds = time_reading(partial(open_data, args, device))
     check_same_pictures(data)
     check_gpu_memory(data, device)
     settings = make_settings(args, data)

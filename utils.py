@@ -195,6 +195,11 @@ def pyplot():
     return plt
 
 
+def plain_text(name: str) -> str:
+    """A name as matplotlib shows it: $ begins no formula, and _ does not keep it out of a legend."""
+    return " " * name.startswith("_") + name.replace("$", r"\$")
+
+
 def plain_log_ticks(axis) -> None:
     """Label a logarithmic axis of matplotlib 0.1, 0.2, 0.5, 1, 2 ... or, where it is short, evenly: 1.6, 1.7, 1.8.
 

@@ -34,12 +34,12 @@ from evaluation.network_plots import Frame, draw_attention, draw_embedding, draw
 from evaluation.point_plots import draw_field
 from runtime.checkpoints import with_checkpoint
 from runtime.errors import UserError
-from runtime.files import check_output, lies_in
+from runtime.files import check_output
 from runtime.parser import PICTURE_FLAGS, SHARED_FLAGS, Parser, add_shared_flags, number
 from runtime.sampling import chosen_dataset, dataset_of, named_classes, sampling_options
 from runtime.script import script
 from samplers import DEFAULT_GUIDANCE, DEFAULT_SAMPLER, expectations, generate, image_noise, noise_range
-from utils import FIGURE_FORMATS, evenly_spaced, generator_for, get_device, pyplot, save_figure, tile
+from utils import FIGURE_FORMATS, evenly_spaced, generator_for, get_device, plain_text, pyplot, save_figure, tile
 
 COLUMNS = (0, 50, 100, 200, 400, 600, 800, 999)  # times t of --what forward, if T is 1,000
 FRAME_COLUMNS = 10
@@ -113,7 +113,7 @@ def show_images(rows: Sequence[Tensor], titles: Sequence[str], labels: Sequence[
         for axis, picture in zip(axes[row], pictures, strict=True):
             axis.imshow(picture, cmap="gray", vmin=0, vmax=255)
             axis.set(xticks=[], yticks=[])
-        axes[row, 0].set_ylabel(label, rotation=0, ha="right", va="center")
+        axes[row, 0].set_ylabel(plain_text(label), rotation=0, ha="right", va="center")
     for axis, title in zip(axes[0], titles, strict=True):
         axis.set_title(title, fontsize=9)
     figure.suptitle(caption, fontsize=11, y=1, va="top")
@@ -278,9 +278,6 @@ def main(argv=None):
             dataset_of(checkpoint, args.data_dir, args.dataset)  # an error if it is another
         draw = partial(draw_with_model, args, model, diffusion, checkpoint["config"])
     pictures = None if args.dataset in DATASETS else args.dataset
-    if pictures and lies_in(path, pictures):
-        raise UserError(f"{path} lies among the pictures in {pictures}, and would be one of them: choose another "
-                        f"--save_path")
     check_output(path, args.checkpoint, pictures)
     save_figure(draw(), path, args.dpi)
     print(f"Saved {path}")

@@ -87,7 +87,7 @@ def cached(pictures: Pictures, data_dir: str | Path, small: bool = True, quiet: 
     key = hashlib.sha256(repr((VERSION, found.listing, found.class_names, pictures[1:])).encode()).hexdigest()[:16]
     folder = place / f"{name}-{key}"
     if not (folder / "about.json").exists():
-        check_writable(place)
+        check_writable(place, "another --data_dir")
         with alone(place / f".{folder.name}.lock", "Another process is reading these pictures: waiting for it"):
             if not (folder / "about.json").exists():
                 _read_all(pictures, found, name, folder)
@@ -101,7 +101,7 @@ def cached(pictures: Pictures, data_dir: str | Path, small: bool = True, quiet: 
 def _older(folder: Path, pictures: Pictures) -> Iterator[str]:
     """A line about earlier readings of the same folder in the same way, which files that changed have made useless."""
     for other in sorted(folder.parent.glob("*/about.json")):
-        with contextlib.suppress(UserError):
+        with contextlib.suppress(UserError, OSError):  # it may be deleted just now
             content = about(other.parent)
             if other.parent != folder and {name: content.get(name) for name in Pictures._fields} == pictures._asdict():
                 size = sum(file.stat().st_size for file in other.parent.iterdir())
@@ -209,12 +209,23 @@ def part_for_training(class_names: Sequence[str]) -> str | None:
 # ---------------------------------------------------------------------------------------------- choosing and reading
 
 
+def size_step(side: int) -> int:
+    """What an --image_size of about `side` has to be a multiple of: 4 up to 64 pixels, 8 to 128, 16 to 256, 32 above.
+
+    So a network comes down to 16 × 16 positions or fewer (`training.sizing`), where attention costs little.
+    """
+    return max(4, 2**math.ceil(math.log2(side)) // 16)
+
+
 def _checked_size(side: int | None) -> int | None:
-    """--image_size. UserError, with the nearest valid one, for a side that the networks cannot divide."""
-    if side is not None and (side % 4 or not 8 <= side <= LARGEST):
-        nearest = min(LARGEST, max(8, 4 * round(side / 4)))
-        raise UserError(f"--image_size must be a multiple of 4 from 8 to {LARGEST}: the nearest to {side} is {nearest}")
-    return side
+    """--image_size. UserError, with the nearest valid one, for a side that the networks cannot divide well."""
+    if side is None or (8 <= side <= LARGEST and side % size_step(side) == 0):
+        return side
+    within = min(LARGEST, max(8, side))
+    step = size_step(within)
+    raise UserError(f"--image_size must be a multiple of {step} from 8 to {LARGEST}"
+                    f"{f', for pictures of about {within} pixels' if step > 4 else ''}: the nearest to {side} is "
+                    f"{max(8, step * round(within / step))}")
 
 
 def _size(side: float, small: bool) -> int:

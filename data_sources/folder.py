@@ -25,6 +25,7 @@ from runtime.files import check_archive, one_line
 
 SUFFIXES = (".png", ".jpg", ".jpeg", ".jfif", ".webp", ".gif", ".bmp", ".tif", ".tiff")
 MAX_BYTES = 2**28  # of one file
+CLASS_NAME = 255  # characters of the name of a class: as many as that of a folder can have
 UTF8_FLAG = 0x800  # of a file in a .zip: its name is in UTF-8, and else in code page 437
 HIDDEN = re.compile(r"(?:^|/)(?:\.|__MACOSX|@eaDir|#recycle|\$RECYCLE\.BIN)")  # names that begin so are left out
 
@@ -69,6 +70,8 @@ def find_pictures(path: Path) -> Found:
         files = list(_files_of_folder(str(path), skipped))
     elif path.is_file() and zipfile.is_zipfile(path):
         files = list(_files_of_archive(path, skipped))
+    elif path.is_file() and path.suffix.lower() == ".zip":
+        raise UserError(f"{path} is damaged or incomplete (a .zip ends with a list of its files): copy it again")
     else:
         raise UserError(f"{path} is no folder, no .zip and no .npz: give the folder that holds your pictures")
     files = sorted(entry for entry in files if not HIDDEN.search(entry[0]))
@@ -152,7 +155,7 @@ def _classes(names: Sequence[str]) -> dict:
     folders = [name.rpartition("/")[0] for name in names]
     parts = {folder: folder.split("/") if folder else [] for folder in folders}
     depth = sum(1 for _ in takewhile(lambda level: len(set(level)) == 1, zip(*parts.values(), strict=False)))
-    tops = {folder: _plain(part[depth]) if len(part) > depth else "" for folder, part in parts.items()}
+    tops = {folder: _plain(part[depth], CLASS_NAME) if len(part) > depth else "" for folder, part in parts.items()}
     class_names, shared = sorted(set(tops.values()), key=_by_number), "/".join(parts[folders[0]][:depth])
     if len(class_names) < 2 or "" in class_names:
         return dict(labels=[0] * len(names), class_names=(), mixed=len(class_names) > 1, shared=shared)
@@ -166,9 +169,9 @@ def _by_number(name: str) -> tuple:
     return (0, int(name), name) if name.isascii() and name.isdigit() else (1, 0, name)
 
 
-def _plain(name: str) -> str:
+def _plain(name: str, length: int = 100) -> str:
     """The name of a file or folder on one line, in the same form whatever the file system keeps."""
-    return unicodedata.normalize("NFC", one_line(os.fsencode(name).decode("utf-8", "replace"), 100)) or "?"
+    return unicodedata.normalize("NFC", one_line(os.fsencode(name).decode("utf-8", "replace"), length)) or "?"
 
 
 def describe(skipped: dict[str, str], shown: int = 3) -> str:
@@ -213,8 +216,11 @@ def _find_in_npz(path: Path) -> Found:
         raise UserError(f"the labels in {path} must be {shape[0]:,} whole numbers or names, not {values.dtype} "
                         f"{values.shape}")
     known, numbers = np.unique(values, return_inverse=True)
-    return Found([str(k) for k in range(shape[0])], numbers.tolist(),
-                 tuple(_plain(str(name)) for name in known) if len(known) > 1 else (), {}, {},
+    names = [_plain(str(name), CLASS_NAME) for name in known]  # some may be the same, such as "cat" and "cat "
+    classes = tuple(dict.fromkeys(names))
+    place = {name: number for number, name in enumerate(classes)}
+    labels = np.array([place[name] for name in names])[numbers].tolist()
+    return Found([str(k) for k in range(shape[0])], labels, classes if len(classes) > 1 else (), {}, {},
                  hashlib.sha256(repr(contents).encode()).hexdigest(), mixed=False, array=name, side=min(shape[1:3]),
                  unpacked=int(np.prod(shape)))
 
@@ -244,9 +250,9 @@ def _check_arrays(file, archive: zipfile.ZipFile) -> tuple[str, tuple[int, ...],
     for other in sorted(set(file.files) - {name}):
         with contextlib.suppress(KeyError, ValueError):  # of something else than an array
             shapes[other] = _header(archive, other)[0]
-    if like_labels := [other for other, found in shapes.items() if found == shape[:1]]:
+    if like_labels := [other for other, found in shapes.items() if found in (shape[:1], (*shape[:1], 1))]:
         raise UserError(f"has an array {like_labels[0]} that looks like labels: save it as "
-                        f"np.savez(path, {name}=images, labels=labels), or leave it out of the file")
+                        f"np.savez(path, {name}=images, labels=labels.ravel()), or leave it out of the file")
     return name, shape, dtype
 
 

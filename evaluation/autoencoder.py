@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from evaluation.classifier import load_network
+from evaluation.classifier import load_network, shrunk
 from runtime.errors import UserError
 
 SUFFIX = "_autoencoder"  # of its file: DATASET_autoencoder.pt beside the classifier's DATASET.pt
@@ -47,7 +47,7 @@ class Autoencoder(nn.Module):
 
     def features(self, images: Tensor) -> Tensor:
         """The vectors (B, feature_dims) of images (B, C, H, W) in [-1, 1], each with a variance of about 1."""
-        return self.encoder(F.avg_pool2d(images, self.shrink) if self.shrink > 1 else images)
+        return self.encoder(shrunk(images, self.shrink))
 
     def forward(self, images: Tensor) -> Tensor:
         """The clean images (B, C, H, W) that noisy ones are taken for, in squares of `shrink` × `shrink` pixels."""

@@ -7,10 +7,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from data import ImageData, load_dataset, to_model
+from data import ImageData, in_parts, load_dataset, to_model
 from evaluation.autoencoder import SUFFIX, Autoencoder
 from evaluation.classifier import place, save_network
-from evaluation.classifier_training import fitting_epochs
+from evaluation.classifier_training import fitting_epochs, fitting_shrink
 from evaluation.metrics import Progress
 from runtime.files import check_writable
 
@@ -75,7 +75,7 @@ def denoising_error(model: Autoencoder, data: ImageData, largest: float, seed: i
     """The mean squared error per value of the network's images, for values in [-1, 1], at noise of 0..largest."""
     device = next(model.parameters()).device
     generator, total = torch.Generator(device).manual_seed(seed), 0.0
-    for batch in data.images.split(batch_size):
+    for batch in in_parts(data.images, batch_size):
         clean = to_model(batch.to(device))
         total += F.mse_loss(model(noised(clean, largest, generator)), clean, reduction="sum").item()
     return total / data.images.numel()
@@ -86,7 +86,7 @@ def train_second_network(dataset: str | Path, data_dir, device, seed: int, progr
     check_writable(place(dataset)[0])
     train, recipe = load_dataset(dataset, "train", data_dir), AUTOENCODER_RECIPES.get(dataset, AutoencoderRecipe())
     if train.folder:
-        recipe = replace(recipe, epochs=fitting_epochs(train.folder, recipe.epochs))
+        recipe = replace(recipe, epochs=fitting_epochs(train.folder, recipe.epochs), shrink=fitting_shrink(train))
     model, config = train_autoencoder(train, recipe, device, seed, progress)
     model.half().float()  # the precision of the file
     error = denoising_error(model, load_dataset(dataset, "validation", data_dir), recipe.largest_noise)

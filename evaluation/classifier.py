@@ -12,6 +12,11 @@ from runtime.files import atomic_write, file_digest
 WEIGHTS = Path(__file__).parent / "weights"
 
 
+def shrunk(images: Tensor, shrink: int) -> Tensor:
+    """The means of squares of `shrink` × `shrink` pixels: (B, C, H, W) -> (B, C, H / shrink, W / shrink)."""
+    return F.avg_pool2d(images, shrink) if shrink > 1 else images
+
+
 class ConvBlock(nn.Module):
     """3x3 convolution, optional 2x2 max pooling, batch norm, ReLU; `residual` adds the input to the result."""
 
@@ -36,12 +41,14 @@ class Classifier(nn.Module):
     """Three stages, each of which halves the image, the mean over the positions, and one linear layer.
 
     The stages have `width`, 2 * `width` and `feature_dims` channels. Images need at least 8x8 pixels. With num_marks
-    there is another linear layer, `marks`, from the features to a logit for each mark (`data.load_marks`).
+    there is another linear layer, `marks`, from the features to a logit for each mark (`data.load_marks`). Of large
+    images the stages see the means of squares of `shrink` × `shrink` pixels.
     """
 
     def __init__(self, image_channels: int = 1, num_classes: int = 10, width: int = 32, feature_dims: int = 128,
-                 num_marks: int = 0) -> None:
+                 num_marks: int = 0, shrink: int = 1) -> None:
         super().__init__()
+        self.shrink = shrink
         self.stage1 = make_stage(image_channels, width)
         self.stage2 = make_stage(width, 2 * width)
         self.stage3 = make_stage(2 * width, feature_dims)
@@ -50,7 +57,7 @@ class Classifier(nn.Module):
 
     def features(self, images: Tensor) -> Tensor:
         """Penultimate activations (B, feature_dims), non-negative, of images (B, C, H, W) in [-1, 1]."""
-        x = self.stage1(images)                                                 # (B, width, H/2, W/2)
+        x = self.stage1(shrunk(images, self.shrink))                            # (B, width, H/2, W/2)
         x = self.stage2(x)                                                      # (B, 2 * width, H/4, W/4)
         x = self.stage3(x)                                                      # (B, feature_dims, H/8, W/8)
         return x.mean(dim=(2, 3))                                               # (B, feature_dims)

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from data import SPLITS, ImageData, load_dataset, load_marks, to_model
-from data_sources.cache import about
+from data_sources.cache import about, size_step
 from evaluation.classifier import Classifier, place, save_network
 from evaluation.features import extract_features
 from evaluation.metrics import Progress
@@ -91,6 +91,7 @@ class ClassifierRecipe:
 
 
 OWN_IMAGES = 400_000  # of your own pictures, all epochs together: more would take hours without a GPU
+JUDGED_SIDE = 64  # pixels along a side that a network that judges sees of your own pictures, at most
 CLASSIFIER_RECIPES = {
     "mnist": ClassifierRecipe(width=32, epochs=14, weight_decay=3e-4, augment=warp),
     "glyphs": ClassifierRecipe(width=32, epochs=6, weight_decay=3e-4, augment=warp),
@@ -110,6 +111,14 @@ def classifier_recipe(dataset: str | Path) -> ClassifierRecipe:
 def fitting_epochs(folder: Path, epochs: int) -> int:
     """How many epochs a network that judges your own pictures learns from them: `epochs`, fewer of many pictures."""
     return max(1, min(epochs, OWN_IMAGES // about(folder)["splits"]["train"]))
+
+
+def fitting_shrink(data: ImageData) -> int:
+    """How many pixels of a side the networks that judge take for one, so that they see JUDGED_SIDE at most.
+
+    More would take hours and many gigabytes. `evaluation.two_sample` and the search for copies see all pixels.
+    """
+    return size_step(max(data.images.shape[2:])) // size_step(JUDGED_SIDE) if data.folder else 1
 
 
 def recipe_notes(dataset: str | Path) -> dict:
@@ -181,7 +190,8 @@ def new_classifier(data: ImageData, device, seed: int, bf16: bool, progress: Pro
 
 def _network_config(data: ImageData, recipe: ClassifierRecipe, marks: Tensor | None) -> dict:
     """The arguments of `Classifier` for a data set."""
-    config = dict(image_channels=data.images.shape[1], num_classes=len(data.class_names), width=recipe.width)
+    config = dict(image_channels=data.images.shape[1], num_classes=len(data.class_names), width=recipe.width,
+                  shrink=fitting_shrink(data))
     return config if marks is None else config | dict(num_marks=marks.shape[1])
 
 

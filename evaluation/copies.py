@@ -56,16 +56,12 @@ def distances_to(pictures: Tensor, images: Tensor, mirrored: bool = False) -> It
 
 
 def different(pictures: Tensor, mirrored: bool) -> Tensor:
-    """The pictures (N, C, H, W) uint8 without copies and, if they count as the same, without mirror images of others.
-
-    Of a picture and its mirror image the one stays whose first values that differ are the lower.
-    """
-    if mirrored:
-        flat, flipped = pictures.flatten(1), pictures.flip(3).flatten(1)
-        first = (flat != flipped).int().argmax(1, keepdim=True)
-        lower = (flipped.gather(1, first) < flat.gather(1, first))[..., None, None]         # (N, 1, 1, 1)
-        pictures = torch.where(lower, pictures.flip(3), pictures)
-    return torch.unique(pictures, dim=0)
+    """The first of the pictures (N, C, H, W) uint8 that are the same; mirrored: mirror images count as the same."""
+    first = {}
+    for row, picture in enumerate(pictures):
+        sides = [picture, picture.flip(2)] if mirrored else [picture]
+        first.setdefault(min(hashlib.sha256(side.numpy().tobytes()).digest() for side in sides), row)
+    return pictures[list(first.values())] if len(first) < len(pictures) else pictures
 
 
 def among_each_other(pictures: Tensor, mirrored: bool = False) -> Tensor:

@@ -4,7 +4,7 @@ import torch
 from torch import Tensor, nn
 from torch.backends import cudnn
 
-from data import to_model
+from data import in_parts, to_model
 from evaluation.classifier import Classifier
 from evaluation.metrics import ImageFeatures, Progress, torchmetrics_image
 from runtime.errors import UserError
@@ -37,7 +37,7 @@ def extract_features(images: Tensor, classifier: Classifier, inception: nn.Modul
     if images.dtype != torch.uint8:
         raise ValueError(f"images must be uint8, not {images.dtype}")
     device, features, probabilities, second, marks = next(classifier.parameters()).device, [], [], [], []
-    for batch in progress(images.split(BATCH_SIZE)):
+    for batch in progress(in_parts(images, BATCH_SIZE)):
         batch = batch.to(device)
         with cudnn.flags(enabled=True, allow_tf32=False):
             x = to_model(batch).contiguous(memory_format=torch.channels_last)

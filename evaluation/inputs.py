@@ -19,7 +19,7 @@ from runtime import distributed, threads
 from runtime.errors import UserError
 from runtime.memory import run_or_suggest_batch_size
 from runtime.progress import Bar
-from runtime.sampling import check_interval, dataset_of, is_student, sampling_options
+from runtime.sampling import check_interval, dataset_of, is_student, place_of_pictures, sampling_options
 from samplers import SAMPLERS, STUDENT_SAMPLER, final_image, generate
 from utils import autocast, pick_precision
 
@@ -52,16 +52,16 @@ class LoadedCheckpoint(NamedTuple):
     mirrored: bool
 
 
-def open_checkpoint(args: Namespace, device: torch.device, check: Callable[[], None]) -> LoadedCheckpoint:
+def open_checkpoint(args: Namespace, device: torch.device, check: Callable[[str | None], None]) -> LoadedCheckpoint:
     """Load --checkpoint. UserError if it cannot do what the flags ask for.
 
-    check(): whether the results can be written. It is called once the network is there, on rank 0, and before data are
-    downloaded or drawn.
+    check(pictures): whether the results can be written; pictures: the place of the user's own pictures, or None. It is
+    called once the network is there, on rank 0, and before data are downloaded or drawn.
     """
     model, diffusion, checkpoint = load_model(args.checkpoint, device, args.use_ema)
     config, dataset, labels = checkpoint["config"], dataset_of(checkpoint, args.data_dir, args.dataset), None
     if distributed.rank() == 0:
-        check()
+        check(place_of_pictures(checkpoint))
     if model.num_classes:  # image k gets the label of training image k: the shares of the classes are the data's
         known = load_dataset(dataset, "train", args.data_dir).labels
         labels = known[torch.arange(args.num_images) % len(known)]

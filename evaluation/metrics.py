@@ -40,7 +40,7 @@ GROUPS, T_QUANTILE = 20, 2.093  # the 97.5 % quantile of Student's t with GROUPS
 PRECISION_K, DENSITY_K = 3, 5  # number of neighbours: Kynkäänniemi et al. 2019, section 3; Naeem et al. 2020, section 4
 CONFIDENT = 0.9  # the least class probability of a confident classification
 MAX_DISTANCES = 2**20  # computed at a time: 8 MB in float64
-NEAREST_ROWS = 2000  # images compared with as many others at a time, in `nearest`
+NEAREST_ROWS, NEAREST_VALUES = 2000, 2**25  # images and values that `nearest` compares with as many others at a time
 CLASS_IMAGES = 20  # a class with fewer generated images cannot be measured by itself, in `class_frechet`
 MAX_CLASS_FEATURES = 512  # more features than a class has images: no `class_frechet`
 SHARES = ("precision", "recall", "coverage", "confident", "class_distance", "asked_class", "levels",
@@ -383,18 +383,20 @@ def nearest(queries: Tensor, points: Tensor, progress: Progress = iter) -> tuple
     """
     best = torch.full((len(queries),), math.inf, device=queries.device)
     index = torch.zeros(len(queries), dtype=torch.long, device=queries.device)
-    for start in progress(range(0, len(points), NEAREST_ROWS)):
-        chunk = _flat(points[start:start + NEAREST_ROWS].to(queries.device))                # (rows, D)
+    rows = max(1, min(NEAREST_ROWS, NEAREST_VALUES // math.prod(points.shape[1:])))
+    for start in progress(range(0, len(points), rows)):
+        chunk = _flat(points[start:start + rows].to(queries.device))                        # (rows, D)
         norms = chunk.square().sum(1)
-        for first in range(0, len(queries), NEAREST_ROWS):
-            part = slice(first, first + NEAREST_ROWS)
+        for first in range(0, len(queries), rows):
+            part = slice(first, first + rows)
             value, where = torch.addmm(norms, _flat(queries[part]), chunk.T, alpha=-2).min(1)
             closer = value < best[part]
             best[part] = torch.where(closer, value, best[part])
             index[part] = torch.where(closer, where + start, index[part])
     index = index.cpu()
-    pairs = zip(queries.cpu().split(500), points.cpu()[index].split(500), strict=True)
-    return torch.cat([(_flat(q).double() - _flat(p).double()).norm(dim=1) for q, p in pairs]), index
+    queries, points, size = queries.cpu(), points.cpu(), min(rows, 500)
+    pairs = zip(queries.split(size), index.split(size), strict=True)
+    return torch.cat([(_flat(q).double() - _flat(points[i]).double()).norm(dim=1) for q, i in pairs]), index
 
 
 def versions(images: Tensor, mirrored: bool) -> list[Tensor]:

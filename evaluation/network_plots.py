@@ -17,7 +17,7 @@ from diffusion import DiffusionProcess
 from evaluation.gaussian import bound_images, gaussian_bound
 from models.layers import Attention
 from runtime.errors import UserError
-from utils import generator_for, plain_log_ticks, pyplot
+from utils import generator_for, plain_log_ticks, plain_text, pyplot
 
 Frame = tuple[float, Tensor, Tensor]
 
@@ -270,7 +270,7 @@ def _plot_points(axis, points: Tensor, times: Tensor | None, labels: Tensor, cla
         return
     colours = pyplot().get_cmap("tab10" if len(class_names) <= 10 else "turbo", len(class_names))
     for label, name in enumerate(class_names):
-        axis.scatter(*points[labels == label].T.numpy(), color=colours(label), s=12, label=name)
+        axis.scatter(*points[labels == label].T.numpy(), color=colours(label), s=12, label=plain_text(name))
     axis.legend(fontsize=8, loc="center left", bbox_to_anchor=(1, 0.5), title="class", markerscale=1.5)
 
 

@@ -19,6 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.backends import cudnn
 
+from data import in_parts
 from evaluation.metrics import Progress, estimate, jackknife_means, random_groups
 
 CHANNELS, STRIDES, DROPOUT = (24, 48, 96, 96), (1, 2, 2, 1), 0.3
@@ -126,4 +127,4 @@ def train(network: nn.Module, images: Tensor, fake: Tensor, generator: torch.Gen
 @torch.no_grad()
 def judge(network: nn.Module, images: Tensor) -> Tensor:
     """Whether the network takes each of the images for a generated one: (N,) bool."""
-    return torch.cat([network(as_input(batch))[:, 0] > 0 for batch in images.split(500)])
+    return torch.cat([network(as_input(batch))[:, 0] > 0 for batch in in_parts(images, 500)])

@@ -190,7 +190,7 @@ def from_rank_0(compute: Callable):
     return value
 
 
-def all_reduce_min(value: int) -> int:
+def all_reduce_min(value: float) -> float:
     """The smallest of the numbers of all processes."""
     values = [value] * world_size()
     if world_size() > 1:

@@ -82,8 +82,8 @@ def _umask() -> int:
     return mask
 
 
-def check_writable(folder: str | Path) -> Path:
-    """Make `folder` and write a test file to it. UserError if that fails."""
+def check_writable(folder: str | Path, instead: str = "another folder") -> Path:
+    """Make `folder` and write a test file to it. UserError, with what to choose instead, if that fails."""
     folder = Path(folder)
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -91,7 +91,7 @@ def check_writable(folder: str | Path) -> Path:
             file.write(b"probe")
         (folder / f".probe-{os.getpid()}").unlink(missing_ok=True)
     except OSError as error:
-        raise UserError(f"cannot write to {folder} ({error.strerror}): choose another folder") from error
+        raise UserError(f"cannot write to {folder} ({error.strerror}): choose {instead}") from error
     return folder
 
 
@@ -120,16 +120,16 @@ def check_outputs(paths: Sequence[Path], inputs: Sequence[str | Path | None] = (
 
 def lies_in(path: str | Path, folder: str | Path) -> bool:
     """Whether `path` is `folder`, if that is a folder, or lies anywhere below it."""
-    return Path(folder).is_dir() and Path(path).resolve().is_relative_to(Path(folder).resolve())
+    return os.path.isdir(folder) and Path(path).resolve().is_relative_to(Path(folder).resolve())
 
 
 def check_inputs_stay(outputs: Iterable[Path], inputs: Iterable[str | Path | None]) -> None:
-    """UserError if one of the files to write is one of the inputs, also by a link, or lies in an input folder."""
-    for path, given in product(outputs, (Path(given) for given in inputs if given is not None)):
-        place = path.parent if given.is_dir() else path
-        if place.exists() and given.exists() and place.samefile(given):
-            happens = f"be written into the input {given}" if given.is_dir() else "overwrite an input"
-            raise UserError(f"{path} would {happens}: choose another place for the output")
+    """UserError if one of the files to write is one of the inputs, also by a link, or lies below an input folder."""
+    for path, given in product(outputs, (given for given in inputs if given is not None)):
+        if lies_in(path, given):
+            raise UserError(f"{path} would be written into the input {given}: choose another place for the output")
+        if os.path.exists(path) and os.path.exists(given) and os.path.samefile(path, given):
+            raise UserError(f"{path} would overwrite an input: choose another place for the output")
 
 
 def check_archive(path: str | Path, largest: int) -> None:

@@ -148,8 +148,8 @@ SHARED_FLAGS = {
                          f"folder, a .zip of one, or a .npz; its sub-folders are the classes"),
     # for your own pictures
     "image_size": dict(type=number(int), metavar="N",
-                       help="for your own pictures: height and width in pixels, a multiple of 4 (default: 28, 32 or "
-                            "64, by their sizes; on a CPU at most 32)"),
+                       help="for your own pictures: height and width in pixels, a multiple of 4 (above 64 of 8, above "
+                            "128 of 16, above 256 of 32; default: 28, 32 or 64, by their sizes; on a CPU at most 32)"),
     "fit": dict(choices=FITS, default="crop",
                 help="how a picture of another shape is scaled: cut off what is too much, add --background at two "
                      "sides, or stretch it"),

@@ -165,6 +165,11 @@ def dataset_of(checkpoint: dict, data_dir: str | Path, asked: str | None = None)
     return folder
 
 
+def place_of_pictures(checkpoint: dict) -> str | None:
+    """Where the user's own pictures lay that a checkpoint learned from; None for other data sets."""
+    return (checkpoint["config"]["data"].get("pictures") or {}).get("path")
+
+
 def chosen_dataset(args: Namespace, small: bool = True, quiet: bool = False) -> str | Path:
     """The data set of --dataset, as `load_dataset` takes it: its name or, of your own pictures, their cache.
 

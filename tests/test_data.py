@@ -26,6 +26,7 @@ from data import (
     LevelCode,
     code_of,
     histogram_code,
+    in_parts,
     load_dataset,
     noise_level,
     to_model,
@@ -78,6 +79,13 @@ def test_a_code_is_undone_exactly_and_stays_in_its_range(counts, share):
     assert values.dtype == torch.float32 and values[0] == -1 and values[-1] == 1 and bool((values.diff() > 0).all())
     assert torch.equal(code.decode(values), LEVELS)
     assert torch.equal(code.decode(torch.tensor([-7.0, 7.0])), LEVELS[[0, -1]])
+
+
+def test_parts_hold_fewer_large_images_and_always_one():
+    for side, most in ((8, 500), (64, 500), (512, 10), (4096, 1)):
+        images = torch.zeros(1, 3, 1, 1, dtype=torch.uint8).expand(501, 3, side, side)
+        parts = in_parts(images, 500)
+        assert len(parts[0]) == most and sum(map(len, parts)) == 501, side
 
 
 def test_a_level_survives_an_error_of_less_than_half_a_gap_and_no_more():

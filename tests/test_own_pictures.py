@@ -1,5 +1,6 @@
 """Every script from end to end on twelve pictures of one's own in two classes, and what must not happen to pictures."""
 
+import contextlib
 import json
 import shutil
 import time
@@ -30,13 +31,14 @@ from evaluation import copies, metrics, reference, two_sample
 from evaluation.classifier_training import ClassifierRecipe
 from evaluation.network_plots import _plot_points
 from models import create_model
+from runtime import distributed
 from runtime.errors import UserError
 from runtime.files import file_digest
 from runtime.sampling import dataset_of
 from training import autotune, trainer
 from training import flags as training_flags
 from training.budget import Budget
-from training.setup import check_gpu_memory
+from training.setup import check_gpu_memory, time_reading
 from training.trainer import Trainer
 from utils import pyplot
 
@@ -189,6 +191,12 @@ def test_copies_are_looked_for_among_what_was_learned_from(two, data_dir, tmp_pa
     with pytest.raises(StopIteration):
         distill.make_run(asked, 0)
     assert learned == [8]
+    monkeypatch.undo()
+    monkeypatch.setattr(Budget, "progress", lambda budget, step, _: step / 2)
+    assert distill.main(["--checkpoint", str(path), "--data_dir", str(two.parent / "data"), "--output_dir",
+                         str(tmp_path / "student"), "--teacher_steps", "4", *CPU]) == 0
+    learned = load_checkpoint(tmp_path / "student/model_final.pt")["config"]["training"]
+    assert learned["train_images"] == 8 and learned["hflip"] is True     # read when copies of a student are looked for
 
 
 def stop():
@@ -223,14 +231,47 @@ def test_a_figure_does_not_become_one_of_the_pictures(two, tmp_path, capsys):
     for path in (two / "red/0.png", two / "new.png"):
         assert visualize_diffusion.main(["--dataset", str(two), "--image_size", "16", "--data_dir", str(tmp_path),
                                          "--save_path", str(path)]) == 2
-        assert "lies among the pictures" in capsys.readouterr().err
+        assert "would be written into the input" in capsys.readouterr().err
     assert sorted(two.rglob("*")) == before
+
+
+@pytest.mark.parametrize("script, argv", [
+    (sample, ["--num_images", "2", "--output", "IN/a.png"]), (sample, ["--gif", "--output", "IN/red/a.png"]),
+    (edit, ["vary", "--output", "IN/a.png"]), (evaluate, ["--num_images", "8", "--output_dir", "IN"]),
+    (evaluate, ["--num_images", "8", "--output_dir", "IN/new"]), (distill, ["--output_dir", "IN/student"])])
+def test_what_a_checkpoint_makes_does_not_become_one_of_its_pictures(checkpoint, two, place, capsys, script, argv):
+    before = sorted(two.rglob("*"))
+    data = [] if script is sample else ["--data_dir", str(place / "data")]
+    assert script.main([*[each.replace("IN", str(two)) for each in argv], "--checkpoint", str(checkpoint), *data,
+                        *CPU]) == 2
+    assert "would be written into the input" in capsys.readouterr().err
+    assert sorted(two.rglob("*")) == before
+
+
+def test_ready_images_are_not_measured_into_the_pictures(two, place, tmp_path, capsys):
+    np.savez(tmp_path / "x.npz", arr_0=np.zeros((4, 16, 16, 3), np.uint8))
+    before = sorted(two.rglob("*"))
+    assert evaluate.main(["--images", str(tmp_path / "x.npz"), "--dataset", str(two), "--image_size", "16",
+                          "--data_dir", str(place / "data"), "--output_dir", str(two), *CPU]) == 2
+    assert "would be written into the input" in capsys.readouterr().err and sorted(two.rglob("*")) == before
 
 
 def test_points_without_classes_are_all_drawn():
     figure, axis = pyplot().subplots()
     _plot_points(axis, torch.rand(5, 2), None, torch.zeros(5), ())
     assert len(axis.collections[0].get_offsets()) == 5 and axis.get_legend() is None
+    pyplot().close(figure)
+
+
+def test_figures_show_the_names_of_classes_as_they_are():
+    figure, axis = pyplot().subplots()
+    names = ["$5-$10", "$$", "_hidden", "a_b"]
+    _plot_points(axis, torch.rand(4, 2), None, torch.arange(4), names)
+    shown = axis.get_legend().get_texts()
+    assert len(shown) == 4
+    figure.canvas.draw()                                                # an error where a name is taken for a formula
+    assert [text.get_text().replace("\\$", "$").strip() for text in shown] == names
+    assert all(text._preprocess_math(text.get_text())[1] is not True for text in shown)
     pyplot().close(figure)
 
 
@@ -600,6 +641,21 @@ def test_reading_the_pictures_takes_nothing_of_the_budget(two, data_dir, tmp_pat
     for argv, least in ((flags(two, tmp_path / "run"), 0.5), (tiny(data_dir, tmp_path / "run"), 0.0)):
         started = train.make_run(train.parse_args(argv)[0], None, 0.0)[0].budget.start
         assert started >= least if least else started == 0.0
+
+
+def test_a_process_does_not_count_what_it_waited_for_the_reading_of_another(two, place, monkeypatch):
+    """Else the first process would have minutes left, and all would stop with the one that has none."""
+    data = load_dataset(cached(Pictures(str(two), 16), place / "data", quiet=True))
+
+    @contextlib.contextmanager
+    def waiting():
+        time.sleep(0.3)
+        yield
+    monkeypatch.setattr(distributed, "local_rank_0_first", waiting)
+    monkeypatch.setattr(distributed, "all_reduce_min", lambda mine: min(mine, -100.0))  # of a slower machine
+    assert time_reading(lambda: data) == (data, 100.0)
+    monkeypatch.setattr(distributed, "all_reduce_min", lambda mine: mine)
+    assert time_reading(lambda: data)[1] >= 0.3
 
 
 def test_pictures_that_do_not_fit_into_the_memory_of_a_gpu_are_refused(two, place, monkeypatch):

@@ -31,14 +31,15 @@ def build(config: dict, data: ImageData, dropout: float) -> tuple[SimpleUNet, Di
 
 
 def time_reading(read: Callable[[], ImageData]) -> tuple[ImageData, float]:
-    """What read() returns, and how many seconds of that do not count in --budget.
+    """What read() returns, on local rank 0 first, and how many seconds of that do not count in --budget.
 
     Those are all of them for your own pictures: reading many for the first time may take longer than the budget, and is
-    done once. Else none.
+    done once. Else none. Of several processes it is the time of the slowest, for which the others wait.
     """
     start = time.perf_counter()
-    data = read()
-    return data, time.perf_counter() - start if data.folder else 0.0
+    with distributed.local_rank_0_first():
+        data = read()
+    return data, -distributed.all_reduce_min(start - time.perf_counter()) if data.folder else 0.0
 
 
 IMAGES_SHARE = 0.8  # of the free memory of a GPU, at most: the steps need the rest

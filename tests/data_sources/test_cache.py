@@ -23,12 +23,14 @@ import torch
 from filelock import FileLock
 from PIL import Image
 
-from data import load_dataset
+from data import ImageData, load_dataset
 from data_sources import cache
-from data_sources.cache import MIN_HELD_OUT, Pictures, about, cached, find_cached
+from data_sources.cache import MIN_HELD_OUT, Pictures, about, cached, find_cached, size_step
 from data_sources.folder import find_pictures
 from data_sources.pictures import decode
+from evaluation.classifier_training import fitting_shrink
 from runtime.errors import UserError
+from training.sizing import network_stages
 
 RED = (200, 0, 0)
 
@@ -337,7 +339,19 @@ def test_nothing_usable_is_one_line(tmp_path, make, words):
     assert not list((tmp_path / "data").glob("pictures/my*")) + list((tmp_path / "data").glob("pictures/.*.tmp"))
 
 
-@pytest.mark.parametrize("side, nearest", [(30, 32), (7, 8), (513, 512)])
+def test_every_size_that_is_allowed_leads_a_network_to_few_positions_and_its_judges_to_64_pixels():
+    allowed = [side for side in range(8, 513) if side % size_step(side) == 0]
+    assert {8, 28, 32, 60, 64, 72, 128, 144, 256, 288, 512} <= set(allowed) and not {68, 132, 264} & set(allowed)
+    for side in allowed:
+        stages = network_stages((3, side, side))
+        assert side / stages["patch_size"] / 2**(len(stages["channel_mults"]) - 1) <= (16 if side > 64 else 31), side
+        images = torch.zeros(1, 3, side, side, dtype=torch.uint8)
+        shrink = fitting_shrink(ImageData("my", "train", images, torch.zeros(1), (), folder=Path("x")))
+        assert side % (4 * shrink) == 0 and (side <= 64) == (shrink == 1) and side / shrink <= 64, side
+    assert fitting_shrink(ImageData("scenes", "train", images, torch.zeros(1), ())) == 1
+
+
+@pytest.mark.parametrize("side, nearest", [(30, 32), (7, 8), (513, 512), (66, 64), (100, 96), (300, 288)])
 def test_a_size_that_networks_cannot_divide_names_the_nearest(tmp_path, side, nearest):
     save(tmp_path / "in/a.png")
     with pytest.raises(UserError, match=f"is {nearest}$"):
@@ -439,6 +453,7 @@ def test_a_checkpoint_finds_the_cache_of_its_own_pictures_among_those_of_one_key
     (dict(x=np.zeros(3)), "no array arr_0 or images, but x"),
     (dict(x_train=np.zeros((4, 16, 16), np.uint8)), "x_train: save the pictures"),
     (dict(arr_0=np.zeros((4, 16, 16), np.uint8), arr_1=np.zeros(4, int)), "an array arr_1 that looks like labels"),
+    (dict(arr_0=np.zeros((4, 16, 16), np.uint8), y=np.zeros((4, 1), int)), "an array y that looks like labels"),
     (dict(images=np.zeros((4, 16, 16), np.uint8), labels=np.array(list("abca"), object)), "astype"),
     (dict(arr_0=np.zeros((4, 16, 16), np.uint8), labels=np.zeros(3, int)), "labels")])
 def test_an_npz_of_other_arrays_is_refused(tmp_path, arrays, words):
@@ -466,7 +481,27 @@ def test_a_damaged_npz_is_one_line_and_leaves_no_cache(tmp_path, damage, save):
     assert "\n" not in str(caught.value) and not list((tmp_path / "data").glob("pictures/*my_in*/*"))
 
 
+def test_a_zip_whose_end_is_missing_is_called_incomplete(tmp_path):
+    noise(tmp_path / "in/a.png", 0)
+    path = Path(shutil.make_archive(tmp_path / "all", "zip", tmp_path / "in"))
+    path.write_bytes(path.read_bytes()[:-40])
+    with pytest.raises(UserError, match=r"all\.zip is damaged or incomplete"):
+        find_pictures(path)
+
+
 # ------------------------------------------------------------------------------------------------ labels and splits
+
+
+def test_names_that_differ_in_blanks_or_after_a_hundred_letters_are_told_apart_as_they_should_be(tmp_path):
+    images = np.random.default_rng(0).integers(0, 256, (4, 16, 16), np.uint8)
+    np.savez(tmp_path / "in.npz", images=images, labels=np.array(["cat", "cat ", "dog", "cat"]))
+    found = find_pictures(tmp_path / "in.npz")
+    assert (found.class_names, found.labels) == (("cat", "dog"), [0, 0, 1, 0])
+    np.savez(tmp_path / "in.npz", images=images, labels=np.array(["cat", "cat ", "cat", "cat"]))
+    assert find_pictures(tmp_path / "in.npz").class_names == ()
+    for seed, name in enumerate("ab"):
+        noise(tmp_path / "in" / f"{'x' * 120}{name}" / "a.png", seed)
+    assert find_pictures(tmp_path / "in").labels == [0, 1]
 
 
 def test_labels_are_the_sub_folders_in_sorted_order(tmp_path):

@@ -246,7 +246,7 @@ def test_too_few_images_are_refused():
         figures(classified(gaussian(100, 0)), classified(gaussian(1000, 1)))
 
 
-def test_the_nearest_image_is_found_exactly():
+def test_the_nearest_image_is_found_exactly_however_many_are_compared_at_a_time(monkeypatch):
     generator = torch.Generator().manual_seed(0)
     points = torch.randint(0, 256, (5000, 1, 6, 6), generator=generator, dtype=torch.uint8)
     queries = torch.cat([points[[17, 4321]], torch.randint(0, 256, (50, 1, 6, 6), generator=generator,
@@ -255,6 +255,8 @@ def test_the_nearest_image_is_found_exactly():
     expected = torch.cdist(queries.flatten(1).double() / 255, points.flatten(1).double() / 255).min(1)
     assert index[:2].tolist() == [17, 4321] and distance[:2].tolist() == [0, 0]
     torch.testing.assert_close(distance, expected.values)
+    monkeypatch.setattr(metrics, "NEAREST_VALUES", 36 * 30)  # 30 images at a time, as of large ones
+    assert all(torch.equal(*both) for both in zip(nearest(queries, points), (distance, index), strict=True))
 
 
 def test_a_copying_generator_is_caught_and_an_honest_one_is_not():
