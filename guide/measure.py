@@ -192,7 +192,7 @@ def costs(args) -> list[dict]:
     The networks are those that train.py makes for images of this size.
     """
     rows = []
-    for size, channels, patch in ((28, 1, 2), (32, 3, 2), (64, 3, 2), (64, 3, 4), (128, 3, 4)):
+    for size, channels, patch in ((28, 1, 2), (32, 3, 1), (32, 3, 2), (64, 3, 2), (64, 3, 4), (128, 3, 4)):
         stages = network_stages((channels, size, size), patch)["channel_mults"]
         for width in WIDTHS:
             model = create_model(image_channels=channels, base_channels=width, middle_depth=3, patch_size=patch,

@@ -317,6 +317,7 @@ def test_costs_grow_with_size_and_width():
     assert 3.5 < wide["multiplications"] / small["multiplications"] < 4.1
     assert 3.9 < large["multiplications"] / small["multiplications"] < 4.5
     assert 3.6 < large["kept"] / small["kept"] < 4.1
+    assert rows[32, 1, 32]["multiplications"] > 3.5 * small["multiplications"]
     committed = {(r["size"], r["patch_size"], r["width"]): r for r in results.read("costs")["rows"]}
     assert {key: row["parameters"] for key, row in rows.items()} == {k: r["parameters"] for k, r in committed.items()}
 

@@ -79,7 +79,7 @@ def choose_size(settings: Namespace, config: dict, data: ImageData, device: torc
 
     size = distributed.from_rank_0(partial(
         sizing.choose, len(data.images), settings.budget, device, speed, settings.base_channels,
-        data.images.shape[1] * config["model"].get("patch_size", 1) ** 2))
+        data.images.shape[1], config["model"].get("patch_size", 1)))
     if size.images:
         print(f"Measured: with {size.base_channels} channels the budget is enough for about {size.images:,.0f} images",
               flush=True)

@@ -47,7 +47,7 @@ def test_what_is_left_open_is_filled_in_by_the_data_set(dataset, mean, std):
     args = parsed("--dataset", dataset, "--budget", "2m")
     before, settings = vars(args).copy(), make_settings(args, DATA)
     assert (settings.noise_mean, settings.noise_std, settings.base_channels) == (mean, std, None)
-    assert (settings.patch_size, settings.channel_mults, settings.middle_depth) == (2, [1, 2], 3)
+    assert (settings.patch_size, settings.channel_mults, settings.middle_depth) == (2, [1, 2], 3)  # DATA are grey
     assert vars(args) == before  # parsed flags are not written to
     args = parsed("--dataset", dataset, "--noise_mean", "0", "--noise_std", "3", "--base_channels", "8")
     settings = make_settings(args, DATA)

@@ -6,7 +6,7 @@ import torch
 from models import create_model
 from models.unet import CHANNEL_MULTS
 from training import sizing
-from training.sizing import WIDTHS, choose, network_stages
+from training.sizing import FINE_WIDTHS, WIDTHS, choose, network_stages
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
 
@@ -44,15 +44,24 @@ def test_the_chosen_width_sees_enough_images_and_the_next_one_would_not(images):
     assert max(widths[:-2] or widths) <= (wider[0] if wider else size.base_channels)  # none that is wider was measured
 
 
-@pytest.mark.parametrize("values, width", [(4, 16), (12, 16), (16, 16), (48, 48), (192, 192)])
-def test_a_network_is_at_least_as_wide_as_a_patch_has_values(values, width):
+@pytest.mark.parametrize("channels, patch_size, width, without_budget", [
+    (1, 2, 16, 24), (3, 2, 16, 24), (1, 4, 16, 24), (3, 4, 48, 48), (3, 8, 192, 192), (3, 1, 16, 16)])
+def test_a_network_is_at_least_as_wide_as_a_patch_has_values(channels, patch_size, width, without_budget):
     speed, _ = asked(1e3)  # a slow machine
+    patch = dict(channels=channels, patch_size=patch_size)
     for images in (100, 50_000):
-        assert choose(images, 100.0, CPU, speed, values=values).base_channels == width
-        assert choose(images, None, CPU, pytest.fail, values=values).base_channels == max(width, sizing.EPOCHS_WIDTH)
-        assert choose(images, None, CUDA, pytest.fail, values=values).base_channels >= width
-    assert choose(50_000, 100.0, CPU, asked(1e9)[0], values=48).base_channels == 64
-    assert choose(50_000, 100.0, CPU, speed, width=8, values=48).base_channels == 8
+        assert choose(images, 100.0, CPU, speed, **patch).base_channels == width
+        assert choose(images, None, CPU, pytest.fail, **patch).base_channels == without_budget
+        assert choose(images, None, CUDA, pytest.fail, **patch).base_channels >= width
+    assert choose(50_000, 100.0, CPU, asked(1e9)[0], channels=3, patch_size=4).base_channels == 64
+    assert choose(50_000, 100.0, CPU, speed, width=8, channels=3, patch_size=4).base_channels == 8
+
+
+def test_patches_of_a_pixel_get_a_narrower_network_for_as_many_images():
+    for images in (1e4, 1e5, 1e6):
+        wide, narrow = (choose(50_000, 100.0, CPU, lambda _, seen=images: seen / 100, channels=3,
+                               patch_size=patch_size).base_channels for patch_size in (2, 1))
+        assert narrow < wide and narrow in dict(FINE_WIDTHS)
 
 
 def test_a_run_of_few_steps_gets_smaller_batches():
@@ -76,7 +85,8 @@ def test_without_a_budget_or_on_a_gpu_nothing_is_measured(device, budget, width)
 
 
 @pytest.mark.parametrize("shape, patch_size, mults", [
-    ((1, 28, 28), 2, [1, 2]), ((3, 32, 32), 2, [1, 2]), ((3, 64, 64), 2, [1, 2, 2]), ((3, 128, 128), 4, [1, 2, 2]),
+    ((1, 28, 28), 2, [1, 2]), ((1, 32, 32), 2, [1, 2]), ((3, 32, 32), 1, [1, 2, 2]), ((3, 28, 28), 1, [1, 2, 2]),
+    ((3, 64, 64), 2, [1, 2, 2]), ((3, 128, 128), 4, [1, 2, 2]),
     ((3, 64, 32), 2, [1, 2, 2]), ((1, 16, 16), 2, [2]), ((3, 36, 36), 2, [1, 2]), ((3, 72, 72), 4, [1, 2])], ids=str)
 def test_larger_images_have_larger_patches_and_then_more_resolutions(shape, patch_size, mults):
     size = network_stages(shape)
