@@ -690,7 +690,7 @@ def test_init_takes_what_fits_and_names_the_rest(checkpoint, tmp_path, capsys, c
 
 
 def test_init_with_a_size_that_its_network_cannot_divide_names_the_nearest(two, tmp_path, capsys):
-    first = train_on(two, tmp_path / "first", "--channel_mults", "1", "2", "2")
+    first = train_on(two, tmp_path / "first", "--patch_size", "2", "--channel_mults", "1", "2", "2")
     assert train.main(flags(two, tmp_path / "second", "--init", str(first), "--image_size", "28")) == 2
     said = capsys.readouterr().err
     assert "the nearest is 32×32" in said and said.count("\n") == 1

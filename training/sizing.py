@@ -62,8 +62,8 @@ def choose(images: int, budget: float | None, device: torch.device, speed: Calla
         on other devices         64 channels
 
     Below 2,000 training images it is at most 32 channels. In all cases it is at least as wide as a patch has values,
-    because fewer channels cannot hold the noise of each pixel. Measured on digits (benchmarks/RECORDS.md), but for this
-    last part.
+    because fewer channels cannot hold the noise of each pixel. Measured on digits and on CIFAR-10, up to ten minutes on
+    two cores (benchmarks/RECORDS.md); the larger bounds follow the trend, and that for few images was not measured.
 
     images: the number of training images; budget: seconds, or None; speed(width): the images a second of the training
     of such a network, asked from the narrowest on, as far as it is needed; width: that of the flags, which is kept;
@@ -72,13 +72,13 @@ def choose(images: int, budget: float | None, device: torch.device, speed: Calla
     widths, values = FINE_WIDTHS if patch_size == 1 else WIDTHS, channels * patch_size**2
     most = FEW_WIDTH if images < FEW_IMAGES else DEVICE_WIDTH
     if device.type != "cpu" or budget is None:
-        narrow = widths[0 if patch_size == 1 else 1][0] if device.type == "cpu" else most
+        narrow = (16 if patch_size == 1 else 24) if device.type == "cpu" else most
         return Size(width or max(narrow, values), BATCH_SIZE, None)
     wide_enough = [row for row in widths if values <= row[0] <= most] or [(values, 0)]
     rows, size = [(width, 0)] if width else wide_enough, None
-    for channels, least in rows:
-        seen = budget * speed(channels)
+    for wide, least in rows:
+        seen = budget * speed(wide)
         if size and seen < least:
             break
-        size = Size(channels, SMALL_BATCH_SIZE if seen < SMALL_BATCH_IMAGES else BATCH_SIZE, seen)
+        size = Size(wide, SMALL_BATCH_SIZE if seen < SMALL_BATCH_IMAGES else BATCH_SIZE, seen)
     return size
