@@ -283,8 +283,10 @@ def fitting_count(args: Namespace) -> Namespace:
 
 def load_inputs(args: Namespace, device: torch.device, output: Path):
     """(checkpoint or None, ready images or None, the reference's images, those of the floor, the feature networks)."""
+    given = None if args.dataset in DATASETS else args.dataset  # a folder may be called mnist
+
     def check(pictures: str | None = None) -> None:
-        check_outputs([output / name for name in JUDGED], [args.checkpoint or args.images, args.dataset, pictures])
+        check_outputs([output / name for name in JUDGED], [args.checkpoint or args.images, given, pictures])
     loaded = open_checkpoint(args, device, check) if args.checkpoint else check()  # None
     split = args.reference or ("test" if args.sweep is None else "validation")
     dataset = loaded.dataset if loaded else chosen_dataset(args, device.type == "cpu", quiet=True)

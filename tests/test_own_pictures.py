@@ -256,6 +256,16 @@ def test_ready_images_are_not_measured_into_the_pictures(two, place, tmp_path, c
     assert "would be written into the input" in capsys.readouterr().err and sorted(two.rglob("*")) == before
 
 
+def test_a_folder_that_is_called_as_a_data_set_may_hold_results(checkpoint, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "glyphs").mkdir()
+    assert evaluate.main(["--checkpoint", str(checkpoint), "--dataset", "glyphs", "--output_dir", "glyphs", *CPU]) == 2
+    assert "was trained on my_two, not glyphs" in capsys.readouterr().err  # and no word of an input
+    np.savez(tmp_path / "x.npz", arr_0=np.zeros((4, 28, 28), np.uint8))
+    evaluate.main(["--images", "x.npz", "--dataset", "glyphs", "--output_dir", "glyphs", "--data_dir", "nowhere", *CPU])
+    assert "input" not in capsys.readouterr().err
+
+
 def test_points_without_classes_are_all_drawn():
     figure, axis = pyplot().subplots()
     _plot_points(axis, torch.rand(5, 2), None, torch.zeros(5), ())
