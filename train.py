@@ -354,8 +354,9 @@ def main(argv=None):
             if settings.tensorboard and distributed.rank() == 0:
                 run.board = Board(folder / "tensorboard", run.trainer.step)
             with run_record.recorded(run, "train.py", argv, resumed=checkpoint is not None):
+                help_memory = partial(memory_advice, run.trainer, resumed=checkpoint is not None)
                 try:
-                    run.carry_out(partial(train, run, validation, settings), partial(memory_advice, run.trainer))
+                    run.carry_out(partial(train, run, validation, settings), help_memory)
                 finally:
                     with warn_of_failed_writes():
                         run.board.close()

@@ -31,11 +31,11 @@ def out_of_memory(error: BaseException) -> bool:
 def fits_in_memory(rehearse: Callable[[int], object], count: int, device: torch.device) -> bool:
     """Whether the free memory suffices for rehearse(count), a trial that must change nothing.
 
-    Tries a quarter more than `count`, because no two steps need exactly the same memory. On a CPU it is tried twice,
+    Tries a quarter more than `count`, because no two trials need exactly the same memory. On a CPU it is tried twice,
     because the second step finds the heap as the first has left it: after large blocks have been freed, glibc takes the
     next ones from its heap, where they fit less well than blocks of their own.
     """
-    work = partial(rehearse, count + count // 4)
+    work = partial(rehearse, count + (count + 2) // 4)
     gc.collect()
     trim_heap()
     if device.type == "cuda":

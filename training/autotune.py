@@ -42,15 +42,16 @@ def now(device: torch.device) -> float:
 
 
 def loss_and_gradient(network: nn.Module, diffusion: DiffusionProcess, x_0: Tensor, t: Tensor, noise: Tensor,
-                      labels: Tensor | None, precision: str) -> Tensor:
+                      labels: Tensor | None, precision: str, part: int | None = None) -> Tensor:
     """The loss () of a batch (B, C, H, W); its gradient is added to those of the weights.
 
-    On a CPU, images of more than LARGE numbers are taken PART at a time: the gradient is the same, in less memory and
-    not slower (measured at 64×64: benchmarks/RECORDS.md, "Large images in parts"). Several processes exchange their
-    gradients after the last part only.
+    On a CPU, images of more than LARGE numbers are taken `part` at a time, by default PART: the gradient is the same,
+    in less memory and not slower (measured at 64×64: benchmarks/RECORDS.md, "Large images in parts"). Several processes
+    exchange their gradients after the last part only.
     """
     in_parts = x_0.device.type == "cpu" and x_0[0].numel() > LARGE
-    rows = torch.arange(len(x_0), device=x_0.device).chunk(-(-len(x_0) // PART)) if in_parts else [slice(None)]
+    parts = -(-len(x_0) // (part or PART))
+    rows = torch.arange(len(x_0), device=x_0.device).chunk(parts) if in_parts else [slice(None)]
     total = torch.zeros((), device=x_0.device)
     for chosen in rows:
         more_follow = hasattr(network, "no_sync") and chosen is not rows[-1]
@@ -67,14 +68,18 @@ def loss_and_gradient(network: nn.Module, diffusion: DiffusionProcess, x_0: Tens
 
 def forward_backward(network: nn.Module, diffusion: DiffusionProcess, data: ImageData, conditional: bool,
                      precision: str, count: int) -> None:
-    """The forward and the backward pass of a step with `count` images; it changes no weight, and draws no noise and
-    no times."""
-    chosen = torch.arange(count, device=data.images.device) % len(data.images)
-    x_0, t = data.x_0(chosen), torch.zeros_like(chosen)
+    """The forward and the backward pass of a step with `count` images; it changes no weight."""
     try:
-        loss_and_gradient(network, diffusion, x_0, t, x_0, data.labels[chosen] if conditional else None, precision)
+        loss_and_gradient(network, diffusion, *trial_batch(data, conditional, count), precision)
     finally:
         network.zero_grad()
+
+
+def trial_batch(data: ImageData, conditional: bool, count: int) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+    """(x_0, t, noise, labels) of `count` images for a trial. The noise is the images: no random number is drawn."""
+    chosen = torch.arange(count, device=data.images.device) % len(data.images)
+    x_0 = data.x_0(chosen)
+    return x_0, torch.zeros_like(chosen), x_0, data.labels[chosen] if conditional else None
 
 
 def images_per_second(network: nn.Module, diffusion: DiffusionProcess, data: ImageData, conditional: bool,

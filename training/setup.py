@@ -17,7 +17,7 @@ from runtime import distributed
 from runtime.errors import UserError, checking_user_input
 from training import autotune, sizing
 from training.flags import TRAINER_FLAGS
-from training.trainer import Trainer, fitting_batch, rehearse_step, repeats_of
+from training.trainer import Trainer, fitting_batch, rehearse_steps, repeats_of
 from utils import pick_precision
 
 
@@ -105,7 +105,7 @@ def make_trainer(settings: Namespace, data: ImageData, model, diffusion) -> tupl
     largest = min(sizing.BATCH_SIZE, images)
 
     def fitting(precision: str) -> int:
-        rehearse = partial(rehearse_step, model, diffusion, data, settings.conditional, precision)
+        rehearse = partial(rehearse_steps, model, diffusion, data, settings.conditional, precision)
         return fitting_batch(rehearse, largest, device)
 
     # Measured first, because the race below takes half the memory of a step. fp32 takes the most.

@@ -163,8 +163,8 @@ class Trainer:
             self.batch_size // distributed.world_size()), required)
 
     def rehearse(self, count: int) -> None:
-        """Use as much memory as a step with `count` images in this process, and change nothing."""
-        rehearse_step(self.model, self.diffusion, self.data, self.conditional, self.precision, count)
+        """Use as much memory as steps with `count` images in this process, and change nothing."""
+        rehearse_steps(self.model, self.diffusion, self.data, self.conditional, self.precision, count)
 
     @property
     def checkpoint_bytes(self) -> int:
@@ -198,21 +198,32 @@ def repeats_of(data: ImageData) -> int:
     return 1 if data.folder is None else -(-EPOCH_IMAGES // len(data.images))
 
 
-def rehearse_step(model: nn.Module, diffusion: DiffusionProcess, data: ImageData, conditional: bool, precision: str,
-                  count: int) -> None:
-    """Use as much memory as a training step with `count` images in this process, and change nothing."""
-    optimizer_state = [torch.empty_like(weight) for weight in model.parameters() for _ in range(2)]
+def rehearse_steps(model: nn.Module, diffusion: DiffusionProcess, data: ImageData, conditional: bool, precision: str,
+                   count: int) -> None:
+    """Use as much memory as two training steps with `count` images in this process, and change nothing.
+
+    As in a run, the states of the optimisers and the averaged weights appear after the first backward pass, in the
+    memory that it has freed, so that the second step finds less of it in one piece.
+    """
+    kept, part = [], autotune.PART + autotune.PART // 4  # a margin for large images, as count has one: fits_in_memory
     try:
-        autotune.forward_backward(model, diffusion, data, conditional, precision, count)
+        for _ in range(2):
+            model.zero_grad()
+            batch = autotune.trial_batch(data, conditional, count)
+            autotune.loss_and_gradient(model, diffusion, *batch, precision, part)
+            kept = kept or [torch.empty_like(weight) for weight in model.parameters() for _ in range(3)]
     finally:
-        del optimizer_state
+        model.zero_grad()
 
 
-def memory_advice(trainer: Trainer) -> str:
-    """Advice after a step that ran out of memory; measures the batch size that fits this process."""
+def memory_advice(trainer: Trainer, resumed: bool = False) -> str:
+    """Advice after a step that ran out of memory; measures the batch size that fits this process.
+
+    resumed: the run goes on from a checkpoint, with which --batch_size cannot change.
+    """
     fits = fitting_batch(trainer.rehearse, trainer.batch_size // 2, trainer.device, agree=False)
-    return (f"out of memory in a step of {trainer.batch_size} images: a batch of {fits} fits (measured): give it with "
-            f"--batch_size")
+    how = "close other programs, or start a new run with that --batch_size" if resumed else "give it with --batch_size"
+    return f"out of memory in a step of {trainer.batch_size} images: a batch of {fits} fits (measured): {how}"
 
 
 def fitting_batch(rehearse: Callable[[int], None], count: int, device: torch.device, agree: bool = True) -> int:

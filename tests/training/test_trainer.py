@@ -493,6 +493,14 @@ def test_out_of_memory_is_one_line_with_the_batch_size_that_fits(monkeypatch, da
     assert "Traceback" not in err
 
 
+def test_a_run_that_goes_on_is_not_told_a_batch_size_that_it_cannot_have(monkeypatch, data_dir, tmp_path, capfd):
+    assert train.main(tiny(data_dir, tmp_path, "--epochs", 1)) == 0
+    limit_memory(monkeypatch, 20, MemoryError())
+    assert train.main(["--resume", "--output_dir", str(tmp_path), "--data_dir", str(data_dir), "--epochs", "2"]) == 1
+    last = capfd.readouterr().err.splitlines()[-1]
+    assert "a batch of 16 fits (measured)" in last and "start a new run with that --batch_size" in last
+
+
 def test_a_batch_size_that_is_told_fits(monkeypatch, data_dir, tmp_path):
     limit_memory(monkeypatch, 20, MemoryError())
     assert train.main(tiny(data_dir, tmp_path, "--batch_size", 16, "--epochs", 1)) == 0
@@ -560,6 +568,29 @@ def test_measuring_changes_nothing(monkeypatch, largest):
     monkeypatch.undo()
     assert before + steps(trainer, 2) == losses
     assert_identical(trainer.state(), whole.state())
+
+
+@pytest.mark.parametrize("largest, found", [(8, 8), (5, 8), (4, 2), (3, 2)])
+def test_large_images_are_measured_with_a_margin_of_their_parts(monkeypatch, largest, found):
+    """A step of 8, or of 4, takes 4 at a time: that needs room for 5."""
+    monkeypatch.setattr(autotune, "LARGE", 10)
+    monkeypatch.setattr(autotune, "PART", 4)
+    trainer = make_trainer()
+    limit_memory(monkeypatch, largest, MemoryError())
+    assert fitting_batch(trainer.rehearse, 8, trainer.device) == found
+
+
+def test_a_rehearsal_has_the_tensors_of_a_second_step(monkeypatch):
+    """Between two steps a run keeps the states of its optimisers, the average and the gradients."""
+    made, learn, trainer = [], autotune.loss_and_gradient, make_trainer()
+    parameters = list(trainer.model.parameters())
+    monkeypatch.setattr(torch, "empty_like", lambda weight, make=torch.empty_like: made.append(
+        weight.grad is not None and weight.grad.shape) or make(weight))
+    seen = []
+    monkeypatch.setattr(autotune, "loss_and_gradient", lambda *args: seen.append(len(made)) or learn(*args))
+    trainer.rehearse(4)
+    assert seen == [0, 3 * len(parameters)] and made[::3] == [weight.shape for weight in parameters]
+    assert all(weight.grad is None for weight in parameters)
 
 
 def test_measuring_passes_other_errors_on(monkeypatch):
