@@ -67,7 +67,10 @@ def silence_libraries() -> None:
 
 
 class LastingStream:
-    """A text stream that outlives its reader: what is written to a closed pipe or terminal is dropped."""
+    """A text stream that outlives its reader: what is written to a closed pipe or terminal is dropped.
+
+    What its encoding has not got, as a part of a path that is not UTF-8, is written as an escape sequence.
+    """
 
     def __init__(self, stream):
         self.stream = stream
@@ -76,8 +79,9 @@ class LastingStream:
         return getattr(self.stream, name)
 
     def write(self, text: str) -> int:
+        encoding = getattr(self.stream, "encoding", None) or "utf-8"
         with self._dropping():
-            self.stream.write(text)
+            self.stream.write(text.encode(encoding, "backslashreplace").decode(encoding))
         return len(text)
 
     def flush(self) -> None:

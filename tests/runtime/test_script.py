@@ -84,6 +84,15 @@ def test_a_closed_pipe_ends_nothing(monkeypatch, name):
         assert main([]) == 0 and reached == [0, 1, 2] and getattr(sys, name) is pipe
 
 
+@pytest.mark.parametrize("encoding, written", [("utf-8", "é→\\udcff"), ("latin-1", "é\\u2192\\udcff"),
+                                               ("ascii", "\\xe9\\u2192\\udcff")])
+def test_what_the_terminal_cannot_show_is_escaped(monkeypatch, encoding, written):
+    """A path of bytes that are not UTF-8 reaches Python so; other terminals lack arrows."""
+    file = io.BytesIO()
+    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(file, encoding, write_through=True))
+    assert script(lambda argv: print("é→\udcff", end=""))([]) == 0 and file.getvalue().decode(encoding) == written
+
+
 def test_a_full_disk_below_the_output_is_told(monkeypatch, capsys):
     class Full(io.StringIO):
         def write(self, _):
