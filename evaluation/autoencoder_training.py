@@ -1,5 +1,6 @@
 """How the autoencoders, whose features are compared besides the classifier's, are trained."""
 
+import math
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
@@ -29,6 +30,7 @@ class AutoencoderRecipe:
     shrink: int = 1  # pixels of a side that the network sees as one
 
 
+LEAST_STEPS = 1_000  # for your own pictures, however few they are
 AUTOENCODER_RECIPES = {
     "mnist": AutoencoderRecipe(feature_dims=64),
     "glyphs": AutoencoderRecipe(feature_dims=64),
@@ -56,7 +58,7 @@ def train_autoencoder(data: ImageData, recipe: AutoencoderRecipe, device, seed: 
     model = Autoencoder(**config).to(device, memory_format=torch.channels_last).train()
     generator, images = torch.Generator(device).manual_seed(seed), data.images
     optimizer = torch.optim.AdamW(model.parameters(), recipe.lr, weight_decay=recipe.weight_decay)
-    steps = max(1, len(images) // recipe.batch_size)  # of an epoch: all images but the last few of a random order
+    steps = steps_of_epoch(len(images), recipe)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, recipe.lr, recipe.epochs * steps, pct_start=0.2)
     batches = (rows for _ in range(recipe.epochs) for rows in torch.randperm(
         len(images), generator=generator, device=device)[:steps * recipe.batch_size].split(recipe.batch_size))
@@ -68,6 +70,11 @@ def train_autoencoder(data: ImageData, recipe: AutoencoderRecipe, device, seed: 
         optimizer.step()
         schedule.step()
     return model.eval(), config
+
+
+def steps_of_epoch(count: int, recipe: AutoencoderRecipe) -> int:
+    """How many batches an epoch of `count` images has: all images but the last few of a random order."""
+    return max(1, count // recipe.batch_size)
 
 
 @torch.no_grad()
@@ -86,7 +93,9 @@ def train_second_network(dataset: str | Path, data_dir, device, seed: int, progr
     check_writable(place(dataset)[0])
     train, recipe = load_dataset(dataset, "train", data_dir), AUTOENCODER_RECIPES.get(dataset, AutoencoderRecipe())
     if train.folder:
-        recipe = replace(recipe, epochs=fitting_epochs(train.folder, recipe.epochs), shrink=fitting_shrink(train))
+        least = math.ceil(LEAST_STEPS / steps_of_epoch(len(train.images), recipe))
+        recipe = replace(recipe, epochs=fitting_epochs(len(train.images), recipe.epochs, least),
+                         shrink=fitting_shrink(train))
     model, config = train_autoencoder(train, recipe, device, seed, progress)
     model.half().float()  # the precision of the file
     error = denoising_error(model, load_dataset(dataset, "validation", data_dir), recipe.largest_noise)

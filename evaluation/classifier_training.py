@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from data import SPLITS, ImageData, load_dataset, load_marks, to_model
-from data_sources.cache import about, size_step
+from data_sources.cache import size_step
 from evaluation.classifier import Classifier, place, save_network
 from evaluation.features import extract_features
 from evaluation.metrics import Progress
@@ -101,16 +101,16 @@ CLASSIFIER_RECIPES = {
 }
 
 
-def classifier_recipe(dataset: str | Path) -> ClassifierRecipe:
-    """The data set's row of CLASSIFIER_RECIPES; for your own pictures the defaults, with `fitting_epochs`."""
+def classifier_recipe(dataset: str | Path, count: int) -> ClassifierRecipe:
+    """The data set's row of CLASSIFIER_RECIPES; for `count` of your own pictures the defaults, with fitting epochs."""
     if isinstance(dataset, Path):
-        return ClassifierRecipe(epochs=fitting_epochs(dataset, ClassifierRecipe.epochs))
+        return ClassifierRecipe(epochs=fitting_epochs(count, ClassifierRecipe.epochs))
     return CLASSIFIER_RECIPES.get(dataset, ClassifierRecipe())
 
 
-def fitting_epochs(folder: Path, epochs: int) -> int:
-    """How many epochs a network that judges your own pictures learns from them: `epochs`, fewer of many pictures."""
-    return max(1, min(epochs, OWN_IMAGES // about(folder)["splits"]["train"]))
+def fitting_epochs(count: int, epochs: int, least: int = 1) -> int:
+    """How often a network that judges sees each of `count` of your own pictures: `epochs`, less of many, or `least`."""
+    return max(least, min(epochs, OWN_IMAGES // count))
 
 
 def fitting_shrink(data: ImageData) -> int:
@@ -121,9 +121,9 @@ def fitting_shrink(data: ImageData) -> int:
     return size_step(max(data.images.shape[2:])) // size_step(JUDGED_SIDE) if data.folder else 1
 
 
-def recipe_notes(dataset: str | Path) -> dict:
-    """The data set's recipe as JSON types: the name of its augmentation instead of the function."""
-    recipe = classifier_recipe(dataset)
+def recipe_notes(dataset: str | Path, count: int) -> dict:
+    """The data set's recipe for `count` images as JSON types: the name of its augmentation instead of the function."""
+    recipe = classifier_recipe(dataset, count)
     return asdict(recipe) | dict(augment=getattr(recipe.augment, "__name__", None))
 
 
@@ -181,7 +181,7 @@ def mark_accuracy(model: Classifier, images: Tensor, marks: Tensor) -> float:
 def new_classifier(data: ImageData, device, seed: int, bf16: bool, progress: Progress = iter,
                    marks: Tensor | None = None) -> Classifier:
     """A classifier trained by the data set's recipe on these images, labels and marks alone."""
-    recipe = classifier_recipe(data.source)
+    recipe = classifier_recipe(data.source, len(data.images))
     torch.manual_seed(seed)
     model = Classifier(**_network_config(data, recipe, marks)).to(device)
     train_classifier(model, data.images, data.labels, recipe, seed=seed, bf16=bf16, progress=progress, marks=marks)
@@ -206,9 +206,9 @@ def train_feature_network(dataset: str | Path, data_dir, device, seed: int, bf16
     accuracies = {split: round(accuracy(model, data.images, data.labels), 4) for split, data in splits.items()}
     accuracies |= {f"{split}_marks": round(mark_accuracy(model, data.images, load_marks(dataset, split, data_dir)), 4)
                    for split, data in splits.items() if marks is not None}
-    notes = recipe_notes(dataset) | dict(seed=seed, bf16=bf16, training_images=len(train.images),
+    notes = recipe_notes(dataset, len(train.images)) | dict(seed=seed, bf16=bf16, training_images=len(train.images),
                                          torch=str(torch.__version__))
-    config = _network_config(train, classifier_recipe(dataset), marks)
+    config = _network_config(train, classifier_recipe(dataset, len(train.images)), marks)
     path, digest = save_network(dataset, "", model, config, recipe=notes, accuracy=accuracies)
     said = f"; all marks right in {accuracies['test_marks']:.2%} of test" if marks is not None else ""
     return (f"Saved {path}: accuracy {accuracies['test']:.2%} on test, {accuracies['validation']:.2%} on validation"

@@ -208,7 +208,7 @@ def classification_accuracy_score(reference: Reference, images: Tensor, labels: 
     generated = replace(data, split="generated", images=images, labels=labels)
     result = score(generated, "training on generated images")
     floor = reference.floors.get("cas", lambda: score(reference.floor_data, "training on real images"),
-                                 recipe=recipe_notes(data.source), seed=seed, bf16=bf16)
+                                 recipe=recipe_notes(data.source, len(images)), seed=seed, bf16=bf16)
     return with_floor(result, floor)["cas"]
 
 

@@ -27,7 +27,7 @@ import visualize_diffusion
 from checkpoint import FIELDS, load_checkpoint, save_checkpoint
 from data import ImageData, load_dataset
 from data_sources.cache import Pictures, cached
-from evaluation import copies, metrics, reference, two_sample
+from evaluation import autoencoder_training, copies, metrics, reference, two_sample
 from evaluation.classifier_training import ClassifierRecipe
 from evaluation.network_plots import _plot_points
 from models import create_model
@@ -414,6 +414,7 @@ def many(request, tmp_path_factory):
         patch.setattr(two_sample, "EPOCHS", 1)
         patch.setattr(two_sample, "CHANNELS", (8, 8, 8, 8))
         patch.setattr(metrics, "GROUPS", 5)
+        patch.setattr(autoencoder_training, "LEAST_STEPS", 19)
         patch.setattr(ClassifierRecipe.__init__, "__defaults__", (8, 1, *ClassifierRecipe.__init__.__defaults__[2:]))
         yield request.param, train_on(folder / "grey.npz", folder / "run"), folder / "data"
 
@@ -439,6 +440,8 @@ def test_the_figures_of_many_pictures_come_from_networks_of_their_own(many, tmp_
         patch.setattr(reference, "alone", refuse)  # as in a --data_dir of someone else, which is only read now
         assert reference.open_networks(data, "own", 128, torch.device("cpu"), data_dir)[0]
 
+    recipe = torch.load(next(data_dir.glob("pictures/*/features_autoencoder.pt")))["recipe"]
+    assert recipe["training_images"] == 320 and recipe["epochs"] == 10  # of two steps each
     digests = [report[f"{name}_sha256"] for name in ("feature_network", "autoencoder")]
     assert set(digests) == {file_digest(next(data_dir.glob(f"pictures/*/{name}"))) for name in trained}
     monkeypatch.setattr(reference, "MOST_REFERENCE", 36)
