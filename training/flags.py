@@ -171,8 +171,8 @@ def make_parser(description: str) -> Parser:
                             "differs by rounding, because cuDNN chooses its algorithms by timing them")
     group.add_argument("--init", metavar="FILE",
                        help="start from the weights of this checkpoint, or of a pretrained model by its name (cifar10 "
-                            "for colour), and take its network and process as defaults; weights that do not fit are "
-                            "named. With few pictures this gives fewer copies")
+                            "for colour), and take its network (patch size and width, too) and process as defaults; "
+                            "weights that do not fit are named. With few pictures this gives fewer copies")
     group = parser.add_argument_group("your own pictures (--dataset PATH)")
     add_shared_flags(group, *PICTURE_FLAGS)
     group.add_argument("--hflip", action=BooleanOptionalAction, default=False,
@@ -207,12 +207,14 @@ def make_parser(description: str) -> Parser:
                        help="also learn the variance of the steps of --sampler ddpm, by the hybrid loss")
     group = parser.add_argument_group("network")
     group.add_argument("--base_channels", type=number(int, 1, 4096),
-                       help="the number of channels at the highest resolution (default: on a CPU 24, with "
-                            "--patch_size 1 16, or with a --budget 16 to 64 by how many images it will see; on other "
-                            "devices 64; of fewer than 2,000 images at most 32; never fewer than a patch has values)")
+                       help="the number of channels at the highest resolution (default: on a CPU 24, or 16 "
+                            "where patches are one pixel; with a --budget 16 to 64 by how many images it will see; on "
+                            "other devices 64; of fewer than 2,000 images at most 32; never fewer than a patch has "
+                            "values; with --init that of the checkpoint)")
     group.add_argument("--patch_size", type=int, choices=(1, 2, 4),
                        help="the side of the squares of pixels that become channels; 1: convolutions at full "
-                            "resolution (default: 2, above 64 pixels 4; in colour 1 up to 32 pixels)")
+                            "resolution (default: 1 for colour up to 32 × 32, 4 above 64 × 64, else 2; with --init "
+                            "that of the checkpoint)")
     group.add_argument("--channel_mults", type=number(int, 1, 64), nargs="+", metavar="N",
                        help="the numbers of channels at each resolution, in multiples of --base_channels (default: 1, "
                             "then 2 at each half of the resolution, down to about 8 × 8 positions)")
