@@ -19,7 +19,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from checkpoint import data_mismatch, load_model, training_flag
+from checkpoint import SAFETENSORS, data_mismatch, load_model, training_flag
 from data import ImageData, code_of, load_dataset, refuse_points, to_model
 from data_sources.cache import MIN_HELD_OUT
 from diffusion import DiffusionProcess
@@ -103,6 +103,8 @@ def command_to_resume(args, *more: str) -> str:
     """The command that resumes the run of --checkpoint; of a pretrained one, which cannot be resumed, its training."""
     if is_pretrained(args.checkpoint):
         return pretrained_models()[Path(args.checkpoint).stem]["command"]
+    if Path(args.checkpoint).name == SAFETENSORS:
+        return "with the checkpoint that was exported: python train.py --resume --output_dir FOLDER_OF_ITS_RUN"
     folder = Path(args.checkpoint).parent
     folder = folder.parent if folder.name == "checkpoints" else folder
     return " ".join([resume_command(Namespace(**vars(args) | dict(output_dir=folder))), *more])

@@ -229,13 +229,14 @@ class Editor:
         return image_noise(indices, seed, self.shape, self.diffusion.device)
 
     def follow(self, trajectory: Iterator, steps: int) -> Tensor:
-        """The last images of a trajectory, on the CPU; all its steps become frames."""
+        """The last images of a trajectory, on the CPU; for --gif all its steps become frames."""
         device = self.diffusion.device
         with (autocast(device, pick_precision(self.args.precision, device)),
               Bar(self.args.command, steps, "steps") as bar):
             for t, x, x_0_hat in expectations(bar.track(trajectory)):
-                self.frames.append((x[:FILM_IMAGES].cpu(), x_0_hat[:FILM_IMAGES].cpu()))
-                self.titles.append("image" if t < 0 else f"t = {t:.0f}")
+                if self.args.gif:  # copies: a view would keep all images of each step
+                    self.frames.append(tuple(part[:FILM_IMAGES].cpu().clone() for part in (x, x_0_hat)))
+                    self.titles.append("image" if t < 0 else f"t = {t:.0f}")
         return x.cpu()
 
     def film(self) -> tuple[list[Tensor], list[str]]:

@@ -211,9 +211,10 @@ def write_safetensors(path: Path, args: Namespace, output: Path) -> None:
     weights = to_precision(model.state_dict(), PRECISIONS[args.weights or "float32"])
     parameters = sum(weight.numel() for weight in weights.values())
     card = model_card(checkpoint, figures_of(path, args.use_ema), output.resolve(), parameters)
+    card = card.encode(errors="backslashreplace")  # a path may not be UTF-8
     save_safetensors(output, weights, checkpoint)
     with atomic_write(output / "README.md") as file:
-        file.write(card.encode())
+        file.write(card)
     print(f"Saved {output}: {SAFETENSORS}, config.json and README.md; python sample.py --checkpoint {quoted(output)}")
 
 

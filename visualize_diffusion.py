@@ -36,7 +36,7 @@ from runtime.checkpoints import with_checkpoint
 from runtime.errors import UserError
 from runtime.files import check_output
 from runtime.parser import PICTURE_FLAGS, SHARED_FLAGS, Parser, add_shared_flags, number
-from runtime.sampling import chosen_dataset, dataset_of, named_classes, sampling_options
+from runtime.sampling import chosen_dataset, dataset_of, named_classes, place_of_pictures, sampling_options
 from runtime.script import script
 from samplers import DEFAULT_GUIDANCE, DEFAULT_SAMPLER, expectations, generate, image_noise, noise_range
 from utils import FIGURE_FORMATS, evenly_spaced, generator_for, get_device, plain_text, pyplot, save_figure, tile
@@ -264,7 +264,7 @@ def draw_with_model(args: Namespace, model, diffusion: DiffusionProcess, config:
 
 @script
 def main(argv=None):
-    args = parse_args(argv)
+    args, place = parse_args(argv), None
     name = "forward_diffusion" if args.what == "forward" else args.what
     path = Path(args.save_path or f"outputs/{name}.png")
     if args.what == "field" and not (args.dataset and args.checkpoint is None):
@@ -277,8 +277,9 @@ def main(argv=None):
         if args.dataset:
             dataset_of(checkpoint, args.data_dir, args.dataset)  # an error if it is another
         draw = partial(draw_with_model, args, model, diffusion, checkpoint["config"])
+        place = place_of_pictures(checkpoint)
     pictures = None if args.dataset in DATASETS else args.dataset
-    check_output(path, args.checkpoint, pictures)
+    check_output(path, args.checkpoint, pictures, place)
     save_figure(draw(), path, args.dpi)
     print(f"Saved {path}")
 

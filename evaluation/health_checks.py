@@ -313,8 +313,8 @@ def check_pattern(images: Tensor, real: Tensor) -> Finding:
     """A regular grid in the images."""
     ratio = max((pattern_peaks(images) / pattern_peaks(real)).tolist(), default=1.0)
     return judge("grid pattern", ratio, 4, 10, f"peaks of the spectrum at periods of 2 and 4 pixels are {ratio:.1f} "
-                 f"times those of real images", "patches or up-sampling are visible: train longer, or python train.py "
-                 "--patch_size 1")
+                 f"times those of real images", "patches or up-sampling are visible: train longer; if --patch_size was "
+                 "more than 1, python train.py --patch_size 1")
 
 
 def check_copies(closeness: dict[str, float]) -> Finding:

@@ -42,7 +42,7 @@ def init_process_group(device: torch.device) -> None:
                                 rank=number, world_size=count, timeout=PATIENCE)
         warnings.filterwarnings("ignore", "Grad strides do not match")  # 1×1 convolutions; costs little time
         if rank():
-            sys.stdout = open(os.devnull, "w")  # noqa: SIM115 (until the process ends)
+            sys.stdout = open(os.devnull, "w", errors="backslashreplace")  # noqa: SIM115 (until the process ends)
 
 
 def _agree_on_attempt(store: dist.Store, number: int, count: int) -> str:
