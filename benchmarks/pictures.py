@@ -76,7 +76,9 @@ def own_memory() -> Iterator[dict]:
     found, ended, status = dict(own_mb=None), threading.Event(), Path("/proc/self/status")
 
     def watch():
-        while not ended.wait(0.02):
+        last = False
+        while not last:
+            last = ended.wait(0.02)
             [line] = [line for line in status.read_text().splitlines() if line.startswith("RssAnon:")]
             found["own_mb"] = max(found["own_mb"] or 0, int(line.split()[1]) * 1024 / 1e6)
     watcher = threading.Thread(target=watch, daemon=True)

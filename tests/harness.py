@@ -9,6 +9,7 @@ import multiprocessing
 import multiprocessing.forkserver
 import os
 import random
+import re
 import signal
 import socket
 import sys
@@ -224,6 +225,30 @@ def start(argv: list[str], log: Path, patch=None, script: str = "train"):
     return process
 
 
+def free_port() -> int:
+    """A port that is free, and not of those that the system gives to connections: it stays free until it is used."""
+    for port in random.SystemRandom().sample(range(15_000, 30_000), 50):
+        with socket.socket() as one, contextlib.suppress(OSError):
+            one.bind(("127.0.0.1", port))
+            return port
+    raise OSError("no free port")
+
+
+def reset_peak_memory() -> None:
+    """Let `peak_memory` count from here on, where the system can do this (Linux)."""
+    with contextlib.suppress(OSError):
+        Path("/proc/self/clear_refs").write_text("5")
+
+
+def peak_memory() -> int:
+    """The most memory that this process held since it began, or since `reset_peak_memory`, in KiB."""
+    try:
+        return int(re.search(r"VmHWM:\s*(\d+)", Path("/proc/self/status").read_text())[1])
+    except OSError:
+        import resource
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+
+
 def run(argv: list[str], log: Path, patch=None, timeout: float = 120) -> int:
     """The exit status of `train.main(argv)` in a process of its own."""
     process = start(argv, log, patch)
@@ -236,9 +261,7 @@ def run(argv: list[str], log: Path, patch=None, timeout: float = 120) -> int:
 def run_together(argv: list[str], log: Path, patch=None, size: int = 2, script: str = "train",
                  timeout: float = 120) -> list[int]:
     """The exit statuses of `size` processes that work together on one run; rank i says what it says in log.i."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+    port = free_port()
     processes = [start(argv, log.with_suffix(f".{rank}"), Rank(rank, size, port, patch), script)
                  for rank in range(size)]
     for process in processes:

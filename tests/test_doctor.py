@@ -539,6 +539,16 @@ def test_a_checkpoint_with_nan_or_of_another_data_set_is_a_finding(run, tmp_path
     assert status == 1 and (findings[-1]["check"], findings[-1]["status"]) == ("data set", "FAIL")
 
 
+def test_a_damaged_export_is_not_told_to_go_on_by_itself(run, tmp_path):
+    """It is no run: train.py --resume would refuse its folder."""
+    (tmp_path / "export").mkdir()
+    for name in ("model.safetensors", "config.json"):
+        (tmp_path / "export" / name).write_text("{}")
+    status, findings = run("--checkpoint", tmp_path / "export")
+    assert status == 1 and "the checkpoint that was exported" in findings[-1]["fix"]
+    assert str(tmp_path) not in findings[-1]["fix"]
+
+
 def test_data_that_cannot_be_opened_is_a_finding(run, monkeypatch):
     def damaged(*args):
         raise UserError("train.npz is damaged")

@@ -1,5 +1,6 @@
 """Changing pictures: the theorems on Gaussian data, where the answers are known, and `edit.py` as a user calls it."""
 
+import itertools
 import re
 
 import numpy as np
@@ -279,6 +280,16 @@ def test_invert_tells_the_error_of_what_it_shows(call, tmp_path, picture, capsys
     error = float(re.search(r"mean error ([\d.]+) of 255", told)[1])
     assert np.array_equal(shown[0], picture)
     assert abs(np.abs(shown[0].astype(float) - shown[2]).mean() - error) < 0.01
+
+
+def test_an_animation_keeps_what_it_shows_and_nothing_is_kept_without_one(call, monkeypatch):
+    editors, do = [], edit.do_inpaint
+    monkeypatch.setattr(edit, "do_inpaint", lambda args, editor: editors.append(editor) or do(args, editor))
+    for more in ([], ["--gif"]):
+        assert call("inpaint", "--seed", 1, "--num_images", 12, "--steps", 2, *more) == 0
+    assert editors[0].frames == [] and len(editors[1].frames) >= 2
+    for part in itertools.chain(*editors[1].frames):
+        assert len(part) == edit.FILM_IMAGES < 12 and part.untyped_storage().nbytes() == part.nbytes
 
 
 @pytest.mark.parametrize("command, flags, frames", [

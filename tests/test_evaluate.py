@@ -620,6 +620,32 @@ def test_the_first_of_ready_images_can_be_measured(small, tmp_path, data_dir):
     assert report(tmp_path)["images_sha256"] == hashlib.sha256(images[:COUNT].numpy().tobytes()).hexdigest()
 
 
+class Inception(torch.nn.Module):
+    """In its place: other features of images in three channels, as `evaluate.py` gives them to it."""
+
+    def forward(self, x):
+        assert x.dtype == torch.uint8 and x.shape[1:] == (3, 28, 28)
+        return x.flatten(1)[:, ::37].float()
+
+
+def test_features_of_inception_take_the_place_of_the_first(small, tmp_path, data_dir, monkeypatch):
+    images = random_subset(load_dataset("glyphs", "validation", data_dir).first(SPLIT), COUNT).images
+    path = write_npz(tmp_path / "x.npz", images)
+    monkeypatch.setattr(reference, "load_inception", Inception)
+    monkeypatch.setattr(reference, "INCEPTION_FEATURES", 64)
+    found = []
+    for more in ([], ["--features", "inception"]):
+        assert small("--images", path, "--dataset", "glyphs", "--output_dir", tmp_path, *more) == 0
+        found.append(report(tmp_path)["figures"])
+    own, other = found
+    real = load_dataset("glyphs", "test", data_dir).first(SPLIT).images
+    features = [Inception()(each.expand(-1, 3, -1, -1)) for each in (images, real)]
+    expected = metrics.frechet_distance(*features, random_groups(COUNT))[0].item()
+    assert other["frechet_distance"]["value"] == pytest.approx(expected, rel=0.05)
+    assert own["frechet_distance"]["value"] < 0.1 * expected
+    assert own["autoencoder_distance"]["value"] == pytest.approx(other["autoencoder_distance"]["value"], rel=1e-3)
+
+
 def test_what_is_not_installed_is_named(small, tmp_path, checkpoint, capsys, monkeypatch):
     flags = ("--checkpoint", checkpoint(), "--num_images", COUNT, "--output_dir", tmp_path)
     if "torch_fidelity" not in sys.modules and not torchmetrics_image().fid._TORCH_FIDELITY_AVAILABLE:

@@ -263,6 +263,14 @@ def test_the_example_in_the_card_of_a_student_draws_as_a_student_does(tmp_path):
     assert "sampler='consistency', steps=2, guidance_scale=1.0" in (tmp_path / "x/README.md").read_text()
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="elsewhere every name of a file is text")
+def test_a_folder_whose_name_is_not_utf_8_gets_all_files(tmp_path):
+    pytest.importorskip("safetensors", reason="safetensors is missing: pip install -r requirements-export.txt")
+    folder = tmp_path / "out\udcff"
+    assert exported(small_checkpoint(tmp_path / "model.pt"), "--format", "safetensors", "--output", folder) == 0
+    assert len(list(folder.iterdir())) == 3 and "out\\udcff" in (folder / "README.md").read_text()
+
+
 def test_a_card_without_figures_says_how_to_measure(tmp_path):
     pytest.importorskip("safetensors", reason="safetensors is missing: pip install -r requirements-export.txt")
     path = small_checkpoint(tmp_path / "model.pt")

@@ -64,6 +64,9 @@ def place(tmp_path_factory, data_dir):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("runtime.checkpoints.PRETRAINED", pretrained)
         yield folder
+        # After all that was tried here, a run still works.
+        assert call(train, [*SHORT, "--batch_size", "1"], folder) == 0
+        assert load_checkpoint(folder / "outputs/model_final.pt")["step"] == 4
     os.chdir(before)
 
 
@@ -290,8 +293,3 @@ def test_the_others_end_well_or_say_why_with_flags_that_make_sense(place, data, 
              distill: DISTILLED, doctor: ["--checkpoint", "model.pt"],
              benchmark: ["train", "quality", "--output_dir", "outputs"]}[script]
     call(script, [*begin, *flags, "--device", "cpu"], place)
-
-
-def test_a_run_after_all_this_still_works(place):
-    assert call(train, [*SHORT, "--batch_size", "1"], place) == 0
-    assert load_checkpoint(place / "outputs/model_final.pt")["step"] == 4

@@ -236,6 +236,7 @@ def test_a_figure_does_not_become_one_of_the_pictures(two, tmp_path, capsys):
 
 
 @pytest.mark.parametrize("script, argv", [
+    (visualize_diffusion, ["--what", "loss", "--save_path", "IN/red/a.png"]),
     (sample, ["--num_images", "2", "--output", "IN/a.png"]), (sample, ["--gif", "--output", "IN/red/a.png"]),
     (edit, ["vary", "--output", "IN/a.png"]), (evaluate, ["--num_images", "8", "--output_dir", "IN"]),
     (evaluate, ["--num_images", "8", "--output_dir", "IN/new"]), (distill, ["--output_dir", "IN/student"])])
@@ -256,14 +257,17 @@ def test_ready_images_are_not_measured_into_the_pictures(two, place, tmp_path, c
     assert "would be written into the input" in capsys.readouterr().err and sorted(two.rglob("*")) == before
 
 
-def test_a_folder_that_is_called_as_a_data_set_may_hold_results(checkpoint, tmp_path, monkeypatch, capsys):
+def test_a_folder_that_is_called_as_a_data_set_may_hold_results(checkpoint, data_dir, tmp_path, monkeypatch, capsys):
+    data_dir = data_dir.resolve()
     monkeypatch.chdir(tmp_path)
     (tmp_path / "glyphs").mkdir()
     assert evaluate.main(["--checkpoint", str(checkpoint), "--dataset", "glyphs", "--output_dir", "glyphs", *CPU]) == 2
     assert "was trained on my_two, not glyphs" in capsys.readouterr().err  # and no word of an input
     np.savez(tmp_path / "x.npz", arr_0=np.zeros((4, 28, 28), np.uint8))
-    evaluate.main(["--images", "x.npz", "--dataset", "glyphs", "--output_dir", "glyphs", "--data_dir", "nowhere", *CPU])
-    assert "input" not in capsys.readouterr().err
+    assert evaluate.main(["--images", "x.npz", "--dataset", "glyphs", "--output_dir", "glyphs", "--data_dir",
+                          str(data_dir), *CPU]) == 2
+    said = capsys.readouterr().err
+    assert "have the shape" in said and "input" not in said
 
 
 def test_points_without_classes_are_all_drawn():

@@ -19,6 +19,7 @@ from torch.testing import assert_close
 from diffusion import SCHEDULES, DiffusionProcess
 from models import create_model
 from samplers import (
+    ADAMS_BASHFORTH,
     HIGHEST_NOISE,
     SAMPLERS,
     SPACINGS,
@@ -122,6 +123,13 @@ def path_error(sampler, process, steps):
     x_T = torch.linspace(-2, 2, 30, dtype=torch.float64).view(5, 1, 2, 3)
     reached = {t: x for t, x, _ in sampler(perfect_denoiser(process), x_T, timesteps, process)}
     return (reached[timesteps[-1]] - exact_path(process, x_T, timesteps[0], timesteps[-1])).abs().max().item()
+
+
+@pytest.mark.parametrize("weights", ADAMS_BASHFORTH, ids=len)
+def test_the_weights_of_ipndm_integrate_polynomials_exactly(weights):
+    """From 0 to 1, by the values at 0, -1, -2 ...: x^power has the integral 1 / (power + 1)."""
+    for power in range(len(weights)):
+        assert sum(weight * (-k) ** power for k, weight in enumerate(weights)) == pytest.approx(1 / (power + 1))
 
 
 @pytest.mark.parametrize("sampler, low, high", [(ddim, 0.8, 1.2), (dpmpp_2m, 1.7, 2.3), (heun, 1.7, 2.3),

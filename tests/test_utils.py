@@ -127,7 +127,7 @@ def test_a_grid_is_that_of_torchvision(shape, columns):
 
 def test_one_image_is_a_picture_too(tmp_path):
     utils.save_images(torch.full((1, 1, 4, 4), 128, dtype=torch.uint8), tmp_path / "one.png")
-    assert np.asarray(Image.open(tmp_path / "one.png")).std() < 128
+    assert (np.asarray(Image.open(tmp_path / "one.png")) == 128).mean() > 0.2
 
 
 @pytest.mark.parametrize("records", [

@@ -9,7 +9,6 @@ import os
 import random
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -28,6 +27,7 @@ from harness import (
     assert_same_run,
     assert_steps_once,
     files,
+    free_port,
     kill_until_done,
     needs_fork,
     resume_if_begun,
@@ -58,6 +58,7 @@ from training import run_record
 from training.run import newest_valid
 
 KILLS = int(os.environ.get("KILLS", 40))
+THOROUGH = KILLS >= 10  # else some tests try one process of two, and not every step
 EVERY_STEP = ("--checkpoint_minutes", "0.000001")
 LONG = ("--epochs", 6, "--sample_interval", 3, "--save_interval", 2)
 ALONE = os.environ | {"OMP_NUM_THREADS": "1"}
@@ -106,7 +107,7 @@ def test_killed_again_and_again_a_run_ends_as_one_that_was_not(whole, data_dir, 
 def test_stopped_at_any_step_and_resumed_it_ends_the_same(data_dir, tmp_path):
     whole, log = tmp_path / "whole", tmp_path / "log"
     assert run(tiny(data_dir, whole), log) == 0
-    for step in range(1, 2 * STEPS + 1):
+    for step in range(1, 2 * STEPS + 1) if THOROUGH else (1, STEPS, STEPS + 1, 2 * STEPS):
         folder, stop = tmp_path / str(step), (signal.SIGTERM, signal.SIGINT)[step % 2]
         assert run(tiny(data_dir, folder), log, StopAt(step, stop)) == 128 + stop
         assert newest_valid(folder)[1]["step"] == step
@@ -231,7 +232,7 @@ def test_torchrun_learns_what_one_process_learns_and_survives_a_killed_worker(ro
 
 
 @needs_fork
-@pytest.mark.parametrize("worker", [0, 1])
+@pytest.mark.parametrize("worker", [0, 1] if THOROUGH else [1])
 def test_sigterm_to_a_worker_of_torchrun_stops_all_and_loses_nothing(root, alone, data_dir, tmp_path, worker):
     folder, log = tmp_path / "run", tmp_path / "log"
     assert signalled(root, torchrun(data_dir, folder), folder, log, worker, signal.SIGTERM) == 1
@@ -264,13 +265,11 @@ def test_a_restart_does_not_adopt_the_run_that_lay_in_the_folder(root, alone, da
 
 
 @needs_fork
-@pytest.mark.parametrize("machine", [0, 1])
+@pytest.mark.parametrize("machine", [0, 1] if THOROUGH else [0])
 def test_two_machines_go_on_after_a_worker_of_one_is_killed(root, alone, data_dir, tmp_path, machine):
     """The README's command for two machines, here for two agents on one; only one of them counts a restart."""
     folder = tmp_path / "run"
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+    port = free_port()
     argv = torchrun(data_dir, folder, "--nnodes=2", "--rdzv_backend=c10d", f"--rdzv_endpoint=127.0.0.1:{port}",
                     "--max_restarts=2")
     argv = [word.replace("--nproc_per_node=2", "--nproc_per_node=1") for word in argv if word != "--standalone"]
@@ -432,7 +431,8 @@ def test_thousands_of_changed_bytes_never_load_as_something_else(tmp_path):
     good = small_checkpoint(tmp_path / "good.pt", base_channels=4, patch_size=4)
     expected, content, chance = load_checkpoint(good), good.read_bytes(), random.Random(2)
     folder = content.index(b"PK\x01\x02")  # from here on the archive's own list of its parts
-    for at in [*(chance.randrange(folder) for _ in range(4 * test_fuzz.CASES)), *range(folder, len(content))]:
+    step = max(1, 30 // test_fuzz.CASES)
+    for at in [*(chance.randrange(folder) for _ in range(4 * test_fuzz.CASES)), *range(folder, len(content), step)]:
         changed = bytearray(content)
         changed[at] ^= chance.randrange(1, 256)
         same = loads_the_same_or_is_refused(bytes(changed), tmp_path / "flipped.pt", expected)

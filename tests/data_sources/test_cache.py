@@ -445,6 +445,7 @@ def test_a_checkpoint_finds_the_cache_of_its_own_pictures_among_those_of_one_key
     (other / "about.json").write_text((other / "about.json").read_text().replace(digest, "0" * 64))
     assert find_cached(key, digest, tmp_path / "data") == place
     assert find_cached(key, "1" * 64, tmp_path / "data") is None
+    assert find_cached(f"*{key[1:]}", digest, tmp_path / "data") is None  # a pattern, in a file of someone else
 
 
 @pytest.mark.parametrize("arrays, words", [

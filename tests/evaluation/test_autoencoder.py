@@ -8,7 +8,7 @@ import torch.nn.functional as F
 
 from data import DATASETS, ImageData, load_dataset, to_model
 from data_sources.points import POINT_SETS
-from evaluation import classifier
+from evaluation import classifier, metrics
 from evaluation.autoencoder import SUFFIX, Autoencoder, load_autoencoder
 from evaluation.autoencoder_training import AutoencoderRecipe, denoising_error, noised, train_autoencoder
 from evaluation.classifier import load_feature_network
@@ -116,7 +116,9 @@ def judge(data_dir):
     """judge(images) -> all figures against real test images of glyphs."""
     networks = dict(classifier=load_feature_network("glyphs"), autoencoder=load_autoencoder("glyphs"))
     real = extract_features(random_subset(load_dataset("glyphs", "test", data_dir), 1000).images, **networks)
-    return lambda images: figures(extract_features(images, **networks), real)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(metrics, "MAX_CLASS_FEATURES", 0)  # distances within classes take long, and are not looked at
+        yield lambda images: figures(extract_features(images, **networks), real)
 
 
 @pytest.fixture(scope="module")

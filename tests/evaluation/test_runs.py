@@ -198,6 +198,6 @@ def test_commands_are_split_into_script_and_flags():
 def test_hundreds_of_runs_are_listed_at_once(tmp_path):
     for i in range(300):
         write_evaluation(write_run(tmp_path / f"{i}"), recall=0.5)
-    start = time.perf_counter()
+    start = time.process_time()
     list_runs(tmp_path)
-    assert time.perf_counter() - start < 5
+    assert time.process_time() - start < 5

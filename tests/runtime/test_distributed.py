@@ -118,10 +118,15 @@ def test_a_batch_that_does_not_divide_is_refused_in_one_line(data_dir, tmp_path)
 def test_two_processes_make_the_images_of_one(tmp_path):
     path = small_checkpoint(tmp_path / "model.pt", conditional=True)
     argv = ["--checkpoint", str(path), "--num_images", "7", "--steps", "3", "--device", "cpu", "--precision", "fp32",
-            "--label", "0-6", "--output"]
-    assert sample.main([*argv, str(tmp_path / "one.npz")]) == 0
-    assert run_together([*argv, str(tmp_path / "two.npz")], tmp_path / "log", script="sample") == [0, 0]
-    one, two = (np.load(tmp_path / f"{name}.npz") for name in ("one", "two"))
+            "--label", "0-6", "--show_intermediate", "--gif", "--output"]
+    assert sample.main([*argv, str(tmp_path / "one/x.npz")]) == 0
+    assert run_together([*argv, str(tmp_path / "two/x.npz")], tmp_path / "log", script="sample") == [0, 0]
+    pictures = sorted(path.relative_to(tmp_path / "one") for path in tmp_path.glob("one/**/*.png"))
+    assert len(pictures) >= 4 and files(tmp_path / "one").keys() == files(tmp_path / "two").keys()
+    for name in pictures:
+        one, two = (np.asarray(Image.open(tmp_path / folder / name)).astype(int) for folder in ("one", "two"))
+        assert abs(one - two).max() <= 2 and one.std() > 1
+    one, two = (np.load(tmp_path / f"{name}/x.npz") for name in ("one", "two"))
     assert one["arr_0"].shape == (7, 28, 28, 1) and abs(one["arr_0"].astype(int) - two["arr_0"]).max() <= 1
     assert np.array_equal(one["labels"], two["labels"])
 

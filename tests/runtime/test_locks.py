@@ -4,23 +4,24 @@ import contextlib
 import errno
 import sys
 import threading
-import time
 from concurrent.futures import ThreadPoolExecutor
 from unittest.mock import Mock
 
 import pytest
 
+from runtime import locks
 from runtime.locks import alone, if_free
 from training.run_folder import claim
 
 
-def test_the_second_waits_and_says_so(tmp_path, capsys):
-    order, inside = [], threading.Event()
+def test_the_second_waits_and_says_so(tmp_path, monkeypatch):
+    order, inside, said = [], threading.Event(), threading.Event()
+    monkeypatch.setattr(locks, "print", lambda line, **_: (order.append(line), said.set()), raising=False)
 
     def first():
         with alone(tmp_path / ".lock", "not printed"):
             inside.set()
-            time.sleep(0.2)
+            assert said.wait(10)
             order.append("first")
     thread = threading.Thread(target=first)
     thread.start()
@@ -28,7 +29,7 @@ def test_the_second_waits_and_says_so(tmp_path, capsys):
     with alone(tmp_path / ".lock", "waiting for it"):
         order.append("second")
     thread.join()
-    assert order == ["first", "second"] and capsys.readouterr().out == "waiting for it\n"
+    assert order == ["waiting for it", "first", "second"]
 
 
 def test_a_lock_is_taken_if_it_is_free(tmp_path):

@@ -1,6 +1,7 @@
 """The number of threads: what is fastest beside other programs is found, kept, and told, and a fixed number stays."""
 
 import re
+import sys
 from types import SimpleNamespace
 
 import pytest
@@ -195,4 +196,4 @@ def test_a_container_that_may_use_two_of_many_cores_finds_that_out(monkeypatch):
 
 def test_idle_time_is_read_where_the_system_tells_it():
     found = threads.idle_and_total_time()
-    assert found is None or (0 < found[0] < found[1] and found[2] >= 1)
+    assert (found is None and sys.platform != "linux") or (0 < found[0] < found[1] and found[2] >= 1)

@@ -97,11 +97,11 @@ def test_the_first_signal_is_answered_at_once_and_a_second_one_leaves(data_dir, 
     process = start(tiny(data_dir, folder, *EVERY_STEP), log, SlowSave(tmp_path / "saving"))
     wait_until((tmp_path / "saving").exists, process)
     os.kill(process.pid, stop)
-    wait_until(lambda: words in log.read_text(), process, timeout=2)
+    wait_until(lambda: words in log.read_text(), process, timeout=20)
     time.sleep(run_folder.ONE_KEYPRESS + 0.2)
     assert process.is_alive() and list(folder.rglob("*.tmp"))
     os.kill(process.pid, stop)
-    process.join(5)
+    process.join(20)
     assert process.exitcode == -stop
     assert "Left without saving" in log.read_text() and not list(folder.rglob("*.tmp"))
     assert run_record.sittings(folder)[-1]["how"] == f"left by {signal.Signals(stop).name} without saving"

@@ -112,7 +112,7 @@ def test_schedules_and_times_are_those_of_python(config, opened):
     page = opened([page_model("x.pt", model, process, dict(model=model.config, diffusion=process.config, training={},
                                                            data=data))], "#steps=1")
     page.made()
-    times = [-1, 0, 0.25, 17.5, 58]
+    times = [-1, 0, 0.25, 17.5, 58, 58.5, 59]
     found = torch.tensor(page.page.evaluate("times => times.map((t) => [app.process.alpha(t), app.process.sigma(t)])",
                                             times), dtype=torch.float64)
     assert_close(found, torch.tensor([[process.alpha(t), process.sigma(t)] for t in times], dtype=torch.float64))

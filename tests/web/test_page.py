@@ -730,7 +730,7 @@ def test_the_newest_request_overtakes_the_others(opened, exported):
             seed: 0}, () => seen.push(t))));
         return [done.filter(Boolean).length, done.at(-1), seen.at(-1), seen.length];
     }""")
-    assert answers[:3] == [1, True, 39] and answers[3] < 40
+    assert answers[1:3] == [True, 39] and answers[0] < 40 and answers[3] < 40  # without overtaking both are 40
 
 
 @pytest.mark.parametrize("name", sorted({"mnist", "fashion_mnist"} & set(checkpoints.pretrained_models())))
