@@ -278,7 +278,8 @@ def _cifar10(data_dir: Path, train: bool) -> tuple[Tensor, Tensor]:
     """Images (N, 3, 32, 32) uint8 and labels (N,)."""
     from torchvision.datasets import CIFAR10
 
-    files = {data_dir / CIFAR10.base_folder / name: md5 for name, md5 in CIFAR10.train_list + CIFAR10.test_list}
+    names = [*CIFAR10.train_list, *CIFAR10.test_list, (CIFAR10.meta["filename"], CIFAR10.meta["md5"])]
+    files = {data_dir / CIFAR10.base_folder / name: md5 for name, md5 in names}
     if not all(path.is_file() for path in files):
         _download("CIFAR10", data_dir, CIFAR10.base_folder)
     for path, md5 in files.items():
@@ -374,6 +375,8 @@ def _drawn(name: str, shape: tuple[int, ...], data_dir: Path, train: bool, *want
             fits = array.shape == shape and array.dtype == np.uint8 if each == "images" else len(array) == shape[0]
             if not fits:
                 raise UserError(f"its {each} are {array.dtype} {array.shape}")
+    except (MemoryError, PermissionError):
+        raise
     except Exception as error:  # zipfile, zlib and numpy have different errors for a damaged file
         raise UserError(f"{path} is damaged ({one_line(error)}): delete it and run again, "
                         f"then it is drawn again") from error

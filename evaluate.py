@@ -306,6 +306,7 @@ def load_inputs(args: Namespace, device: torch.device, output: Path):
 def main(argv=None):
     args = parse_args(argv)
     device = get_device(distributed.local_device(args.device))
+    torch.set_float32_matmul_precision("highest")  # figures are comparable; a training in this process changes it
     distributed.init_process_group(device)
     threads.set_up(args.threads, device)
     if distributed.world_size() > 1 and not (measures_checkpoint(args) or args.compare):

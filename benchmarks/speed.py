@@ -71,6 +71,9 @@ def peer_speeds(context: Context, name: str) -> tuple[list[float], int, str]:
 # ------------------------------------------------------------------------------------------------------------ memory
 
 
+MEMORY_HEADS = dict(train_mb="training", train_gpu_mb="on the GPU", sample_mb="sampling", sample_gpu_mb="on the GPU")
+
+
 def measure_memory(context: Context) -> dict:
     """Peak memory of training and of sampling 64 images.
 
@@ -86,14 +89,17 @@ def measure_memory(context: Context) -> dict:
         sample = context.sample(name, 64, "few", context.plan.few_steps, as_job=True)
         row = {f"{what}_{kind}": result[f"peak_{kind}"] for what, result in (("train", train), ("sample", sample))
                for kind in ("mb", "gpu_mb") if f"peak_{kind}" in result}
+        if not heads:
+            heads.extend(MEMORY_HEADS[each] for each in row)
+            print_row("peak memory, MB", *heads)
         print_row(name, *row.values())
         return row
-    print_row("peak memory, MB", "training", "sampling")
+    heads = []
     rows = context.measure_each("memory", measure)
     imports = context.job("imports")["peak_mb"]
     print_row("imports alone", imports)
-    return dict(rows=rows, batch_size=batch_size, imports_mb=imports,
-                ratios=ratios({name: row["train_mb"] for name, row in rows.items()}, True))
+    compared = {name: row.get("train_gpu_mb", row["train_mb"]) for name, row in rows.items()}
+    return dict(rows=rows, batch_size=batch_size, imports_mb=imports, ratios=ratios(compared, True))
 
 
 # ---------------------------------------------------------------------------------------------------------- sampling

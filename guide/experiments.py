@@ -19,6 +19,7 @@ import evaluate
 import sample
 import train
 from checkpoint import load_checkpoint
+from evaluation.copies import FEW
 from evaluation.runs import find_runs
 from guide import results
 from guide.quality import POINTS, point_figures
@@ -31,7 +32,7 @@ from utils import plain_log_ticks, pyplot, save_figure
 POINT_RUN = "--dataset spirals --epochs 20 --sample_interval 0 --save_interval 0"
 IMAGE_RUN = "--budget 3m --base_channels 32 --batch_size 64 --sample_interval 0 --save_interval 0"
 QUICK_POINTS, QUICK_IMAGES = "--epochs 1 --train_images 512", "--epochs 1 --train_images 256 --batch_size 64"
-IMAGES, QUICK_COUNT = 1000, 130  # generated images that are measured; the fewest that can be
+IMAGES, QUICK_COUNT = 1000, FEW  # generated images that are measured; the fewest that can be
 DPI = 70
 
 
@@ -199,8 +200,11 @@ def draw(rows: Sequence[dict], names: Sequence[str]):
 TABLES = {name: (lambda name=name: table_of(name)) for name in EXPERIMENTS}
 
 
-def perform(name: str, args) -> None:
-    """Run an experiment, say what came out and, if it was not a quick one, write its table and its picture."""
+def perform(name: str, args) -> bool:
+    """Run an experiment, say what came out and, if it was not a quick one, write its table and its picture.
+
+    Returns whether every row has its figures. If none has, nothing is written.
+    """
     experiment, top = EXPERIMENTS[name], Path(args.output_dir) / ("quick" if args.quick else "") / name
     for row in experiment.rows:
         for seed in experiment.seeds[:1] if args.quick else experiment.seeds:
@@ -212,10 +216,11 @@ def perform(name: str, args) -> None:
     for row in rows:
         found = [f"{figure} {row[figure]['mean']:.4g}" for figure in experiment.figures if figure in row]
         print(f"{name}: {row['flags']}: {', '.join(found) or 'failed'}")
-    if not args.quick:
+    if not args.quick and any(experiment.figures[0] in row for row in rows):
         results.write(f"experiment_{name}", f"python -m guide.experiments {name}", rows)
         save_figure(draw(rows, experiment.figures), results.PICTURES / f"experiment_{name}.png", DPI)
         results.fill_file(results.ROOT / "guide/experiments.md", TABLES)
+    return all(figure in row for row in rows for figure in experiment.figures)
 
 
 def experiment_name(text: str) -> str:
@@ -239,8 +244,8 @@ def parse_args(argv: Sequence[str] | None):
 @script
 def main(argv=None):
     args = parse_args(argv)
-    for name in args.names or EXPERIMENTS:
-        perform(name, args)
+    complete = [perform(name, args) for name in args.names or EXPERIMENTS]
+    return int(not all(complete))
 
 
 if __name__ == "__main__":

@@ -35,6 +35,7 @@ from data import code_of, load_dataset
 from data_sources.points import CENTRE_STD, CENTRES, POINT_SHAPE
 from diffusion import PREDICTIONS, DiffusionProcess
 from evaluation.classifier import load_feature_network
+from evaluation.copies import FEW
 from evaluation.features import extract_features
 from evaluation.metrics import figures
 from evaluation.mixture import Mixture
@@ -42,6 +43,8 @@ from guide import results
 from guide.experiments import check
 from guide.quality import POINTS, energy_distance, point_figures
 from models import create_model
+from runtime.errors import UserError
+from runtime.files import quoted
 from runtime.parser import Parser, add_shared_flags, number
 from runtime.script import script
 from samplers import SAMPLERS, final_image, generate, image_noise, spaced_timesteps
@@ -58,7 +61,7 @@ DIGITS = (0, 1, 2, 4)  # of MNIST's test split: 7, 2, 1, 4
 def forward(args) -> list[int]:
     """Four test digits, which guide/figures.py makes noisy."""
     data = load_dataset("mnist", "test", args.data_dir)
-    save_images(data.images[list(DIGITS)], results.MEASURED / "digits.png", columns=len(DIGITS), scale=1)
+    save_images(data.images[list(DIGITS)], Path(args.folder) / "digits.png", columns=len(DIGITS), scale=1)
     return data.labels[list(DIGITS)].tolist()
 
 
@@ -172,6 +175,8 @@ SHOWN = ("frechet_distance", "precision", "recall", "levels")
 def spoiled(args) -> list[dict]:
     """The figures of real images that were spoiled, compared with other real images; the last row: training images."""
     torch.manual_seed(0)
+    if args.images < FEW:
+        raise UserError(f"spoiled needs --images {FEW} or more, not {args.images}")
     reference = load_dataset("mnist", "test", args.data_dir).images[:5 * args.images]
     images = load_dataset("mnist", "validation", args.data_dir).images[:args.images]
     copies = load_dataset("mnist", "train", args.data_dir).images[:args.images]
@@ -227,13 +232,13 @@ MISUSES = {"blobs": "--steps 1", "guided": "--guidance_scale 20"}
 def picture(module, argv: str, path: Path) -> str:
     """Make a picture with a script; returns the command. RunFailed if it fails."""
     command = f"{Path(module.__file__).name} {argv}"
-    check(module.main([*argv.split(), "--output", str(path)]), command)
+    check(module.main([*shlex.split(argv), "--output", str(path)]), command)
     return f"python {command}"
 
 
 def edits(args) -> list[str]:
     """The pictures of chapter 8; returns the commands."""
-    place = f" --data_dir {args.data_dir}"  # of the pictures that --index counts
+    place = f" --data_dir {quoted(args.data_dir)}"  # of the pictures that --index counts
     return [picture(edit, f"{name} --checkpoint mnist {flags} --scale 2{place if '--index' in flags else ''}",
                     Path(args.folder) / f"{name}.png") for name, flags in EDITS.items()]
 

@@ -352,6 +352,32 @@ def test_other_real_sets_are_balanced(root, name, folder, shape):
     assert test.labels.bincount().tolist() == [1000] * 10 and len(test.class_names) == 10
 
 
+@pytest.mark.parametrize("left", ["", "x"])
+def test_photographs_without_the_names_of_their_classes_are_no_bug(root, tmp_path, monkeypatch, left):
+    """torchvision reads the file `batches.meta` too: missing, all are downloaded again; else it is named."""
+    folder = root / "data/cifar-10-batches-py"
+    if not folder.exists():
+        pytest.skip(f"{folder} is missing: cifar10 is not here")
+    (tmp_path / folder.name).mkdir()
+    for path in folder.iterdir():
+        if path.name != "batches.meta":
+            (tmp_path / folder.name / path.name).symlink_to(path)
+    if left:
+        (tmp_path / folder.name / "batches.meta").write_text(left)
+    monkeypatch.setattr("urllib.request.urlopen", lambda *_, **__: (_ for _ in ()).throw(URLError("no network")))
+    with pytest.raises(UserError, match=r"batches.meta is damaged" if left else r"\(no network\)"):
+        load_dataset("cifar10", "test", tmp_path)
+
+
+@pytest.mark.parametrize("error", [MemoryError("Unable to allocate 352 MiB"), PermissionError(13, "no", "train.npz")])
+def test_a_drawn_file_is_not_called_damaged_for_a_machine_that_cannot_read_it(data_dir, monkeypatch, error):
+    def load(*_, **__):
+        raise error
+    monkeypatch.setattr("data.np.load", load)
+    with pytest.raises(type(error)):
+        load_dataset("glyphs", "test", data_dir)
+
+
 def test_torchvision_reads_the_same(real_mnist):
     """What data.py reads by itself is what torchvision reads."""
     ours, theirs = load_dataset("mnist", "test", real_mnist), torchvision.datasets.MNIST(real_mnist, train=False)

@@ -336,6 +336,24 @@ def test_an_experiment_runs_writes_and_is_not_run_twice(tmp_path, data_dir, monk
     assert experiments.main(argv) == 0 and len(calls) == 2  # resumed: nothing is left to do
 
 
+def test_an_experiment_without_a_figure_keeps_the_table_and_says_so(tmp_path, data_dir, monkeypatch, capsys):
+    """As where torchmetrics is missing: the table and the picture of an earlier run stay."""
+    def fail(*_):
+        raise RunFailed("it failed")
+    monkeypatch.setattr(experiments, "carry_out", fail)
+    for name in ("write", "fill_file"):
+        monkeypatch.setattr(results, name, lambda *_: pytest.fail("it wrote"))
+    argv = ["prediction", "digits_width", "--output_dir", str(tmp_path), "--data_dir", str(data_dir)]
+    assert experiments.main(argv) == 1
+    said = capsys.readouterr()
+    assert "it failed" in said.err and said.out.count("failed") == sum(
+        len(experiments.EXPERIMENTS[name].rows) for name in argv[:2])
+
+
+def test_a_quick_experiment_measures_as_many_images_as_figures_need():
+    check_image_count(experiments.QUICK_COUNT, load_feature_network("mnist").head.in_features)
+
+
 def test_the_pictures_of_edits_and_symptoms_are_made_by_the_commands_of_the_guide(root):
     text = (root / "GUIDE.md").read_text()
     assert measure.EDITS.keys() == figures.EDITS.keys()

@@ -405,22 +405,27 @@ def test_pictures_that_are_nowhere_are_missed_in_one_line_where_they_are_needed(
 
 
 @pytest.fixture(scope="module", params=["with classes", "without"])
-def many(request, tmp_path_factory):
-    """(what the parameter says, a checkpoint of 400 grey pictures, its data folder), with limits for so few."""
+def grey(request, tmp_path_factory):
+    """(what the parameter says, a checkpoint of 400 grey pictures, its data folder)."""
     folder, random = tmp_path_factory.mktemp("many"), np.random.default_rng(0)
     labels = dict(labels=np.arange(400) % 2) if request.param == "with classes" else {}
     np.savez(folder / "grey.npz", arr_0=random.integers(0, 256, (400, 16, 16), np.uint8), **labels)
-    with pytest.MonkeyPatch.context() as patch:
-        for module in (copies, evaluate):
-            patch.setattr(module, "FEW", 20)
-        for module in (metrics, reference):
-            patch.setattr(module, "check_image_count", lambda *_: None)
-        patch.setattr(two_sample, "EPOCHS", 1)
-        patch.setattr(two_sample, "CHANNELS", (8, 8, 8, 8))
-        patch.setattr(metrics, "GROUPS", 5)
-        patch.setattr(autoencoder_training, "LEAST_STEPS", 19)
-        patch.setattr(ClassifierRecipe.__init__, "__defaults__", (8, 1, *ClassifierRecipe.__init__.__defaults__[2:]))
-        yield request.param, train_on(folder / "grey.npz", folder / "run"), folder / "data"
+    return request.param, train_on(folder / "grey.npz", folder / "run"), folder / "data"
+
+
+@pytest.fixture
+def many(grey, monkeypatch):
+    """The same, where so few count as many, and are judged by networks that are soon trained."""
+    for module in (copies, evaluate):
+        monkeypatch.setattr(module, "FEW", 20)
+    for module in (metrics, reference):
+        monkeypatch.setattr(module, "check_image_count", lambda *_: None)
+    monkeypatch.setattr(two_sample, "EPOCHS", 1)
+    monkeypatch.setattr(two_sample, "CHANNELS", (8, 8, 8, 8))
+    monkeypatch.setattr(metrics, "GROUPS", 5)
+    monkeypatch.setattr(autoencoder_training, "LEAST_STEPS", 19)
+    monkeypatch.setattr(ClassifierRecipe.__init__, "__defaults__", (8, 1, *ClassifierRecipe.__init__.__defaults__[2:]))
+    return grey
 
 
 def test_the_figures_of_many_pictures_come_from_networks_of_their_own(many, tmp_path, capsys, monkeypatch):

@@ -21,7 +21,8 @@ from runtime.memory import out_of_memory
 from utils import autocast, pick_precision
 
 LAYOUTS = {"nchw": torch.contiguous_format, "channels_last": torch.channels_last}
-LARGE, PART = 3 * 32 * 32, 32  # larger images, which a step on a CPU takes so many at a time
+# Where a network has so many positions at its first resolution, a step on a CPU takes so many images at a time.
+LARGE, PART = 32 * 32, 32
 # One row for each round of the race: the share of the batch that is measured (the whole batch in fp32 could take more
 # memory than the training), and the share of the best speed that an option needs to stay in the race.
 ROUNDS = ((1 / 8, 0.02), (1 / 8, 0.25), (1 / 2, 0.5), (1 / 2, 0.8), (1 / 2, 0.8))
@@ -45,11 +46,12 @@ def loss_and_gradient(network: nn.Module, diffusion: DiffusionProcess, x_0: Tens
                       labels: Tensor | None, precision: str, part: int | None = None) -> Tensor:
     """The loss () of a batch (B, C, H, W); its gradient is added to those of the weights.
 
-    On a CPU, images of more than LARGE numbers are taken `part` at a time, by default PART: the gradient is the same,
-    in less memory and not slower (measured at 64×64: benchmarks/RECORDS.md, "Large images in parts"). Several processes
+    On a CPU, networks of LARGE positions or more take `part` images at a time, by default PART: the gradient is the
+    same, in less memory and not slower (measured: benchmarks/RECORDS.md, "Large images in parts"). Several processes
     exchange their gradients after the last part only.
     """
-    in_parts = x_0.device.type == "cpu" and x_0[0].numel() > LARGE
+    patch_size = getattr(network, "module", network).config.get("patch_size", 1)  # module: of several processes
+    in_parts = x_0.device.type == "cpu" and x_0[0, 0].numel() >= LARGE * patch_size**2
     parts = -(-len(x_0) // (part or PART))
     rows = torch.arange(len(x_0), device=x_0.device).chunk(parts) if in_parts else [slice(None)]
     total = torch.zeros((), device=x_0.device)

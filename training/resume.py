@@ -30,8 +30,13 @@ def without_own_flags(config: dict) -> dict:
 
 
 def resume_command(args: Namespace) -> str:
-    """The command that resumes the run in args.output_dir, with the OWN_FLAGS that differ from the defaults."""
-    start = "python" if distributed.world_size() == 1 else f"torchrun --nproc_per_node={distributed.world_size()}"
+    """The command that resumes the run in args.output_dir, with the OWN_FLAGS that differ from the defaults.
+
+    Of a run on several machines, that of each of them, which has to be told one HOST and PORT.
+    """
+    start = run_record.launcher(distributed.world_size())
+    if "--nnodes" in start:
+        start += " --rdzv_backend=c10d --rdzv_endpoint=HOST:PORT"
     own = [f"--{name} {quoted(getattr(args, name))}" for name in OWN_FLAGS[:3]
            if name == "output_dir" or getattr(args, name) != SHARED_FLAGS[name]["default"]]
     return " ".join([start, "train.py --resume", *own])

@@ -83,7 +83,7 @@ def describe(run, script: str, argv: Sequence[str] | None) -> dict:
     """What run.json says of a sitting that begins now."""
     processes, device = distributed.world_size(), run.trainer.device
     return dict(
-        command=f"{_launcher(processes)} {shlex.join([script, *(sys.argv[1:] if argv is None else argv)])}",
+        command=f"{launcher(processes)} {shlex.join([script, *(sys.argv[1:] if argv is None else argv)])}",
         began=_now(), ended=None, how=None, seed=run.trainer.seed, step=run.trainer.step,
         versions=dict(tiny_diffusion=__version__, python=platform.python_version(), torch=str(torch.__version__),
                       numpy=np.__version__),
@@ -93,7 +93,7 @@ def describe(run, script: str, argv: Sequence[str] | None) -> dict:
         process=os.getpid(), launch=distributed.launch())
 
 
-def _launcher(processes: int) -> str:
+def launcher(processes: int) -> str:
     """What stands before the script in the command."""
     machines = os.environ.get("GROUP_WORLD_SIZE", "1")
     nodes = "" if machines == "1" else f" --nnodes={machines}"

@@ -152,9 +152,10 @@ def measured(tmp_path, data_dir, monkeypatch):
     """The folders of two evaluations with the same flags, by one process and by two."""
     pytest.importorskip("torchmetrics", reason="torchmetrics is missing: pip install -r requirements-eval.txt")
 
-    def run_both(*flags):
+    def run_both(*flags, compare=False):
         path = small_checkpoint(tmp_path / "model.pt", conditional=True, patch_size=4)
-        argv = list(map(str, ["--checkpoint", path, "--num_images", COUNT, "--data_dir", data_dir, "--device", "cpu",
+        begin = ["--compare", path, path] if compare else ["--checkpoint", path]
+        argv = list(map(str, [*begin, "--num_images", COUNT, "--data_dir", data_dir, "--device", "cpu",
                               "--precision", "fp32", *flags, "--output_dir"]))
         folders = [tmp_path / name for name in ("one", "two")]
         for module in (evaluate, inputs, reference):
@@ -190,6 +191,14 @@ def test_two_processes_sweep_as_one_does(measured):
     for a, b in zip(one, two, strict=True):
         assert [a[name] for name in ("series", "steps", "nfe")] == [b[name] for name in ("series", "steps", "nfe")]
         assert_same_figures(a["figures"], b["figures"])
+
+
+def test_two_processes_compare_as_one_does(measured):
+    one, two = (json.loads((folder / "compare.json").read_text()) for folder in measured("--steps", 2, compare=True))
+    assert {tuple(row["difference"].values()) for row in two["figures"].values()} == {(0, 0, 0)}
+    assert one["figures"].keys() == two["figures"].keys() and two["a"]["images_sha256"] == two["b"]["images_sha256"]
+    for name, row in one["figures"].items():
+        assert_close(row["a"]["value"], two["figures"][name]["a"]["value"], rtol=0.01, atol=0.01)
 
 
 @pytest.mark.parametrize("flags, word", [(["--num_images", "20"], "at least"), (["--steps", "41"], "1..40"),

@@ -68,7 +68,13 @@ def test_the_command_that_goes_on_names_what_a_checkpoint_does_not_know(own, mon
     assert args.resume and {name: getattr(args, name) for name in given} == given
     assert len(argv) == 3 + 2 * len(own.keys() - {"output_dir"})
     monkeypatch.setattr(distributed, "world_size", lambda: 2)
+    for name in ("GROUP_WORLD_SIZE", "LOCAL_WORLD_SIZE"):
+        monkeypatch.delenv(name, raising=False)
     assert resume_command(SimpleNamespace(**given)).startswith("torchrun --nproc_per_node=2 train.py --resume ")
+    for name, value in dict(GROUP_WORLD_SIZE="2", LOCAL_WORLD_SIZE="1").items():  # of a launch on two machines
+        monkeypatch.setenv(name, value)
+    assert resume_command(SimpleNamespace(**given)).startswith(
+        "torchrun --nnodes=2 --nproc_per_node=1 --rdzv_backend=c10d --rdzv_endpoint=HOST:PORT train.py --resume ")
 
 
 def test_the_help_of_resume_names_what_is_not_taken_from_the_checkpoint():

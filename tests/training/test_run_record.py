@@ -85,9 +85,9 @@ def test_a_damaged_record_is_none_and_is_replaced(tmp_path, monkeypatch, content
 def test_the_command_of_several_processes_is_that_of_torchrun(monkeypatch):
     monkeypatch.delenv("GROUP_WORLD_SIZE", raising=False)
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")
-    assert [run_record._launcher(count) for count in (1, 4)] == ["python", "torchrun --nproc_per_node=4"]
+    assert [run_record.launcher(count) for count in (1, 4)] == ["python", "torchrun --nproc_per_node=4"]
     monkeypatch.setenv("GROUP_WORLD_SIZE", "2")
-    assert run_record._launcher(8) == "torchrun --nnodes=2 --nproc_per_node=4"
+    assert run_record.launcher(8) == "torchrun --nnodes=2 --nproc_per_node=4"
 
 
 def test_only_the_latest_sitting_tells_whose_the_folder_is(tmp_path, monkeypatch):
