@@ -62,8 +62,9 @@ def choose(images: int, budget: float | None, device: torch.device, speed: Calla
         on other devices         64 channels
 
     Below 2,000 training images it is at most 32 channels. In all cases it is at least as wide as a patch has values,
-    because fewer channels cannot hold the noise of each pixel. Measured on digits and on CIFAR-10, up to ten minutes on
-    two cores (benchmarks/RECORDS.md); the larger bounds follow the trend, and that for few images was not measured.
+    because fewer channels cannot hold the noise of each pixel. Measured on two cores, on digits up to ten minutes and
+    on CIFAR-10 up to an hour (benchmarks/RECORDS.md); the larger bounds follow the trend, and that for few images was
+    not measured.
 
     images: the number of training images; budget: seconds, or None; speed(width): the images a second of the training
     of such a network, asked from the narrowest on, as far as it is needed; width: that of the flags, which is kept;
