@@ -206,6 +206,7 @@ def perform(name: str, args) -> bool:
     Returns whether every row has its figures. If none has, nothing is written.
     """
     experiment, top = EXPERIMENTS[name], Path(args.output_dir) / ("quick" if args.quick else "") / name
+    top.mkdir(parents=True, exist_ok=True)
     for row in experiment.rows:
         for seed in experiment.seeds[:1] if args.quick else experiment.seeds:
             try:

@@ -7,6 +7,7 @@ import json
 import os
 import re
 import shlex
+import shutil
 
 import numpy as np
 import pytest
@@ -103,6 +104,8 @@ def work(tmp_path_factory):
                                    glyphs=folder / "model_final.pt")
     drawings.draw_folder(folder / "outputs/drawings", 128)
     assert train.main(["--dataset", "moons", *TINY_POINTS.split(), "--output_dir", str(folder / "outputs/moons")]) == 0
+    (folder / "outputs/own").mkdir()
+    shutil.copy(folder / "model_final.pt", folder / "outputs/own/model_final.pt")
     (folder / "model_final.pt").rename(folder / "outputs/model_final.pt")
     return folder, pretrained
 
