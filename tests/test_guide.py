@@ -90,7 +90,7 @@ def shrink(name, arguments, data_dir):
         if name == "visualize_diffusion" and not own_data & set(words):
             more += " --dataset glyphs"
         more += " --num_images 2" * bool({"denoising", "attention"} & set(words))
-        more += " --num_images 10" * ("0-9" in words)
+        more += " --num_images 10" * bool({"0-9", "0-3"} & set(words))
     needs_data = name in ("train", "visualize_diffusion") or words[:1] in (["inpaint"], ["vary"], ["invert"])
     return [*words, *more.split(), *(["--data_dir", str(data_dir)] if needs_data else [])]
 
