@@ -17,6 +17,7 @@ import torch
 from runtime.errors import RunFailed
 
 SUCCEEDED, OUT_OF_MEMORY, FAILED = 0, 1, 2  # exit statuses of a fork
+M_ARENA_MAX = -8  # of malloc.h
 
 
 def out_of_memory(error: BaseException) -> bool:
@@ -84,6 +85,16 @@ def _exit_status_of_fork(work: Callable[[], object]) -> int:
         status = OUT_OF_MEMORY if out_of_memory(error) else FAILED
     finally:
         os._exit(status)
+
+
+def keep_one_heap() -> None:
+    """Let glibc take memory for all threads from one heap.
+
+    Else a thread whose allocation fails changes to another heap for good. There large blocks lie without holes, so that
+    what fits in memory after a failure would not fit in a new process.
+    """
+    with contextlib.suppress(OSError, AttributeError, TypeError):  # without glibc
+        ctypes.CDLL(None).mallopt(M_ARENA_MAX, 1)
 
 
 def trim_heap() -> None:

@@ -15,7 +15,7 @@ from pathlib import Path
 from runtime import distributed, progress
 from runtime.errors import RunFailed, UserError
 from runtime.files import one_line
-from runtime.memory import out_of_memory, trim_heap
+from runtime.memory import keep_one_heap, out_of_memory, trim_heap
 
 # Errors of the system that no flag and no line of this program causes: full or failing disks, closed pipes, limits.
 SYSTEM_ERRORS = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EROFS, errno.EPIPE, errno.ENOMEM,
@@ -36,6 +36,7 @@ def script(main: Callable[[Sequence[str] | None], int | None]) -> Callable[..., 
     def run(argv: Sequence[str] | None = None) -> int:
         if argv is None:
             silence_libraries()
+        keep_one_heap()
         with lasting_streams():
             return carry_out(argv)
 
