@@ -103,8 +103,8 @@ def command_to_resume(args, *more: str) -> str:
     """The command that resumes the run of --checkpoint; of a pretrained one, which cannot be resumed, its training."""
     if is_pretrained(args.checkpoint):
         return pretrained_models()[Path(args.checkpoint).stem]["command"]
-    if Path(args.checkpoint).name == SAFETENSORS:
-        return "with the checkpoint that was exported: python train.py --resume --output_dir FOLDER_OF_ITS_RUN"
+    if Path(args.checkpoint).name == SAFETENSORS:  # what export.py wrote is no run
+        return " ".join(["python train.py --resume --output_dir FOLDER_OF_ITS_RUN", *more])
     folder = Path(args.checkpoint).parent
     folder = folder.parent if folder.name == "checkpoints" else folder
     return " ".join([resume_command(Namespace(**vars(args) | dict(output_dir=folder))), *more])
@@ -230,6 +230,8 @@ def examine(args) -> Iterator[Finding]:
             model, diffusion, checkpoint = load_model(args.checkpoint, get_device(args.device), points=True)
         except UserError as error:
             fix = f"{command_to_resume(args)}: resumes from the newest valid checkpoint"
+            if Path(args.checkpoint).name == SAFETENSORS:
+                fix = "export the checkpoint that was exported again: python export.py --format safetensors"
             yield Finding("checkpoint", "FAIL", str(error), fix)
             return
         name = data_of_training(args, checkpoint)
