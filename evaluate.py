@@ -77,7 +77,7 @@ from runtime.errors import UserError
 from runtime.files import check_outputs, write_json
 from runtime.parser import PICTURE_FLAGS, SHARED_FLAGS, Parser, add_shared_flags, number, refuse_picture_flags
 from runtime.progress import Bar, progress
-from runtime.sampling import chosen_dataset, dataset_of
+from runtime.sampling import chosen_dataset, dataset_of, given_pictures
 from runtime.script import script
 from training.run_folder import JUDGED
 from utils import get_device, pick_precision
@@ -283,10 +283,9 @@ def fitting_count(args: Namespace) -> Namespace:
 
 def load_inputs(args: Namespace, device: torch.device, output: Path):
     """(checkpoint or None, ready images or None, the reference's images, those of the floor, the feature networks)."""
-    given = None if args.dataset in DATASETS else args.dataset  # a folder may be called mnist
-
     def check(pictures: str | None = None) -> None:
-        check_outputs([output / name for name in JUDGED], [args.checkpoint or args.images, given, pictures])
+        inputs = [args.checkpoint or args.images, given_pictures(args), pictures]
+        check_outputs([output / name for name in JUDGED], inputs)
     loaded = open_checkpoint(args, device, check) if args.checkpoint else check()  # None
     split = args.reference or ("test" if args.sweep is None else "validation")
     dataset = loaded.dataset if loaded else chosen_dataset(args, device.type == "cpu", quiet=True)

@@ -26,7 +26,7 @@ import torch
 from torch import Tensor
 
 from checkpoint import load_model
-from data import DATASETS, code_of, load_dataset, to_model, to_uint8
+from data import code_of, load_dataset, to_model, to_uint8
 from data_sources.cache import MIN_HELD_OUT
 from data_sources.points import POINT_SETS
 from diffusion import SCHEDULES, DiffusionProcess
@@ -36,7 +36,14 @@ from runtime.checkpoints import with_checkpoint
 from runtime.errors import UserError
 from runtime.files import check_output
 from runtime.parser import PICTURE_FLAGS, SHARED_FLAGS, Parser, add_shared_flags, number
-from runtime.sampling import chosen_dataset, dataset_of, named_classes, place_of_pictures, sampling_options
+from runtime.sampling import (
+    chosen_dataset,
+    dataset_of,
+    given_pictures,
+    named_classes,
+    place_of_pictures,
+    sampling_options,
+)
 from runtime.script import script
 from samplers import DEFAULT_GUIDANCE, DEFAULT_SAMPLER, expectations, generate, image_noise, noise_range
 from utils import FIGURE_FORMATS, evenly_spaced, generator_for, get_device, plain_text, pyplot, save_figure, tile
@@ -278,8 +285,7 @@ def main(argv=None):
             dataset_of(checkpoint, args.data_dir, args.dataset)  # an error if it is another
         draw = partial(draw_with_model, args, model, diffusion, checkpoint["config"])
         place = place_of_pictures(checkpoint)
-    pictures = None if args.dataset in DATASETS else args.dataset
-    check_output(path, args.checkpoint, pictures, place)
+    check_output(path, args.checkpoint, given_pictures(args), place)
     save_figure(draw(), path, args.dpi)
     print(f"Saved {path}")
 

@@ -170,6 +170,11 @@ def place_of_pictures(checkpoint: dict) -> str | None:
     return (checkpoint["config"]["data"].get("pictures") or {}).get("path")
 
 
+def given_pictures(args: Namespace) -> str | None:
+    """The user's own pictures that --dataset names; None for a data set that has a name, or where it is not given."""
+    return None if args.dataset in DATASETS else args.dataset
+
+
 def chosen_dataset(args: Namespace, small: bool = True, quiet: bool = False) -> str | Path:
     """The data set of --dataset, as `load_dataset` takes it: its name or, of your own pictures, their cache.
 
