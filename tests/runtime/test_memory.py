@@ -1,8 +1,11 @@
 """What fits in memory is measured in a copy of the process, which may be killed without harm to this one."""
 
+import ctypes
 import os
 import signal
+import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -40,6 +43,36 @@ def test_work_fits_or_does_not():
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGSEGV, signal.SIGABRT, signal.SIGBUS])
 def test_a_copy_that_is_killed_did_not_fit(number):
     assert not fits_in_memory(lambda _: os.kill(os.getpid(), number), 8, CPU)
+
+
+@only_linux
+def test_all_threads_of_a_script_take_memory_from_one_heap(tmp_path):
+    """Else a thread whose allocation fails changes to a heap of its own, in which another batch fits than in a run."""
+    code = """
+import ctypes, sys, threading
+from runtime.script import script
+if len(sys.argv) > 2:
+    script(lambda argv: None)([])
+libc, together = ctypes.CDLL(None), threading.Barrier(4)
+libc.fopen.restype = libc.malloc.restype = ctypes.c_void_p
+def take():
+    together.wait()
+    libc.malloc(1000)
+    together.wait()
+threads = [threading.Thread(target=take) for _ in range(4)]
+[thread.start() for thread in threads], [thread.join() for thread in threads]
+file = libc.fopen(sys.argv[1].encode(), b"w")
+libc.malloc_info(0, ctypes.c_void_p(file))
+libc.fclose(ctypes.c_void_p(file))
+"""
+    if not hasattr(ctypes.CDLL(None), "malloc_info"):
+        pytest.skip("this is not the C library of GNU")
+    heaps = []
+    for more in ([], ["in a script"]):
+        subprocess.run([sys.executable, "-c", code, tmp_path / "heaps", *more], check=True, env=os.environ | {
+            "OMP_NUM_THREADS": "1"}, cwd=Path(memory.__file__).parents[1])
+        heaps.append((tmp_path / "heaps").read_text().count("<heap nr="))
+    assert heaps[0] > 1 and heaps[1] == 1
 
 
 @only_linux
