@@ -6,6 +6,7 @@ import functools
 import logging
 import os
 import shlex
+import signal
 import sys
 import traceback
 import warnings
@@ -30,7 +31,8 @@ def script(main: Callable[[Sequence[str] | None], int | None]) -> Callable[..., 
     """Make `main(argv)` the entry point of a script: main(argv=None) -> exit status.
 
     0 done; 1 the run failed, or a bug; 2 the user asked for something impossible; 130 Ctrl-C. A failure is one line on
-    stderr, a bug a traceback with the command and a request to report it. A closed pipe or terminal ends nothing.
+    stderr, a bug a traceback with the command and a request to report it. A closed pipe or terminal ends nothing, nor
+    does Ctrl-C while Python exits.
     """
     @functools.wraps(main)
     def run(argv: Sequence[str] | None = None) -> int:
@@ -56,6 +58,8 @@ def script(main: Callable[[Sequence[str] | None], int | None]) -> Callable[..., 
                 return _print_error(message, 2)
             return _print_error(message, 1) if (message := outside_cause(error)) else _report_bug(argv)
         finally:
+            if argv is None:  # a second Ctrl-C would only make torch's way out print a traceback
+                signal.signal(signal.SIGINT, signal.SIG_IGN)
             trim_heap()  # torch needs some more memory while it exits
     return run
 

@@ -128,6 +128,24 @@ def test_a_script_whose_reader_leaves_ends_with_0_and_in_silence(root, tmp_path,
     assert process.wait(60) == 0 and process.stderr.read() == "" and (tmp_path / "x").read_text() == "done"
 
 
+INTERRUPTED = """
+import atexit, signal, sys
+from runtime.script import script
+@script
+def main(argv=None):
+    atexit.register(print, "left")
+    atexit.register(signal.raise_signal, signal.SIGINT)  # runs before the other one
+    if len(sys.argv) > 1: raise KeyboardInterrupt
+sys.exit(main())
+"""
+
+
+@pytest.mark.parametrize("argv, status", [([], 0), (["stopped"], 130)])
+def test_ctrl_c_while_python_exits_changes_nothing(root, argv, status):
+    ended = subprocess.run([sys.executable, "-c", INTERRUPTED, *argv], cwd=root, capture_output=True, text=True)
+    assert ended.returncode == status and ended.stdout == "left\n" and "KeyboardInterrupt" not in ended.stderr
+
+
 def test_warnings_are_shown_to_those_who_ask(root, tmp_path):
     for flags, shown in (([], False), (["-W", "default"], True)):
         ended = subprocess.run([sys.executable, *flags, "-c", PIPED, tmp_path / "x"], cwd=root, capture_output=True,
