@@ -101,7 +101,7 @@ class DiffusionProcess:
                          is learned at T - 1, where its weight is 0
     lowest_noise, highest_noise
                          the ends of the samplers' noise levels sigma / alpha / data_std (`samplers.noise_range`);
-                         None: those of checkpoints from before they were kept here
+                         None: `samplers.noise_range` chooses
 
     betas, alphas, alphas_cumprod: (T,) float64 on the CPU. ValueError for names and numbers outside these.
     """

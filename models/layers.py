@@ -52,9 +52,8 @@ class ResidualBlock(nn.Module):
     """x + f(x, embedding): two 3×3 convolutions; a linear map of the embedding scales and shifts between them.
 
     Pre-activation as in He et al. 2016; adaptive GroupNorm as in Dhariwal and Nichol 2021, section 3; the last
-    convolution starts at zero. In training mode the numbers that it gets are subject to dropout, as in Ho et al. 2020,
-    appendix B: each becomes 0 with probability `dropout`, and the others are divided by 1 - dropout (Srivastava et al.
-    2014).
+    convolution starts at zero. In training, dropout acts on its input, as in Ho et al. 2020, appendix B: each number
+    becomes 0 with probability `dropout`, and the others are divided by 1 - dropout (Srivastava et al. 2014).
     """
 
     def __init__(self, in_channels: int, out_channels: int, emb_dim: int, activation: str = "silu",

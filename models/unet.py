@@ -14,7 +14,7 @@ class SimpleUNet(ConditionedNetwork):
     """(x (B, C, H, W), t (B,), labels (B,)) -> (B, C, H, W), or (B, 2C, H, W): a time-embedded U-Net.
 
     image_channels   1 or 3
-    base_channels    channels at the highest resolution
+    base_channels    channels where channel_mults is 1
     time_emb_dim     size of the time embedding, even
     channel_mults    channels at each resolution as multiples of base_channels; each resolution is half the one before;
                      None: CHANNEL_MULTS[patch_size]

@@ -207,7 +207,7 @@ def make_parser(description: str) -> Parser:
                        help="also learn the variance of the steps of --sampler ddpm, by the hybrid loss")
     group = parser.add_argument_group("network")
     group.add_argument("--base_channels", type=number(int, 1, 4096),
-                       help="the number of channels at the highest resolution (default: on a CPU 24, or 16 "
+                       help="the number of channels where --channel_mults has a 1 (default: on a CPU 24, or 16 "
                             "where patches are one pixel; with a --budget 16 to 64 by how many images it will see; on "
                             "other devices 64; of fewer than 2,000 images at most 32; never fewer than a patch has "
                             "values; with --init that of the checkpoint)")
