@@ -320,7 +320,7 @@ def spoiled_table() -> str:
     found = results.read("spoiled", FOLDER)
     rows = [(row["name"], *(f"{row[name]:.2f}" for name in ("frechet_distance", "precision", "recall", "levels")))
             for row in found["rows"]]
-    return results.table(("500 images", "Fréchet distance", "precision", "recall", "levels"),
+    return results.table((f"{found['rows'][0]['images']} images", "Fréchet distance", "precision", "recall", "levels"),
                          rows) + results.source(found)
 
 

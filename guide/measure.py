@@ -72,11 +72,12 @@ def learn_points(folder: Path, *flags: str, seed: int, epochs: int, dataset: str
     """(validation loss, quality) of points learned with some flags."""
     common = ["--threads", "1", "--output_dir", str(folder)]
     check(train.main(["--dataset", dataset, "--epochs", str(epochs), "--sample_interval", "0", "--save_interval", "0",
-                      "--seed", str(seed), *flags, *common]))
+                      "--seed", str(seed), *flags, *common]), f"the training {folder}")
     model, checkpoint = folder / "model_final.pt", load_model(folder / "model_final.pt", points=True)[2]
     points = folder / "points.npz"
     check(sample.main(["--checkpoint", str(model), "--num_images", str(POINTS), "--steps", "20", "--guidance_scale",
-                       "1", "--batch_size", str(POINTS), "--output", str(points), "--threads", "1"]))
+                       "1", "--batch_size", str(POINTS), "--output", str(points), "--threads", "1"]),
+          f"the sampling of {model}")
     losses = [each["val_loss"] for each in checkpoint["history"]["records"] if each.get("val_loss") is not None]
     return losses[-1], point_figures(points, dataset)["distance"]
 
@@ -184,7 +185,7 @@ def spoiled(args) -> list[dict]:
     real, rows = extract_features(reference, classifier), []
     for name, made in {**{name: spoil(images) for name, spoil in SPOILS.items()}, "training images": copies}.items():
         found = figures(extract_features(made, classifier), real, images=(made, reference))
-        rows.append(dict(name=name, **{figure: found[figure]["value"] for figure in SHOWN}))
+        rows.append(dict(name=name, images=len(made), **{figure: found[figure]["value"] for figure in SHOWN}))
     return rows
 
 

@@ -314,6 +314,13 @@ def test_a_measurement_is_written_with_command_and_date(tmp_path):
         results.source(found)
 
 
+def test_points_are_learned_and_measured(tmp_path):
+    loss, distance = measure.learn_points(tmp_path, "--train_images", "256", seed=0, epochs=1)
+    assert 0 < loss < 10 and 0 < distance < 10_000
+    with pytest.raises(RunFailed, match=f"the training {tmp_path} ended with status 2"):
+        measure.learn_points(tmp_path, "--lr", "fast", seed=0, epochs=1)
+
+
 def test_costs_grow_with_size_and_width():
     rows = {(row["size"], row["patch_size"], row["width"]): row for row in measure.costs(None)}
     small, wide, large = rows[32, 2, 32], rows[32, 2, 64], rows[64, 2, 32]
