@@ -18,9 +18,10 @@ from pathlib import Path
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from checkpoint import SAFETENSORS, data_mismatch, load_model, training_flag
-from data import ImageData, code_of, load_dataset, refuse_points, to_model
+from data import ImageData, code_of, in_parts, load_dataset, refuse_points, to_model
 from data_sources.cache import MIN_HELD_OUT
 from diffusion import DiffusionProcess
 from evaluation.classifier import load_feature_network
@@ -58,11 +59,12 @@ from runtime.parser import (
 from runtime.sampling import chosen_dataset, dataset_of, is_student, sampling_options
 from runtime.script import script
 from samplers import all_images
+from training import run_folder, run_record
 from training.resume import more_epochs, resume_command
 from utils import generator_for, get_device
 
 SAMPLES, REAL = 64, 500  # generated images, and real images that they are compared with
-ERROR_IMAGES = 256  # for the error of x_0_hat
+ERROR_IMAGES, ERROR_VALUES = 256, 2**25  # for the error of x_0_hat: so many images, fewer of large ones
 BOUND_IMAGES = 5000  # for the Gaussian bound: at least so many
 LOG_SNRS = (4.0, 2.0, 0.0, -2.0, -4.0)  # where the error is measured, from little to much noise
 
@@ -103,11 +105,22 @@ def command_to_resume(args, *more: str) -> str:
     """The command that resumes the run of --checkpoint; of a pretrained one, which cannot be resumed, its training."""
     if is_pretrained(args.checkpoint):
         return pretrained_models()[Path(args.checkpoint).stem]["command"]
-    if Path(args.checkpoint).name == SAFETENSORS:  # what export.py wrote is no run
-        return " ".join(["python train.py --resume --output_dir FOLDER_OF_ITS_RUN", *more])
     folder = Path(args.checkpoint).parent
     folder = folder.parent if folder.name == "checkpoints" else folder
+    if not run_folder.has_run(folder):  # a copy, or what export.py wrote
+        return " ".join(["python train.py --resume --output_dir FOLDER_OF_ITS_RUN", *more])
     return " ".join([resume_command(Namespace(**vars(args) | dict(output_dir=folder))), *more])
+
+
+def remedy(args) -> str:
+    """What to do if --checkpoint cannot be loaded."""
+    path = Path(args.checkpoint)
+    if path.name == SAFETENSORS:
+        return "export the checkpoint that was exported again: python export.py --format safetensors"
+    commands = [str(sitting.get("command", "")) for sitting in run_record.sittings(path.parent)]
+    if commands and run_record.script_and_words(commands[-1])[0] == "distill.py":
+        return f"train the student again: {commands[-1]}"
+    return f"{command_to_resume(args)}: resumes from the newest valid checkpoint"
 
 
 def examine_checkpoint(checkpoint: dict) -> Iterator[Finding]:
@@ -126,9 +139,14 @@ def examine_checkpoint(checkpoint: dict) -> Iterator[Finding]:
 @torch.no_grad()
 def denoise_at(model, diffusion: DiffusionProcess, x_0: Tensor, labels: Tensor | None, t: int) -> Tensor:
     """x_0_hat (B, C, H, W), on the CPU, for clean images x_0 noised to t, always with the same noise."""
-    noise = torch.randn(x_0.shape, generator=generator_for(0)).to(diffusion.device)
-    x_t = diffusion.q_sample(x_0.to(diffusion.device), t, noise)
-    return diffusion.denoiser(model, labels, clip=False)(x_t, t).cpu()
+    denoised, rows, generator = [], 0, generator_for(0)
+    for part in in_parts(x_0, len(x_0)):
+        noise = torch.randn(part.shape, generator=generator).to(diffusion.device)
+        x_t = diffusion.q_sample(part.to(diffusion.device), t, noise)
+        given = None if labels is None else labels[rows:rows + len(part)]
+        denoised.append(diffusion.denoiser(model, given, clip=False)(x_t, t).cpu())
+        rows += len(part)
+    return torch.cat(denoised)
 
 
 def examine_error(model, diffusion: DiffusionProcess, train: ImageData, unseen: ImageData,
@@ -137,13 +155,13 @@ def examine_error(model, diffusion: DiffusionProcess, train: ImageData, unseen: 
 
     longer: the command that trains longer.
     """
-    unseen = unseen.first(ERROR_IMAGES)
+    unseen = unseen.first(max(1, min(ERROR_IMAGES, ERROR_VALUES // unseen.images[0].numel())))
     x_0, labels = unseen.x_0(), unseen.labels.to(diffusion.device) if model.num_classes else None
     times = sorted({round(diffusion.time_of(log_snr)) for log_snr in LOG_SNRS})
     some = train.first(bound_images(BOUND_IMAGES, train.images[0].numel()))
     bound = gaussian_bound(some.x_0(), diffusion, times)
-    denoised = [denoise_at(model, diffusion, x_0, labels, t) for t in times]
-    yield check_error(torch.stack([(x - x_0).double().square().mean() for x in denoised]), bound,
+    errors = [F.mse_loss(denoise_at(model, diffusion, x_0, labels, t), x_0) for t in times]
+    yield check_error(torch.stack(errors).double(), bound,
                       [diffusion.log_snr(t).item() for t in times], longer)
     if labels is not None:
         right, wrong = (denoise_at(model, diffusion, x_0, given, round(diffusion.time_of(-3.0)))
@@ -162,14 +180,14 @@ def examine_samples(model, diffusion: DiffusionProcess, train: ImageData, unseen
     images = all_images(model, diffusion, shape, range(SAMPLES), **options).cpu()
     generated = train.code.decode(images)
     finite = bool(images.isfinite().all())
-    findings = check_samples(to_model(generated) if finite else images, to_model(real))
+    findings = check_samples(to_model(generated) if finite else images, to_model(real), diffusion.num_timesteps)
     yield from findings
     if any(finding.status == "FAIL" for finding in findings):
         return  # the other checks would fail for the same reason
     if not is_student(checkpoint["config"]):  # more steps of a student make different images
         twice = options | dict(steps=min(2 * options["steps"], diffusion.num_timesteps))
         more = train.code.decode(all_images(model, diffusion, shape, range(16), **twice).cpu())
-        yield check_steps(to_model(generated[:16]), to_model(more), options["steps"])
+        yield check_steps(to_model(generated[:16]), to_model(more), options["steps"], diffusion.num_timesteps)
     device = diffusion.device
     mirrored = bool(training_flag(checkpoint, "hflip", False))
     distances = nearest_version(versions(torch.cat([generated, real]).to(device), mirrored), train.images)[0]
@@ -178,24 +196,27 @@ def examine_samples(model, diffusion: DiffusionProcess, train: ImageData, unseen
         yield Finding("classifier", "WARN", f"of {train.name} too few pictures are held out for a classifier",
                       f"{ENOUGH:,} different pictures are enough")
     elif train.class_names:
-        yield from examine_by_classifier(generated, real, options["labels"], train.source, device, mirrored)
+        yield from examine_by_classifier(generated, unseen.first(REAL), options["labels"], device, mirrored)
 
 
-def examine_by_classifier(images: Tensor, real: Tensor, labels: Tensor | None, dataset: str | Path, device,
+def examine_by_classifier(images: Tensor, unseen: ImageData, labels: Tensor | None, device,
                           mirrored: bool) -> Iterator[Finding]:
     """How the data set's classifier classifies generated images, real ones, and the mirror images of both; uint8.
 
-    mirrored: whether the training was asked to mirror images, so that mirrored ones are no defect.
+    labels: those that the generated images were asked for, or None. mirrored: whether the training was asked to mirror
+    images, so that mirrored ones are no defect.
     """
     try:
-        classifier = load_feature_network(dataset, device)
+        classifier = load_feature_network(unseen.source, device)
     except UserError as error:
-        fix = "" if isinstance(dataset, Path) else "git checkout evaluation/weights"  # the message says what to do
+        own = isinstance(unseen.source, Path)  # the message says what to do
+        fix = "" if own else "git checkout evaluation/weights"
         yield Finding("classifier", "WARN", str(error), fix)
         return
+    real = unseen.images
     probabilities = [extract_features(x, classifier).probabilities
                      for x in (images, images.flip(-1), real, real.flip(-1))]
-    yield from check_recognised(probabilities[0], probabilities[2], labels)
+    yield from check_recognised(probabilities[0], probabilities[2], labels, unseen.labels)
     if not mirrored:
         yield from check_mirrored(*(p.amax(1) for p in probabilities))
 
@@ -229,10 +250,7 @@ def examine(args) -> Iterator[Finding]:
         try:
             model, diffusion, checkpoint = load_model(args.checkpoint, get_device(args.device), points=True)
         except UserError as error:
-            fix = f"{command_to_resume(args)}: resumes from the newest valid checkpoint"
-            if Path(args.checkpoint).name == SAFETENSORS:
-                fix = "export the checkpoint that was exported again: python export.py --format safetensors"
-            yield Finding("checkpoint", "FAIL", str(error), fix)
+            yield Finding("checkpoint", "FAIL", str(error), remedy(args))
             return
         name = data_of_training(args, checkpoint)
         yield from check_schedule(diffusion)

@@ -13,6 +13,7 @@ from packaging.requirements import Requirement
 from torch import Tensor
 from torch.nn import functional as F
 
+from data import in_parts
 from diffusion import DiffusionProcess
 from samplers import DEFAULT_STEPS
 
@@ -79,7 +80,7 @@ def check_range(images: Tensor) -> Finding:
 def check_channels(images: Tensor) -> Finding:
     """1 or 3 channels, the 3 not all equal."""
     channels = images.shape[1]
-    grey = channels == 3 and bool((images == images[:, :1]).all())
+    grey = channels == 3 and all(bool((part == part[:, :1]).all()) for part in in_parts(images, len(images)))
     what = f"{len(images):,} images of {channels} × {images.shape[2]} × {images.shape[3]}"
     return judge("channels", 2 if channels not in (1, 3) else float(grey), 0, 1,
                  what + (", all grey in three equal channels" if grey else ""),
@@ -220,28 +221,33 @@ def check_labels_used(right: Tensor, wrong: Tensor, x_0: Tensor) -> Finding:
 # ------------------------------------------------------------------------------------------------------ the samples
 
 
-def check_samples(images: Tensor, real: Tensor) -> list[Finding]:
-    """Defects of generated images (N, C, H, W), not clipped, compared with real ones (M, C, H, W) in [-1, 1]."""
+def check_samples(images: Tensor, real: Tensor, most_steps: int = 1000) -> list[Finding]:
+    """Defects of generated images (N, C, H, W), not clipped, compared with real ones (M, C, H, W) in [-1, 1].
+
+    most_steps: the number of timesteps of the schedule.
+    """
     if not bool(images.isfinite().all()):
         return [Finding("samples", "FAIL", "the images contain NaN or inf",
                         "the run diverged: python train.py --lr 5e-4 --muon_lr 0.005 --precision fp32")]
     images = images.clamp(-1, 1)
-    blank = check_blank(images)
+    blank = check_blank(images, real)
     if blank.status == "FAIL":
         return [blank]  # the other checks would fail for the same reason
     pattern = check_pattern(images, real)
-    noise = [check_noise(images, real)] if pattern.status == "OK" else []  # a pattern would count as noise
+    noise = [check_noise(images, real, most_steps)] if pattern.status == "OK" else []  # a pattern would count as noise
     return [blank, check_brightness(images, real), check_saturation(images, real), check_diversity(images, real),
             pattern, *noise]
 
 
-def check_blank(images: Tensor) -> Finding:
+def check_blank(images: Tensor, real: Tensor) -> Finding:
     """Images of one colour."""
-    blank = images.flatten(1).std(1) < 0.03
+    blank, real_blank = (x.flatten(1).std(1) < 0.03 for x in (images, real))
     mean = images[blank].mean().item() if blank.any() else 0.0
     colour = "black" if mean < -0.9 else "white" if mean > 0.9 else "grey"
-    share = blank.double().mean().item()
-    return judge("blank samples", share, 0, 0.1, f"{share:.0%} are of one colour" + f", {colour}" * bool(share),
+    share, real_share = (x.double().mean().item() for x in (blank, real_blank))
+    message = f"{share:.0%} are of one colour" + f", {colour}" * bool(share)
+    message += f", of real images {real_share:.0%}" * bool(real_share)
+    return judge("blank samples", share - real_share, real_share, max(0.1, real_share), message,
                  "hardly trained, diverged, or too few steps for the EMA: train longer, and compare python sample.py "
                  "--no_use_ema")
 
@@ -288,12 +294,12 @@ def noise_level(images: Tensor) -> float:
     return F.conv2d(images, kernel, groups=images.shape[1]).abs().median().item() / 0.6745
 
 
-def check_noise(images: Tensor, real: Tensor) -> Finding:
-    """Noise that sampling did not remove."""
+def check_noise(images: Tensor, real: Tensor, most_steps: int) -> Finding:
+    """Noise that sampling did not remove. most_steps: the number of timesteps of the schedule."""
     left, normal = noise_level(images), noise_level(real)
     return judge("noise left", left - normal, 0.04, 0.12, f"noise of {left * LEVELS:.1f} grey levels, in real images "
-                 f"{normal * LEVELS:.1f}", "too few steps or a network that is hardly trained: python sample.py "
-                 "--steps 50, train longer, python train.py --schedule cosine")
+                 f"{normal * LEVELS:.1f}", f"too few steps or a network that is hardly trained: python sample.py "
+                 f"--steps {min(50, most_steps)}, train longer, python train.py --schedule cosine")
 
 
 def pattern_peaks(images: Tensor) -> Tensor:
@@ -326,30 +332,36 @@ def check_copies(closeness: dict[str, float]) -> Finding:
                  "python evaluate.py shows the pairs")
 
 
-def check_steps(images: Tensor, more: Tensor, steps: int) -> Finding:
-    """Images with `steps` and with twice as many steps: if they differ, `steps` is too small."""
+def check_steps(images: Tensor, more: Tensor, steps: int, most_steps: int = 1000) -> Finding:
+    """Images with `steps` and with twice as many steps, at most most_steps: if they differ, `steps` is too small."""
     change = ((images - more).square().mean().sqrt() / more.std()).item()
     return judge("steps", change, 0.3, math.inf, f"twice as many as {steps} steps change the images by {change:.0%} of "
-                 f"their standard deviation", f"too few steps: python sample.py --steps {5 * steps}, or --prediction v "
-                 f"in training")
+                 f"their standard deviation", "too few steps: python sample.py --steps "
+                 f"{min(5 * steps, most_steps)}, or --prediction v in training")
 
 
 # ----------------------------------------------------------------------------- what the classifier says
 
 
-def check_recognised(probabilities: Tensor, real: Tensor, labels: Tensor | None) -> list[Finding]:
-    """Class probabilities (N, K) of samples and (M, K) of real images; requested labels (N,), or None."""
+def check_recognised(probabilities: Tensor, real: Tensor, labels: Tensor | None, real_labels: Tensor) -> list[Finding]:
+    """Class probabilities (N, K) of samples and (M, K) of real images; requested labels (N,), or None; labels (M,)."""
     confidence, real_confidence = probabilities.amax(1).mean().item(), real.amax(1).mean().item()
-    classes = probabilities.argmax(1).bincount(minlength=probabilities.shape[1])
-    most = (classes.max() / classes.sum()).item()
+    seen, count = probabilities.argmax(1), probabilities.shape[1]
+    classes = seen.bincount(minlength=count)
+    expected = (real_labels if labels is None else labels).bincount(minlength=count).double()
+    shares, expected = classes / classes.sum(), expected / expected.sum()
+    most = int((shares - expected).argmax())
     findings = [judge("recognisable", real_confidence - confidence, 0.15, 0.3, f"the classifier is {confidence:.0%} "
                       f"confident, {real_confidence:.0%} on real images", "shapes of no class: train longer, or a "
                       "larger --base_channels"),
-                judge("classes made", most, 0.5, 0.9, f"{int((classes > 0).sum())} of {len(classes)} classes, "
-                      f"{most:.0%} of the images of one", "one class is too frequent: train longer, or --conditional")]
+                judge("classes made", (shares - expected)[most].item(), 0.25, 0.45, f"{int((classes > 0).sum())} of "
+                      f"{count} classes; {shares[most]:.0%} of the images are of one of which {expected[most]:.0%} "
+                      f"should be", "one class is too frequent: train longer, or --conditional")]
     if labels is not None:
-        wrong = (probabilities.argmax(1) != labels).double().mean().item()
-        findings.append(judge("labels obeyed", wrong, 0.25, 0.6, f"{wrong:.0%} show another class than requested",
+        wrong, real_wrong = ((each.argmax(1) != asked).double().mean().item()
+                             for each, asked in ((probabilities, labels), (real, real_labels)))
+        findings.append(judge("labels obeyed", wrong - real_wrong, 0.25, 0.6, f"the classifier sees another class than "
+                              f"requested in {wrong:.0%}, another than the true one in {real_wrong:.0%} of real images",
                               "labels are ignored: python train.py --conditional --label_dropout 0.1, train longer"))
     return findings
 

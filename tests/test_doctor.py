@@ -19,6 +19,7 @@ from evaluation.gaussian import MOST_NUMBERS, bound_images, gaussian_bound
 from evaluation.health_checks import check_history, check_samples, check_schedule, check_versions
 from models import create_model
 from runtime.errors import UserError
+from runtime.files import write_json
 
 
 def normal(*shape, seed=0):
@@ -376,6 +377,18 @@ def test_defects_of_samples(pictures, defect):
     assert_found(check_samples(plant(pictures[0]), pictures[1]), check, status)
 
 
+def test_blank_images_are_no_defect_where_real_ones_are_blank(pictures):
+    some = [torch.cat([x, torch.full_like(x[:len(x) // 8], -1)]) for x in pictures]
+    assert statuses(check_samples(*some))["blank samples"] == "OK"
+
+
+def test_the_advice_of_more_steps_keeps_to_the_number_of_timesteps(pictures):
+    x, real = pictures
+    found = {finding.check: finding.fix for finding in check_samples(x + 0.1 * normal(*x.shape), real, 30)}
+    assert "--steps 30," in found["noise left"]
+    assert "--steps 30," in health_checks.check_steps(x, x + 0.5 * normal(*x.shape), 10, 30).fix
+
+
 def test_one_striped_image_is_no_pattern(pictures):
     x = pictures[0].clone()
     x[0] += checkerboard(2)
@@ -453,6 +466,26 @@ def test_a_generator_of_one_class(glyphs, process):
     assert_found(examine_samples(ones, process, *glyphs[:2]), "classes made")
 
 
+def certain(classes, count):
+    """Probabilities of a classifier that is sure of these classes."""
+    return torch.nn.functional.one_hot(torch.as_tensor(classes), count).float()
+
+
+def test_classes_are_judged_by_those_of_real_images_and_by_how_well_the_classifier_knows_them():
+    halves, uneven = torch.arange(500) % 2, (torch.arange(500) % 20 == 0).long()
+    asked = torch.arange(64) % 2
+    almost = asked.clone()
+    almost[0] = 1  # 33 of 64
+    assert_healthy(health_checks.check_recognised(certain(almost, 2), certain(halves, 2), asked, halves))
+    all_zeros = 0 * asked
+    assert_healthy(health_checks.check_recognised(certain(all_zeros, 2), certain(uneven, 2), None, uneven))
+    found = health_checks.check_recognised(certain(all_zeros, 2), certain(halves, 2), None, halves)
+    assert_found(found, "classes made")
+    seen = torch.where(torch.arange(500) % 5 < 3, halves, 1 - halves)  # right in 60 %, so also of a perfect generator
+    found = health_checks.check_recognised(certain(seen[:64], 2), certain(seen, 2), asked, halves)
+    assert statuses(found)["labels obeyed"] == "OK"
+
+
 def test_labels_that_are_obeyed_ignored_or_wrong(glyphs, process):
     train, unseen, others = glyphs
     results = {}
@@ -476,7 +509,7 @@ def test_it_judges_the_images_that_sample_makes(glyphs, monkeypatch, tmp_path, s
     assert sample.main(["--checkpoint", str(tmp_path / "model.pt"), "--output", str(tmp_path / "x.npz"), "--device",
                         "cpu", "--precision", "fp32", "--num_images", str(doctor.SAMPLES)]) == 0
     checked = []
-    monkeypatch.setattr(doctor, "check_samples", lambda images, _: checked.append(images) or [])
+    monkeypatch.setattr(doctor, "check_samples", lambda images, *_: checked.append(images) or [])
     found = doctor.examine_samples(*load_model(tmp_path / "model.pt")[:2], *glyphs[:2], checkpoint)
     assert ("steps" in statuses(found)) != student
     made = torch.from_numpy(np.load(tmp_path / "x.npz")["arr_0"]).permute(0, 3, 1, 2)
@@ -516,8 +549,8 @@ def test_json_is_all_that_is_printed(run, monkeypatch):
 def test_a_checkpoint_that_draws_badly_ends_with_1(run, tmp_path):
     checkpoint = make_checkpoint(epoch=30)
     checkpoint["config"]["training"]["epochs"] = 25
-    save_checkpoint(tmp_path / "checkpoints/model.pt", **checkpoint)
-    status, findings = run("--checkpoint", tmp_path / "checkpoints/model.pt")
+    save_checkpoint(tmp_path / "checkpoints/model_step_00000003.pt", **checkpoint)
+    status, findings = run("--checkpoint", tmp_path / "checkpoints/model_step_00000003.pt")
     found = {f["check"]: f["status"] for f in findings}
     assert status == 1 and found["error against t"] == "FAIL"
     [fix] = [f["fix"] for f in findings if f["check"] == "error against t"]
@@ -528,10 +561,16 @@ def test_a_checkpoint_that_draws_badly_ends_with_1(run, tmp_path):
 def test_a_checkpoint_with_nan_or_of_another_data_set_is_a_finding(run, tmp_path):
     broken = make_checkpoint()
     broken["ema"]["stem.1.bias"][0] = math.nan
-    save_checkpoint(tmp_path / "model.pt", **broken)
-    status, findings = run("--checkpoint", tmp_path / "model.pt")
+    save_checkpoint(tmp_path / "model_final.pt", **broken)
+    status, findings = run("--checkpoint", tmp_path / "model_final.pt")
     assert status == 1 and findings[-1]["check"] == "checkpoint" and "not finite" in findings[-1]["message"]
     assert f"train.py --resume --output_dir {tmp_path}" in findings[-1]["fix"]
+    write_json(dict(sittings=[dict(command="python distill.py --budget 1m")]), tmp_path / "run.json")
+    assert run("--checkpoint", tmp_path / "model_final.pt")[1][-1]["fix"] == \
+        "train the student again: python distill.py --budget 1m"
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "model_final.pt").rename(tmp_path / "elsewhere/mine.pt")
+    assert "FOLDER_OF_ITS_RUN" in run("--checkpoint", tmp_path / "elsewhere/mine.pt")[1][-1]["fix"]
     other = make_checkpoint()
     other["config"]["data"]["shape"] = [1, 32, 32]
     save_checkpoint(tmp_path / "model.pt", **other)
