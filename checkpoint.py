@@ -7,7 +7,8 @@
                       space, float16, which load_checkpoint converts to float32
     optimizer         the optimiser's state_dict; empty in a file that is only for making images
     step, epoch, images_seen, seconds, precision, seed
-    history           {"records": the lines of metrics.jsonl, "losses": of the steps since the last of them}
+    history           {"records": the lines of metrics.jsonl, "losses": of the steps since the last of them,
+                      "skipped": how many steps had no finite gradient, in all and in a row until now}
 """
 
 import json
@@ -330,6 +331,12 @@ def data_mismatch(config: dict, data: ImageData) -> str | None:
         return None
     return (f"the checkpoint is of images {config['data']['shape']} and {classes} classes, {data.name} has {shape} and "
             f"{len(data.class_names)}")
+
+
+def check_same_data(config: dict, data: ImageData) -> None:
+    """UserError if a checkpoint's config does not fit the data set that was loaded for it."""
+    if problem := data_mismatch(config, data):
+        raise UserError(f"{problem}: give the --data_dir that it was trained on")
 
 
 def _shown(value) -> str:

@@ -19,7 +19,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from checkpoint import load_model
+from checkpoint import check_same_data, load_model
 from data import code_of, load_dataset, to_uint8
 from data_sources.pictures import read_mask, read_picture
 from diffusion import Denoise
@@ -146,10 +146,11 @@ def chosen_images(args, checkpoint: dict) -> Tensor:
         return torch.cat([read_image(args, path, checkpoint["config"]["data"]["shape"]) for path in paths])
     source, index = dataset_of(checkpoint, args.data_dir), args.index or 0
     split = next(split for split in ("test", "train") if len(load_dataset(source, split, args.data_dir).images))
-    images = load_dataset(source, split, args.data_dir).images
-    if index >= len(images):
-        raise UserError(f"--index must be less than {len(images)}, the size of the {split} split, not {index}")
-    return images[index][None]
+    data = load_dataset(source, split, args.data_dir)
+    check_same_data(checkpoint["config"], data)
+    if index >= len(data.images):
+        raise UserError(f"--index must be less than {len(data.images)}, the size of the {split} split, not {index}")
+    return data.images[index][None]
 
 
 def chosen_mask(args, shape: Sequence[int]) -> Tensor:

@@ -35,7 +35,7 @@ from pathlib import Path
 
 import torch
 
-from checkpoint import load_checkpoint
+from checkpoint import check_same_data, load_checkpoint
 from data import DATASETS, SPLITS, load_dataset
 from evaluation.autoencoder_training import train_second_network
 from evaluation.classifier_training import train_feature_network
@@ -148,12 +148,14 @@ def check_flags(args, parser: Parser) -> None:
     """UserError for flags that cannot be combined."""
     if args.runs and (others := sorted(parser.typed - {"runs"})):
         parser.error(f"--runs only reads files, so that --{others[0]} changes nothing: leave it out")
-    ready = [is_ready(path) for path in args.compare] if args.compare else [bool(args.images)]
+    ready = [is_ready(path) for path in args.compare] if args.compare else [args.images is not None]
     if any(ready) and not args.dataset:
         parser.error(f"{'ready images need' if args.compare else '--images needs'} --dataset, the real images to "
                      f"compare with: {', '.join(DATASETS)}")
     if args.train_features and "num_images" in parser.typed:
         parser.error("--num_images changes nothing with --train_features: leave it out")
+    if args.images == "":
+        parser.error("--images must name a file or a folder of images, not nothing: give its path")
     for name in (*SAMPLING_FLAGS, "guidance_scale", "sweep"):
         if name in parser.typed and (all(ready) or not (measures_checkpoint(args) or args.compare)):
             parser.error(f"--{name} needs --checkpoint: it sets how a checkpoint makes images")
@@ -290,6 +292,8 @@ def load_inputs(args: Namespace, device: torch.device, output: Path):
     split = args.reference or ("test" if args.sweep is None else "validation")
     dataset = loaded.dataset if loaded else chosen_dataset(args, device.type == "cpu", quiet=True)
     data = reference_images(dataset, split, args.data_dir)
+    if loaded:
+        check_same_data(loaded.config, data)
     generated = None if loaded else ready_images(args, data)
     if args.cas and (loaded or generated).labels is None:
         raise UserError("--cas needs labels: a checkpoint trained with --conditional, or `labels` in the .npz")

@@ -25,7 +25,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from checkpoint import load_model
+from checkpoint import check_same_data, load_model
 from data import code_of, load_dataset, to_model, to_uint8
 from data_sources.cache import MIN_HELD_OUT
 from data_sources.points import POINT_SETS
@@ -261,6 +261,7 @@ def draw_with_model(args: Namespace, model, diffusion: DiffusionProcess, config:
     source = dataset_of(dict(config=config), args.data_dir, args.dataset)
     train, validation = (load_dataset(source, split, args.data_dir).coded(code_of(config))
                          for split in ("train", "validation"))
+    check_same_data(config, train)
     if not len(validation.images):
         raise UserError(f"--what {args.what} shows validation images, and of {train.name} none is held out: it needs "
                         f"{MIN_HELD_OUT} pictures")

@@ -43,6 +43,7 @@ class LoadedCheckpoint(NamedTuple):
 
     model: nn.Module
     diffusion: DiffusionProcess
+    config: dict
     dataset: str | Path
     code: LevelCode
     shape: Sequence[int]
@@ -78,8 +79,8 @@ def open_checkpoint(args: Namespace, device: torch.device, check: Callable[[str 
     if args.sweep is None:
         for each in options:
             check_interval(each, diffusion)
-    return LoadedCheckpoint(model, diffusion, dataset, code_of(config), config["data"]["shape"], labels, options,
-                            int(training_flag(checkpoint, "train_images", 0)),
+    return LoadedCheckpoint(model, diffusion, config, dataset, code_of(config), config["data"]["shape"], labels,
+                            options, int(training_flag(checkpoint, "train_images", 0)),
                             bool(training_flag(checkpoint, "hflip", False)))
 
 

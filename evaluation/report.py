@@ -1,6 +1,7 @@
 """What evaluate.py prints, and the conditions of a measurement that it records."""
 
 import json
+import math
 import platform
 from collections.abc import Sequence
 from pathlib import Path
@@ -31,12 +32,13 @@ def evaluation_of(checkpoint: Path) -> dict | None:
         if report.get("checkpoint_sha256") != file_digest(checkpoint):
             return None
         for figure in report["figures"].values():
-            if not all(isinstance(figure[name], float | int) for name in ("value", "low", "high")):
+            numbers = [figure[name] for name in ("value", "low", "high")]
+            numbers += [] if figure["floor"] is None else [figure["floor"]]
+            if not all(isinstance(number, float | int) and math.isfinite(float(number)) for number in numbers):
                 raise TypeError("a figure is no number")
-            float(0 if figure["floor"] is None else figure["floor"])
     except json.JSONDecodeError as error:
         raise UserError(f"{path} is no JSON: {measure}") from error
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError, OverflowError) as error:
         raise UserError(f"{path} is damaged: {measure}") from error
     return report
 

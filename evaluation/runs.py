@@ -2,7 +2,6 @@
 
 import csv
 import json
-import math
 import os
 import shlex
 from collections.abc import Iterator
@@ -18,6 +17,7 @@ RESULT = "runs.csv"
 METRICS, EVALUATION = "metrics.jsonl", "evaluation.json"
 SHOWN_FIGURES = ("two_sample_pixels", "two_sample_shapes", "frechet_distance", "recall", "asked_class")
 HIDDEN_FLAGS = ("output_dir", "data_dir", "resume")  # they do not say how a run differs from another
+LARGEST_NUMBER = 1e300
 LARGEST, LAST_BYTES = 2**24, 2**16  # bytes of a JSON file that is read; bytes read at the end of metrics.jsonl
 SHOWN_LETTERS = 60  # of the flags and of the end
 
@@ -86,8 +86,8 @@ def _load_json(path: Path) -> dict:
 
 def _number(value) -> float | None:
     """`value` if it is a finite number, else None."""
-    is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
-    return value if is_number and math.isfinite(value) else None
+    is_number = isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) < LARGEST_NUMBER
+    return value if is_number else None
 
 
 def _text(value) -> str | None:

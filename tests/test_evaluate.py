@@ -256,6 +256,11 @@ def test_a_checkpoint_and_its_images_agree_to_the_digit_and_so_do_two_runs(small
     assert first["seed"] == 5 and len(first["checkpoint_sha256"]) == 64
 
 
+def test_images_that_have_no_name_are_refused(small, capsys):
+    for more in ([], ["--dataset", "glyphs"]):
+        assert small("--images", "", *more) == 2 and "--images" in capsys.readouterr().err
+
+
 def test_results_are_not_written_among_the_images_that_are_read(small, tmp_path, capsys):
     from PIL import Image
     Image.new("L", (28, 28)).save(tmp_path / "one.png")

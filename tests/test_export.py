@@ -226,8 +226,11 @@ def test_a_card_has_no_figures_of_other_weights(folder, tmp_path, capfd):
     (tmp_path / "evaluation.json").write_text(json.dumps(report | dict(checkpoint_sha256="0" * 64)))
     assert exported(path, "--format", "safetensors", "--output", folder) == 0
     assert "frechet_distance" not in (folder / "README.md").read_text()
-    (tmp_path / "evaluation.json").write_text(json.dumps(report | dict(figures={"a": {}})))
-    assert_refused(capfd, exported(path, "--format", "safetensors", "--output", folder), "evaluation.json", "damaged")
+    huge = dict(value=10**400, low=0, high=1, floor=None)  # no float can hold it
+    for figure in ({}, huge, huge | dict(value=0.5, floor=10**400)):
+        (tmp_path / "evaluation.json").write_text(json.dumps(report | dict(figures={"a": figure})))
+        status = exported(path, "--format", "safetensors", "--output", folder)
+        assert_refused(capfd, status, "evaluation.json", "damaged")
 
 
 def trained_by_alice(path):

@@ -139,6 +139,7 @@ def test_a_metrics_file_that_is_being_written_or_is_long_counts_by_its_last_whol
 BROKEN = [b"", b"{", b"null", b"[]", b"{}", b"3", b"\xff\xfe\x00", b'{"sittings": []}', b'{"sittings": [3]}',
           b'{"sittings": {"a": 1}}', b'{"figures": []}', b'{"figures": {"recall": 3}}', b"[" * 100_000,
           b'{"images_seen": 3}', b'{"figures": {}, "reference": null}']
+HUGE = 10**400  # no float can hold it
 
 
 @pytest.mark.parametrize("name", ["run.json", "metrics.jsonl", "evaluation.json"])
@@ -155,7 +156,7 @@ def test_a_broken_or_foreign_file_is_named_and_the_rest_is_listed(tmp_path, caps
 
 
 def test_values_that_are_no_numbers_are_left_out(tmp_path):
-    write_evaluation(tmp_path / "a", recall="high", precision=float("nan"), coverage=0.5, density=True)
+    write_evaluation(tmp_path / "a", recall="high", precision=float("nan"), coverage=0.5, density=True, levels=HUGE)
     assert find_runs(tmp_path)[0][0].figures == dict(coverage=0.5)
 
 
