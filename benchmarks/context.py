@@ -15,6 +15,7 @@ from benchmarks.peers import PEERS, is_installed
 from data import load_dataset
 from runtime.errors import RunFailed
 from runtime.progress import Bar, say
+from training.sizing import FEW_IMAGES
 
 # Our contestants and their flags of train.py: two recipes, and the configurations in benchmarks/*.txt.
 OURS = {"fast": [], "ddpm": ["--recipe", "ddpm"]} | {
@@ -97,10 +98,14 @@ class Context:
         records = [json.loads(line) for line in log.read_text().splitlines()] if log.exists() else []
         return dict(result, folder=folder, records=records)
 
+    def images_of(self, steps: int) -> int:
+        """Training images for so many steps; on a GPU not so few that `training.sizing` makes a smaller network."""
+        return max(steps * self.plan.batch_size, 0 if self.device == "cpu" else FEW_IMAGES)
+
     def first_run(self, name: str) -> dict:
-        """The first training run of one of our contestants: two steps if there was none yet."""
+        """The first training run of one of our contestants: two steps (on a GPU more) if there was none yet."""
         if name not in self._first_runs:
-            self.keep_first_run(name, self.train(name, "--epochs", 1, "--train_images", 2 * self.plan.batch_size,
+            self.keep_first_run(name, self.train(name, "--epochs", 1, "--train_images", self.images_of(2),
                                                  "--sample_interval", 0))
         return self._first_runs[name]
 

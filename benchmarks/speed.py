@@ -85,7 +85,7 @@ def measure_memory(context: Context) -> dict:
         if name in PEERS:
             train = context.job("peer_train", name=name, **context.data, batch_size=batch_size, seconds=0.0)
         else:
-            train = context.train(name, "--epochs", 1, "--train_images", 5 * batch_size, as_job=True)
+            train = context.train(name, "--epochs", 1, "--train_images", context.images_of(5), as_job=True)
         sample = context.sample(name, 64, "few", context.plan.few_steps, as_job=True)
         row = {f"{what}_{kind}": result[f"peak_{kind}"] for what, result in (("train", train), ("sample", sample))
                for kind in ("mb", "gpu_mb") if f"peak_{kind}" in result}

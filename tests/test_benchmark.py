@@ -26,6 +26,7 @@ from benchmarks.context import OURS, Context
 from data_sources.cache import Pictures, cached
 from runtime.errors import RunFailed
 from training import flags
+from training.sizing import choose
 
 
 def call(*argv):
@@ -48,6 +49,14 @@ def report(data_dir, tmp_path_factory):
         assert call("scaling", "train", "peak", "--quick", "--contestants", "fast", "--dataset", "glyphs", "--data_dir",
                     data_dir, "--output_dir", folder, "--device", "cpu") == 0
     return folder, json.loads((folder / "benchmark.json").read_text())
+
+
+def test_a_short_run_on_a_gpu_has_the_network_of_a_long_one(tmp_path):
+    context = make_context(tmp_path)
+    assert context.images_of(2) == 2 * context.plan.batch_size
+    context.device = "cuda"
+    short, long = (choose(images, None, torch.device("cuda"), speed=None) for images in (context.images_of(2), 60_000))
+    assert short == long
 
 
 def test_the_bar_names_what_is_measured_and_the_rows_stand_above_it(tmp_path, monkeypatch):
