@@ -28,7 +28,7 @@ from torch import Tensor
 from data_sources.cache import open_split
 from data_sources.points import COORDINATES, POINT_SETS, READERS, Coordinates, is_points
 from runtime.errors import UserError
-from runtime.files import atomic_write, one_line
+from runtime.files import atomic_write, check_writable, one_line
 from runtime.progress import Bar, progress
 
 VALIDATION_IMAGES = 5000
@@ -388,6 +388,7 @@ def _draw(name: str, count: int, seed: int, path: Path) -> None:
     from data_sources.glyphs import draw_glyphs
     from data_sources.scenes import draw_scenes
 
+    check_writable(path.parent, "another --data_dir")
     print(f"Drawing {count:,} {name} into {path} (once) ...", flush=True)
     threads = torch.get_num_threads()
     torch.set_num_threads(1)  # with small tensors several threads are slower

@@ -25,7 +25,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from checkpoint import data_mismatch, load_model, training_flag
+from checkpoint import check_same_data, load_model, training_flag
 from data import ImageData, code_of, load_dataset
 from diffusion import Denoise, DiffusionProcess, reduce_loss
 from runtime import distributed, threads
@@ -197,8 +197,7 @@ def make_run(args: Namespace, start: float) -> Run:
                    hflip=bool(training_flag(checkpoint, "hflip", False)))  # from what: read for the figures of copies
     data = data.first(learned["train_images"] or None).coded(code_of(checkpoint["config"]))
     check_gpu_memory(data, device)
-    if problem := data_mismatch(checkpoint["config"], data):
-        raise UserError(f"{problem}: give the --data_dir that it was trained on")
+    check_same_data(checkpoint["config"], data)
     steps = args.teacher_steps or min(TEACHER_STEPS, process.num_timesteps)
     settings = Namespace(**vars(args) | learned | dict(guidance_scale=guidance_scale, teacher_steps=steps))
     trainer, settings = make_trainer(settings, teacher, process, data.to(device))
@@ -259,8 +258,9 @@ def main(argv=None):
                 raise UserError(f"the {args.budget:g} s of --budget were over before the first step: give it more")
             if place := run_folder.set_aside(folder):
                 print(f"Moved the results of an older run to {place}")
-            with run_record.recorded(run, "distill.py", argv, resumed=False):
-                run.carry_out(partial(distill, run), partial(memory_advice, trainer))
+            with run_record.recorded(run, "distill.py", argv, earlier=[]):
+                help_memory = partial(memory_advice, trainer, smaller="choose a smaller teacher")
+                run.carry_out(partial(distill, run), help_memory)
                 if run.stopped:
                     print(f"Stopped by a signal after {trainer.step:,} steps; saved {run.save_step()}")
                     return 128 + run.stopped

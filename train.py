@@ -350,10 +350,12 @@ def main(argv=None):
         with run_folder.stop_on_signals(run):
             if message := complete_message(run, checkpoint, args):
                 return print(message)
+            # Before they are moved: of a run that began, too, but left no checkpoint, --resume takes the flags.
+            earlier = run_record.sittings(folder) if checkpoint or args.resume else []
             prepare_folder(run, resumed=checkpoint is not None)
             if settings.tensorboard and distributed.rank() == 0:
                 run.board = Board(folder / "tensorboard", run.trainer.step)
-            with run_record.recorded(run, "train.py", argv, resumed=checkpoint is not None):
+            with run_record.recorded(run, "train.py", argv, earlier):
                 help_memory = partial(memory_advice, run.trainer, resumed=checkpoint is not None)
                 try:
                     run.carry_out(partial(train, run, validation, settings), help_memory)

@@ -64,6 +64,8 @@ def find_pictures(path: Path) -> Found:
     sub-folder. Hidden files, and files whose names do not end in one of SUFFIXES, are not looked at.
     """
     skipped: dict[str, str] = {}
+    if path.is_file():
+        path.open("rb").close()  # an error now: zipfile says of what may not be read that it is no archive
     if path.suffix.lower() == ".npz" and path.is_file():
         return _find_in_npz(path)
     if path.is_dir():

@@ -9,6 +9,8 @@ bits. So it is fixed where results must be repeatable, and by --threads.
 
 import functools
 import math
+import os
+import re
 import time
 from collections.abc import Generator, Iterable, Iterator
 from pathlib import Path
@@ -28,6 +30,8 @@ FIRST_LOOK, LOOK_SECONDS = 0.1, 1.0  # the first look at what the cores do, and 
 IDLE_CORES, OTHER_CORES = 0.5, 0.3  # more threads are tried if so many cores are idle, fewer if others use so many
 MAX_LINES = 10  # changes that are printed
 PATIENCE = 2.0  # for making and measuring images, which is often done sooner
+
+STAT = Path("/proc/stat")  # what the cores have done; only Linux has it
 
 _adapting = False  # like torch's number of threads, one setting for the whole process
 
@@ -217,10 +221,17 @@ class Cores:
 
 
 def idle_and_total_time() -> tuple[int, int, int] | None:
-    """(idle time, total time, cores) of all cores together since the system started; None except on Linux."""
+    """(idle time, total time, cores) of the cores that this process may use, together, since the system started.
+
+    None except on Linux.
+    """
     try:
-        first, *lines = Path("/proc/stat").read_text().splitlines()
+        lines = [line.split() for line in STAT.read_text().splitlines()]
     except OSError:
         return None
-    times = [int(text) for text in first.split()[1:9]]  # after them come guests, which are counted as users
-    return times[3] + times[4], sum(times), sum(line.startswith("cpu") for line in lines)
+    cores, mine = [line for line in lines if re.fullmatch(r"cpu\d+", line[0])], os.sched_getaffinity(0)
+    if len(cores) > len(mine):  # else they are all ours: some containers number them anew
+        cores = [line for line in cores if int(line[0][3:]) in mine] or cores
+    rows = [[int(text) for text in line[1:9]] for line in cores]  # after them come guests, which are counted as users
+    times = [sum(column) for column in zip(*rows, strict=True)]
+    return times[3] + times[4], sum(times), len(rows)

@@ -378,6 +378,13 @@ def test_a_drawn_file_is_not_called_damaged_for_a_machine_that_cannot_read_it(da
         load_dataset("glyphs", "test", data_dir)
 
 
+def test_where_nothing_can_be_written_nothing_is_drawn(tmp_path, monkeypatch):
+    (tmp_path / "glyphs").write_text("a file")
+    monkeypatch.setattr("data_sources.glyphs.draw_glyphs", None)
+    with pytest.raises(UserError, match=r"cannot write to .*glyphs .*another --data_dir"):
+        load_dataset("glyphs", "test", tmp_path)
+
+
 def test_torchvision_reads_the_same(real_mnist):
     """What data.py reads by itself is what torchvision reads."""
     ours, theirs = load_dataset("mnist", "test", real_mnist), torchvision.datasets.MNIST(real_mnist, train=False)

@@ -271,7 +271,8 @@ TRAINER_FLAGS = ("batch_size", "optimizer", "lr", "muon_lr", "lr_schedule", "war
 # What a process has without flags, in checkpoints that do not know it; the shares are for lognormal times.
 KEPT = dict(last_share=0.0, low_share=0.0, lowest_noise=None, highest_noise=None)
 LAST_SHARE, POINTS_LOW_SHARE = 0.01, 0.05  # nearly clean times help points, and make images worse: RECORDS.md
-FIXED_FLAGS = ("train_images", "batch_size", "optimizer")  # besides network and data: what --resume cannot change
+# Besides network and data, what --resume cannot change:
+FIXED_FLAGS = ("train_images", "batch_size", "optimizer", "level_code")
 
 
 def check_flags_of_data(parser: Parser, args: Namespace) -> None:

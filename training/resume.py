@@ -2,14 +2,17 @@
 
 import contextlib
 import os
-from argparse import Namespace
+from argparse import ArgumentError, ArgumentParser, Namespace
+from collections.abc import Sequence
 from pathlib import Path
 
+from data import DATASETS
+from data_sources.points import POINT_SETS
 from runtime import distributed
 from runtime.errors import UserError
 from runtime.files import quoted
 from runtime.parser import PICTURE_FLAGS, SHARED_FLAGS, Parser
-from training import run_record
+from training import run_folder, run_record
 from training.flags import FIXED_FLAGS, KEPT
 
 BEFORE_FLAGS = dict(level_code="linear")  # what versions that did not have these flags did
@@ -45,18 +48,43 @@ def resume_command(args: Namespace) -> str:
 def flags_of_begun_run(parser: Parser, args: Namespace) -> dict:
     """The flags that the run in args.output_dir was started with, if it was stopped before its first checkpoint.
 
-    They become defaults of the new run that --resume begins then; OWN_FLAGS are left out, except for --init.
+    They become defaults of the new run that --resume begins then; OWN_FLAGS are left out, except for --init. UserError
+    if its pictures are gone, and the user does not say where they are now.
     """
-    found = {}
-    for sitting in distributed.from_rank_0(lambda: run_record.sittings(Path(args.output_dir))):
+    found, new_place, folder = {}, "dataset" in parser.typed, Path(args.output_dir)
+    for sitting in distributed.from_rank_0(lambda: run_record.sittings(folder)):
         script, words = run_record.script_and_words(str(sitting.get("command", "")))
         if script == "train.py":
+            dataset, others = _dataset_of_words(words)
+            if dataset not in (None, *DATASETS, *POINT_SETS) and not os.path.exists(dataset):
+                if not new_place:
+                    raise UserError(gone_message(f"the run in {folder}", dataset))
+                words = others
             with contextlib.suppress(UserError):  # flags that no run can have had
                 before = parser.parse_args(words)
                 found |= {name: getattr(before, name) for name in parser.typed - ({*OWN_FLAGS} - {"init"})}
+    if found.get("init"):
+        found["init"] = distributed.from_rank_0(lambda: run_folder.place_of(folder, found["init"]))
     if args.epochs or args.budget:
         found = {name: value for name, value in found.items() if name not in ("epochs", "budget")}
     return found
+
+
+def _dataset_of_words(words: Sequence[str]) -> tuple[str | None, list[str]]:
+    """The value of --dataset in the words of a command line, or None, and the other words."""
+    finder = ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
+    finder.add_argument("--dataset")
+    try:
+        found, others = finder.parse_known_args(words)
+    except ArgumentError:  # no value stands behind it
+        return None, list(words)
+    return found.dataset, others
+
+
+def gone_message(which: str, place: str) -> str:
+    """What to do if the pictures that a run learned from are not where they were."""
+    return (f"{which} learned from the pictures in {place}, which is not there: bring them back, or give their new "
+            f"place with --dataset PATH")
 
 
 def more_epochs(epochs: int) -> int:
@@ -76,8 +104,7 @@ def saved_flags(parser: Parser, args: Namespace, path: Path, checkpoint: dict) -
         if "dataset" in parser.typed:  # their new place
             left_out.add("dataset")
         elif not os.path.exists(place := str(training.get("dataset"))):
-            raise UserError(f"{path} learned from the pictures in {place}, which is not there: bring them back, or "
-                            f"give their new place with --dataset PATH")
+            raise UserError(gone_message(str(path), place))
     saved = {name: training.get(name) for name in vars(args) if name not in left_out}
     try:
         for name, value in saved.items():
@@ -115,7 +142,7 @@ def check_resumable(checkpoint: dict, config: dict, command: str) -> None:
     for part, values in asked.items():
         for name, value in sorted(values.items(), key=lambda item: item[0] in ("channel_mults", "attention")):
             # A feature that the file does not know was off.
-            before = checkpoint["config"][part].get(name, KEPT.get(name, False))
+            before = checkpoint["config"][part].get(name, (KEPT | BEFORE_FLAGS).get(name, False))
             if before != value:
                 raise UserError(f"the checkpoint was trained with {name} {before}, the flags ask for {value}: resume "
                                 f"it as it was with {command}, or start a new run without --resume")

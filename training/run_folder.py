@@ -163,6 +163,15 @@ def runs_near(folder: Path) -> list[Path]:
     return sorted(likeness, key=lambda path: (-likeness[path], str(path)))
 
 
+def place_of(folder: Path, path: str) -> str:
+    """Where a file is that may have been a result in `folder`: the newest of previous/ if `set_aside` has moved it."""
+    if os.path.exists(path) or not Path(path).resolve().is_relative_to(folder.resolve()):
+        return path
+    name = glob.escape(str(Path(path).resolve().relative_to(folder.resolve())))
+    moved = sorted((folder / "previous").glob(f"*/{name}"), key=lambda found: found.parent.stat().st_mtime)
+    return str(moved[-1]) if moved else path
+
+
 def set_aside(folder: Path) -> Path | None:
     """Move an older run's results to previous/<time>/ in the folder; returns that place, or None without results.
 

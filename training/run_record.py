@@ -52,13 +52,13 @@ def is_of_this_launch(folder: Path) -> bool:
 
 
 @contextlib.contextmanager
-def recorded(run, script: str, argv: Sequence[str] | None, resumed: bool) -> Iterator[None]:
+def recorded(run, script: str, argv: Sequence[str] | None, earlier: Sequence[dict]) -> Iterator[None]:
     """Write a sitting of `run` to run.json and, at the end of the block, when and how it ended.
 
-    argv: the script's flags; None: those of the command line. resumed: keep the earlier sittings.
+    argv: the script's flags; None: those of the command line. earlier: the sittings that it continues.
     """
     if distributed.rank() == 0:
-        earlier = [sitting | dict(how=sitting.get("how") or DIED) for sitting in sittings(run.folder) if resumed]
+        earlier = [sitting | dict(how=sitting.get("how") or DIED) for sitting in earlier]
         write_json({"sittings": [*earlier, describe(run, script, argv)]}, run.folder / NAME)
     try:
         yield

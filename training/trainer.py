@@ -27,6 +27,7 @@ from utils import autocast, generator_for, seed_for
 ORDER, LABELS, NOISE, FLIPS, DROPOUT = range(5)  # the purpose of a random generator, a part of its key
 VALIDATION_LOSS_IMAGES = 2048
 EPOCH_IMAGES = 8000  # an epoch of your own pictures shows at least so many images
+SMALLER = "train a smaller network, with a smaller --base_channels or with --patch_size 4"  # advice
 
 
 class Trainer:
@@ -216,17 +217,19 @@ def rehearse_steps(model: nn.Module, diffusion: DiffusionProcess, data: ImageDat
         model.zero_grad()
 
 
-def memory_advice(trainer: Trainer, resumed: bool = False) -> str:
+def memory_advice(trainer: Trainer, resumed: bool = False, smaller: str = SMALLER) -> str:
     """Advice after a step that ran out of memory; measures the batch size that fits this process.
 
-    resumed: the run goes on from a checkpoint, with which --batch_size cannot change.
+    resumed: the run goes on from a checkpoint, with which --batch_size cannot change. smaller: how to get a smaller
+    network.
     """
-    fits = fitting_batch(trainer.rehearse, trainer.batch_size // 2, trainer.device, agree=False)
+    fits = fitting_batch(trainer.rehearse, trainer.batch_size // 2, trainer.device, agree=False, smaller=smaller)
     how = "close other programs, or start a new run with that --batch_size" if resumed else "give it with --batch_size"
     return f"out of memory in a step of {trainer.batch_size} images: a batch of {fits} fits (measured): {how}"
 
 
-def fitting_batch(rehearse: Callable[[int], None], count: int, device: torch.device, agree: bool = True) -> int:
+def fitting_batch(rehearse: Callable[[int], None], count: int, device: torch.device, agree: bool = True,
+                  smaller: str = SMALLER) -> int:
     """The first of `count`, half of it, a quarter ... whose step fits in memory. RunFailed if none does.
 
     rehearse(n): a step of n images in one process, which changes nothing.
@@ -238,8 +241,7 @@ def fitting_batch(rehearse: Callable[[int], None], count: int, device: torch.dev
         if distributed.all_reduce_min(fits) if agree else fits:
             return count
         count //= 2
-    raise RunFailed("out of memory even for one image: train a smaller network, with a smaller --base_channels or with "
-                    "--patch_size 4")
+    raise RunFailed(f"out of memory even for one image: {smaller}, or close other programs")
 
 
 @torch.no_grad()

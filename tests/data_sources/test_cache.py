@@ -482,6 +482,16 @@ def test_a_damaged_npz_is_one_line_and_leaves_no_cache(tmp_path, damage, save):
     assert "\n" not in str(caught.value) and not list((tmp_path / "data").glob("pictures/*my_in*/*"))
 
 
+def test_an_archive_that_may_not_be_read_is_not_called_damaged(tmp_path, monkeypatch):
+    def refuse(path, *_):
+        raise PermissionError(errno.EACCES, "Permission denied", str(path))
+    noise(tmp_path / "in/a.png", 0)
+    path = shutil.make_archive(tmp_path / "all", "zip", tmp_path / "in")
+    monkeypatch.setattr(Path, "open", refuse)
+    with pytest.raises(PermissionError):
+        find_pictures(Path(path))
+
+
 def test_a_zip_whose_end_is_missing_is_called_incomplete(tmp_path):
     noise(tmp_path / "in/a.png", 0)
     path = Path(shutil.make_archive(tmp_path / "all", "zip", tmp_path / "in"))

@@ -210,6 +210,17 @@ def test_a_newest_run_that_is_damaged_is_named(here, made, capfd):
         assert_refused(capfd, module.main([*argv, "--device", "cpu"]), "outputs/new/model_final.pt is damaged")
 
 
+@pytest.mark.parametrize("script, flags", [
+    ("evaluate", ["--output_dir", "out"]), ("edit", ["vary", "--index", "0"]), ("distill", ["--output_dir", "out"]),
+    ("visualize_diffusion", ["--what", "loss"])])
+def test_a_checkpoint_of_other_images_than_its_data_set_has_is_refused(here, made, data_dir, capfd, script, flags):
+    content = torch.load(made.run, weights_only=True)
+    content["config"]["data"]["shape"] = [1, 32, 32]
+    torch.save(content, here / "other.pt")
+    status = CALLS[script][0].main([*flags, "--checkpoint", "other.pt", "--data_dir", str(data_dir), "--device", "cpu"])
+    assert_refused(capfd, status, "[1, 32, 32]", "--data_dir that it was trained on")
+
+
 def test_what_needs_no_model_looks_for_none(here, data_dir, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(checkpoints, "find_checkpoint", None)
     monkeypatch.setattr(checkpoints, "newest_checkpoint", None)

@@ -197,3 +197,17 @@ def test_a_container_that_may_use_two_of_many_cores_finds_that_out(monkeypatch):
 def test_idle_time_is_read_where_the_system_tells_it():
     found = threads.idle_and_total_time()
     assert (found is None and sys.platform != "linux") or (0 < found[0] < found[1] and found[2] >= 1)
+
+
+@pytest.mark.parametrize("mine, found", [
+    ({0, 2}, (14, 40, 2)),  # two of three cores: what others do on the third does not count
+    ({1}, (1, 20, 1)),
+    ({5, 6, 7}, (15, 60, 3)),  # a container that numbers its cores anew
+    ({5}, (15, 60, 3))])
+def test_only_the_cores_count_that_this_process_may_use(tmp_path, monkeypatch, mine, found):
+    rows = {"cpu": 3 * 15, "cpu0": 6, "cpu1": 0, "cpu2": 6}
+    lines = [f"{name} 5 0 {14 - idle} {idle} 1 0 0 0 3 3" for name, idle in rows.items()]
+    (tmp_path / "stat").write_text("\n".join([*lines, "intr 1 2", "ctxt 3"]))
+    monkeypatch.setattr(threads, "STAT", tmp_path / "stat")
+    monkeypatch.setattr(threads.os, "sched_getaffinity", lambda _: mine, raising=False)
+    assert threads.idle_and_total_time() == found

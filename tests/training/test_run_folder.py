@@ -181,6 +181,49 @@ def test_a_run_that_was_killed_before_its_first_checkpoint_begins_again_with_its
     assert not (tmp_path / "gone").exists()
 
 
+def killed_at_the_first_step():
+    train.train = lambda *_: os.kill(os.getpid(), signal.SIGKILL)
+
+
+@needs_fork
+def test_a_run_that_was_killed_twice_before_its_first_checkpoint_keeps_its_flags(data_dir, tmp_path):
+    command = shlex.join(["python", "train.py", *tiny(data_dir, tmp_path / "gone", "--epochs", 1, "--seed", 5)])
+    (tmp_path / "run.json").write_text(json.dumps(dict(sittings=[dict(command=command)])))
+    argv = ["--resume", "--output_dir", str(tmp_path), "--data_dir", str(data_dir), "--device", "cpu"]
+    assert run(argv, tmp_path / "log", killed_at_the_first_step) == -signal.SIGKILL
+    assert train.main(argv) == 0
+    training = load_checkpoint(tmp_path / "model_final.pt")["config"]["training"]
+    assert (training["dataset"], training["epochs"], training["seed"]) == ("glyphs", 1, 5)
+    assert len(run_record.sittings(tmp_path)) == 3
+
+
+def test_a_run_whose_pictures_are_gone_does_not_begin_again_with_others(data_dir, tmp_path, capfd):
+    gone = tmp_path / "gone"
+    (tmp_path / "run").mkdir()
+    for words in (f"--dataset {gone} --epochs 50", f"--dataset={gone}"):
+        (tmp_path / "run/run.json").write_text(json.dumps(dict(sittings=[dict(command=f"python train.py {words}")])))
+        before = files(tmp_path)
+        argv = ["--resume", "--output_dir", str(tmp_path / "run"), "--data_dir", str(data_dir)]
+        assert_refused(capfd, train.main(argv), str(gone), "is not there", "--dataset PATH")
+        assert files(tmp_path) == before
+    (tmp_path / "run/run.json").write_text(json.dumps(dict(sittings=[dict(
+        command=f"python train.py --dataset {gone} --epochs 50 --seed 3")])))
+    args = train.parse_args([*argv, "--dataset", "glyphs"])[0]
+    assert (args.dataset, args.epochs, args.seed) == ("glyphs", 50, 3)
+
+
+def test_what_a_run_began_with_is_found_where_the_run_has_moved_it(half, data_dir, tmp_path):
+    folder = tmp_path / "moving"
+    folder.mkdir()
+    newest = shutil.copy(newest_valid(half)[0], folder / "model_final.pt")
+    command = shlex.join(["python", "train.py", *tiny(data_dir, folder, "--epochs", 1, "--init", newest)])
+    assert run_folder.set_aside(folder)
+    (folder / "run.json").write_text(json.dumps(dict(sittings=[dict(command=command)])))
+    args = train.parse_args(["--resume", "--output_dir", str(folder), "--data_dir", str(data_dir)])[0]
+    [moved] = folder.glob("previous/*/model_final.pt")
+    assert args.init == str(moved) and run_folder.place_of(folder, "elsewhere.pt") == "elsewhere.pt"
+
+
 @pytest.mark.parametrize("command", ["python train.py --epochs '1", "python train.py --epochs none",
                                      "python distill.py --epochs 2", "", None, 7])
 def test_a_run_whose_command_cannot_be_read_begins_again_with_the_flags_that_are_given(data_dir, tmp_path, command):
@@ -209,6 +252,7 @@ def test_where_all_is_broken_a_run_starts_afresh_says_so_and_keeps_the_broken(wh
     (["--train_images", 128], ["train_images", "256", "128"]),
     (["--batch_size", 32], ["batch_size", "64", "32"]),
     (["--optimizer", "adamw"], ["optimizer", "muon", "adamw"]),
+    (["--level_code", "linear"], ["level_code", "histogram", "linear"]),
 ], ids=str)
 def test_resuming_something_else_is_refused_with_both_values(half, data_dir, capfd, flags, words):
     before = files(half)

@@ -31,7 +31,7 @@ from training import autotune
 from training.learning_rate import ema_decay_at, learning_rate
 from training.muon import NEWTON_SCHULZ, Muon, orthogonalise
 from training.tensorboard import Board
-from training.trainer import Trainer, fitting_batch, validation_loss
+from training.trainer import Trainer, fitting_batch, memory_advice, validation_loss
 from utils import tile
 
 KNOWN = functools.cache(load_dataset)
@@ -597,8 +597,10 @@ def test_measuring_passes_other_errors_on(monkeypatch):
         fitting_batch(trainer.rehearse, 8, trainer.device)
     limit_memory(monkeypatch, 0, MemoryError())
     monkeypatch.setattr(trainer, "rehearse", lambda _: (_ for _ in ()).throw(MemoryError()))
-    with pytest.raises(RunFailed, match="even for one image"):
+    with pytest.raises(RunFailed, match=r"even for one image: train a smaller network, .*--base_channels"):
         fitting_batch(trainer.rehearse, 8, trainer.device)
+    with pytest.raises(RunFailed, match="even for one image: choose a smaller teacher"):
+        memory_advice(trainer, smaller="choose a smaller teacher")
 
 
 def test_the_times_of_validation_stay_in_the_process_however_they_are_rounded(monkeypatch):
