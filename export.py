@@ -16,6 +16,7 @@ The last two need pip install -r requirements-export.txt.
 """
 
 import json
+import os
 import sys
 from argparse import Namespace
 from collections.abc import Sequence
@@ -69,8 +70,10 @@ def shown_name(path: Path) -> str:
     """What sample.py is given on a command line to read a checkpoint, without the folders above the working one."""
     if is_pretrained(path):
         return path.stem
-    whole = path.resolve()
-    return quoted(whole.relative_to(Path.cwd()) if whole.is_relative_to(Path.cwd()) else path.name)
+    for whole in (Path(os.path.abspath(path)), path.resolve()):  # first as it was given: outputs/ may be a link
+        if whole.is_relative_to(Path.cwd()):
+            return quoted(whole.relative_to(Path.cwd()))
+    return quoted(path.name)
 
 
 # -------------------------------------------------------------------------------------------------------------- html
@@ -78,10 +81,11 @@ def shown_name(path: Path) -> str:
 
 def read_models(paths: Sequence[Path], args: Namespace) -> list[PageModel]:
     """The models of the checkpoints, for a page."""
-    models = []
-    for path in paths:
+    models, names = [], [shown_name(path) for path in paths]
+    for path, name in zip(paths, names, strict=True):
         model, diffusion, checkpoint = load_model(path, use_ema=args.use_ema)
-        models.append(page_model(shown_name(path), model, diffusion, checkpoint["config"], args.weights or "float16",
+        name = quoted(Path(path.resolve().parent.name, path.name)) if names.count(name) > 1 else name
+        models.append(page_model(name, model, diffusion, checkpoint["config"], args.weights or "float16",
                                  args.use_ema))
     return models
 

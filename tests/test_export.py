@@ -5,6 +5,7 @@ import re
 import shutil
 import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -314,6 +315,20 @@ def test_a_missing_library_is_named(name, tmp_path, monkeypatch, capfd):
 
 
 # -------------------------------------------------------------------------------------------------------------- onnx
+
+
+def test_the_page_names_a_file_as_sample_reads_it_and_tells_equal_names_apart(tmp_path, monkeypatch):
+    for folder in ("work", "scratch/a", "scratch/b"):
+        (tmp_path / folder).mkdir(parents=True)
+    for folder in ("a", "b"):
+        small_checkpoint(tmp_path / "scratch" / folder / "model_final.pt")
+    monkeypatch.chdir(tmp_path / "work")
+    Path("outputs").symlink_to(tmp_path / "scratch")  # as on a computer with a disk for results
+    assert export.shown_name(Path("outputs/a/model_final.pt")) == "outputs/a/model_final.pt"
+    there = [tmp_path / "scratch" / folder / "model_final.pt" for folder in ("a", "b")]
+    args = export.parse_args(["--checkpoint", *map(str, there)])
+    names = [model.entry["name"] for model in export.read_models(there, args)]
+    assert names == ["a/model_final.pt", "b/model_final.pt"]
 
 
 @pytest.mark.parametrize("config", [dict(conditional=True), dict(patch_size=1, attention=[2, 4], depth=2)])

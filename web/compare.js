@@ -1,6 +1,7 @@
 // The view "Compare": one noise with all classes, guidance × steps, and the images between two noises.
 
 const STEPS_COLUMNS = [1, 2, 4, 8, 16], GUIDANCE_ROWS = [0, 1, 1.5, 3, 6], BETWEEN_FRAMES = 13;
+const MOST_CLASSES = 40;  // more would keep the rest of the view waiting
 
 // What is shown complete in each place: the jobs, as a text. Another model begins with nothing.
 const finished = {};
@@ -33,12 +34,14 @@ function opening(job) {
 }
 
 function showClasses() {
-  const names = app.entry.class_names, job = jobOf(app.state);
-  const jobs = names.length ? names.map((_, label) => ({...job, label, guidance: app.state.guidance}))
+  const names = app.entry.class_names, job = jobOf(app.state), first = Math.min(
+    app.state.label ?? 0, Math.max(0, names.length - MOST_CLASSES));
+  const labels = Array.from({length: Math.min(MOST_CLASSES, names.length)}, (_, i) => first + i);
+  const jobs = names.length ? labels.map((label) => ({...job, label, guidance: app.state.guidance}))
     : Array.from({length: 10}, (_, i) => ({...job, seed: (job.seed + i) % 1e9}));
   const canvases = jobs.map(opening);
   return makeMany("classes", jobs, () => $("classes").replaceChildren(...canvases.map((canvas, i) =>
-    element("figure", {}, canvas, element("figcaption", {}, names.length ? names[i] : `seed ${jobs[i].seed}`)))),
+    element("figure", {}, canvas, element("figcaption", {}, names.length ? names[jobs[i].label] : `seed ${jobs[i].seed}`)))),
                   painter(jobs, canvases));
 }
 
@@ -124,7 +127,8 @@ const compareView = {
     for (const id of ["end-a", "between", "end-b"]) $(id).width = $(id).width;  // this clears a canvas
     for (const place of Object.keys(finished)) finished[place] = null;
     Object.assign(between, {images: [], share: null});
-    $("classes-title").textContent = names.length ? "One noise, all classes" : "Ten noises";
+    $("classes-title").textContent = !names.length ? "Ten noises" : names.length <= MOST_CLASSES
+      ? "One noise, all classes" : `One noise, ${MOST_CLASSES} of ${names.length} classes from the chosen one on`;
     $("classes-text").textContent = names.length ? "The same noise, with another label each time. What the images " +
       "have in common, such as slant or thickness, comes from the noise."
       : "This network was trained without labels: the noise alone decides.";

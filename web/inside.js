@@ -80,14 +80,19 @@ function showNetwork(entry) {
 
 // The channels of the chosen block at the shown step, in a grid.
 function look() {
-  const {block, label, model} = app.state, frame = film.frames[film.at];
+  const {block} = app.state, frame = film.frames[film.at];
   for (const button of $("unet").querySelectorAll("button")) {
     button.setAttribute("aria-checked", button.name === block);
     button.tabIndex = button.name === block ? 0 : -1;
   }
+  if (frame) examine();
+}
+
+const examine = oneAtATime(async () => {
+  const {block, label, model} = app.state, frame = film.frames[film.at];
   if (!frame) return;
   const t = Math.max(frame.t, 0);
-  app.engine.ask("look", "look", {model, x: frame.x, t, label}, ({tensors}) => {
+  await app.engine.ask("look", "look", {model, x: frame.x, t, label}, ({tensors}) => {
     const tensor = tensors[block];
     for (const button of $("unet").querySelectorAll("button"))
       showChannels(button.firstElementChild, tensors[button.name], [liveliest(tensors[button.name])]);
@@ -97,7 +102,7 @@ function look() {
     $("channels-text").textContent = `${tensor.channels} channels of ${tensor.height} × ${tensor.width} at ` +
       `t = ${t.toFixed(0)}; each has its own scale.`;
   });
-}
+});
 
 // The channel whose values differ most between the pixels.
 function liveliest({data, channels}) {

@@ -121,13 +121,14 @@ const makeView = {
     $("step").addEventListener("input", () => scrubTo(Number($("step").value)));
     $("play").addEventListener("click", () => film.timer === null ? film.done && playFilm() : scrubTo(film.at));
     $("copy").addEventListener("click", async () => {
+      let copied = true;
       try {
         await navigator.clipboard.writeText($("command").textContent);
       } catch {  // not allowed here: select it, and let the browser copy what is selected
         getSelection().selectAllChildren($("command"));
-        document.execCommand("copy");
+        copied = document.execCommand("copy");
       }
-      $("copy").textContent = "Copied";
+      $("copy").textContent = copied ? "Copied" : "Selected: copy it by the keyboard";
       setTimeout(() => { $("copy").textContent = "Copy"; }, 1500);
     });
   },

@@ -73,7 +73,7 @@ app.open = (name) => {
   if (name !== app.shown) app.views[app.shown]?.close?.();
   app.shown = name;
   app.setState({view: name});
-  $("problem").hidden = true;
+  $("problem").hidden = !$("problem").lasting;
   for (const each of Object.keys(app.views)) {
     $(each).hidden = each !== name;
     $(`tab-${each}`).setAttribute("aria-selected", each === name);
@@ -103,13 +103,14 @@ function loadModel(entry, model) {
   document.documentElement.style.setProperty("--aspect", entry.shape[2] / entry.shape[1]);
   $("parameters").textContent = entry.parameters.toLocaleString("en");
   $("dataset").textContent = entry.dataset;
-  app.engine.ask("load", "load", {model, entry, weights: $(`weights-${model}`).textContent,
-                                  wasm: $("multiply").textContent});
+  const request = {model, entry, weights: $(`weights-${model}`).textContent, wasm: $("multiply").textContent};
+  app.engine.ask("load", "load", request).catch((error) => complain(error, true));
 }
 
-// Say what went wrong in this page or in its worker, above whichever view is shown.
-function complain(problem) {
-  if (!$("problem").hidden) return;  // what fails first says most
+// Say what went wrong in this page or in its worker, above whichever view is shown. lasting: nothing works from now on.
+function complain(problem, lasting = false) {
+  if (!$("problem").hidden && !(lasting && !$("problem").lasting)) return;  // what fails first says most
+  $("problem").lasting = lasting;
   $("problem").textContent = `This did not work: ${problem}. A newer browser may help.`;
   $("problem").hidden = false;
 }

@@ -80,7 +80,7 @@ function showCursor() {
   context.fillRect(Math.floor(x), Math.floor(y), 1, 1);
 }
 
-const guess = onFrame(async () => {
+const guess = oneAtATime(async () => {
   const start = performance.now(), {model, t, told: label} = app.state, {shape} = app.entry;
   const x0 = app.code.encode(sketch.levels);
   await app.engine.ask("guess", "guess", {model, x0, t, label, seed: NOISE_SEED}, ({x, x0}) => {
@@ -106,6 +106,7 @@ async function complete() {
   });
   if (done) $("complete-told").textContent = `Four proposals that keep your ${keep} half, in ` +
     `${round((performance.now() - start) / 1000, 1)} seconds.`;
+  return done;
 }
 
 const sketchView = {
@@ -120,26 +121,33 @@ const sketchView = {
       if (event.button || !event.isPrimary) return;
       pad.setPointerCapture(event.pointerId);
       last = place(event);
-      sketch.cursor = null;
+      this.lift();
       drawLine(last, last);
       drawingChanged();
     });
     pad.addEventListener("pointermove", (event) => {
       if (!last || !event.isPrimary) return;
       if (!event.buttons) return void (last = null);  // lifted where the page could not see it
-      for (const each of event.getCoalescedEvents?.() ?? [event]) drawLine(last, last = place(each));
+      const all = event.getCoalescedEvents?.() ?? [];  // Firefox for Android gives none of them
+      for (const each of all.length ? all : [event]) drawLine(last, last = place(each));
       drawingChanged();
     });
     for (const end of ["pointerup", "pointercancel"])
       pad.addEventListener(end, (event) => { if (event.isPrimary) last = null; });
     pad.addEventListener("keydown", (event) => this.key(event));
-    pad.addEventListener("blur", () => paint(pad, sketch.levels, app.entry.shape));  // without the mark of the pen
+    pad.addEventListener("blur", () => {
+      this.lower(false);
+      paint(pad, sketch.levels, app.entry.shape);  // without the mark of the pen
+    });
     $("clear").addEventListener("click", () => {
       sketch.levels.fill(sketch.paper);
       drawingChanged();
     });
     $("take").addEventListener("click", () => this.take());
-    $("complete").addEventListener("click", complete);
+    $("complete").addEventListener("click", async () => {
+      this.unfinished = true;
+      if (await complete()) this.unfinished = false;
+    });
     choices($("pens"), [...Object.keys(PENS), "eraser"].map((name) => [name, name]), (pen) => { sketch.pen = pen; })
       .set(sketch.pen);
     this.keep = choices($("halves"), Object.keys(HALVES).map((name) => [name, name]), (keep) => app.setState({keep}));
@@ -150,12 +158,25 @@ const sketchView = {
     const move = {ArrowLeft: [-1, 0], ArrowRight: [1, 0], ArrowUp: [0, -1], ArrowDown: [0, 1], " ": [0, 0]}[event.key];
     if (!move || withModifier(event)) return;
     event.preventDefault();
+    if (event.key === " " && event.repeat) return;
     const [, height, width] = app.entry.shape, from = sketch.cursor ?? [width / 2 + 0.5, height / 2 + 0.5];
     const limit = (value, size) => Math.min(size - 0.5, Math.max(0.5, value));
     sketch.cursor = [limit(from[0] + move[0], width), limit(from[1] + move[1], height)];
-    if (event.key === " ") sketch.down = !sketch.down;
+    if (event.key === " ") this.lower(!sketch.down);
     if (sketch.down) drawLine(from, sketch.cursor);
     drawingChanged();
+  },
+
+  // Lower or lift the pen of the keyboard, and say so to a screen reader.
+  lower(down) {
+    if (down !== sketch.down) $("pen-told").textContent = `The pen is ${down ? "down" : "up"}.`;
+    sketch.down = down;
+  },
+
+  // Put the pen of the keyboard away.
+  lift() {
+    sketch.cursor = null;
+    this.lower(false);
   },
 
   take() {
@@ -170,6 +191,7 @@ const sketchView = {
     if (paper !== sketch.paper) $("ink").value = paper < 128 ? "#ffffff" : "#000000";
     sketch.paper = paper;
     sketch.levels = new Uint8Array(channels * height * width).fill(paper);
+    this.lift();
     $("ink-field").hidden = channels === 1;
     $("completion").hidden = student;  // a student only makes images from pure noise
     this.told = labelChoices($("sketch-labels"), names, "nothing", (told) => {
@@ -200,6 +222,15 @@ const sketchView = {
     if (!app.state.drawing) return this.take();
     sketch.levels = app.state.drawing;
     drawingChanged();
+  },
+
+  // Another view needs the worker now.
+  close() {
+    if (!this.unfinished) return;
+    this.unfinished = false;
+    app.engine.ask("complete", "nothing", {});
+    $("proposals").replaceChildren();
+    $("complete-told").textContent = "";
   },
 
   filmChanged() { if (!app.state.drawing) this.take(); },

@@ -49,7 +49,7 @@ function choices(fieldset, options, changed) {
   const inputs = options.map(([value, text]) => {
     const input = element("input", {type: "radio", name: fieldset.id});
     input.addEventListener("change", () => changed(value));
-    fieldset.append(element("label", {}, input, text));
+    fieldset.append(element("label", {}, input, element("span", {}, text)));
     return [value, input];
   });
   return {set: (chosen) => inputs.forEach(([value, input]) => { input.checked = value === chosen; })};
@@ -122,6 +122,26 @@ function onFrame(work) {
   };
 }
 
+// Call an async `work` at most once for each picture of the screen, and never twice at a time: if it is asked for again
+// meanwhile, it is done once more at the end. So each answer is shown, however long it takes.
+function oneAtATime(work) {
+  let busy = false, again = false;
+  return async () => {
+    again = true;
+    if (busy) return;
+    busy = true;
+    try {
+      while (again) {
+        await new Promise(requestAnimationFrame);
+        again = false;
+        await work();
+      }
+    } finally {
+      busy = false;
+    }
+  };
+}
+
 const round = (number, digits = 2) => number.toFixed(digits);
 const likesMotion = () => !matchMedia("(prefers-reduced-motion: reduce)").matches;
 
@@ -133,7 +153,7 @@ class Engine {
     this.pending = new Map();
     this.slots = new Map();
     this.count = 0;
-    this.worker.onerror = (event) => complain(event.message || "the worker did not start");
+    this.worker.onerror = (event) => complain(event.message || "the worker did not start", true);
     this.worker.onmessage = ({data: {id, part, error, done}}) => {
       const request = this.pending.get(id);
       if (!request) return;

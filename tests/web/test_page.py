@@ -189,6 +189,9 @@ def test_the_command_is_copied(opened, exported):
     page.page.evaluate("void (navigator.clipboard.writeText = async () => { throw new Error('forbidden'); })")
     click(page, "#copy")
     assert page.wait("getSelection().toString()").split() == command.split()
+    page.page.evaluate("void (document.execCommand = () => false)")
+    click(page, "#copy")
+    page.wait("$('copy').textContent.startsWith('Selected')")
 
 
 def test_a_dragged_slider_ends_with_its_last_image(opened, exported):
@@ -305,6 +308,76 @@ def test_pens_the_eraser_and_the_keyboard(opened, exported):
     assert drawing[14:20, 14].min() > 200 and drawing[:, :12].max() == 0
     click(page, "#take")
     assert (levels(page, "pad") == levels(page, "make-x")).all()
+
+
+def test_a_browser_without_coalesced_events_draws_lines_too(opened, exported):
+    """Firefox for Android has the method, and gives none of them."""
+    page = opened(exported, "#view=sketch&steps=1")
+    page.made()
+    click(page, "#clear")
+    page.page.evaluate("void (PointerEvent.prototype.getCoalescedEvents = () => [])")
+    draw_a_stroke(page, [(0.2, 0.5), (0.8, 0.5)])
+    assert (levels(page, "pad").reshape(28, 28)[13:15, 7:21].max(0) > 200).all()
+
+
+def test_the_pen_of_the_keyboard_is_lifted_when_another_one_draws(opened, exported):
+    page = opened(exported, "#view=sketch&steps=1")
+    page.made()
+    click(page, "#clear")
+    page.page.focus("#pad")
+    page.page.keyboard.press(" ")
+    assert page.page.evaluate("sketch.down") and page.page.inner_text("#pen-told") == "The pen is down."
+    page.page.keyboard.down(" ")
+    page.page.keyboard.down(" ")  # held: it repeats
+    assert not page.page.evaluate("sketch.down") and page.page.inner_text("#pen-told") == "The pen is up."
+    page.page.keyboard.up(" ")
+    page.page.keyboard.press(" ")
+    draw_a_stroke(page, [(0.1, 0.1), (0.2, 0.1)])
+    before = levels(page, "pad")
+    page.page.focus("#pad")
+    page.page.keyboard.press("ArrowDown")
+    page.page.evaluate("$('pad').blur()")
+    assert not page.page.evaluate("sketch.down") and (levels(page, "pad") == before).all()
+
+
+@pytest.mark.parametrize("view, show", [("sketch", "guess()"), ("inside", "look()")])
+def test_while_something_is_dragged_answers_are_shown(opened, exported, view, show):
+    """Also where an answer takes longer than a picture of the screen; the last one is of the last state."""
+    page = opened(exported, f"#view={view}&steps=4")
+    page.made()
+    shown, asked = page.page.evaluate("""async (show) => {
+        const ask = app.engine.ask.bind(app.engine), shown = [];
+        let asked = 0;
+        app.engine.ask = (slot, task, request, receive) => {
+            asked++;
+            return ask(slot, task, request, (part) => setTimeout(() => shown.push(request.t), 0)).then(
+                (done) => new Promise((resolve) => setTimeout(() => resolve(done), 60)));  // a slow machine
+        };
+        for (let i = 0; i < 30; i++) {
+            if (show === "guess()") app.setState({t: 10 + i}); else film.at = i % 5;
+            eval(show);
+            await new Promise(requestAnimationFrame);
+        }
+        for (const start = Date.now(); Date.now() < start + 400;) await new Promise(requestAnimationFrame);
+        app.engine.ask = ask;
+        return [shown, asked];
+    }""".replace("eval(show)", show), show)
+    assert len(shown) == asked >= 2 and asked < 30
+    assert shown[-1] == page.page.evaluate("app.state.t" if view == "sketch" else "Math.max(0, film.frames[4].t)")
+
+
+def test_a_completion_ends_where_another_view_needs_the_worker(opened, exported):
+    page = opened(exported, "#view=sketch&steps=2")
+    page.made()
+    click(page, "#complete")
+    page.wait("$('complete-told').textContent.endsWith('%')")
+    click(page, "#tab-make")
+    assert page.page.evaluate("$('proposals').childElementCount") == 0 and not page.page.inner_text("#complete-told")
+    click(page, "#tab-sketch")
+    click(page, "#complete")
+    page.wait("$('complete-told').textContent.startsWith('Four')")
+    click(page, "#tab-make")
+    assert page.page.evaluate("$('proposals').childElementCount") == 4  # what is finished stays
 
 
 # --------------------------------------------------------------------------------------------------- compare, inside
@@ -550,6 +623,22 @@ def model_for_page(name="x.pt", shape=(1, 28, 28), names=("0", "1"), training=No
                   level_code=code.points.tolist())))
 
 
+def test_long_names_of_many_classes_fit(opened):
+    names = [f"african_elephant_{i}" for i in range(60)]
+    names[30] = "a_very_long_name_without_any_place_to_break_it_" * 3
+    page = opened([model_for_page(names=names, num_classes=60)], "#view=compare&label=15&steps=1",
+                  viewport=dict(width=390, height=800))
+    page.wait("$('classes').childElementCount && finished.classes")
+    captions = page.page.locator("#classes figcaption").all_inner_texts()
+    assert captions == names[15:55] and "40 of 60 classes" in page.page.inner_text("#classes-title")
+    for view in ("make", "sketch", "compare", "inside"):
+        click(page, f"#tab-{view}")
+        assert page.page.evaluate("document.documentElement.scrollWidth <= innerWidth"), view
+    overlaps = page.page.evaluate("""() => [...document.querySelectorAll('#classes figcaption')].some(
+        (each) => each.scrollWidth > each.clientWidth)""")
+    assert not overlaps
+
+
 def test_colours_without_labels(opened):
     page = opened([model_for_page(shape=(3, 32, 32))], "#view=sketch&steps=2")
     assert "image without a label" in page.made()
@@ -720,6 +809,9 @@ def test_what_goes_wrong_is_told_in_every_view(view, opened, exported):
     assert page.page.inner_text("#problem") == first
     click(page, "#tab-make")
     assert not page.page.is_visible("#problem")
+    page.page.evaluate("() => { complain('a passing error'); app.engine.worker.onerror({message: 'no worker'}); }")
+    click(page, "#tab-inside")
+    assert "no worker" in page.page.inner_text("#problem")  # nothing works from now on
 
 
 def test_the_weights_without_their_average_are_named_in_the_command(opened, checkpoint, tmp_path):
