@@ -101,12 +101,17 @@ def initial_weights(checkpoint: dict) -> dict[str, Tensor]:
         return create_model(**checkpoint["config"]["model"]).state_dict()
 
 
+def folder_of_run(checkpoint: str) -> Path:
+    """The --output_dir of the run that wrote a checkpoint."""
+    folder = Path(checkpoint).parent
+    return folder.parent if folder.name == "checkpoints" else folder
+
+
 def command_to_resume(args, *more: str) -> str:
     """The command that resumes the run of --checkpoint; of a pretrained one, which cannot be resumed, its training."""
     if is_pretrained(args.checkpoint):
         return pretrained_models()[Path(args.checkpoint).stem]["command"]
-    folder = Path(args.checkpoint).parent
-    folder = folder.parent if folder.name == "checkpoints" else folder
+    folder = folder_of_run(args.checkpoint)
     if not run_folder.has_run(folder):  # a copy, or what export.py wrote
         return " ".join(["python train.py --resume --output_dir FOLDER_OF_ITS_RUN", *more])
     return " ".join([resume_command(Namespace(**vars(args) | dict(output_dir=folder))), *more])
@@ -114,10 +119,9 @@ def command_to_resume(args, *more: str) -> str:
 
 def remedy(args) -> str:
     """What to do if --checkpoint cannot be loaded."""
-    path = Path(args.checkpoint)
-    if path.name == SAFETENSORS:
+    if Path(args.checkpoint).name == SAFETENSORS:
         return "export the checkpoint that was exported again: python export.py --format safetensors"
-    commands = [str(sitting.get("command", "")) for sitting in run_record.sittings(path.parent)]
+    commands = [str(sitting.get("command", "")) for sitting in run_record.sittings(folder_of_run(args.checkpoint))]
     if commands and run_record.script_and_words(commands[-1])[0] == "distill.py":
         return f"train the student again: {commands[-1]}"
     return f"{command_to_resume(args)}: resumes from the newest valid checkpoint"

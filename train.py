@@ -351,7 +351,7 @@ def main(argv=None):
             if message := complete_message(run, checkpoint, args):
                 return print(message)
             # Before they are moved: of a run that began, too, but left no checkpoint, --resume takes the flags.
-            earlier = run_record.sittings(folder) if checkpoint or args.resume else []
+            earlier = run_record.sittings(folder, "train.py") if checkpoint or args.resume else []
             prepare_folder(run, resumed=checkpoint is not None)
             if settings.tensorboard and distributed.rank() == 0:
                 run.board = Board(folder / "tensorboard", run.trainer.step)

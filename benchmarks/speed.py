@@ -1,5 +1,6 @@
 """Measure the speed of training and sampling, and their peak memory."""
 
+import math
 import statistics
 from collections.abc import Sequence
 
@@ -43,10 +44,11 @@ def our_speeds(context: Context, name: str) -> tuple[list[float], int, str]:
 
 
 def images_in(context: Context, name: str, seconds: float) -> int:
-    """About how many images one of our contestants trains on in this time: whole batches, at least two."""
+    """About how many images one of our contestants trains on in this time: whole batches, at least `images_of(2)`."""
     batch_size = context.plan.batch_size
+    least = math.ceil(context.images_of(2) / batch_size)
     steps = context.first_run(name)["records"][-1]["images_per_second"] * seconds / batch_size
-    return batch_size * min(max(2, round(steps)), context.train_images // batch_size)
+    return batch_size * min(max(least, round(steps)), context.train_images // batch_size)
 
 
 def epoch_speeds(records: Sequence[dict], steps_per_epoch: int) -> list[float]:

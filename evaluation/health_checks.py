@@ -347,9 +347,12 @@ def check_recognised(probabilities: Tensor, real: Tensor, labels: Tensor | None,
     """Class probabilities (N, K) of samples and (M, K) of real images; requested labels (N,), or None; labels (M,)."""
     confidence, real_confidence = probabilities.amax(1).mean().item(), real.amax(1).mean().item()
     seen, count = probabilities.argmax(1), probabilities.shape[1]
-    classes = seen.bincount(minlength=count)
-    expected = (real_labels if labels is None else labels).bincount(minlength=count).double()
-    shares, expected = classes / classes.sum(), expected / expected.sum()
+    classes, asked = (x.bincount(minlength=count) for x in (seen, real_labels if labels is None else labels))
+    shares, asked = classes / classes.sum(), asked / asked.sum()
+    pairs = torch.zeros(count, count).index_put_((real_labels, real.argmax(1)), torch.ones(()), accumulate=True)
+    pairs[pairs.sum(1) == 0] = torch.eye(count)[pairs.sum(1) == 0]
+    seen_in_real = pairs / pairs.sum(1, keepdim=True)  # [true class, class that the classifier sees]
+    expected = asked @ seen_in_real
     most = int((shares - expected).argmax())
     findings = [judge("recognisable", real_confidence - confidence, 0.15, 0.3, f"the classifier is {confidence:.0%} "
                       f"confident, {real_confidence:.0%} on real images", "shapes of no class: train longer, or a "
@@ -358,8 +361,7 @@ def check_recognised(probabilities: Tensor, real: Tensor, labels: Tensor | None,
                       f"{count} classes; {shares[most]:.0%} of the images are of one of which {expected[most]:.0%} "
                       f"should be", "one class is too frequent: train longer, or --conditional")]
     if labels is not None:
-        wrong, real_wrong = ((each.argmax(1) != asked).double().mean().item()
-                             for each, asked in ((probabilities, labels), (real, real_labels)))
+        wrong, real_wrong = (seen != labels).double().mean().item(), 1 - (asked @ seen_in_real.diagonal()).item()
         findings.append(judge("labels obeyed", wrong - real_wrong, 0.25, 0.6, f"the classifier sees another class than "
                               f"requested in {wrong:.0%}, another than the true one in {real_wrong:.0%} of real images",
                               "labels are ignored: python train.py --conditional --label_dropout 0.1, train longer"))

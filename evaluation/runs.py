@@ -96,13 +96,13 @@ def _text(value) -> str | None:
 
 
 def _read_record(path: Path, run: FoundRun) -> None:
-    """run.json: the command and the beginning are those of the first sitting, the end is that of the last one."""
+    """run.json: the command and the beginning are those of the first sitting, seed and end those of the last one."""
     sittings = _load_json(path).get("sittings")
     if not isinstance(sittings, list) or not sittings or not all(isinstance(each, dict) for each in sittings):
         raise ValueError("no sittings of a run")
     first, last = sittings[0], sittings[-1]
-    run.command, run.began, run.seed = _text(first.get("command")) or "", _text(first.get("began")), _number(
-        first.get("seed"))
+    run.command, run.began = _text(first.get("command")) or "", _text(first.get("began"))
+    run.seed = _number(last.get("seed"))
     run.how = _text(last.get("how")) or "running, or killed"
     script, flags = split_command(run.command)
     default = SHARED_FLAGS["dataset"]["default"] if script == "train.py" else None

@@ -1,5 +1,6 @@
 """How a script ends: exit status, one line for errors from outside, a traceback for a bug."""
 
+import atexit
 import contextlib
 import errno
 import functools
@@ -59,7 +60,7 @@ def script(main: Callable[[Sequence[str] | None], int | None]) -> Callable[..., 
             return _print_error(message, 1) if (message := outside_cause(error)) else _report_bug(argv)
         finally:
             if argv is None:  # a second Ctrl-C would only make torch's way out print a traceback
-                signal.signal(signal.SIGINT, signal.SIG_IGN)
+                atexit.register(signal.signal, signal.SIGINT, signal.SIG_IGN)
             trim_heap()  # torch needs some more memory while it exits
     return run
 

@@ -484,6 +484,13 @@ def test_classes_are_judged_by_those_of_real_images_and_by_how_well_the_classifi
     seen = torch.where(torch.arange(500) % 5 < 3, halves, 1 - halves)  # right in 60 %, so also of a perfect generator
     found = health_checks.check_recognised(certain(seen[:64], 2), certain(seen, 2), asked, halves)
     assert statuses(found)["labels obeyed"] == "OK"
+    of_ten = torch.arange(500) % 10
+    seen = torch.where(of_ten < 6, 0, of_ten)  # a classifier that calls six of ten classes the first
+    for labels in (None, of_ten[:64]):
+        found = statuses(health_checks.check_recognised(certain(seen[:64], 10), certain(seen, 10), labels, of_ten))
+        assert found["classes made"] == "OK" and found.get("labels obeyed", "OK") == "OK"
+    none_of_nine = of_ten.where(of_ten < 9, 0)  # a class of which no real image is at hand
+    assert_healthy(health_checks.check_recognised(certain(of_ten, 10), certain(none_of_nine, 10), of_ten, none_of_nine))
 
 
 def test_labels_that_are_obeyed_ignored_or_wrong(glyphs, process):
@@ -568,6 +575,8 @@ def test_a_checkpoint_with_nan_or_of_another_data_set_is_a_finding(run, tmp_path
     write_json(dict(sittings=[dict(command="python distill.py --budget 1m")]), tmp_path / "run.json")
     assert run("--checkpoint", tmp_path / "model_final.pt")[1][-1]["fix"] == \
         "train the student again: python distill.py --budget 1m"
+    save_checkpoint(tmp_path / "checkpoints/model_step_00000003.pt", **broken)
+    assert "distill.py" in run("--checkpoint", tmp_path / "checkpoints/model_step_00000003.pt")[1][-1]["fix"]
     (tmp_path / "elsewhere").mkdir()
     (tmp_path / "model_final.pt").rename(tmp_path / "elsewhere/mine.pt")
     assert "FOLDER_OF_ITS_RUN" in run("--checkpoint", tmp_path / "elsewhere/mine.pt")[1][-1]["fix"]

@@ -51,18 +51,19 @@ def flags_of_begun_run(parser: Parser, args: Namespace) -> dict:
     They become defaults of the new run that --resume begins then; OWN_FLAGS are left out, except for --init. UserError
     if its pictures are gone, and the user does not say where they are now.
     """
-    found, new_place, folder = {}, "dataset" in parser.typed, Path(args.output_dir)
-    for sitting in distributed.from_rank_0(lambda: run_record.sittings(folder)):
-        script, words = run_record.script_and_words(str(sitting.get("command", "")))
-        if script == "train.py":
-            dataset, others = _dataset_of_words(words)
-            if dataset not in (None, *DATASETS, *POINT_SETS) and not os.path.exists(dataset):
-                if not new_place:
-                    raise UserError(gone_message(f"the run in {folder}", dataset))
-                words = others
-            with contextlib.suppress(UserError):  # flags that no run can have had
-                before = parser.parse_args(words)
-                found |= {name: getattr(before, name) for name in parser.typed - ({*OWN_FLAGS} - {"init"})}
+    found, folder = {}, Path(args.output_dir)
+    given = args.dataset if "dataset" in parser.typed else None
+    sittings = distributed.from_rank_0(lambda: run_record.sittings(folder, "train.py"))
+    typed = [_dataset_of_words(run_record.script_and_words(sitting["command"])[1]) for sitting in sittings]
+    place = given or next((dataset for dataset, _ in reversed(typed) if dataset), None)
+    if place and not given and place not in {*DATASETS, *POINT_SETS} and not os.path.exists(place):
+        raise UserError(gone_message(f"the run in {folder}", place))
+    for _, words in typed:
+        with contextlib.suppress(UserError):  # flags that no run can have had
+            before = parser.parse_args([*words, *(["--dataset", place] if place else [])])
+            if {"epochs", "budget"} & parser.typed:
+                found = {name: value for name, value in found.items() if name not in ("epochs", "budget")}
+            found |= {name: getattr(before, name) for name in parser.typed - ({*OWN_FLAGS} - {"init"})}
     if found.get("init"):
         found["init"] = distributed.from_rank_0(lambda: run_folder.place_of(folder, found["init"]))
     if args.epochs or args.budget:

@@ -27,11 +27,11 @@ NAME = "run.json"
 DIED = "ended without a word: the process was killed, or the machine stopped"
 
 
-def sittings(folder: Path) -> list[dict]:
-    """The sittings of the run in `folder`, the latest last; empty without a readable run.json."""
+def sittings(folder: Path, script: str | None = None) -> list[dict]:
+    """The sittings of the run in `folder`, or only those of a `script`, the latest last; [] without a run.json."""
     with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
-        found = json.loads((folder / NAME).read_text())["sittings"]
-        return [dict(sitting) for sitting in found]
+        found = [dict(sitting) for sitting in json.loads((folder / NAME).read_text())["sittings"]]
+        return [each for each in found if script in (None, script_and_words(str(each.get("command", "")))[0])]
     return []
 
 

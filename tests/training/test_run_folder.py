@@ -181,6 +181,12 @@ def test_a_run_that_was_killed_before_its_first_checkpoint_begins_again_with_its
     assert not (tmp_path / "gone").exists()
 
 
+def record(folder, *sittings):
+    """Write a run.json of sittings of train.py with these words."""
+    commands = [dict(command=shlex.join(["python", "train.py", *words])) for words in sittings]
+    (folder / "run.json").write_text(json.dumps(dict(sittings=commands)))
+
+
 def killed_at_the_first_step():
     train.train = lambda *_: os.kill(os.getpid(), signal.SIGKILL)
 
@@ -200,16 +206,22 @@ def test_a_run_that_was_killed_twice_before_its_first_checkpoint_keeps_its_flags
 def test_a_run_whose_pictures_are_gone_does_not_begin_again_with_others(data_dir, tmp_path, capfd):
     gone = tmp_path / "gone"
     (tmp_path / "run").mkdir()
-    for words in (f"--dataset {gone} --epochs 50", f"--dataset={gone}"):
-        (tmp_path / "run/run.json").write_text(json.dumps(dict(sittings=[dict(command=f"python train.py {words}")])))
+    for words in (["--dataset", str(gone), "--epochs", "50"], [f"--dataset={gone}"]):
+        record(tmp_path / "run", words)
         before = files(tmp_path)
         argv = ["--resume", "--output_dir", str(tmp_path / "run"), "--data_dir", str(data_dir)]
         assert_refused(capfd, train.main(argv), str(gone), "is not there", "--dataset PATH")
         assert files(tmp_path) == before
-    (tmp_path / "run/run.json").write_text(json.dumps(dict(sittings=[dict(
-        command=f"python train.py --dataset {gone} --epochs 50 --seed 3")])))
+    record(tmp_path / "run", ["--dataset", str(gone), "--epochs", "50", "--seed", "3"])
     args = train.parse_args([*argv, "--dataset", "glyphs"])[0]
     assert (args.dataset, args.epochs, args.seed) == ("glyphs", 50, 3)
+
+
+def test_of_several_sittings_without_a_checkpoint_what_was_said_last_counts(data_dir, tmp_path):
+    record(tmp_path, ["--dataset", str(tmp_path / "gone"), "--budget", "10m", "--seed", "3"],
+           ["--resume", "--dataset", "glyphs", "--epochs", "50"], ["--resume"])
+    args = train.parse_args(["--resume", "--output_dir", str(tmp_path), "--data_dir", str(data_dir)])[0]
+    assert (args.dataset, args.epochs, args.budget, args.seed) == ("glyphs", 50, None, 3)
 
 
 def test_what_a_run_began_with_is_found_where_the_run_has_moved_it(half, data_dir, tmp_path):
