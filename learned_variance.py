@@ -130,8 +130,8 @@ def discretised_log_likelihood(x: Tensor, mean: Tensor, log_variance: Tensor, ed
     The probability is the integral between the two of the `edges` (255,) around x, and on to infinity beyond the first
     and the last, so that the 256 values sum to 1 (Ho et al. 2020, eq. 13). float32 or float64; at least log 1e-30.
     """
-    bounds = F.pad(edges.to(x), (1, 1))                                                     # (257,)
-    bounds[0], bounds[-1] = -BEYOND, BEYOND
+    # No number is written into it: on a GPU that would wait, which a CUDA graph must not.
+    bounds = F.pad(F.pad(edges.to(x), (1, 0), value=-BEYOND), (0, 1), value=BEYOND)         # (257,)
     level = torch.bucketize(x.contiguous(), bounds[1:-1])
     low, high = bounds[level] - mean, bounds[level + 1] - mean
     # The normal distribution is symmetric: put each bin below the mean, where no two numbers near 1 are subtracted.

@@ -113,10 +113,12 @@ def measure_sample(context: Context) -> dict:
 
     def measure(name: str) -> dict:
         cells, speed = [], None
+        # On a GPU the first use of its libraries takes a second or so, whatever is made then.
+        overhead = 0.0 if context.device == "cpu" else context.sample(name, 1, "few", 1)["seconds"]
         for images, sampler in ((64, "few"), (64, "ddpm"), (many, "few"), (many, "ddpm")):
-            cells.append(row := sample_row(context, name, images, sampler, speed))
+            cells.append(row := sample_row(context, name, images, sampler, speed, overhead))
             source = row["extrapolated_from"]
-            speed = speed or images * row["steps"] / max(row["seconds"], 1e-3)
+            speed = speed or images * row["steps"] / max(row["seconds"] - overhead, 1e-3)
             print_row(name, f"{images:,}", f"{sampler} {row['steps']}", row["seconds"],
                       f"from {source['images']:,} × {source['steps']}" if source else "measured")
         return dict(cells=cells)
@@ -130,11 +132,12 @@ def measure_sample(context: Context) -> dict:
                                    for (images, sampler), values in times.items()})
 
 
-def sample_row(context: Context, name: str, images: int, sampler: str, speed: float | None) -> dict:
+def sample_row(context: Context, name: str, images: int, sampler: str, speed: float | None,
+               overhead: float = 0.0) -> dict:
     """Seconds for some images. speed: network evaluations per second, once it is known.
 
-    A time that would exceed --limit at this speed is extrapolated from fewer images and, for ddpm, fewer steps: it is
-    proportional to both.
+    A time that would exceed --limit at this speed is extrapolated from fewer images and, for ddpm, fewer steps: but for
+    the overhead, it is proportional to both.
     """
     plan, limit = context.plan, context.args.limit
     steps = plan.ddpm_steps if sampler == "ddpm" else plan.few_steps
@@ -148,7 +151,8 @@ def sample_row(context: Context, name: str, images: int, sampler: str, speed: fl
     result = context.sample(name, few_images, sampler, few_steps)
     measured = (few_images, few_steps) == (images, steps)
     factor = 1.0 if measured else images / few_images * steps / few_steps
-    return dict(images=images, sampler=sampler, steps=steps, seconds=result["seconds"] * factor,
+    seconds = overhead + max(result["seconds"] - overhead, 0) * factor if not measured else result["seconds"]
+    return dict(images=images, sampler=sampler, steps=steps, seconds=seconds,
                 prompt_to_file=result.get("process_seconds") if measured else None,
                 extrapolated_from=None if measured else dict(images=few_images, steps=few_steps,
                                                              seconds=result["seconds"]))

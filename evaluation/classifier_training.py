@@ -31,7 +31,9 @@ def warp(images: Tensor, generator: torch.Generator) -> Tensor:
     grid = F.affine_grid(torch.cat([linear, offset], dim=2), list(images.shape), align_corners=False)
     bends = F.interpolate(uniform(count, 2, 5, 5, limit=0.1), (height, width), mode="bicubic")
     grid = grid + bends.permute(0, 2, 3, 1)                                     # (B, H, W, 2)
-    return F.grid_sample(images, grid, padding_mode="border", align_corners=False)
+    place = "cpu" if images.device.type == "mps" else images.device  # torch before 2.13 has no border on MPS
+    moved = F.grid_sample(images.to(place), grid.to(place), padding_mode="border", align_corners=False)
+    return moved.to(images.device)
 
 
 def flip(images: Tensor, generator: torch.Generator) -> Tensor:

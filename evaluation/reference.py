@@ -8,6 +8,7 @@ from typing import NamedTuple
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.backends import cudnn
 
 from data import ImageData, LevelCode, load_dataset
 from diffusion import DiffusionProcess
@@ -269,8 +270,10 @@ def likelihood(model, diffusion: DiffusionProcess, data: ImageData, code: LevelC
     def batches() -> Iterator[Tensor]:
         for rows in adapting_bar("likelihood")(torch.arange(len(data.images)).split(LIKELIHOOD_BATCH)):
             labels = data.labels[rows].to(device) if model.num_classes else None
-            yield bits_per_dim(model, diffusion, code.encode(data.images[rows]).to(device), labels,
-                               draws=LIKELIHOOD_DRAWS, generator=generator, edges=code.edges).cpu()
+            with cudnn.flags(enabled=True, allow_tf32=False):
+                bits = bits_per_dim(model, diffusion, code.encode(data.images[rows]).to(device), labels,
+                                    draws=LIKELIHOOD_DRAWS, generator=generator, edges=code.edges)
+            yield bits.cpu()
 
     bits = torch.cat(list(batches()))                                                       # (N,)
     return dict(estimate(jackknife_means(bits, random_groups(len(bits)))), n=len(bits), floor=None)

@@ -95,8 +95,19 @@ def local_rank() -> int:
 
 def process_lost(error: BaseException) -> bool:
     """Whether this error was raised because another process has ended."""
-    words = ("Connection", "gloo", "NCCL", "socket", "timeout", "Timeout", "Broken pipe")
-    return world_size() > 1 and isinstance(error, RuntimeError) and any(word in str(error) for word in words)
+    text = str(error)
+    words = (("ncclRemoteError", "remote process", "Connection", "timeout", "Timeout") if "NCCL" in text else
+             ("Connection", "gloo", "socket", "timeout", "Timeout", "Broken pipe"))
+    return world_size() > 1 and isinstance(error, RuntimeError) and any(word in text for word in words)
+
+
+def nccl_failure(error: BaseException) -> str | None:
+    """A message for what NCCL says of its own failure; None for other errors."""
+    if world_size() > 1 and isinstance(error, RuntimeError) and "NCCL" in str(error):
+        said = " ".join(str(error).rpartition("Last error:")[2].split())
+        return (f"the GPUs cannot exchange data ({said}): NCCL_DEBUG=INFO before the command says more; a container "
+                f"may need --ipc=host or a larger --shm-size")
+    return None
 
 
 def shared_gpu(error: BaseException) -> str | None:

@@ -131,11 +131,13 @@ def no_access(error: Exception) -> str | None:
 
 def outside_cause(error: Exception) -> str | None:
     """A message for an exception that the machine caused; None for a bug."""
-    if distributed.process_lost(error):
-        return f"another process of this run has ended ({one_line(error, 100)})"
     if out_of_memory(error):
         return (f"out of memory ({one_line(error, 100)}): try a smaller --batch_size or, where there is none, fewer "
                 f"images")
+    if distributed.process_lost(error):
+        return f"another process of this run has ended ({one_line(error, 100)})"
+    if message := distributed.nccl_failure(error):
+        return message
     return str(error) if isinstance(error, OSError) and error.errno in SYSTEM_ERRORS else None
 
 

@@ -270,6 +270,9 @@ def test_a_time_beyond_the_limit_is_extrapolated_and_marked(images, sampler, rat
     assert_close(row["seconds"], images * row["steps"] / rate)
     source = row["extrapolated_from"]
     assert (source and source["images"], source and source["steps"]) == (from_images, from_steps)
+    monkeypatch.setattr(context, "sample", lambda name, images, sampler, steps: dict(seconds=2 + images * steps / rate))
+    with_overhead = speed.sample_row(context, "fast", images, sampler, rate, overhead=2.0)
+    assert_close(with_overhead["seconds"], 2 + row["seconds"])
 
 
 def test_a_peer_makes_the_images_that_its_time_allows(monkeypatch):

@@ -62,11 +62,14 @@ class CudaGraph:
 
 
 def _leave_capture(stream, pool) -> None:
-    """Go back to the stream before a failed capture, and let the allocator leave the pool of the capture.
+    """Go back to the stream before a failed capture, and let allocator and random generator leave the capture.
 
-    When the end of a capture fails, torch.cuda.graph does neither.
+    When the end of a capture fails, torch.cuda.graph does none of this.
     """
     torch.cuda.set_stream(stream)
+    with contextlib.suppress(AttributeError, RuntimeError, IndexError):  # a copy of the state is not in a capture
+        generator = torch.cuda.default_generators[stream.device_index]
+        generator.graphsafe_set_state(generator.clone_state())
     with contextlib.suppress(AttributeError, RuntimeError):  # private functions; an error if it has left the pool
         torch._C._cuda_endAllocateToPool(stream.device_index, pool)
         torch._C._cuda_releasePool(stream.device_index, pool)

@@ -205,9 +205,9 @@ class Run:
                 self.save_step()
             raise
         except (RuntimeError, MemoryError) as error:
-            if distributed.process_lost(error):
-                raise RunFailed(f"another process of this run has ended; {self.advice}") from error
             if not out_of_memory(error):
+                if distributed.process_lost(error):
+                    raise RunFailed(f"another process of this run has ended; {self.advice}") from error
                 raise
         raise RunFailed(advise_memory())  # outside the except block, where what the error held is free again
 

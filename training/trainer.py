@@ -163,9 +163,19 @@ class Trainer:
             network, self.diffusion, self.data, self.conditional, self.precision,
             self.batch_size // distributed.world_size()), required)
 
+    def leave_graph(self) -> None:
+        """Take ordinary steps from now on, and give back the memory that a CUDA graph holds."""
+        self.model.zero_grad()
+        self.learn = self._learn
+
     def rehearse(self, count: int) -> None:
-        """Use as much memory as steps with `count` images in this process, and change nothing."""
-        rehearse_steps(self.model, self.diffusion, self.data, self.conditional, self.precision, count)
+        """Use as much memory as steps with `count` images in this process, and change nothing.
+
+        With several processes in a copy of the network: its own would wait for the gradients of the others.
+        """
+        self.model.zero_grad()
+        model = copy.deepcopy(self.model) if distributed.world_size() > 1 else self.model
+        rehearse_steps(model, self.diffusion, self.data, self.conditional, self.precision, count)
 
     @property
     def checkpoint_bytes(self) -> int:
@@ -223,6 +233,7 @@ def memory_advice(trainer: Trainer, resumed: bool = False, smaller: str = SMALLE
     resumed: the run goes on from a checkpoint, with which --batch_size cannot change. smaller: how to get a smaller
     network.
     """
+    trainer.leave_graph()
     fits = fitting_batch(trainer.rehearse, trainer.batch_size // 2, trainer.device, agree=False, smaller=smaller)
     how = "close other programs, or start a new run with that --batch_size" if resumed else "give it with --batch_size"
     return f"out of memory in a step of {trainer.batch_size} images: a batch of {fits} fits (measured): {how}"

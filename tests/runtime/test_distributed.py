@@ -40,7 +40,7 @@ from evaluation import inputs, reference, two_sample
 from evaluation import metrics as figures_of
 from runtime import distributed
 from runtime.errors import UserError
-from runtime.script import script
+from runtime.script import outside_cause, script
 from training import run as training_run
 from training.run import AGREE_STEPS, newest_valid
 
@@ -290,6 +290,29 @@ def test_one_process_alone_does_nothing():
     assert not distributed.launch() and not distributed.process_lost(RuntimeError("Connection lost"))
     with distributed.local_rank_0_first():
         pass
+
+
+NCCL = ("NCCL error in: /pytorch/torch/csrc/distributed/c10d/NCCLUtils.cpp:77, unhandled system error (run with "
+        "NCCL_DEBUG=INFO for details), NCCL version 2.27.5\nncclSystemError: System call (e.g. socket, malloc) or "
+        "external library call failed or device error. \nLast error:\n")
+
+
+@pytest.mark.parametrize("text, lost, said", [
+    (NCCL + "Error while creating shared memory segment /dev/shm/nccl-x (size 9)", False, "/dev/shm/nccl-x (size"),
+    (NCCL + "socketStartConnect: Connect to 10.0.0.2<35000> failed : Connection refused", True, None),
+    ("NCCL error: remote process exited or there was a network error\nncclRemoteError: a call failed", True, None),
+    ("[../third_party/gloo] Connection closed by peer [127.0.0.1]:5000", True, None),
+    ("[../third_party/gloo] socket failed", True, None),
+    ("shape mismatch", False, None)])
+def test_what_nccl_says_of_itself_is_told(monkeypatch, text, lost, said):
+    monkeypatch.setattr(distributed, "world_size", lambda: 2)
+    error = RuntimeError(text)
+    assert distributed.process_lost(error) == lost
+    told = outside_cause(error)
+    assert (told is None) == (text == "shape mismatch")
+    if said:
+        assert said in told and "--shm-size" in told and "another process" not in told and "\n" not in told
+    assert "out of memory" in outside_cause(RuntimeError(NCCL + "Cuda failure 2 'out of memory'"))
 
 
 @pytest.mark.parametrize("launched, gpus, name, expected", [
