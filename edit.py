@@ -41,7 +41,7 @@ from samplers import (
     spaced_timesteps,
     uniform_timesteps,
 )
-from utils import autocast, evenly_spaced, get_device, pick_precision, save_gif, save_images
+from utils import autocast, check_grid, evenly_spaced, get_device, pick_precision, save_gif, save_images, time_titles
 
 FILM_FRAMES, FILM_IMAGES = 40, 8
 MEAN_IMAGES = 32  # x_0_hat of as many noises gives the mean of the model's images
@@ -193,6 +193,9 @@ class Editor:
         self.picture = chosen_images(args, checkpoint) if args.image or hasattr(args, "index") else None  # uint8
         command = "invert" if args.command == "interpolate" and args.image else args.command
         steps = args.steps or min(DEFAULT_STEPS[command], num_timesteps)
+        if command == "invert" and num_timesteps < 2:
+            raise UserError(f"{args.checkpoint} has only one timestep, and a picture is not turned into noise in a "
+                            f"single step: train one with python train.py --timesteps 1000")
         if command == "invert" and steps < 2:
             raise UserError("a picture is not turned into noise in a single step: give --steps 2 or more")
         options = sampling_options(config, Namespace(**vars(args) | dict(steps=steps)), self.count, label_all=False)
@@ -231,13 +234,14 @@ class Editor:
 
     def follow(self, trajectory: Iterator, steps: int) -> Tensor:
         """The last images of a trajectory, on the CPU; for --gif all its steps become frames."""
-        device = self.diffusion.device
+        device, times = self.diffusion.device, []
         with (autocast(device, pick_precision(self.args.precision, device)),
               Bar(self.args.command, steps, "steps") as bar):
             for t, x, x_0_hat in expectations(bar.track(trajectory)):
                 if self.args.gif:  # copies: a view would keep all images of each step
                     self.frames.append(tuple(part[:FILM_IMAGES].cpu().clone() for part in (x, x_0_hat)))
-                    self.titles.append("image" if t < 0 else f"t = {t:.0f}")
+                    times.append(t)
+        self.titles += time_titles(times)
         return x.cpu()
 
     def film(self) -> tuple[list[Tensor], list[str]]:
@@ -344,6 +348,7 @@ def main(argv=None):
     check_inputs_stay(outputs, [args.checkpoint, *paths, mask])
     editor = Editor(args)
     check_outputs(outputs, [editor.place_of_pictures])
+    check_grid((editor.count + 3, *editor.shape), args.columns or 16, args.scale or 4)
     print(f"Using device: {editor.diffusion.device}")
     if args.image:
         tell_of_pictures(editor.args, paths, editor)

@@ -25,14 +25,25 @@ from data_sources.points import is_points, scatter
 from runtime import distributed, threads
 from runtime.checkpoints import with_checkpoint
 from runtime.errors import UserError
-from runtime.files import atomic_write, check_outputs
+from runtime.files import atomic_write, check_outputs, quoted
 from runtime.memory import run_or_suggest_batch_size
 from runtime.parser import SHARED_FLAGS, Parser, add_shared_flags
 from runtime.progress import Bar
 from runtime.sampling import check_interval, place_of_pictures, sampling_options
 from runtime.script import script
 from samplers import Trajectory, expectations, final_image, generate, image_noise
-from utils import GREY, autocast, evenly_spaced, get_device, pick_precision, save_gif, save_images, save_picture
+from utils import (
+    GREY,
+    autocast,
+    check_grid,
+    evenly_spaced,
+    get_device,
+    pick_precision,
+    save_gif,
+    save_images,
+    save_picture,
+    time_titles,
+)
 
 DEFAULT_OUTPUT = "outputs/generated_samples.png"
 MAX_COLUMNS = 16  # of a grid with a row for each class
@@ -69,7 +80,8 @@ def check_flags(args: Namespace, shape: Sequence[int]) -> None:
     given = [name for name in ("show_intermediate", "gif", "columns", "scale") if getattr(args, name)]
     if is_points(shape) and given:
         raise UserError(f"--{given[0]} is for images, and {args.checkpoint} makes points in the plane: leave it out "
-                        f"(python visualize_diffusion.py --what field shows their paths)")
+                        f"(python visualize_diffusion.py --what field --checkpoint {quoted(args.checkpoint)} shows "
+                        f"their paths)")
 
 
 class Film:
@@ -100,7 +112,8 @@ class Film:
 
     def save_gif(self, path: Path) -> Path:
         """Write the pairs as an animation."""
-        captions = ["image" if t < 0 else f"t = {t:.0f}: x_t beside the image expected then" for t in self.pairs]
+        titles = dict(zip(self.pairs, time_titles(list(self.pairs)), strict=True))
+        captions = [title if t < 0 else f"{title}: x_t beside the image expected then" for t, title in titles.items()]
         pairs = [parts[0][:GIF_IMAGES].flatten(0, 1) for parts in self.pairs.values()]
         save_gif([self.code.decode(frame) for frame in pairs], path, captions=captions)
         return path
@@ -124,19 +137,15 @@ class Film:
         for name, images in zip(frame_names(list(frames)), frames.values(), strict=True):
             save_images(self.code.decode(images), folder / name)
         rows = torch.stack([images[:FILM_IMAGES] for images in frames.values()], dim=1).flatten(0, 1)
-        captions = ["image" if t < 0 else f"t = {t:.0f}" for t in frames]
-        save_images(self.code.decode(rows), strip, columns=len(frames), scale=3, captions=captions)
+        save_images(self.code.decode(rows), strip, columns=len(frames), scale=3, captions=time_titles(list(frames)))
         return [folder, strip]
 
 
 def frame_names(times: Sequence[float]) -> list[str]:
     """step_XXXX.png for each time t, with as many decimals as tell them apart; final.png for t < 0."""
-    for decimals in range(16):
-        width = 4 + decimals + (decimals > 0)
-        names = ["final.png" if t < 0 else f"step_{t:0{width}.{decimals}f}.png" for t in times]
-        if len(set(names)) == len(names):
-            break
-    return names
+    parts = [title.removeprefix("t = ").partition(".") for title in time_titles(times)]
+    return ["final.png" if t < 0 else f"step_{whole:>04}{point}{decimals}.png"
+            for t, (whole, point, decimals) in zip(times, parts, strict=True)]
 
 
 def outputs_of(args: Namespace) -> list[Path]:
@@ -207,6 +216,8 @@ def main(argv=None):
     code = code_of(config)
     options = sampling_options(config, args, args.num_images)
     check_interval(options, diffusion)
+    if output.suffix == ".png" and not is_points(shape):
+        check_grid((args.num_images, *shape), args.columns, args.scale)
     if distributed.rank() == 0:
         check_outputs(outputs_of(args), [args.checkpoint, place_of_pictures(checkpoint)])
     print(f"Using device: {diffusion.device}")

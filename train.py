@@ -203,7 +203,7 @@ def save_preview(run: Run, path: Path) -> None:
     if distributed.rank() == 0:
         with warn_of_failed_writes():
             save_images(pictures, path)
-            run.board.add_samples(tile(pictures, grid_layout(pictures)[0]), run.trainer.step)
+            run.board.add_samples(tile(pictures, grid_layout(pictures.shape)[0]), run.trainer.step)
 
 
 def is_few(data: ImageData) -> bool:

@@ -17,6 +17,7 @@ from runtime.files import atomic_write
 
 GREY = 64  # the level of the lines between the pictures of a grid
 CAPTION = 24  # height in pixels of a line of captions
+MAX_PIXELS = 2**27  # of a picture to write: several times as many bytes in memory
 GRID_SIDE, MAX_SCALE = 800, 8  # of a grid whose scale follows from the number of its pictures
 FIGURE_FORMATS = (".png", ".pdf", ".svg")
 
@@ -88,12 +89,27 @@ def count_parameters(model: nn.Module) -> int:
 # ------------------------------------------------------------------------------------------------------- pictures
 
 
-def grid_layout(images: Tensor, columns: int | None = None, scale: int | None = None) -> tuple[int, int]:
-    """(columns, scale) of a grid of images (B, C, H, W); what is None follows: about square, GRID_SIDE pixels large."""
-    count, _, height, width = images.shape
+def grid_layout(shape: Sequence[int], columns: int | None = None, scale: int | None = None) -> tuple[int, int]:
+    """(columns, scale) of a grid of images of the shape (B, C, H, W).
+
+    What is None follows: about square, GRID_SIDE pixels large.
+    """
+    count, _, height, width = shape
     columns = columns or (count if count <= 8 else math.ceil(math.sqrt(count)))
     side = max(min(columns, count) * (width + 1), math.ceil(count / columns) * (height + 1))
     return columns, scale or min(MAX_SCALE, max(1, round(GRID_SIDE / side)))
+
+
+def check_grid(shape: Sequence[int], columns: int | None = None, scale: int | None = None) -> None:
+    """UserError if a grid of images of the shape (B, C, H, W) would be a picture of more than MAX_PIXELS."""
+    columns, scale = grid_layout(shape, columns, scale)
+    count, _, height, width = shape
+    columns = min(columns, count)
+    pixels = scale**2 * (columns * (width + 1) + 1) * (math.ceil(count / columns) * (height + 1) + 1)
+    if pixels > MAX_PIXELS:
+        raise UserError(f"a picture of {count:,} images of {height}×{width} pixels, {scale} times as large, would have "
+                        f"{pixels:,} pixels, more than {MAX_PIXELS:,}: make fewer images"
+                        + (", or give a smaller --scale" if scale > 1 else ", or give an --output that ends in .npz"))
 
 
 def tile(images: Tensor, columns: int, scale: int = 1, captions: Sequence[str] = ()) -> np.ndarray:
@@ -138,6 +154,21 @@ def caption_line(texts: Sequence[str], width: int) -> np.ndarray:
     return np.array(line)
 
 
+def time_texts(times: Sequence[float]) -> list[str]:
+    """Each time as a number with as many decimals as tell all of them apart."""
+    for decimals in range(16):
+        texts = [f"{t:.{decimals}f}" for t in times]
+        if len(set(texts)) == len(set(times)):
+            break
+    return texts
+
+
+def time_titles(times: Sequence[float]) -> list[str]:
+    """A title for each time of a trajectory: "t = 12", or "image" for t < 0."""
+    texts = iter(time_texts([t for t in times if t >= 0]))
+    return ["image" if t < 0 else f"t = {next(texts)}" for t in times]
+
+
 def evenly_spaced(count: int, shown: int, rounding: Callable[[float], int] = round) -> list[int]:
     """At most `shown` >= 2 of the indices 0..count - 1, evenly spaced, the first and the last among them."""
     return sorted({rounding((count - 1) * i / (shown - 1)) for i in range(shown)})
@@ -146,7 +177,7 @@ def evenly_spaced(count: int, shown: int, rounding: Callable[[float], int] = rou
 def save_images(images: Tensor, path: str | Path, columns: int | None = None, scale: int | None = None,
                 captions: Sequence[str] = ()) -> None:
     """Write a grid of uint8 images (B, C, H, W) as a PNG, as `tile` makes it; None: as `grid_layout` chooses."""
-    save_picture(tile(images, *grid_layout(images, columns, scale), captions), path)
+    save_picture(tile(images, *grid_layout(images.shape, columns, scale), captions), path)
 
 
 def save_picture(picture: np.ndarray, path: str | Path) -> None:
@@ -165,7 +196,7 @@ def save_gif(frames: Sequence[Tensor], path: str | Path, columns: int = 8, secon
     """
     from PIL import Image
 
-    columns, scale = grid_layout(frames[0], columns)
+    columns, scale = grid_layout(frames[0].shape, columns)
     grids = [tile(images, columns, scale) for images in frames]
     if captions:
         grids = [np.concatenate([caption_line([text], grid.shape[1]), grid])

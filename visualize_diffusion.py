@@ -45,8 +45,27 @@ from runtime.sampling import (
     sampling_options,
 )
 from runtime.script import script
-from samplers import DEFAULT_GUIDANCE, DEFAULT_SAMPLER, expectations, generate, image_noise, noise_range
-from utils import FIGURE_FORMATS, evenly_spaced, generator_for, get_device, plain_text, pyplot, save_figure, tile
+from samplers import (
+    DEFAULT_SAMPLER,
+    SAMPLERS,
+    expectations,
+    generate,
+    image_noise,
+    noise_range,
+    spaced_timesteps,
+)
+from utils import (
+    FIGURE_FORMATS,
+    MAX_PIXELS,
+    evenly_spaced,
+    generator_for,
+    get_device,
+    plain_text,
+    pyplot,
+    save_figure,
+    tile,
+    time_titles,
+)
 
 COLUMNS = (0, 50, 100, 200, 400, 600, 800, 999)  # times t of --what forward, if T is 1,000
 FRAME_COLUMNS = 10
@@ -86,7 +105,9 @@ def parse_args(argv: Sequence[str] | None):
                              f"{len(COLUMNS)})")
     parser.add_argument("--dpi", type=number(int, 10, 2400), default=120, help="the resolution, in pixels per inch")
     group = parser.add_argument_group(f"--what {', '.join(WITH_MODEL)}")
-    add_shared_flags(group, "checkpoint", "sampler", "spacing", "steps", "label", "guidance_scale")
+    add_shared_flags(group, "checkpoint", "sampler", "spacing", "steps", "label")
+    group.add_argument("--guidance_scale", **SHARED_FLAGS["guidance_scale"] | dict(
+        help=SHARED_FLAGS["guidance_scale"]["help"].replace("student: 1", "student, and for --what field: 1")))
     group.add_argument("--projection", choices=("tsne", "pca"), default="tsne",
                        help="the method by which --what embedding brings features into two dimensions")
     args = parser.parse_args(argv)
@@ -162,44 +183,48 @@ def draw_schedules(args: Namespace):
     return figure
 
 
-def trajectory_frames(args: Namespace, model, diffusion: DiffusionProcess, config: dict) -> tuple[list[Frame], dict]:
-    """The (t, x_t, x_0_hat) of each step to the images that sample.py makes, and the options of samplers.generate."""
+def trajectory_frames(args: Namespace, model, diffusion: DiffusionProcess, config: dict,
+                      image: bool = False) -> tuple[list[Frame], dict]:
+    """The (t, x_t, x_0_hat) of the steps to show of those to the images that sample.py makes.
+
+    image: also the image, at t = -1. Returns also the options of samplers.generate.
+    """
     indices, shape = range(args.num_images), config["data"]["shape"]
     options = sampling_options(config, args, args.num_images) | dict(batch_size=args.num_images)
     [(_, trajectory)] = generate(model, diffusion, shape, indices, **options)
     start = diffusion.num_timesteps - 1, image_noise(indices, args.seed, shape)()
-    *frames, _ = ((t, x.cpu(), x_0_hat.cpu()) for t, x, x_0_hat in expectations(trajectory, start))
-    return frames, options
+    spacing = options["spacing"] or SAMPLERS[options["sampler"]].spacing
+    times = [*spaced_timesteps(diffusion, options["steps"], spacing), *([-1] if image else [])]
+    shown = shown_steps(times, diffusion, args.columns)
+    return [(t, x.cpu(), x_0_hat.cpu()) for step, (t, x, x_0_hat) in enumerate(expectations(trajectory, start))
+            if step in shown], options
 
 
-def shown_frames(frames: Sequence[Frame], diffusion: DiffusionProcess, columns: int | None = None) -> list[Frame]:
-    """At most `columns` of the frames, the first and the last among them, spread evenly over the log-SNR.
+def shown_steps(times: Sequence[float], diffusion: DiffusionProcess, columns: int | None = None) -> list[int]:
+    """At most `columns` indices of the times, the first and the last among them, spread evenly over the log-SNR.
 
     The image appears in a small part of the time; over the log-SNR that part is large. What lies beyond the
     `noise_range` counts as its ends.
     """
     ends = [-2 * math.log(level) for level in reversed(noise_range(diffusion))]
-    places = torch.tensor([diffusion.log_snr(t).item() for t, _, _ in frames]).clamp(*ends)
-    count = min(len(frames), columns or FRAME_COLUMNS)
+    places = torch.tensor([diffusion.log_snr(t).item() for t in times]).clamp(*ends)
+    count = min(len(times), columns or FRAME_COLUMNS)
     even = torch.linspace(places[0], places[-1], count)[1:-1]
-    chosen = [0, len(frames) - 1, *(places[:, None] - even).abs().argmin(0).tolist()]
+    chosen = [0, len(times) - 1, *(places[:, None] - even).abs().argmin(0).tolist()]
     while len(set(chosen)) < count:  # steps are longer than the even gaps: add the frame farthest from those chosen
         distance = (places[:, None] - places[chosen]).abs().amin(1)
         distance[chosen] = -1
         chosen.append(int(distance.argmax()))
-    return [frames[i] for i in sorted(set(chosen))]
+    return sorted(set(chosen))
 
 
 def draw_denoising(args: Namespace, model, diffusion: DiffusionProcess, config: dict):
     """A trajectory from noise to image: for each image a pair of rows, x_t above x_0_hat."""
-    frames, options = trajectory_frames(args, model, diffusion, config)
-    image = frames[-1][2]  # every sampler ends with its last x_0_hat
-    shown = shown_frames([*frames, (-1, image, image)], diffusion, args.columns)
+    shown, options = trajectory_frames(args, model, diffusion, config, image=True)
     pairs = [code_of(config).decode(torch.stack([frame[part][i] for part in (1, 2) for frame in shown]))
              for i in range(args.num_images)]
-    titles = ["image" if t < 0 else f"t = {t:.0f}" for t, _, _ in shown]
-    return show_pairs(pairs, titles, f"{options['sampler']}, {options['steps']} steps: x_t and, below, the clean image "
-                                     "expected from it")
+    caption = f"{options['sampler']}, {options['steps']} steps: x_t and, below, the clean image expected from it"
+    return show_pairs(pairs, time_titles([t for t, _, _ in shown]), caption)
 
 
 def show_pairs(pairs: Sequence[Tensor], titles: Sequence[str], caption: str):
@@ -240,7 +265,7 @@ def draw_points(args: Namespace):
         raise UserError("--what field shows one class at a time: name one with --label")
     if args.guidance_scale is not None and not (model and classes):
         raise UserError("--guidance_scale needs --checkpoint, of a model with labels, and --label")
-    scale = DEFAULT_GUIDANCE if args.guidance_scale is None else args.guidance_scale
+    scale = 1.0 if args.guidance_scale is None else args.guidance_scale  # as the exact denoiser beside it
     return draw_field(data, classes and classes[0], process, model, scale, args.sampler or DEFAULT_SAMPLER,
                       args.spacing, args.seed)
 
@@ -255,9 +280,8 @@ def draw_with_model(args: Namespace, model, diffusion: DiffusionProcess, config:
     if args.what in ("attention", "features"):
         frames, options = trajectory_frames(args, model, diffusion, config)
         if args.what == "attention":
-            return draw_attention(model, diffusion, shown_frames(frames, diffusion, args.columns), options["labels"],
-                                  args.num_images, code_of(config))
-        return draw_features(model, diffusion, shown_frames(frames, diffusion, args.columns), options["labels"])
+            return draw_attention(model, diffusion, frames, options["labels"], args.num_images, code_of(config))
+        return draw_features(model, diffusion, frames, options["labels"])
     source = dataset_of(dict(config=config), args.data_dir, args.dataset)
     train, validation = (load_dataset(source, split, args.data_dir).coded(code_of(config))
                          for split in ("train", "validation"))
@@ -287,7 +311,11 @@ def main(argv=None):
         draw = partial(draw_with_model, args, model, diffusion, checkpoint["config"])
         place = place_of_pictures(checkpoint)
     check_output(path, args.checkpoint, given_pictures(args), place)
-    save_figure(draw(), path, args.dpi)
+    figure = draw()
+    pixels = math.prod(side * args.dpi for side in figure.get_size_inches())
+    if path.suffix == ".png" and pixels > MAX_PIXELS:
+        raise UserError(f"the picture would have {pixels:,.0f} pixels, more than {MAX_PIXELS:,}: give a smaller --dpi")
+    save_figure(figure, path, args.dpi)
     print(f"Saved {path}")
 
 

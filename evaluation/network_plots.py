@@ -17,7 +17,7 @@ from diffusion import DiffusionProcess
 from evaluation.gaussian import bound_images, gaussian_bound
 from models.layers import Attention
 from runtime.errors import UserError
-from utils import generator_for, plain_log_ticks, plain_text, pyplot
+from utils import generator_for, plain_log_ticks, plain_text, pyplot, time_titles
 
 Frame = tuple[float, Tensor, Tensor]
 
@@ -115,9 +115,9 @@ def draw_attention(model, diffusion: DiffusionProcess, frames: Sequence[Frame], 
     colours = dict(norm="log", clim=(1.0, max(2.0, *(line.max().item() for _, _, line in lines))))
     figure, axes = pyplot().subplots(len(lines) + 1, len(frames), squeeze=False, layout="compressed",
                                      figsize=(1.1 * len(frames) + 2.2, 1.1 * (len(lines) + 1) + 0.8))
-    for axis, (t, _, x_0_hat) in zip(axes[0], frames, strict=True):
+    for axis, (_, _, x_0_hat), title in zip(axes[0], frames, time_titles([t for t, _, _ in frames]), strict=True):
         axis.imshow(code.decode(x_0_hat[0]).permute(1, 2, 0).numpy(), cmap="gray", vmin=0, vmax=255)
-        axis.set_title(f"t = {t:.0f}", fontsize=9)
+        axis.set_title(title, fontsize=9)
     axes[0, 0].set_ylabel("x̂_0", rotation=0, ha="right", va="center", fontsize=8)
     for axis_row, (label, query, weights) in zip(axes[1:], lines, strict=True):
         for axis, (_, _, x_0_hat), weight in zip(axis_row, frames, weights, strict=True):
@@ -168,8 +168,11 @@ def unet_stages(model) -> dict[str, nn.Module]:
 
 def draw_features(model, diffusion: DiffusionProcess, frames: Sequence[Frame], labels: Tensor | None):
     """Mean |activation| of each stage: a map of the first image in each frame and, below, the mean of all against t."""
-    outputs = capture_outputs(model, diffusion, unet_stages(model), *stack_frames(frames, labels))
-    maps = {name: output.abs().mean(1).unflatten(0, (len(frames), -1)) for name, output in outputs.items()}
+    means = {}
+    for part in split_batches(100, *stack_frames(frames, labels)):
+        for name, output in capture_outputs(model, diffusion, unet_stages(model), *part).items():
+            means.setdefault(name, []).append(output.abs().mean(1))
+    maps = {name: torch.cat(parts).unflatten(0, (len(frames), -1)) for name, parts in means.items()}
     figure = pyplot().figure(figsize=(1.1 * len(frames) + 1.8, 1.1 * (len(maps) + 1) + 3.6), layout="constrained")
     top, bottom = figure.subfigures(2, 1, height_ratios=(1.1 * (len(maps) + 1) + 0.8, 3.0))
     _feature_maps(top, frames, maps)
@@ -188,9 +191,9 @@ def draw_features(model, diffusion: DiffusionProcess, frames: Sequence[Frame], l
 def _feature_maps(figure, frames: Sequence[Frame], maps: dict[str, Tensor]) -> None:
     """Draw x_t and below it a row of maps for each stage; each map from its minimum (dark) to its maximum (bright)."""
     axes = figure.subplots(len(maps) + 1, len(frames), squeeze=False)
-    for axis, (t, x_t, _) in zip(axes[0], frames, strict=True):
+    for axis, (_, x_t, _), title in zip(axes[0], frames, time_titles([t for t, _, _ in frames]), strict=True):
         axis.imshow(to_uint8(x_t[0]).permute(1, 2, 0).numpy(), cmap="gray", vmin=0, vmax=255)
-        axis.set_title(f"t = {t:.0f}", fontsize=9)
+        axis.set_title(title, fontsize=9)
     axes[0, 0].set_ylabel("x_t", rotation=0, ha="right", va="center", fontsize=9)
     for line, (name, values) in zip(axes[1:], maps.items(), strict=True):
         first = values[:, 0]                                                                # (frames, h, w)

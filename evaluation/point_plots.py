@@ -16,7 +16,7 @@ from utils import pyplot
 NOISE_LEVELS = (math.inf, 2.0, 0.7, 0.3, 0.1)  # sigma/alpha of the columns, in standard deviations of the data
 PATH_STEPS = (1, 3, 10, 50)
 PATHS, ENDS = 40, 1000  # paths that are drawn, and points at whose ends there is a dot
-PIXELS, ARROWS, MAX_CENTRES = 100, 17, 4000
+PIXELS, ARROWS, LENGTH, MAX_CENTRES = 100, 17, 0.6, 4000
 
 
 def exact_mixture(name: str, points: Tensor, label: int | None = None) -> Mixture:
@@ -57,7 +57,7 @@ def arrows(denoise: Denoise, x_t: Tensor, t: float, diffusion: DiffusionProcess)
 
 
 def draw_arrows(axis, denoise: Denoise, exact: Mixture, t: float, diffusion: DiffusionProcess) -> None:
-    """The density of x_t, and the arrows on a grid."""
+    """The density of x_t, and the arrows on a grid; those of the exact denoiser are LENGTH cells long on average."""
     alpha, sigma = diffusion.alpha(t).item(), diffusion.sigma(t).item()
     extent = 1.1 * alpha + 2 * sigma
     density = exact.log_density(grid(extent, PIXELS), t, diffusion).exp().view(PIXELS, PIXELS).numpy()
@@ -66,7 +66,9 @@ def draw_arrows(axis, denoise: Denoise, exact: Mixture, t: float, diffusion: Dif
     places = grid(extent * (1 - 1 / ARROWS), ARROWS)
     x, y = places.flatten(1).T.numpy()
     u, v = arrows(denoise, places, t, diffusion).T.numpy()
-    axis.quiver(x, y, u, v, angles="xy", width=0.005, color="black", alpha=0.75)
+    mean = arrows(exact.denoiser(diffusion), places, t, diffusion).norm(dim=1).mean().item()
+    axis.quiver(x, y, u, v, angles="xy", scale_units="xy", scale=max(mean, 1e-9) / (LENGTH * 2 * extent / ARROWS),
+                width=0.005, color="black", alpha=0.75)
     axis.set_title(f"t = {t:.0f}: alpha {alpha:.2f}, sigma {sigma:.2f}", fontsize=9)
     axis.tick_params(labelsize=7)
 
@@ -114,8 +116,9 @@ def draw_field(data: ImageData, label: int | None, diffusion: DiffusionProcess, 
         draw_points(below[0], points[:ENDS], COLOURS[0], "data")
         for axis, steps in zip(below[1:], PATH_STEPS, strict=True):
             draw_paths(axis, denoise, min(steps, diffusion.num_timesteps), diffusion, sampler, spacing, seed)
-        above[0].set_ylabel(f"{name}: arrows")
-        below[0].set_ylabel(f"{name}: paths of {sampler}")
-    figure.suptitle("Blue: the density of x_t. Arrows: from x_t to where it would lie without its expected noise",
-                    fontsize=11)
+        guided = f", guidance {guidance_scale:g}" if name == "learned" and guidance_scale != 1 else ""
+        above[0].set_ylabel(f"{name}{guided}: arrows")
+        below[0].set_ylabel(f"{name}{guided}: paths of {sampler}")
+    figure.suptitle("Blue: the density of x_t. Arrows: from x_t towards where it would lie without its expected noise; "
+                    "their lengths have one scale in each column", fontsize=11)
     return figure

@@ -24,6 +24,7 @@ from samplers import (
     spaced_timesteps,
     uniform_timesteps,
 )
+from utils import time_texts
 
 NO_FLAGS = Namespace()
 
@@ -52,8 +53,16 @@ def sampling_options(config: dict, args: Namespace = NO_FLAGS, count: int = 0, *
     if labels is None and scale not in (None, 1):
         raise UserError("--guidance_scale needs --label, the class to ask for" if config["model"].get("num_classes")
                         else f"{NO_LABELS}: leave --guidance_scale out, or {TRAIN_LABELS}")
+    unguided = student or config["training"].get("label_dropout") == 0
+    if unguided and labels is not None and scale not in (None, 1):
+        raise UserError("the guidance of a student is that which it learned: leave --guidance_scale out, or make "
+                        "another one with python distill.py --guidance_scale" if student else
+                        "this checkpoint was never shown an image without its label, which guidance needs: leave "
+                        "--guidance_scale out, or train one with python train.py --label_dropout 0.1")
+    if unguided and labels is None and config["model"].get("num_classes"):
+        raise UserError("this checkpoint was never shown an image without its label: choose one with --label")
     if scale is None:
-        scale = 1.0 if labels is None or student else config["data"].get("guidance_scale", DEFAULT_GUIDANCE)
+        scale = 1.0 if labels is None or unguided else config["data"].get("guidance_scale", DEFAULT_GUIDANCE)
     if eta is not None and not SAMPLERS[sampler].reads_eta:
         readers = " and ".join(name for name, row in SAMPLERS.items() if row.reads_eta)
         raise UserError(f"--eta is read by --sampler {readers} only: choose one, or leave it out")
@@ -74,8 +83,8 @@ def check_interval(options: dict, diffusion: DiffusionProcess) -> None:
     churned = sampler.function is heun and options["eta"]  # it also evaluates times between these
     if not churned and not any(interval[0] <= t <= interval[1] for t in times):
         raise UserError(f"--guidance_interval {interval[0]:g} {interval[1]:g} holds none of the times of these steps "
-                        f"({', '.join(f'{t:.0f}' for t in times[:20])}{' ...' if len(times) > 20 else ''}): choose "
-                        f"another one, or leave it out")
+                        f"({', '.join(time_texts(times)[:20])}{' ...' if len(times) > 20 else ''}): choose another "
+                        f"one, or leave it out")
 
 
 NO_LABELS = "this checkpoint was trained without labels"

@@ -306,7 +306,7 @@ def test_films_have_their_frames_and_pause_on_the_last(call, tmp_path, command, 
 
 def test_a_film_ends_in_the_result(call, tmp_path):
     assert call("vary", "--gif", "--num_images", 2) == 0
-    result, (_, scale) = cells(tmp_path / "x.png", 3), grid_layout(torch.zeros(4, 1, 28, 28), 8)
+    result, (_, scale) = cells(tmp_path / "x.png", 3), grid_layout((4, 1, 28, 28), 8)
     film = frames_of(tmp_path / "x.gif")[1][CAPTION::scale, ::scale]
     assert np.abs(film[1:29, 1:29].astype(int) - result[1]).max() <= 8  # 64 shades
 
@@ -369,10 +369,18 @@ def test_pictures_that_do_not_fit_are_refused(call, tmp_path, capsys, flag, name
     assert_refused(call("inpaint", "--fit", "pad", flag, spoilt(tmp_path, name)), capsys, words, tmp_path / "x.png")
 
 
+def test_a_checkpoint_of_one_timestep_cannot_invert(tmp_path, data_dir, capsys):
+    path = small_checkpoint(tmp_path / "one.pt", num_timesteps=1)
+    assert edit.main(["invert", "--checkpoint", str(path), "--data_dir", str(data_dir), "--output",
+                      str(tmp_path / "x.png")]) == 2
+    assert "one timestep" in capsys.readouterr().err and not (tmp_path / "x.png").exists()
+
+
 @pytest.mark.parametrize("command, flags, words", [
     ("inpaint", ["--mask", "middle"], ["middle", "center"]),
     ("inpaint", ["--mask", "middle", "--data_dir", "nowhere"], ["middle", "center"]),  # before data are read
     ("inpaint", ["--resample", 0], ["--resample"]),
+    ("inpaint", ["--scale", 64, "--num_images", 60], ["--scale", "pixels"]),
     ("inpaint", ["--steps", 41], ["1..40", "41"]),
     ("vary", ["--strength", 1.5], ["--strength", "1.5"]),
     ("vary", ["--strength", "nan"], ["--strength", "nan"]),

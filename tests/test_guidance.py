@@ -11,7 +11,8 @@ import sample
 import utils
 from data import FASHION, ImageData
 from diffusion import DiffusionProcess
-from runtime.sampling import label_words, named_classes
+from runtime.errors import UserError
+from runtime.sampling import label_words, named_classes, sampling_options
 from samplers import SAMPLERS, final_image, generate, guide
 from training.trainer import Trainer
 
@@ -272,6 +273,22 @@ def test_labels_and_guidance_change_images(conditional, tmp_path):
 ])
 def test_sample_refuses_labels_that_there_are_not(conditional, tmp_path, capsys, flags, words):
     assert_refused(call(conditional, tmp_path / "x.png", *flags), capsys, words, tmp_path)
+
+
+@pytest.mark.parametrize("training, words", [(dict(label_dropout=0.0), ["--label_dropout 0.1", "leave"]),
+                                             (dict(student=True), ["distill.py --guidance_scale", "leave"])])
+def test_a_network_that_was_never_without_labels_is_not_guided(conditional, tmp_path, capsys, training, words):
+    content = torch.load(conditional, weights_only=True)
+    content["config"]["training"] |= training
+    torch.save(content, tmp_path / "model.pt")
+    (tmp_path / "out").mkdir()
+    options = sampling_options(content["config"], count=4)
+    assert options["guidance_scale"] == 1 and options["labels"] is not None
+    for scale in ("0", "2"):
+        assert_refused(call(tmp_path / "model.pt", tmp_path / "out/x.png", "--guidance_scale", scale), capsys, words,
+                       tmp_path / "out")
+    with pytest.raises(UserError, match="--label"):  # without one nothing is left to ask the network for
+        sampling_options(content["config"], count=4, label_all=False)
 
 
 @pytest.mark.parametrize("flags", [["--label", "7"], ["--guidance_scale", "2"], ["--guidance_scale", "0"]])

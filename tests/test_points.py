@@ -6,6 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from matplotlib.quiver import Quiver
 from PIL import Image
 from torch.testing import assert_close
 
@@ -24,6 +25,7 @@ from diffusion import DiffusionProcess
 from evaluation import point_plots
 from models import create_model
 from runtime.checkpoints import newest_checkpoint
+from utils import pyplot
 
 # ----------------------------------------------------------------------------------------------------------- the sets
 
@@ -178,6 +180,23 @@ def test_the_exact_denoiser_is_that_of_the_points_that_are_shown():
     assert (own - of_points).square().mean().sqrt() < 0.02  # 4,000 points stand for their distribution
     alone = point_plots.exact_mixture("gaussians", data.images, label=2).denoiser(process)(x_t, 300)
     assert (alone - torch.from_numpy(CENTRES[2])[:, None, None]).abs().max() < 0.2
+
+
+def test_the_arrows_of_a_column_have_one_scale(few):
+    """Also if a network's are half as long: else the picture would be that of the exact denoiser."""
+    data, process = load_dataset("gaussians", points=True), DiffusionProcess(schedule="cosine")
+    exact, t = point_plots.exact_mixture("gaussians", data.images), 500
+    alpha, denoise = process.alpha(t), exact.denoiser(process)
+    shown = []
+    for each in (denoise, lambda x_t, t: (denoise(x_t, t) + x_t / alpha) / 2):
+        axis = pyplot().subplots()[1]
+        point_plots.draw_arrows(axis, each, exact, t, process)
+        [quiver] = [part for part in axis.collections if isinstance(part, Quiver)]
+        shown.append((quiver.scale, float(np.hypot(quiver.U, quiver.V).mean())))
+    pyplot().close("all")
+    assert shown[0][0] == pytest.approx(shown[1][0]) and shown[1][1] == pytest.approx(shown[0][1] / 2, rel=1e-3)
+    extent = 1.1 * alpha.item() + 2 * process.sigma(t).item()
+    assert shown[0][1] / shown[0][0] == pytest.approx(point_plots.LENGTH * 2 * extent / point_plots.ARROWS, rel=1e-3)
 
 
 REFUSED = "holds points in the plane, and this is for images"

@@ -11,6 +11,7 @@ from PIL import Image
 from torchvision.utils import make_grid
 
 import utils
+from runtime.errors import UserError
 
 
 def test_the_cpu_is_always_there_and_auto_is_some_device():
@@ -158,9 +159,10 @@ def test_a_gpu_by_its_number_becomes_the_current_one(monkeypatch):
                                            (10_000, (100, 1))])
 def test_a_grid_is_about_square_and_of_a_size_to_look_at(count, layout):
     images = torch.zeros(1, 1, 28, 28).expand(count, -1, -1, -1)
-    assert utils.grid_layout(images) == layout
-    assert utils.grid_layout(images, columns=5, scale=2) == (5, 2)
-    assert utils.grid_layout(images[:20], columns=2)[1] == {1: 8, 2: 8, 8: 7}.get(count, 3)  # ten rows are not too high
+    assert utils.grid_layout(images.shape) == layout
+    assert utils.grid_layout(images.shape, columns=5, scale=2) == (5, 2)
+    few = images[:20].shape
+    assert utils.grid_layout(few, columns=2)[1] == {1: 8, 2: 8, 8: 7}.get(count, 3)  # ten rows are not too high
 
 
 def test_captions_stand_above_their_pictures_and_change_none_of_them():
@@ -224,3 +226,21 @@ def test_logarithmic_axes_have_plain_numbers(low, high):
     utils.pyplot().close(figure)
     assert len(texts) >= 3 and not any("10^" in text or "mathdefault" in text for text in texts)
     assert all(math.isfinite(float(text)) for text in texts)
+
+
+@pytest.mark.parametrize("times, titles", [
+    ([999, 500.4, 0, -1], ["t = 999", "t = 500", "t = 0", "image"]),
+    ([9, 8.2, 7.8, 0.1, 0, -1], ["t = 9.0", "t = 8.2", "t = 7.8", "t = 0.1", "t = 0.0", "image"]),
+    ([5, 5], ["t = 5", "t = 5"]), ([], [])])
+def test_titles_tell_times_apart(times, titles):
+    assert utils.time_titles(times) == titles
+
+
+@pytest.mark.parametrize("count, columns, scale, words", [
+    (10_000, None, 32, "smaller --scale"), (10_000, None, None, None), (10_000, 1, None, None),
+    (200_000, None, None, r"\.npz")])
+def test_a_picture_that_would_be_too_large_is_refused(count, columns, scale, words):
+    if words is None:
+        return utils.check_grid((count, 1, 28, 28), columns, scale)
+    with pytest.raises(UserError, match=f"{count:,} images.* pixels, more than .*{words}"):
+        utils.check_grid((count, 1, 28, 28), columns, scale)

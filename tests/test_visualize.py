@@ -14,6 +14,7 @@ import utils
 import visualize_diffusion
 from checkpoint import load_model
 from diffusion import DiffusionProcess
+from evaluation import network_plots
 from evaluation.network_plots import (
     attention_maps,
     attention_weights,
@@ -26,7 +27,7 @@ from evaluation.network_plots import (
     x_0_errors,
 )
 from models.layers import Attention
-from samplers import final_image, generate
+from samplers import SAMPLERS, final_image, generate, spaced_timesteps
 
 INSIDE = ("attention", "features", "embedding", "loss")
 
@@ -81,6 +82,20 @@ def test_hooks_are_taken_off_when_the_network_fails(process):
     with pytest.raises(ValueError, match="divisible"):
         capture_outputs(model, process, unet_stages(model), torch.zeros(1, 1, 7, 7), torch.zeros(1))
     assert not any(module._forward_hooks for module in model.modules())
+
+
+def test_features_of_many_frames_go_through_the_network_in_parts(process, monkeypatch):
+    """The means are those of all at once."""
+    model, images = small_model(), torch.randn(40, 1, 28, 28, generator=torch.Generator().manual_seed(0))
+    frames, sizes, means = [(t, images, images) for t in (30, 20, 10)], [], []
+    capture = network_plots.capture_outputs
+    monkeypatch.setattr(network_plots, "capture_outputs", lambda *args: sizes.append(len(args[3])) or capture(*args))
+    monkeypatch.setattr(network_plots, "_feature_maps", lambda figure, frames, maps: means.append(maps))
+    network_plots.draw_features(model, process, frames, None)
+    whole = capture(model, process, unet_stages(model), *network_plots.stack_frames(frames, None))
+    assert sizes == [100, 20]
+    for name, values in means[0].items():
+        assert_close(values.flatten(0, 1), whole[name].abs().mean(1))
 
 
 def test_levels_come_in_the_order_of_the_image(process, noisy):
@@ -205,6 +220,24 @@ def test_what_is_followed_are_the_images_that_sample_makes(checkpoints, flags, l
     assert len(frames) == 4 and torch.equal(frames[-1][2], expected) and options["labels"].tolist() == labels
 
 
+def test_only_the_steps_that_are_shown_are_kept(checkpoints):
+    args = visualize_diffusion.parse_args(["--what", "denoising", "--checkpoint", str(checkpoints["plain"]),
+                                           "--num_images", "2", "--steps", "40"])
+    model, diffusion, checkpoint = load_model(args.checkpoint)
+    with torch.no_grad():
+        frames, options = visualize_diffusion.trajectory_frames(args, model, diffusion, checkpoint["config"], True)
+    times = [*spaced_timesteps(diffusion, 40, SAMPLERS[options["sampler"]].spacing), -1]
+    shown = [times[i] for i in visualize_diffusion.shown_steps(times, diffusion)]
+    assert len(frames) == 10 and [t for t, _, _ in frames] == pytest.approx(shown)
+    assert torch.equal(frames[-1][1], frames[-1][2])  # the image
+
+
+def test_a_figure_of_too_many_pixels_is_refused(checkpoints, data_dir, tmp_path, capsys):
+    argv = [checkpoints["plain"], data_dir, tmp_path / "x.png", "--what", "denoising", "--steps", 3]
+    assert call(*argv, "--dpi", 2400, "--num_images", 64) == 2
+    assert "--dpi" in capsys.readouterr().err and not (tmp_path / "x.png").exists()
+
+
 @pytest.mark.parametrize("what", INSIDE)
 def test_a_model_with_labels_is_never_asked_without(few, checkpoints, data_dir, tmp_path, monkeypatch, what):
     predict, told = DiffusionProcess.predict, []
@@ -277,19 +310,18 @@ def test_the_checkpoint_is_not_overwritten(checkpoints, data_dir, tmp_path, caps
 
 def test_frames_are_chosen_where_the_image_appears(process):
     """Of 40 even times: the first, the last, and an even spread over the log-SNR that samplers walk through."""
-    frames = [(t, torch.zeros(1, 1, 2, 2), torch.zeros(1, 1, 2, 2)) for t in (*range(39, -1, -1), -1)]
-    shown = visualize_diffusion.shown_frames(frames, process)
-    times = [t for t, _, _ in shown]
+    steps = [*range(39, -1, -1), -1]
+    times = [steps[i] for i in visualize_diffusion.shown_steps(steps, process)]
     assert len(times) == 10 and times == sorted(times, reverse=True) and times[0] == 39 and times[-1] == -1
     ends = [-2 * math.log(level * process.data_std) for level in (20, 0.1)]
     places = [min(max(process.log_snr(t).item(), ends[0]), ends[1]) for t in times]
     gaps = [b - a for a, b in pairwise(places)]
     even = visualize_diffusion.evenly_spaced(41, 10)
-    even_places = [min(max(process.log_snr(frames[i][0]).item(), ends[0]), ends[1]) for i in even]
+    even_places = [min(max(process.log_snr(steps[i]).item(), ends[0]), ends[1]) for i in even]
     assert max(gaps) < 0.6 * max(b - a for a, b in pairwise(even_places))
-    assert [t for t, _, _ in visualize_diffusion.shown_frames(frames[:4], process)] == [39, 38, 37, 36]
-    assert len(visualize_diffusion.shown_frames(frames, process, 25)) == 25
-    assert visualize_diffusion.shown_frames(frames[:1], process) == frames[:1]
+    assert visualize_diffusion.shown_steps(steps[:4], process) == [0, 1, 2, 3]
+    assert len(visualize_diffusion.shown_steps(steps, process, 25)) == 25
+    assert visualize_diffusion.shown_steps(steps[:1], process) == [0]
 
 
 def test_every_attention_layer_has_its_own_title():
