@@ -280,8 +280,8 @@ def noise_level_timesteps(diffusion: DiffusionProcess, steps: int, rho: float = 
     """T-1, then `steps` - 1 real times at which (sigma/alpha)^(1/rho) falls evenly (Karras et al. 2022, eq. 5).
 
     The even levels lie in `noise_range`; T-1 takes the place of the highest. rho = inf: log(sigma/alpha), and with it
-    the log-SNR, is evenly spaced. To start at the highest level, or at several times that level, makes worse images
-    than to start at T-1 (benchmarks/RECORDS.md): x_T is pure noise, and images with so much noise are not.
+    the log-SNR, is evenly spaced. To start at the highest level, or at several times that level, did not make better
+    images than to start at T-1 (benchmarks/RECORDS.md): x_T is pure noise, and images with so much noise are not.
     """
     low, high = noise_range(diffusion)
     share = np.linspace(0, 1, steps)

@@ -164,7 +164,7 @@ SHARED_FLAGS = {
     "seed": dict(type=number(int, 0, 2**63 - 1), default=0, help="the seed of everything random"),
     "precision": dict(choices=("auto", "fp32", "bf16"), default="auto",
                       help="the arithmetic of the network; auto: bf16 where the processor supports it and, in "
-                           "training, where it is measured to be faster"),
+                           "training, where it is measured to be faster (on CUDA: bf16 where the GPU has it)"),
     "threads": dict(type=number(int, 1, 1024), metavar="N",
                     help="the number of threads on the processor, from beginning to end (default: one for each core; "
                          "fewer while other programs are busy, except in a training that ends after --epochs, so "
