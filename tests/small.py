@@ -7,7 +7,7 @@ import torch
 
 from benchmarks.pretrained import packed
 from checkpoint import FIELDS, load_checkpoint, save_checkpoint
-from data import DATASETS
+from data import DATASETS, histogram_code
 from diffusion import DiffusionProcess
 from models import create_model
 
@@ -32,6 +32,14 @@ def small_checkpoint(path, dataset="glyphs", conditional=False, num_timesteps=40
     given = dict(config=dict(model=model.config, diffusion=diffusion.config, data=data, training={}),
                  model=model.state_dict(), ema=model.state_dict())
     save_checkpoint(path, **{name: given.get(name, kind()) for name, kind in FIELDS.items()})
+    return path
+
+
+def with_level_code(path, images):
+    """Give a checkpoint the code of the levels of these images, as most runs have one; returns its path."""
+    content = torch.load(path, weights_only=True)
+    content["config"]["data"]["level_code"] = histogram_code(images).points.tolist()
+    torch.save(content, path)
     return path
 
 

@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 import torch
 from harness import assert_refused, files, metrics
-from small import small_checkpoint, small_model
+from small import small_checkpoint, small_model, with_level_code
 from torch.testing import assert_close
 
 import distill
@@ -24,7 +24,7 @@ import edit
 import sample
 import train
 from checkpoint import load_checkpoint, load_model
-from data import load_dataset, to_uint8
+from data import code_of, load_dataset, to_uint8
 from diffusion import PREDICTIONS, SCHEDULES, DiffusionProcess
 from distill import Consistency
 from samplers import (
@@ -421,6 +421,14 @@ def test_the_budget_includes_what_was_before(teacher, data_dir, tmp_path, monkey
 def test_what_cannot_be_is_refused_in_one_line(teacher, data_dir, tmp_path, capfd, more, words):
     assert_refused(capfd, distill.main(flags(teacher, data_dir, tmp_path / "run", *more)), *words)
     assert files(tmp_path) == {}
+
+
+def test_a_student_learns_in_the_code_of_its_teacher(data_dir, tmp_path):
+    images = load_dataset("glyphs", "train", data_dir).images[:500]
+    path = with_level_code(small_checkpoint(tmp_path / "teacher.pt"), images)
+    run = distill.make_run(distill.parse_args(flags(path, data_dir, tmp_path / "run")), time.perf_counter())
+    code = code_of(load_checkpoint(path)["config"])
+    assert not code.is_linear and torch.equal(run.trainer.data.code.points.cpu(), code.points)
 
 
 @pytest.mark.parametrize("num_timesteps, steps", [(8, 8), (40, 20)])

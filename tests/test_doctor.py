@@ -7,12 +7,13 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from small import with_level_code
 from torch.testing import assert_close
 
 import doctor
 import sample
-from checkpoint import FIELDS, load_model, save_checkpoint
-from data import ImageData, load_dataset, to_model, to_uint8
+from checkpoint import FIELDS, load_checkpoint, load_model, save_checkpoint
+from data import ImageData, code_of, load_dataset, to_model, to_uint8
 from diffusion import DiffusionProcess
 from evaluation import gaussian, health_checks, machine_checks
 from evaluation.gaussian import MOST_NUMBERS, bound_images, gaussian_bound
@@ -585,6 +586,18 @@ def test_a_checkpoint_with_nan_or_of_another_data_set_is_a_finding(run, tmp_path
     save_checkpoint(tmp_path / "model.pt", **other)
     status, findings = run("--checkpoint", tmp_path / "model.pt")
     assert status == 1 and (findings[-1]["check"], findings[-1]["status"]) == ("data set", "FAIL")
+
+
+def test_data_are_examined_in_the_code_of_the_checkpoint(run, tmp_path, data_dir, monkeypatch):
+    path, codes = tmp_path / "model_final.pt", []
+    save_checkpoint(path, **make_checkpoint())
+    with_level_code(path, load_dataset("glyphs", "train", data_dir).images[:500])
+    for name in ("examine_error", "examine_samples"):
+        monkeypatch.setattr(doctor, name, lambda model, diffusion, *data: codes.extend(
+            each.code for each in data[:2]) or iter(()))
+    run("--checkpoint", path)
+    expected = code_of(load_checkpoint(path)["config"]).points
+    assert len(codes) == 4 and all(torch.equal(code.points, expected) for code in codes)
 
 
 def test_a_damaged_export_is_not_told_to_go_on_by_itself(run, tmp_path):

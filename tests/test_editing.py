@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from small import small_checkpoint
+from small import small_checkpoint, with_level_code
 from torch.testing import assert_close
 
 import edit
@@ -182,6 +182,13 @@ def picture(data_dir):
     return load_dataset("glyphs", "test", data_dir).images[0, 0].numpy()
 
 
+@pytest.fixture(scope="module")
+def coded(tmp_path_factory, data_dir):
+    """A checkpoint with the code of the levels of glyphs."""
+    path = small_checkpoint(tmp_path_factory.mktemp("edit") / "coded.pt")
+    return with_level_code(path, load_dataset("glyphs", "train", data_dir).images[:500])
+
+
 @pytest.fixture
 def call(checkpoint, data_dir, tmp_path):
     def run(command, *flags):
@@ -272,6 +279,11 @@ def test_the_ends_of_an_interpolation_are_the_images_of_the_two_seeds(call, chec
         assert np.abs(image.astype(int) - end).max() <= 1  # rounding of float32 in batches of 1 and 7
     changes = np.abs(np.diff(walk.astype(int), axis=0)).mean((1, 2))
     assert changes.max() < np.abs(walk[0].astype(int) - walk[-1]).mean()  # no step is the whole way
+
+
+def test_what_is_kept_stays_exactly_with_every_code_of_levels(call, coded, tmp_path, picture):
+    assert call("inpaint", "--checkpoint", coded, "--mask", "left", "--num_images", 1, "--resample", 1) == 0
+    assert np.array_equal(cells(tmp_path / "x.png", 4)[3][:, 14:], picture[:, 14:])
 
 
 def test_invert_tells_the_error_of_what_it_shows(call, tmp_path, picture, capsys):

@@ -11,12 +11,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from small import with_level_code
 from torch.nn import functional as F
 
 import evaluate
 import sample
 from checkpoint import FIELDS, load_checkpoint, load_model, save_checkpoint
-from data import ImageData, load_dataset, to_model
+from data import ImageData, code_of, load_dataset
 from data_sources.pictures import read_images
 from data_sources.scenes import COLOURS, draw_scenes, marks
 from diffusion import DiffusionProcess
@@ -238,8 +239,12 @@ def test_unseen_images_are_not_accused_and_have_all_figures(small, tmp_path, dat
     assert {"command", "versions", "feature_network_sha256", "images_sha256"} <= set(result)
 
 
-def test_a_checkpoint_and_its_images_agree_to_the_digit_and_so_do_two_runs(small, checkpoint, tmp_path):
+@pytest.mark.parametrize("coded", [False, True])
+def test_a_checkpoint_and_its_images_agree_to_the_digit_and_so_do_two_runs(small, checkpoint, tmp_path, data_dir,
+                                                                           coded):
     path = checkpoint()
+    if coded:
+        with_level_code(path, load_dataset("glyphs", "train", data_dir).images[:500])
     flags = ["--checkpoint", path, "--num_images", COUNT, "--steps", 2, "--batch_size", 100, "--seed", 5,
              "--output_dir", tmp_path]
     assert small(*flags) == 0
@@ -422,9 +427,10 @@ def test_networks_that_judge_many_pictures_of_ones_own_take_fewer_epochs(count, 
 @pytest.mark.parametrize("num_classes", [None, 10])
 def test_the_likelihood_is_the_bound_of_the_checkpoints_process(small, checkpoint, tmp_path, data_dir, monkeypatch,
                                                                 capsys, num_classes):
-    """The mean over the reference images, with their labels; the same in every batch size."""
+    """The mean over the reference images, with their labels and in their code; the same in every batch size."""
     monkeypatch.setattr(reference, "LIKELIHOOD_IMAGES", 40)
-    path, values = checkpoint(num_classes), []
+    monkeypatch.setattr(reference, "LIKELIHOOD_BATCH", 16)
+    path, values = with_level_code(checkpoint(num_classes), load_dataset("glyphs", "train", data_dir).images[:500]), []
     for batch_size in (40, 7):
         assert small("--checkpoint", path, "--num_images", COUNT, "--steps", 1, "--batch_size", batch_size, "--seed", 3,
                      "--likelihood", "--output_dir", tmp_path) == 0
@@ -433,11 +439,13 @@ def test_the_likelihood_is_the_bound_of_the_checkpoints_process(small, checkpoin
         assert line.split()[-2:] == ["-", "40"] and values[-1]["n"] == 40 and values[-1]["floor"] is None
         assert values[-1]["low"] < values[-1]["value"] < values[-1]["high"]
     assert values[0]["value"] == pytest.approx(values[1]["value"], rel=1e-4)
-    model, diffusion, _ = load_model(path)
-    data = random_subset(load_dataset("glyphs", "test", data_dir).first(SPLIT), 40)
-    bits = bits_per_dim(model, diffusion, to_model(data.images), data.labels if num_classes else None,
-                        draws=reference.LIKELIHOOD_DRAWS, generator=generator_for(3))
-    assert values[0]["value"] == pytest.approx(bits.mean().item(), rel=1e-4)
+    model, diffusion, content = load_model(path)
+    data, code = random_subset(load_dataset("glyphs", "test", data_dir).first(SPLIT), 40), code_of(content["config"])
+    generator, bits = generator_for(3), []
+    for rows in torch.arange(40).split(16):
+        bits.append(bits_per_dim(model, diffusion, code.encode(data.images[rows]), data.labels[rows] if num_classes
+                                 else None, draws=reference.LIKELIHOOD_DRAWS, generator=generator, edges=code.edges))
+    assert values[0]["value"] == pytest.approx(torch.cat(bits).mean().item(), rel=1e-4)
 
 
 def test_a_data_set_without_a_row_has_a_recipe(data_dir):
@@ -454,7 +462,16 @@ def test_train_features_writes_two_checked_networks(small, tmp_path, monkeypatch
     monkeypatch.setitem(classifier_training.CLASSIFIER_RECIPES, "glyphs", recipe)
     recipe = autoencoder_training.AutoencoderRecipe(width=8, feature_dims=12, epochs=1)
     monkeypatch.setitem(autoencoder_training.AUTOENCODER_RECIPES, "glyphs", recipe)
+    seen = []
+
+    def watch(module, name):
+        make = getattr(module, name)
+        monkeypatch.setattr(module, name, lambda data, *how, **more: (
+            seen.append(data.split) or make(data, *how, **more)))
+    watch(classifier_training, "new_classifier")
+    watch(autoencoder_training, "train_autoencoder")
     assert small("--train_features", "glyphs") == 0
+    assert seen == ["train", "train"]  # floors are of images that neither has seen
     out = capsys.readouterr().out
     assert classifier.weights_digest("glyphs") in out and "% on test" in out
     assert classifier.weights_digest("glyphs", SUFFIX) in out and "mean squared error" in out

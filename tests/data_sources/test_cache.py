@@ -482,6 +482,13 @@ def test_a_damaged_npz_is_one_line_and_leaves_no_cache(tmp_path, damage, save):
     assert "\n" not in str(caught.value) and not list((tmp_path / "data").glob("pictures/*my_in*/*"))
 
 
+def test_many_blocks_hold_what_one_holds(tmp_path, monkeypatch):
+    np.savez(tmp_path / "in.npz", arr_0=np.random.default_rng(0).integers(0, 256, (40, 16, 16), np.uint8))
+    whole, _ = read(tmp_path / "in.npz", tmp_path / "a")
+    monkeypatch.setattr(cache, "BLOCK", 7 * 3 * 16 * 16)
+    assert np.array_equal(read(tmp_path / "in.npz", tmp_path / "b")[0], whole)
+
+
 def test_an_archive_that_may_not_be_read_is_not_called_damaged(tmp_path, monkeypatch):
     def refuse(path, *_):
         raise PermissionError(errno.EACCES, "Permission denied", str(path))

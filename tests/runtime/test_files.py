@@ -104,3 +104,18 @@ def test_a_path_is_a_word_of_a_command(monkeypatch, system, path, word):
     """cmd.exe does not know single quotes, and a backslash alone would need some elsewhere."""
     monkeypatch.setattr("sys.platform", system)
     assert quoted(path) == word
+
+
+def test_a_file_is_on_the_disk_before_it_gets_its_name(tmp_path, monkeypatch):
+    """Else a power cut could leave the new name with nothing behind it."""
+    told, fsync, replace = [], os.fsync, os.replace
+
+    def sync(descriptor):
+        status = os.fstat(descriptor)
+        told.append(status.st_size if stat.S_ISREG(status.st_mode) else "folder")
+        return fsync(descriptor)
+    monkeypatch.setattr(os, "fsync", sync)
+    monkeypatch.setattr(os, "replace", lambda *names: told.append("rename") or replace(*names))
+    with atomic_write(tmp_path / "x") as file:
+        file.write(b"whole")
+    assert told[:2] == [5, "rename"] and told[2:] in ([], ["folder"])

@@ -181,6 +181,14 @@ def test_a_run_that_was_killed_before_its_first_checkpoint_begins_again_with_its
     assert not (tmp_path / "gone").exists()
 
 
+def test_results_of_one_second_lie_side_by_side(tmp_path):
+    for content in (b"one", b"two", b"three"):
+        (tmp_path / "model_final.pt").write_bytes(content)
+        os.utime(tmp_path / "model_final.pt", (10**9, 10**9))
+        run_folder.set_aside(tmp_path)
+    assert {path.read_bytes() for path in tmp_path.glob("previous/*/model_final.pt")} == {b"one", b"two", b"three"}
+
+
 def record(folder, *sittings):
     """Write a run.json of sittings of train.py with these words."""
     commands = [dict(command=shlex.join(["python", "train.py", *words])) for words in sittings]

@@ -8,7 +8,7 @@ from datetime import datetime, timedelta
 
 import pytest
 import torch
-from harness import StopAt, needs_fork, run, start, tiny, wait_until
+from harness import StopAt, needs_fork, run, start, tiny
 
 import train
 from runtime.cores import available_cores, processor
@@ -27,10 +27,9 @@ def test_every_sitting_of_a_run_is_kept_with_what_began_and_ended_it(data_dir, t
     folder, log = tmp_path / "a run", tmp_path / "log"
     argv = tiny(data_dir, folder, "--seed", 7)
     assert run(argv, log, StopAt(3, signal.SIGTERM)) == 128 + signal.SIGTERM
-    killed = start([*argv, "--resume", "--checkpoint_minutes", "0.000001"], log)
-    wait_until((folder / "checkpoints/model_step_00000005.pt").exists, killed)
-    os.kill(killed.pid, signal.SIGKILL)
-    killed.join()
+    killed = start([*argv, "--resume", "--checkpoint_minutes", "0.000001"], log, StopAt(6, signal.SIGKILL))
+    killed.join(60)
+    assert killed.exitcode == -signal.SIGKILL
     during = run_record.sittings(folder)
     assert (during[-1]["ended"], during[-1]["how"], during[-1]["process"]) == (None, None, killed.pid)
     assert run([*argv, "--resume"], log) == 0

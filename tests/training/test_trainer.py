@@ -32,7 +32,7 @@ from training.learning_rate import ema_decay_at, learning_rate
 from training.muon import NEWTON_SCHULZ, Muon, orthogonalise
 from training.tensorboard import Board
 from training.trainer import Trainer, fitting_batch, memory_advice, validation_loss
-from utils import tile
+from utils import generator_for, tile
 
 KNOWN = functools.cache(load_dataset)
 TOTAL = 7  # steps; three and a half epochs
@@ -163,6 +163,8 @@ def test_the_learning_rate_rises_to_its_peak_and_falls_to_nothing():
     assert rates[0] == 0 and rates[100] == max(rates) == 1 and rates[-1] < 1e-9
     assert rates[:101] == sorted(rates[:101]) and rates[100:] == sorted(rates[100:], reverse=True)
     assert learning_rate(0.7, 0.1, "constant") == 1
+    for share in (0.25, 0.5, 0.9):  # along half a cosine
+        assert learning_rate(0.1 + 0.9 * share, 0.1) == pytest.approx((1 + math.cos(math.pi * share)) / 2)
 
 
 def test_the_warm_up_of_n_steps_begins_at_1_nth_of_the_peak_and_reaches_it():
@@ -636,3 +638,36 @@ def test_validation_and_previews_evaluate_no_more_images_at_a_time_than_a_step(t
     monkeypatch.setattr(train, "PREVIEW_IMAGES", 20)
     train.save_preview(SimpleNamespace(trainer=trainer, config=config, board=Board(), preview=None), tmp_path / "x.png")
     assert (tmp_path / "x.png").exists() and max(seen) <= trainer.batch_size
+
+
+def test_the_validation_loss_is_that_of_the_averaged_weights_with_labels():
+    trainer = make_trainer()
+    for weight in trainer.ema.parameters():
+        torch.nn.init.normal_(weight, std=0.5)
+    generator, data = generator_for(0), trainer.data
+    t = ((torch.arange(16) + torch.rand(16, generator=generator)) / 16 * 10).long()
+    noise = torch.randn(16, 1, 8, 8, generator=generator)
+    with_labels, without = (trainer.diffusion.loss(trainer.ema, data.x_0(), t, noise, labels).item()
+                            for labels in (data.labels, None))
+    assert validation_loss(trainer, data) == pytest.approx(with_labels, rel=1e-4)
+    assert without != pytest.approx(with_labels, rel=1e-3)
+
+
+def test_the_recorded_loss_is_the_mean_of_the_finite_ones(tmp_path):
+    run = training.run.Run(tmp_path, make_trainer(), training.budget.Budget(9, None, 0.0), {}, "", 0.0)
+    run.losses = [torch.tensor(loss) for loss in (1.0, math.nan, 3.0)]
+    run.record(1.0)
+    assert run.records[-1]["loss"] == 2
+
+
+def test_weights_that_are_not_finite_replace_no_file(tmp_path):
+    config = dict(model={}, diffusion={}, data={}, training={})
+    run = training.run.Run(tmp_path, make_trainer(), training.budget.Budget(9, None, 0.0), config, "advice", 0.0)
+    before = run.save("model_final.pt").read_bytes()
+    for network in (run.trainer.ema, run.trainer.model):
+        weight = next(network.parameters()).data.view(-1)
+        kept, weight[0] = weight[0].item(), math.inf
+        with pytest.raises(RunFailed, match="weights are not finite"):
+            run.save("model_final.pt")
+        weight[0] = kept
+    assert (tmp_path / "model_final.pt").read_bytes() == before
