@@ -29,7 +29,7 @@ from runtime.errors import UserError
 from runtime.files import check_inputs_stay, check_outputs
 from runtime.parser import GUIDANCE_DEFAULTS, PRETRAINED_NAMES, SHARED_FLAGS, Parser, add_shared_flags, number
 from runtime.progress import Bar
-from runtime.sampling import dataset_of, is_student, place_of_pictures, sampling_options
+from runtime.sampling import can_be_guided, dataset_of, is_student, place_of_pictures, sampling_options
 from runtime.script import script
 from samplers import (
     SAMPLERS,
@@ -188,7 +188,7 @@ class Editor:
                             f"teacher")
         self.place_of_pictures = place_of_pictures(checkpoint)
         self.shape, self.frames, self.titles = config["data"]["shape"], [], []  # a title for each frame
-        self.code = code_of(config)
+        self.code, self.knows_all = code_of(config), not self.model.num_classes or can_be_guided(config)
         self.mask = chosen_mask(args, self.shape) if hasattr(args, "mask") else None
         self.picture = chosen_images(args, checkpoint) if args.image or hasattr(args, "index") else None  # uint8
         command = "invert" if args.command == "interpolate" and args.image else args.command
@@ -221,7 +221,12 @@ class Editor:
 
     @torch.no_grad()
     def looks_negative(self) -> list[bool]:
-        """Whether the negative of each picture is clearly closer to the mean of the model's images than the picture."""
+        """Whether the negative of each picture is clearly closer to the mean of the model's images than the picture.
+
+        Not asked of a network that knows no images without labels.
+        """
+        if not self.knows_all:
+            return [False] * len(self.picture)
         noise = self.noise(range(MEAN_IMAGES), 0)()
         x_0_hat = self.diffusion.denoiser(self.model)(noise, self.diffusion.num_timesteps - 1)
         mean = self.code.decode(x_0_hat).float().mean(0).cpu()

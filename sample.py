@@ -217,7 +217,7 @@ def main(argv=None):
     options = sampling_options(config, args, args.num_images)
     check_interval(options, diffusion)
     if output.suffix == ".png" and not is_points(shape):
-        check_grid((args.num_images, *shape), args.columns, args.scale)
+        check_grid((args.num_images, *shape), args.columns, args.scale, " or give an --output that ends in .npz")
     if distributed.rank() == 0:
         check_outputs(outputs_of(args), [args.checkpoint, place_of_pictures(checkpoint)])
     print(f"Using device: {diffusion.device}")

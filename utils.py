@@ -100,16 +100,19 @@ def grid_layout(shape: Sequence[int], columns: int | None = None, scale: int | N
     return columns, scale or min(MAX_SCALE, max(1, round(GRID_SIDE / side)))
 
 
-def check_grid(shape: Sequence[int], columns: int | None = None, scale: int | None = None) -> None:
-    """UserError if a grid of images of the shape (B, C, H, W) would be a picture of more than MAX_PIXELS."""
+def check_grid(shape: Sequence[int], columns: int | None = None, scale: int | None = None, other: str = "") -> None:
+    """UserError if a grid of images of the shape (B, C, H, W) would be a picture of more than MAX_PIXELS.
+
+    other: what else to advise than fewer images, where they are not enlarged.
+    """
     columns, scale = grid_layout(shape, columns, scale)
     count, _, height, width = shape
     columns = min(columns, count)
     pixels = scale**2 * (columns * (width + 1) + 1) * (math.ceil(count / columns) * (height + 1) + 1)
     if pixels > MAX_PIXELS:
-        raise UserError(f"a picture of {count:,} images of {height}×{width} pixels, {scale} times as large, would have "
-                        f"{pixels:,} pixels, more than {MAX_PIXELS:,}: make fewer images"
-                        + (", or give a smaller --scale" if scale > 1 else ", or give an --output that ends in .npz"))
+        enlarged, instead = (f", {scale} times as large", " or give a smaller --scale") if scale > 1 else ("", "")
+        raise UserError(f"a picture of {count:,} images of {height}×{width} pixels{enlarged} would have {pixels:,} "
+                        f"pixels, more than {MAX_PIXELS:,}: make fewer images{instead or other}")
 
 
 def tile(images: Tensor, columns: int, scale: int = 1, captions: Sequence[str] = ()) -> np.ndarray:

@@ -37,6 +37,8 @@ from runtime.errors import UserError
 from runtime.files import check_output
 from runtime.parser import PICTURE_FLAGS, SHARED_FLAGS, Parser, add_shared_flags, number
 from runtime.sampling import (
+    NEVER_WITHOUT,
+    can_be_guided,
     chosen_dataset,
     dataset_of,
     given_pictures,
@@ -263,6 +265,9 @@ def draw_points(args: Namespace):
     classes = None if args.label is None else named_classes(args.label, names)
     if classes and len(classes) > 1:
         raise UserError("--what field shows one class at a time: name one with --label")
+    if model and model.num_classes and not can_be_guided(checkpoint["config"]) and (
+            not classes or args.guidance_scale not in (None, 1)):
+        raise UserError(f"{NEVER_WITHOUT}: choose one with --label, and leave --guidance_scale out")
     if args.guidance_scale is not None and not (model and classes):
         raise UserError("--guidance_scale needs --checkpoint, of a model with labels, and --label")
     scale = 1.0 if args.guidance_scale is None else args.guidance_scale  # as the exact denoiser beside it

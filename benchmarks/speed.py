@@ -113,12 +113,12 @@ def measure_sample(context: Context) -> dict:
 
     def measure(name: str) -> dict:
         cells, speed = [], None
-        # On a GPU the first use of its libraries takes a second or so, whatever is made then.
+        # On a GPU the first use of its libraries takes a second or so: nearly all of the time of a few images.
         overhead = 0.0 if context.device == "cpu" else context.sample(name, 1, "few", 1)["seconds"]
         for images, sampler in ((64, "few"), (64, "ddpm"), (many, "few"), (many, "ddpm")):
             cells.append(row := sample_row(context, name, images, sampler, speed, overhead))
             source = row["extrapolated_from"]
-            speed = speed or images * row["steps"] / max(row["seconds"] - overhead, 1e-3)
+            speed = speed or images * row["steps"] / max(row["seconds"] - overhead, 0.1 * row["seconds"], 1e-3)
             print_row(name, f"{images:,}", f"{sampler} {row['steps']}", row["seconds"],
                       f"from {source['images']:,} × {source['steps']}" if source else "measured")
         return dict(cells=cells)

@@ -96,8 +96,8 @@ def local_rank() -> int:
 def process_lost(error: BaseException) -> bool:
     """Whether this error was raised because another process has ended."""
     text = str(error)
-    words = (("ncclRemoteError", "remote process", "Connection", "timeout", "Timeout") if "NCCL" in text else
-             ("Connection", "gloo", "socket", "timeout", "Timeout", "Broken pipe"))
+    words = ("Connection", "timeout", "Timeout", "Broken pipe") + (
+        ("ncclRemoteError", "remote process", "failed to recv", "aborted") if "NCCL" in text else ("gloo", "socket"))
     return world_size() > 1 and isinstance(error, RuntimeError) and any(word in text for word in words)
 
 

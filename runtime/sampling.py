@@ -53,14 +53,14 @@ def sampling_options(config: dict, args: Namespace = NO_FLAGS, count: int = 0, *
     if labels is None and scale not in (None, 1):
         raise UserError("--guidance_scale needs --label, the class to ask for" if config["model"].get("num_classes")
                         else f"{NO_LABELS}: leave --guidance_scale out, or {TRAIN_LABELS}")
-    unguided = student or config["training"].get("label_dropout") == 0
+    unguided = not can_be_guided(config)
     if unguided and labels is not None and scale not in (None, 1):
         raise UserError("the guidance of a student is that which it learned: leave --guidance_scale out, or make "
                         "another one with python distill.py --guidance_scale" if student else
-                        "this checkpoint was never shown an image without its label, which guidance needs: leave "
-                        "--guidance_scale out, or train one with python train.py --label_dropout 0.1")
+                        f"{NEVER_WITHOUT}, which guidance needs: leave --guidance_scale out, or train one with "
+                        f"python train.py --label_dropout 0.1")
     if unguided and labels is None and config["model"].get("num_classes"):
-        raise UserError("this checkpoint was never shown an image without its label: choose one with --label")
+        raise UserError(f"{NEVER_WITHOUT}: choose one with --label")
     if scale is None:
         scale = 1.0 if labels is None or unguided else config["data"].get("guidance_scale", DEFAULT_GUIDANCE)
     if eta is not None and not SAMPLERS[sampler].reads_eta:
@@ -88,6 +88,7 @@ def check_interval(options: dict, diffusion: DiffusionProcess) -> None:
 
 
 NO_LABELS = "this checkpoint was trained without labels"
+NEVER_WITHOUT = "this checkpoint was never shown an image without its label"
 TRAIN_LABELS = "train one with python train.py --conditional"
 
 
@@ -139,6 +140,12 @@ def label_words(class_names: Sequence[str]) -> list[str]:
     """For each class a word of a command line that --label takes for it: its number where that works, else its name."""
     known = _words_of_classes(class_names)
     return [str(i) if known.get(str(i)) == i else quote(name) for i, name in enumerate(class_names)]
+
+
+def can_be_guided(config: dict) -> bool:
+    """Whether the network has learned images with and without labels, as guidance needs it to."""
+    return bool(config["model"].get("num_classes")) and not is_student(config) and (
+        config["training"].get("label_dropout") != 0)
 
 
 def is_student(config: dict) -> bool:

@@ -40,13 +40,16 @@ function showClasses() {
   const jobs = names.length ? labels.map((label) => ({...job, label, guidance: app.state.guidance}))
     : Array.from({length: 10}, (_, i) => ({...job, seed: (job.seed + i) % 1e9}));
   const canvases = jobs.map(opening);
+  $("classes-title").textContent = !names.length ? "Ten noises" : labels.length === names.length
+    ? "One noise, all classes" : `One noise, ${labels.length} of ${names.length} classes`;
   return makeMany("classes", jobs, () => $("classes").replaceChildren(...canvases.map((canvas, i) =>
     element("figure", {}, canvas, element("figcaption", {}, names.length ? names[jobs[i].label] : `seed ${jobs[i].seed}`)))),
                   painter(jobs, canvases));
 }
 
 function showTable() {
-  const names = app.entry.class_names, T = app.process.numTimesteps, {label} = app.state, job = jobOf(app.state);
+  const names = app.entry.guided ? app.entry.class_names : [], T = app.process.numTimesteps, {label} = app.state;
+  const job = jobOf(app.state);
   const columns = STEPS_COLUMNS.filter((steps) => steps <= T);
   const rows = names.length
     ? GUIDANCE_ROWS.map((guidance) => [String(guidance), {label: label ?? 0, guidance}])
@@ -122,18 +125,16 @@ const compareView = {
       });
   },
 
-  build({class_names: names}) {
+  build({class_names: names, guided}) {
     for (const id of ["classes", "table", "between-strip"]) $(id).replaceChildren();
     for (const id of ["end-a", "between", "end-b"]) $(id).width = $(id).width;  // this clears a canvas
     for (const place of Object.keys(finished)) finished[place] = null;
     Object.assign(between, {images: [], share: null});
-    $("classes-title").textContent = !names.length ? "Ten noises" : names.length <= MOST_CLASSES
-      ? "One noise, all classes" : `One noise, ${MOST_CLASSES} of ${names.length} classes from the chosen one on`;
     $("classes-text").textContent = names.length ? "The same noise, with another label each time. What the images " +
       "have in common, such as slant or thickness, comes from the noise."
       : "This network was trained without labels: the noise alone decides.";
-    $("table-title").textContent = names.length ? "Guidance and steps" : "Samplers and steps";
-    $("table-text").textContent = names.length ? "Guidance pushes the image towards the label, from 0 (the label is " +
+    $("table-title").textContent = guided ? "Guidance and steps" : "Samplers and steps";
+    $("table-text").textContent = guided ? "Guidance pushes the image towards the label, from 0 (the label is " +
       "ignored) over 1 (what was learnt) to what is too much; more steps follow the path more closely."
       : "With many steps most samplers come to the same image; with few they differ.";
   },

@@ -134,15 +134,15 @@ const makeView = {
   },
 
   // For every model: what it can be asked for.
-  build({class_names: names, samplers}) {
-    this.label = labelChoices($("labels"), names, "any", (label) => changeAndMake({label}));
+  build({class_names: names, samplers, guided}) {
+    this.label = labelChoices($("labels"), names, guided ? "any" : null, (label) => changeAndMake({label}));
     $("sampler").replaceChildren(...Object.keys(samplers).map((value) => element("option", {value}, value)));
     $("sliders").replaceChildren();
     this.steps = slider($("sliders"), {name: "Steps", min: 1, max: Math.min(50, app.process.numTimesteps), value: 10},
                         (steps) => changeAndMake({steps}));
     this.guidance = slider($("sliders"), {name: "Guidance by the label", min: 0, max: 8, step: 0.25, value: 1},
                            (guidance) => changeAndMake({guidance}));
-    this.guidance.input.closest("label").hidden = !names.length;
+    this.guidance.input.closest("label").hidden = !guided;
   },
 
   // Put the state into the controls.

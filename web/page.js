@@ -12,10 +12,11 @@ const within = (low, high, whole = true) => (text) => {
 const KEYS = {
   view: (text) => Object.hasOwn(app.views, text) ? text : undefined,
   model: (text) => within(0, app.entries.length - 1)(text),
-  label: (text, {class_names: names}) => text === "any" ? null : within(0, names.length - 1)(text),
+  label: (text, {class_names: names, guided}) =>
+    text === "any" ? guided || !names.length ? null : undefined : within(0, names.length - 1)(text),
   sampler: (text, {samplers}) => Object.hasOwn(samplers, text) ? text : undefined,
   steps: (text, {alphas_cumprod: {length}}) => within(1, Math.min(50, length))(text),
-  guidance: within(0, 8, false),
+  guidance: (text, {guided}) => guided ? within(0, 8, false)(text) : undefined,
   seed: within(0, 999999999),
   step: within(0, 50),
   block: (text, entry) => blocksOf(entry).some(({name}) => name === text) ? text : undefined,
@@ -29,10 +30,10 @@ const KEYS = {
     unpackDrawing(text, shape.reduce((a, b) => a * b), new LevelCode(levels).paper()),
 };
 
-const defaultsOf = ({class_names: names, defaults, alphas_cumprod: {length}}) => ({
+const defaultsOf = ({class_names: names, defaults, guided, alphas_cumprod: {length}}) => ({
   view: "make", model: 0, label: names.length ? Math.min(7, names.length - 1) : null, sampler: defaults.sampler,
   steps: defaults.steps, guidance: defaults.guidance_scale, seed: 0, step: null, block: "middle", a: 0, b: 1, share: 50,
-  t: Math.round((length - 1) / 2), told: null, keep: "left", drawing: null,
+  t: Math.round((length - 1) / 2), told: guided || !names.length ? null : 0, keep: "left", drawing: null,
 });
 
 let address = null;  // as this page read or wrote it last
@@ -96,6 +97,7 @@ function takeAddress() {
 
 // What the old model was asked for is dropped. The worker takes requests in turn: none has to wait here for the load.
 function loadModel(entry, model) {
+  if ($("problem").lasting === "model") $("problem").lasting = false;  // that of another one
   app.engine.overtakeAll();
   Object.assign(app, {entry, code: new LevelCode(entry.levels),
                       process: new DiffusionProcess(entry.diffusion, entry.alphas_cumprod)});
@@ -104,10 +106,11 @@ function loadModel(entry, model) {
   $("parameters").textContent = entry.parameters.toLocaleString("en");
   $("dataset").textContent = entry.dataset;
   const request = {model, entry, weights: $(`weights-${model}`).textContent, wasm: $("multiply").textContent};
-  app.engine.ask("load", "load", request).catch((error) => complain(error, true));
+  app.engine.ask("load", "load", request).catch((error) => complain(error, "model"));
 }
 
-// Say what went wrong in this page or in its worker, above whichever view is shown. lasting: nothing works from now on.
+// Say what went wrong in this page or in its worker, above whichever view is shown. lasting: "worker" if nothing works
+// from now on, "model" if this model does not.
 function complain(problem, lasting = false) {
   if (!$("problem").hidden && !(lasting && !$("problem").lasting)) return;  // what fails first says most
   $("problem").lasting = lasting;

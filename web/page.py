@@ -21,7 +21,7 @@ from data import code_of
 from diffusion import DiffusionProcess
 from models.unet import SimpleUNet
 from runtime.errors import UserError
-from runtime.sampling import is_student, label_words, sampling_options
+from runtime.sampling import can_be_guided, is_student, label_words, sampling_options
 from samplers import KARRAS_RHO, SAMPLERS, noise_range
 
 FOLDER = Path(__file__).parent
@@ -62,7 +62,8 @@ def page_model(name: str, model: nn.Module, diffusion: DiffusionProcess, config:
         network=model.config,
         parameters=sum(weight.numel() for weight in tensors.values()),
         diffusion={key: diffusion.config[key] for key in ("prediction", "data_std")},
-        alphas_cumprod=diffusion.alphas_cumprod.tolist(), student=is_student(config), precision=precision,
+        alphas_cumprod=diffusion.alphas_cumprod.tolist(), student=is_student(config), guided=can_be_guided(config),
+        precision=precision,
         tensors=[[key, list(weight.shape)] for key, weight in tensors.items()],
         defaults={key: options[key] for key in ("sampler", "steps", "guidance_scale")},
         samplers={key: row.spacing for key, row in SAMPLERS.items() if not (model.learn_variance and key == "ddpm")},

@@ -186,7 +186,7 @@ const sketchView = {
     drawingChanged();
   },
 
-  build({shape: [channels, height, width], class_names: names, student}) {
+  build({shape: [channels, height, width], class_names: names, student, guided}) {
     const paper = app.code.paper();
     if (paper !== sketch.paper) $("ink").value = paper < 128 ? "#ffffff" : "#000000";
     sketch.paper = paper;
@@ -194,7 +194,7 @@ const sketchView = {
     this.lift();
     $("ink-field").hidden = channels === 1;
     $("completion").hidden = student;  // a student only makes images from pure noise
-    this.told = labelChoices($("sketch-labels"), names, "nothing", (told) => {
+    this.told = labelChoices($("sketch-labels"), names, guided ? "nothing" : null, (told) => {
       app.setState({told});
       guess();
     });

@@ -55,10 +55,10 @@ function choices(fieldset, options, changed) {
   return {set: (chosen) => inputs.forEach(([value, input]) => { input.checked = value === chosen; })};
 }
 
-// The choice of a class, or of none; hidden where there are no classes.
+// The choice of a class, or of none where that has a text; hidden where there are no classes.
 function labelChoices(fieldset, names, none, changed) {
   fieldset.hidden = !names.length;
-  return choices(fieldset, [[null, none], ...names.map((name, i) => [i, name])], changed);
+  return choices(fieldset, [...none ? [[null, none]] : [], ...names.map((name, i) => [i, name])], changed);
 }
 
 // Whether a key belongs to the browser, as in Alt and the left arrow.
@@ -153,7 +153,7 @@ class Engine {
     this.pending = new Map();
     this.slots = new Map();
     this.count = 0;
-    this.worker.onerror = (event) => complain(event.message || "the worker did not start", true);
+    this.worker.onerror = (event) => complain(event.message || "the worker did not start", "worker");
     this.worker.onmessage = ({data: {id, part, error, done}}) => {
       const request = this.pending.get(id);
       if (!request) return;

@@ -301,6 +301,8 @@ NCCL = ("NCCL error in: /pytorch/torch/csrc/distributed/c10d/NCCLUtils.cpp:77, u
     (NCCL + "Error while creating shared memory segment /dev/shm/nccl-x (size 9)", False, "/dev/shm/nccl-x (size"),
     (NCCL + "socketStartConnect: Connect to 10.0.0.2<35000> failed : Connection refused", True, None),
     ("NCCL error: remote process exited or there was a network error\nncclRemoteError: a call failed", True, None),
+    ("setting up NCCL communicator and retrieving ncclUniqueId, but got error: Broken pipe", True, None),
+    ("NCCL communicator was aborted on rank 1.", True, None),
     ("[../third_party/gloo] Connection closed by peer [127.0.0.1]:5000", True, None),
     ("[../third_party/gloo] socket failed", True, None),
     ("shape mismatch", False, None)])
