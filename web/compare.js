@@ -48,15 +48,14 @@ function showClasses() {
 }
 
 function showTable() {
-  const names = app.entry.guided ? app.entry.class_names : [], T = app.process.numTimesteps, {label} = app.state;
-  const job = jobOf(app.state);
+  const {guided, samplers} = app.entry, T = app.process.numTimesteps, {label} = app.state, job = jobOf(app.state);
   const columns = STEPS_COLUMNS.filter((steps) => steps <= T);
-  const rows = names.length
+  const rows = guided
     ? GUIDANCE_ROWS.map((guidance) => [String(guidance), {label: label ?? 0, guidance}])
-    : Object.keys(app.entry.samplers).map((sampler) => [sampler, {sampler}]);
+    : Object.keys(samplers).map((sampler) => [sampler, {sampler}]);
   const jobs = rows.flatMap(([, changes]) => columns.map((steps) => ({...job, ...changes, steps})));
   const canvases = jobs.map(opening);
-  const caption = element("caption", {}, `${names.length ? `The ${nameOf(jobs[0].label)}. Guidance` : "Sampler"} ↓  ` +
+  const caption = element("caption", {}, `${guided ? `The ${nameOf(jobs[0].label)}. Guidance` : "Sampler"} ↓  ` +
     "Steps →");
   const head = columns.map((steps) => element("th", {scope: "col"}, String(steps)));
   const body = rows.map(([name], row) =>

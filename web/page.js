@@ -9,11 +9,12 @@ const within = (low, high, whole = true) => (text) => {
   const number = Number(text);
   return text !== "" && number >= low && number <= high && (!whole || Number.isInteger(number)) ? number : undefined;
 };
+const knowsAny = ({class_names: names, guided}) => guided || !names.length;  // images without a label
 const KEYS = {
   view: (text) => Object.hasOwn(app.views, text) ? text : undefined,
   model: (text) => within(0, app.entries.length - 1)(text),
-  label: (text, {class_names: names, guided}) =>
-    text === "any" ? guided || !names.length ? null : undefined : within(0, names.length - 1)(text),
+  label: (text, entry) => text !== "any" ? within(0, entry.class_names.length - 1)(text)
+    : knowsAny(entry) ? null : undefined,
   sampler: (text, {samplers}) => Object.hasOwn(samplers, text) ? text : undefined,
   steps: (text, {alphas_cumprod: {length}}) => within(1, Math.min(50, length))(text),
   guidance: (text, {guided}) => guided ? within(0, 8, false)(text) : undefined,
@@ -30,10 +31,10 @@ const KEYS = {
     unpackDrawing(text, shape.reduce((a, b) => a * b), new LevelCode(levels).paper()),
 };
 
-const defaultsOf = ({class_names: names, defaults, guided, alphas_cumprod: {length}}) => ({
+const defaultsOf = (entry, {class_names: names, defaults, alphas_cumprod: {length}} = entry) => ({
   view: "make", model: 0, label: names.length ? Math.min(7, names.length - 1) : null, sampler: defaults.sampler,
   steps: defaults.steps, guidance: defaults.guidance_scale, seed: 0, step: null, block: "middle", a: 0, b: 1, share: 50,
-  t: Math.round((length - 1) / 2), told: guided || !names.length ? null : 0, keep: "left", drawing: null,
+  t: Math.round((length - 1) / 2), told: knowsAny(entry) ? null : 0, keep: "left", drawing: null,
 });
 
 let address = null;  // as this page read or wrote it last

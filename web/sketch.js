@@ -3,9 +3,9 @@
 const PENS = {thin: 0.8, medium: 1.3, thick: 2.2};  // radius in pixels of an image 28 pixels high
 const PROPOSALS = 4, COMPLETE_STEPS = 20, RESAMPLE = 5, NOISE_SEED = 1;
 
-// levels: the drawing; paper: the level where nothing is drawn; cursor, down: the pen of the keyboard. What else there
-// is stands in the state of the page.
-const sketch = {levels: null, paper: 0, pen: "medium", cursor: null, down: false};
+// levels: the drawing; paper: the level where nothing is drawn; cursor, down: the pen of the keyboard; completing:
+// whether proposals are being made. What else there is stands in the state of the page.
+const sketch = {levels: null, paper: 0, pen: "medium", cursor: null, down: false, completing: false};
 
 // The parts that can be kept: whether a pixel belongs to it.
 const HALVES = {
@@ -96,6 +96,7 @@ async function complete() {
   const mask = Uint8Array.from({length: channels * height * width}, (_, i) =>
     HALVES[keep](i % width, Math.floor(i / width) % height, width, height) ? 0 : 1);
   const seed = randomSeed(), start = performance.now();
+  sketch.completing = true;
   $("proposals").replaceChildren(...Array.from({length: PROPOSALS}, (_, i) =>
     element("figure", {}, element("canvas", {id: `proposal-${i}`}))));
   const done = await app.engine.ask("complete", "complete", {
@@ -104,9 +105,10 @@ async function complete() {
     paint($(`proposal-${index}`), code.decode(x), entry.shape, `Proposal ${index + 1}`);
     if (!index) $("complete-told").textContent = share < 1 ? `${Math.round(100 * share)} %` : "";
   });
-  if (done) $("complete-told").textContent = `Four proposals that keep your ${keep} half, in ` +
+  if (!done) return;
+  sketch.completing = false;
+  $("complete-told").textContent = `Four proposals that keep your ${keep} half, in ` +
     `${round((performance.now() - start) / 1000, 1)} seconds.`;
-  return done;
 }
 
 const sketchView = {
@@ -144,10 +146,7 @@ const sketchView = {
       drawingChanged();
     });
     $("take").addEventListener("click", () => this.take());
-    $("complete").addEventListener("click", async () => {
-      this.unfinished = true;
-      if (await complete()) this.unfinished = false;
-    });
+    $("complete").addEventListener("click", complete);
     choices($("pens"), [...Object.keys(PENS), "eraser"].map((name) => [name, name]), (pen) => { sketch.pen = pen; })
       .set(sketch.pen);
     this.keep = choices($("halves"), Object.keys(HALVES).map((name) => [name, name]), (keep) => app.setState({keep}));
@@ -226,8 +225,8 @@ const sketchView = {
 
   // Another view needs the worker now.
   close() {
-    if (!this.unfinished) return;
-    this.unfinished = false;
+    if (!sketch.completing) return;
+    sketch.completing = false;
     app.engine.ask("complete", "nothing", {});
     $("proposals").replaceChildren();
     $("complete-told").textContent = "";

@@ -285,6 +285,15 @@ def test_a_large_drawing_goes_into_an_address_and_back(opened, exported):
     })()""")
 
 
+def test_what_is_chosen_shows_in_browsers_without_has_too(opened, exported, root):
+    rules = (root / "web/page.css").read_text().splitlines()
+    assert not [rule for rule in rules if ".chips" in rule and ":has(" in rule]
+    page = opened(exported, "#view=sketch")
+    colours = page.page.evaluate("""() => Object.fromEntries([...document.querySelectorAll("#pens input")].map(
+        (each) => [each.checked, getComputedStyle(each.nextElementSibling).backgroundColor]))""")
+    assert colours["true"] != colours["false"]
+
+
 def test_pens_the_eraser_and_the_keyboard(opened, exported):
     page = opened(exported, "#view=sketch")
     page.made()
