@@ -31,16 +31,7 @@ from runtime.parser import GUIDANCE_DEFAULTS, PRETRAINED_NAMES, SHARED_FLAGS, Pa
 from runtime.progress import Bar
 from runtime.sampling import can_be_guided, dataset_of, is_student, place_of_pictures, sampling_options
 from runtime.script import script
-from samplers import (
-    SAMPLERS,
-    ddim,
-    dpmpp_2m,
-    expectations,
-    guide,
-    image_noise,
-    spaced_timesteps,
-    uniform_timesteps,
-)
+from samplers import ddim, dpmpp_2m, expectations, guide, image_noise, sampler_timesteps, uniform_timesteps
 from utils import autocast, check_grid, evenly_spaced, get_device, pick_precision, save_gif, save_images, time_titles
 
 FILM_FRAMES, FILM_IMAGES = 40, 8
@@ -307,7 +298,7 @@ def do_interpolate(args: Namespace, editor: Editor) -> tuple[Tensor, list[str]]:
         ends, times, sampler = editor.follow(up, editor.steps).to(editor.diffusion.device), editor.times, ddim
     else:
         ends = torch.cat([editor.noise([0], seed)() for seed in args.seeds])
-        times, sampler = spaced_timesteps(editor.diffusion, editor.steps, SAMPLERS["dpmpp_2m"].spacing), dpmpp_2m
+        times, sampler = sampler_timesteps(editor.diffusion, "dpmpp_2m", editor.steps), dpmpp_2m
     x = torch.cat([slerp(ends[:1], ends[1:], i / (args.frames - 1)) for i in range(args.frames)])
     images = editor.follow(sampler(editor.denoiser(clip=sampler is dpmpp_2m), x, times, editor.diffusion), editor.steps)
     first, last = ("A", "B") if args.image else (f"seed {seed}" for seed in args.seeds)

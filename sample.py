@@ -42,6 +42,7 @@ from utils import (
     save_gif,
     save_images,
     save_picture,
+    time_texts,
     time_titles,
 )
 
@@ -143,7 +144,7 @@ class Film:
 
 def frame_names(times: Sequence[float]) -> list[str]:
     """step_XXXX.png for each time t, with as many decimals as tell them apart; final.png for t < 0."""
-    parts = [title.removeprefix("t = ").partition(".") for title in time_titles(times)]
+    parts = [text.partition(".") for text in time_texts(times)]
     return ["final.png" if t < 0 else f"step_{whole:>04}{point}{decimals}.png"
             for t, (whole, point, decimals) in zip(times, parts, strict=True)]
 

@@ -316,6 +316,11 @@ def spaced_timesteps(diffusion: DiffusionProcess, steps: int, spacing: str = "un
     return times
 
 
+def sampler_timesteps(diffusion: DiffusionProcess, sampler: str, steps: int, spacing: str | None = None) -> list[float]:
+    """The times of a sampler's steps: `spaced_timesteps`, for spacing None by the sampler's own."""
+    return spaced_timesteps(diffusion, steps, spacing or SAMPLERS[sampler].spacing)
+
+
 # ---------------------------------------------------------------------------------------------- images from a network
 
 
@@ -347,8 +352,7 @@ def generate(model, diffusion: DiffusionProcess, shape: Sequence[int], indices: 
     """
     if sampler not in SAMPLERS:
         raise ValueError(f"unknown sampler {sampler!r}: choose one of {', '.join(SAMPLERS)}")
-    function, default_spacing, _ = SAMPLERS[sampler]
-    timesteps, options = spaced_timesteps(diffusion, steps, spacing or default_spacing), {}
+    function, timesteps, options = SAMPLERS[sampler].function, sampler_timesteps(diffusion, sampler, steps, spacing), {}
     if function is ddpm and isinstance(diffusion, LearnedVariance):
         model = KeepLastOutput(model, diffusion)
         options = dict(log_variance=model.log_variance)

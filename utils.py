@@ -168,8 +168,7 @@ def time_texts(times: Sequence[float]) -> list[str]:
 
 def time_titles(times: Sequence[float]) -> list[str]:
     """A title for each time of a trajectory: "t = 12", or "image" for t < 0."""
-    texts = iter(time_texts([t for t in times if t >= 0]))
-    return ["image" if t < 0 else f"t = {next(texts)}" for t in times]
+    return ["image" if t < 0 else f"t = {text}" for t, text in zip(times, time_texts(times), strict=True)]
 
 
 def evenly_spaced(count: int, shown: int, rounding: Callable[[float], int] = round) -> list[int]:
@@ -213,7 +212,13 @@ def save_gif(frames: Sequence[Tensor], path: str | Path, columns: int = 8, secon
 
 
 def save_figure(figure, path: str | Path, dpi: int = 120) -> None:
-    """Write a matplotlib figure in the format of the path's ending, one of FIGURE_FORMATS, and close it."""
+    """Write a matplotlib figure in the format of the path's ending, one of FIGURE_FORMATS, and close it.
+
+    UserError for a PNG of more than MAX_PIXELS.
+    """
+    pixels = math.prod(side * dpi for side in figure.get_size_inches())
+    if Path(path).suffix == ".png" and pixels > MAX_PIXELS:
+        raise UserError(f"the picture would have {pixels:,.0f} pixels, more than {MAX_PIXELS:,}: give a smaller --dpi")
     with atomic_write(path) as file:
         figure.savefig(file, format=Path(path).suffix[1:], dpi=dpi, bbox_inches="tight")
     pyplot().close(figure)

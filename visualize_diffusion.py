@@ -37,8 +37,7 @@ from runtime.errors import UserError
 from runtime.files import check_output
 from runtime.parser import PICTURE_FLAGS, SHARED_FLAGS, Parser, add_shared_flags, number
 from runtime.sampling import (
-    NEVER_WITHOUT,
-    can_be_guided,
+    check_guidance,
     chosen_dataset,
     dataset_of,
     given_pictures,
@@ -47,18 +46,9 @@ from runtime.sampling import (
     sampling_options,
 )
 from runtime.script import script
-from samplers import (
-    DEFAULT_SAMPLER,
-    SAMPLERS,
-    expectations,
-    generate,
-    image_noise,
-    noise_range,
-    spaced_timesteps,
-)
+from samplers import DEFAULT_SAMPLER, expectations, generate, image_noise, noise_range, sampler_timesteps
 from utils import (
     FIGURE_FORMATS,
-    MAX_PIXELS,
     evenly_spaced,
     generator_for,
     get_device,
@@ -195,8 +185,8 @@ def trajectory_frames(args: Namespace, model, diffusion: DiffusionProcess, confi
     options = sampling_options(config, args, args.num_images) | dict(batch_size=args.num_images)
     [(_, trajectory)] = generate(model, diffusion, shape, indices, **options)
     start = diffusion.num_timesteps - 1, image_noise(indices, args.seed, shape)()
-    spacing = options["spacing"] or SAMPLERS[options["sampler"]].spacing
-    times = [*spaced_timesteps(diffusion, options["steps"], spacing), *([-1] if image else [])]
+    times = sampler_timesteps(diffusion, options["sampler"], options["steps"], options["spacing"])
+    times += [-1] if image else []
     shown = shown_steps(times, diffusion, args.columns)
     return [(t, x.cpu(), x_0_hat.cpu()) for step, (t, x, x_0_hat) in enumerate(expectations(trajectory, start))
             if step in shown], options
@@ -265,9 +255,8 @@ def draw_points(args: Namespace):
     classes = None if args.label is None else named_classes(args.label, names)
     if classes and len(classes) > 1:
         raise UserError("--what field shows one class at a time: name one with --label")
-    if model and model.num_classes and not can_be_guided(checkpoint["config"]) and (
-            not classes or args.guidance_scale not in (None, 1)):
-        raise UserError(f"{NEVER_WITHOUT}: choose one with --label, and leave --guidance_scale out")
+    if model:
+        check_guidance(checkpoint["config"], bool(classes), args.guidance_scale)
     if args.guidance_scale is not None and not (model and classes):
         raise UserError("--guidance_scale needs --checkpoint, of a model with labels, and --label")
     scale = 1.0 if args.guidance_scale is None else args.guidance_scale  # as the exact denoiser beside it
@@ -316,11 +305,7 @@ def main(argv=None):
         draw = partial(draw_with_model, args, model, diffusion, checkpoint["config"])
         place = place_of_pictures(checkpoint)
     check_output(path, args.checkpoint, given_pictures(args), place)
-    figure = draw()
-    pixels = math.prod(side * args.dpi for side in figure.get_size_inches())
-    if path.suffix == ".png" and pixels > MAX_PIXELS:
-        raise UserError(f"the picture would have {pixels:,.0f} pixels, more than {MAX_PIXELS:,}: give a smaller --dpi")
-    save_figure(figure, path, args.dpi)
+    save_figure(draw(), path, args.dpi)
     print(f"Saved {path}")
 
 

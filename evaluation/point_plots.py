@@ -10,7 +10,7 @@ from data import ImageData
 from data_sources.points import CENTRE_STD, CENTRES, COLOURS, POINT_SHAPE
 from diffusion import Denoise, DiffusionProcess
 from evaluation.mixture import Mixture
-from samplers import DEFAULT_SAMPLER, SAMPLERS, batch_time, guide, image_noise, spaced_timesteps
+from samplers import DEFAULT_SAMPLER, SAMPLERS, batch_time, guide, image_noise, sampler_timesteps
 from utils import pyplot
 
 NOISE_LEVELS = (math.inf, 2.0, 0.7, 0.3, 0.1)  # sigma/alpha of the columns, in standard deviations of the data
@@ -77,7 +77,7 @@ def draw_paths(axis, denoise: Denoise, steps: int, diffusion: DiffusionProcess, 
                seed: int) -> None:
     """The way of some points from noise to data in `steps` steps, and where all of them end."""
     randn = image_noise(range(ENDS), seed, POINT_SHAPE, diffusion.device)
-    times = spaced_timesteps(diffusion, steps, spacing or SAMPLERS[sampler].spacing)
+    times = sampler_timesteps(diffusion, sampler, steps, spacing)
     x_T = randn()
     way = [x_T, *(x for _, x, _ in SAMPLERS[sampler].function(denoise, x_T, times, diffusion, randn=randn))]
     way = torch.stack(way).flatten(2).cpu()                                                 # (steps + 1, ENDS, 2)

@@ -21,7 +21,7 @@ from samplers import (
     STUDENT_SAMPLER,
     STUDENT_STEPS,
     heun,
-    spaced_timesteps,
+    sampler_timesteps,
     uniform_timesteps,
 )
 from utils import time_texts
@@ -53,16 +53,10 @@ def sampling_options(config: dict, args: Namespace = NO_FLAGS, count: int = 0, *
     if labels is None and scale not in (None, 1):
         raise UserError("--guidance_scale needs --label, the class to ask for" if config["model"].get("num_classes")
                         else f"{NO_LABELS}: leave --guidance_scale out, or {TRAIN_LABELS}")
-    unguided = not can_be_guided(config)
-    if unguided and labels is not None and scale not in (None, 1):
-        raise UserError("the guidance of a student is that which it learned: leave --guidance_scale out, or make "
-                        "another one with python distill.py --guidance_scale" if student else
-                        f"{NEVER_WITHOUT}, which guidance needs: leave --guidance_scale out, or train one with "
-                        f"python train.py --label_dropout 0.1")
-    if unguided and labels is None and config["model"].get("num_classes"):
-        raise UserError(f"{NEVER_WITHOUT}: choose one with --label")
+    check_guidance(config, labels is not None, scale)
     if scale is None:
-        scale = 1.0 if labels is None or unguided else config["data"].get("guidance_scale", DEFAULT_GUIDANCE)
+        guided = labels is not None and can_be_guided(config)
+        scale = config["data"].get("guidance_scale", DEFAULT_GUIDANCE) if guided else 1.0
     if eta is not None and not SAMPLERS[sampler].reads_eta:
         readers = " and ".join(name for name, row in SAMPLERS.items() if row.reads_eta)
         raise UserError(f"--eta is read by --sampler {readers} only: choose one, or leave it out")
@@ -74,12 +68,28 @@ def sampling_options(config: dict, args: Namespace = NO_FLAGS, count: int = 0, *
     return options | ({"batch_size": given["batch_size"]} if "batch_size" in given else {})
 
 
+def check_guidance(config: dict, labelled: bool, scale: float | None) -> None:
+    """UserError if a network that only knows images with their labels gets no label, or is to be guided.
+
+    labelled: whether it gets labels; scale: that of --guidance_scale, or None.
+    """
+    if not config["model"].get("num_classes") or can_be_guided(config):
+        return
+    if not labelled:
+        raise UserError(f"{NEVER_WITHOUT}: choose one with --label")
+    if scale not in (None, 1):
+        raise UserError("the guidance of a student is that which it learned: leave --guidance_scale out, or make "
+                        "another one with python distill.py --guidance_scale" if is_student(config) else
+                        f"{NEVER_WITHOUT}, which guidance needs: leave --guidance_scale out, or train one with "
+                        f"python train.py --label_dropout 0.1")
+
+
 def check_interval(options: dict, diffusion: DiffusionProcess) -> None:
     """UserError if --guidance_interval holds no time of the sampler, so that nothing would be guided."""
     interval, sampler = options["guidance_interval"], SAMPLERS[options["sampler"]]
     if not interval:
         return
-    times = spaced_timesteps(diffusion, options["steps"], options["spacing"] or sampler.spacing)
+    times = sampler_timesteps(diffusion, options["sampler"], options["steps"], options["spacing"])
     churned = sampler.function is heun and options["eta"]  # it also evaluates times between these
     if not churned and not any(interval[0] <= t <= interval[1] for t in times):
         raise UserError(f"--guidance_interval {interval[0]:g} {interval[1]:g} holds none of the times of these steps "

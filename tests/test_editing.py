@@ -381,6 +381,23 @@ def test_pictures_that_do_not_fit_are_refused(call, tmp_path, capsys, flag, name
     assert_refused(call("inpaint", "--fit", "pad", flag, spoilt(tmp_path, name)), capsys, words, tmp_path / "x.png")
 
 
+def test_a_network_that_was_never_without_labels_is_not_asked_without(call, labelled, tmp_path, monkeypatch, capsys):
+    """Nor for the note that a picture looks like a negative."""
+    content = torch.load(labelled, weights_only=True)
+    content["config"]["training"]["label_dropout"] = 0.0
+    torch.save(content, tmp_path / "model.pt")
+    Image.new("L", (28, 28), 255).save(tmp_path / "light.png")
+    predict, told = DiffusionProcess.predict, []
+    monkeypatch.setattr(DiffusionProcess, "predict", lambda self, model, x_t, t, labels=None: told.append(labels)
+                        or predict(self, model, x_t, t, labels))
+    flags = ["--checkpoint", tmp_path / "model.pt", "--image", tmp_path / "light.png", "--num_images", 2]
+    assert call("vary", *flags) == 2 and "choose one with --label" in capsys.readouterr().err
+    assert not told
+    assert edit.main(list(map(str, ["vary", *flags, "--label", 1, "--steps", 4, "--output", tmp_path / "x.png",
+                                    "--device", "cpu"]))) == 0
+    assert told and all(labels is not None for labels in told)
+
+
 def test_a_checkpoint_of_one_timestep_cannot_invert(tmp_path, data_dir, capsys):
     path = small_checkpoint(tmp_path / "one.pt", num_timesteps=1)
     assert edit.main(["invert", "--checkpoint", str(path), "--data_dir", str(data_dir), "--output",

@@ -182,6 +182,16 @@ def test_the_exact_denoiser_is_that_of_the_points_that_are_shown():
     assert (alone - torch.from_numpy(CENTRES[2])[:, None, None]).abs().max() < 0.2
 
 
+def test_the_field_of_a_network_that_was_never_without_labels_needs_one(run, tmp_path, capsys):
+    content = torch.load(run / "model_final.pt", weights_only=True)
+    content["config"]["training"]["label_dropout"] = 0.0
+    torch.save(content, tmp_path / "model.pt")
+    for flags in ([], ["--label", "0", "--guidance_scale", "2"]):
+        argv = ["--what", "field", "--checkpoint", tmp_path / "model.pt", "--save_path", tmp_path / "x.png", *flags]
+        assert call(visualize_diffusion, *argv) == 2
+        assert "never shown an image without its label" in capsys.readouterr().err and not (tmp_path / "x.png").exists()
+
+
 def test_the_arrows_of_a_column_have_one_scale(few):
     """Also if a network's are half as long: else the picture would be that of the exact denoiser."""
     data, process = load_dataset("gaussians", points=True), DiffusionProcess(schedule="cosine")
