@@ -121,9 +121,8 @@ def remedy(args) -> str:
     """What to do if --checkpoint cannot be loaded."""
     if Path(args.checkpoint).name == SAFETENSORS:
         return "export the checkpoint that was exported again: python export.py --format safetensors"
-    commands = [str(sitting.get("command", "")) for sitting in run_record.sittings(folder_of_run(args.checkpoint))]
-    if commands and run_record.script_and_words(commands[-1])[0] == "distill.py":
-        return f"train the student again: {commands[-1]}"
+    if of_student := run_record.sittings(folder_of_run(args.checkpoint), "distill.py"):
+        return f"train the student again: {of_student[-1]['command']}"
     return f"{command_to_resume(args)}: resumes from the newest valid checkpoint"
 
 
@@ -143,13 +142,12 @@ def examine_checkpoint(checkpoint: dict) -> Iterator[Finding]:
 @torch.no_grad()
 def denoise_at(model, diffusion: DiffusionProcess, x_0: Tensor, labels: Tensor | None, t: int) -> Tensor:
     """x_0_hat (B, C, H, W), on the CPU, for clean images x_0 noised to t, always with the same noise."""
-    denoised, rows, generator = [], 0, generator_for(0)
-    for part in in_parts(x_0, len(x_0)):
+    denoised, parts, generator = [], in_parts(x_0, len(x_0)), generator_for(0)
+    given = [None] * len(parts) if labels is None else labels.split(len(parts[0]))
+    for part, own in zip(parts, given, strict=True):
         noise = torch.randn(part.shape, generator=generator).to(diffusion.device)
         x_t = diffusion.q_sample(part.to(diffusion.device), t, noise)
-        given = None if labels is None else labels[rows:rows + len(part)]
-        denoised.append(diffusion.denoiser(model, given, clip=False)(x_t, t).cpu())
-        rows += len(part)
+        denoised.append(diffusion.denoiser(model, own, clip=False)(x_t, t).cpu())
     return torch.cat(denoised)
 
 
@@ -179,7 +177,8 @@ def examine_error(model, diffusion: DiffusionProcess, train: ImageData, unseen: 
 def examine_samples(model, diffusion: DiffusionProcess, train: ImageData, unseen: ImageData,
                     checkpoint: dict) -> Iterator[Finding]:
     """Generated images compared with real ones and with those of twice as many steps, and classified."""
-    shape, real = train.images.shape[1:], unseen.first(REAL).images
+    unseen, shape = unseen.first(REAL), train.images.shape[1:]
+    real = unseen.images
     options = sampling_options(checkpoint["config"], count=SAMPLES)
     images = all_images(model, diffusion, shape, range(SAMPLES), **options).cpu()
     generated = train.code.decode(images)
@@ -200,7 +199,7 @@ def examine_samples(model, diffusion: DiffusionProcess, train: ImageData, unseen
         yield Finding("classifier", "WARN", f"of {train.name} too few pictures are held out for a classifier",
                       f"{ENOUGH:,} different pictures are enough")
     elif train.class_names:
-        yield from examine_by_classifier(generated, unseen.first(REAL), options["labels"], device, mirrored)
+        yield from examine_by_classifier(generated, unseen, options["labels"], device, mirrored)
 
 
 def examine_by_classifier(images: Tensor, unseen: ImageData, labels: Tensor | None, device,

@@ -1,7 +1,6 @@
 """What evaluate.py prints, and the conditions of a measurement that it records."""
 
 import json
-import math
 import platform
 from collections.abc import Sequence
 from pathlib import Path
@@ -13,7 +12,7 @@ from evaluation.autoencoder import SUFFIX
 from evaluation.classifier import weights_digest
 from runtime import distributed
 from runtime.errors import UserError
-from runtime.files import file_digest, quoted
+from runtime.files import file_digest, finite_number, quoted
 from runtime.version import __version__
 from utils import pick_precision
 
@@ -34,11 +33,11 @@ def evaluation_of(checkpoint: Path) -> dict | None:
         for figure in report["figures"].values():
             numbers = [figure[name] for name in ("value", "low", "high")]
             numbers += [] if figure["floor"] is None else [figure["floor"]]
-            if not all(isinstance(number, float | int) and math.isfinite(float(number)) for number in numbers):
+            if None in map(finite_number, numbers):
                 raise TypeError("a figure is no number")
     except json.JSONDecodeError as error:
         raise UserError(f"{path} is no JSON: {measure}") from error
-    except (ValueError, KeyError, TypeError, AttributeError, OverflowError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise UserError(f"{path} is damaged: {measure}") from error
     return report
 

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from runtime.errors import UserError
-from runtime.files import atomic_write, check_output, file_digest, one_line, quoted
+from runtime.files import atomic_write, check_output, file_digest, finite_number, one_line, quoted
 from runtime.parser import SHARED_FLAGS
 from training import run_record
 
@@ -17,7 +17,6 @@ RESULT = "runs.csv"
 METRICS, EVALUATION = "metrics.jsonl", "evaluation.json"
 SHOWN_FIGURES = ("two_sample_pixels", "two_sample_shapes", "frechet_distance", "recall", "asked_class")
 HIDDEN_FLAGS = ("output_dir", "data_dir", "resume")  # they do not say how a run differs from another
-LARGEST_NUMBER = 1e300
 LARGEST, LAST_BYTES = 2**24, 2**16  # bytes of a JSON file that is read; bytes read at the end of metrics.jsonl
 SHOWN_LETTERS = 60  # of the flags and of the end
 
@@ -84,12 +83,6 @@ def _load_json(path: Path) -> dict:
     return content
 
 
-def _number(value) -> float | None:
-    """`value` if it is a finite number, else None."""
-    is_number = isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) < LARGEST_NUMBER
-    return value if is_number else None
-
-
 def _text(value) -> str | None:
     """`value` on one line if it is a text, else None."""
     return one_line(value, None) if isinstance(value, str) else None
@@ -102,7 +95,7 @@ def _read_record(path: Path, run: FoundRun) -> None:
         raise ValueError("no sittings of a run")
     first, last = sittings[0], sittings[-1]
     run.command, run.began = _text(first.get("command")) or "", _text(first.get("began"))
-    run.seed = _number(last.get("seed"))
+    run.seed = finite_number(last.get("seed"))
     run.how = _text(last.get("how")) or "running, or killed"
     script, flags = split_command(run.command)
     default = SHARED_FLAGS["dataset"]["default"] if script == "train.py" else None
@@ -119,7 +112,7 @@ def _read_metrics(path: Path, run: FoundRun) -> None:
     for line in reversed(lines):
         try:
             record = json.loads(line)
-            run.images_seen, run.seconds = _number(record["images_seen"]), _number(record["seconds"])
+            run.images_seen, run.seconds = finite_number(record["images_seen"]), finite_number(record["seconds"])
             return
         except (ValueError, KeyError, TypeError, RecursionError):
             continue
@@ -139,9 +132,9 @@ def _read_evaluation(path: Path, run: FoundRun) -> None:
     for file in (path.parent / name, path.parent / "checkpoints" / name):
         if digest and file.is_file() and digest != file_digest(file):
             raise ValueError(f"it is of another or an earlier {name}: run evaluate.py again")
-    values = {_text(name): _number(figure["value"]) for name, figure in content["figures"].items()}
+    values = {_text(name): finite_number(figure["value"]) for name, figure in content["figures"].items()}
     run.figures = {name: value for name, value in values.items() if value is not None}
-    run.dataset, run.num_images = _text(content.get("dataset")) or run.dataset, _number(content.get("num_images"))
+    run.dataset, run.num_images = _text(content.get("dataset")) or run.dataset, finite_number(content.get("num_images"))
     run.reference = _text(content["reference"]["split"]) if "reference" in content else None  # few pictures have none
     if not run.command and isinstance(content.get("command"), list):
         run.command = one_line(shlex.join(map(str, content["command"])), None)

@@ -154,6 +154,12 @@ def verified_archive(path: str | Path) -> io.BytesIO:
     return verified
 
 
+def finite_number(value) -> float | None:
+    """`value`, as it stands in a JSON file, if it is a number that a float can hold; else None."""
+    is_number = isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) < 1e300
+    return value if is_number else None
+
+
 def write_json(content, path: str | Path) -> None:
     """Write JSON, indented by 2."""
     with atomic_write(path, "w") as file:

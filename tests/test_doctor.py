@@ -461,6 +461,27 @@ def test_a_generator_trained_on_flipped_digits(glyphs, process):
     assert_found(examine_samples(mirrored, process, train, unseen), "mirrored")
 
 
+def test_large_images_go_through_the_network_in_parts_each_with_its_labels(process, monkeypatch):
+    seen = []
+
+    def denoiser(model, labels, clip):
+        return lambda x_t, t: seen.append(len(x_t)) or torch.zeros_like(x_t) + labels.view(-1, 1, 1, 1)
+    monkeypatch.setattr(process, "denoiser", denoiser)
+    monkeypatch.setattr(doctor, "in_parts", lambda x, most: x.split(3))
+    found = doctor.denoise_at(None, process, torch.zeros(8, 1, 4, 4), torch.arange(8), 500)
+    assert seen == [3, 3, 2] and torch.equal(found[:, 0, 0, 0], torch.arange(8.0))
+
+
+def test_fewer_large_images_are_examined(glyphs, process, monkeypatch):
+    train, unseen, others = glyphs
+    monkeypatch.setattr(doctor, "ERROR_VALUES", 5 * 28 * 28)
+    counts, denoise = [], doctor.denoise_at
+    monkeypatch.setattr(doctor, "denoise_at", lambda model, diffusion, x_0, *more: counts.append(len(x_0)) or denoise(
+        model, diffusion, x_0, *more))
+    list(doctor.examine_error(Memory(others, process), process, train, unseen, "train.py"))
+    assert set(counts) == {5}
+
+
 def test_a_generator_of_one_class(glyphs, process):
     others = glyphs[2]
     ones = only(others, others.images[others.labels == 1], others.labels[others.labels == 1])

@@ -54,7 +54,7 @@ def flags_of_begun_run(parser: Parser, args: Namespace) -> dict:
     found, folder = {}, Path(args.output_dir)
     given = args.dataset if "dataset" in parser.typed else None
     sittings = distributed.from_rank_0(lambda: run_record.sittings(folder, "train.py"))
-    typed = [_dataset_of_words(run_record.script_and_words(sitting["command"])[1]) for sitting in sittings]
+    typed = [_dataset_of_words(run_record.script_and_words(str(sitting["command"]))[1]) for sitting in sittings]
     place = given or next((dataset for dataset, _ in reversed(typed) if dataset), None)
     if place and not given and place not in {*DATASETS, *POINT_SETS} and not os.path.exists(place):
         raise UserError(gone_message(f"the run in {folder}", place))
